@@ -1,0 +1,1 @@
+"""reshard: any published checkpoint, to any parallel layout and back, provably exact."""
