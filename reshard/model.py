@@ -1,0 +1,461 @@
+"""What a checkpoint holds: logical tensors, understood from a family table, config.json and the headers.
+
+Strict: every stored tensor is claimed by exactly one row or is on the family's `aside` list, every row is present as the table
+says, and every dimension of every tensor is an equation that must hold. All problems are found and reported together.
+Knows nothing about files, ranks or other formats.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Protocol
+
+from .errors import ReshardError
+from .notation import block_of, evaluate, fold
+from .tables import Row, Table
+
+
+class Stored(Protocol):
+    """What understanding needs of a stored tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A logical tensor, the same in every layout. `layers`: where it exists; `dtypes`: one, or one per layer."""
+
+    name: str
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    layers: tuple[int, ...] | None = None
+
+    def dtype(self, point: Mapping[str, int]) -> str:
+        if len(self.dtypes) == 1 or self.layers is None:
+            return self.dtypes[0]
+        return self.dtypes[self.layers.index(point["layer"])]
+
+    def count(self, box: Sequence[tuple[int, int]]) -> int:
+        """Elements in a box; along `layer` only layers that exist count."""
+        return math.prod(
+            sum(low <= layer < high for layer in self.layers or ()) if axis == "layer" else high - low
+            for axis, (low, high) in zip(self.axes, box, strict=True)
+        )
+
+    @property
+    def elements(self) -> int:
+        return self.count([(0, size) for size in self.sizes])
+
+
+@dataclass(frozen=True)
+class Model:
+    """All logical tensors of a checkpoint. `active`: the family rows in use and the layers of each. `alias`: tied names."""
+
+    family: Table
+    tensors: dict[str, Tensor]
+    sizes: dict[str, int]
+    active: dict[int, tuple[int, ...] | None]
+    alias: dict[str, str] = field(default_factory=dict)
+    main_layers: int = 0
+    aside: tuple[str, ...] = ()
+    prefix: str = ""
+
+    @property
+    def units(self) -> dict[str, int]:
+        """Per axis, the unit in which weighted cuts must fall so that no block of a block-quantised weight is split."""
+        units: dict[str, int] = {}
+        for axis in {axis for tensor in self.tensors.values() for axis in tensor.axes}:
+            if block := block_of(axis):
+                (first, *rest), unit = block
+                step = unit // math.gcd(unit, math.prod(self.sizes[other] for other in rest))
+                units[first] = math.lcm(units.get(first, 1), step)
+        return units
+
+
+class Config:
+    """A parsed config.json: dotted look-up, `text_config` first, then the top level, then the family's defaults."""
+
+    def __init__(self, data: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        self.data = data
+        text = data.get("text_config")
+        self._levels: tuple[Mapping[str, Any], ...] = (text if isinstance(text, dict) else {}, data, defaults or {})
+
+    def get(self, key: str) -> Any:
+        """The value of `a.b`, None where it is missing or null."""
+        for level in self._levels:
+            value: Any = level
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is None and key in level:
+                value = level[key]
+            if value is not None:
+                return value
+        return None
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
+        return Config(self.data, defaults)
+
+    def says(self, key: str) -> bool:
+        """Truth of a key; `!key` is its opposite."""
+        return not self.get(key[1:]) if key.startswith("!") else bool(self.get(key))
+
+    @property
+    def model_type(self) -> str | None:
+        top = self.data.get("model_type")
+        return str(top) if top is not None else self.get("model_type")
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        names = self.data.get("architectures")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+class Problems:
+    """Collects what is wrong, grouped: one line per kind of problem and folded name, with its count and an example."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, line: str, example: str = "") -> None:
+        self._found[line].append(example)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def raise_if_any(self, what: str, hint: str | None = None, most: int = 20) -> None:
+        if not self._found:
+            return
+        lines = []
+        for line, examples in list(self._found.items())[:most]:
+            shown = next((example for example in examples if example), "")
+            count = f"{len(examples)} × " if len(examples) > 1 else ""
+            lines.append(f"  {count}{line}" + (f" (e.g. {shown})" if shown and shown not in line else ""))
+        if len(self._found) > most:
+            lines.append(f"  … and {len(self._found) - most} more kinds of problem")
+        raise ReshardError("\n".join([what, *lines]), hint)
+
+
+def understand(table: Table, config: Config, stored: Mapping[str, Stored], where: str = "checkpoint") -> Model:
+    """The model in a directory that the family table describes; `stored` maps stored names to dtype and shape.
+
+    Raises ReshardError listing every unclaimed, missing, doubled or misshapen tensor, every unknown or contradictory size.
+    """
+    config = config.with_defaults(table.defaults)
+    problems = Problems()
+    prefix, points, aside = _claim(table, stored, problems, where)
+    sizes = _from_config(table, config)
+    layers = _layers(table, config, sizes, points)
+    tags = _tags(table, config, points, problems)
+    active = _presence(table, sizes, points, layers, tags, problems)
+    alias = _tied(table, config, active, problems, prefix)
+    if not active and not stored:
+        raise ReshardError(f"{where}: holds no tensors", "is this the directory with the weights?")
+    _solve(table, stored, sizes, {row: points[row] for row in active}, problems)
+    problems.raise_if_any(
+        f'{where}: does not fit the table of family "{table.name}":',
+        "if the checkpoint is right, bring a table of your own with --family my.toml",
+    )
+    tensors = _tensors(table, stored, sizes, points, active, alias, problems)
+    problems.raise_if_any(f'{where}: does not fit the table of family "{table.name}":')
+    return Model(table, tensors, sizes, active, alias, layers.main, tuple(aside), prefix)
+
+
+Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored name
+
+
+def _claim(table: Table, stored: Mapping[str, Stored], problems: Problems, where: str) -> tuple[str, dict[int, Points], list[str]]:
+    folded = {name: fold(name) for name in stored}
+    kinds = {key for key, _ in folded.values()}
+    prefix = next(
+        (p for p in table.prefixes if any(row.name.text[0] == "~" and p + row.name.folded[1:] in kinds for row in table.rows)),
+        table.prefixes[0] if table.prefixes else "",
+    )
+    rows = {_full(row.name.folded, prefix): index for index, row in enumerate(table.rows)}
+    beside = {_full(template.folded, prefix) for template in table.aside}
+    points: dict[int, Points] = defaultdict(dict)
+    aside = []
+    for name, (key, numbers) in folded.items():
+        if (index := rows.get(name)) is not None:
+            points[index][()] = name
+        elif (index := rows.get(key)) is not None:
+            points[index][numbers] = name
+        elif key in beside or name in beside:
+            aside.append(name)
+        else:
+            problems.add(f"no row claims {key}", f"{name} {list(stored[name].shape)}")
+    return prefix, points, aside
+
+
+def _full(text: str, prefix: str) -> str:
+    return prefix + text[1:] if text.startswith("~") else text
+
+
+def _from_config(table: Table, config: Config) -> dict[str, int]:
+    sizes = {}
+    for axis, expression in table.sizes.items():
+        value = evaluate(expression, config.get)
+        if value is not None:
+            sizes[axis] = value
+    return sizes
+
+
+@dataclass(frozen=True)
+class _Layers:
+    main: int
+    total: int
+    extra: str | None  # the kind of the layers from `main` on
+
+
+def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping[int, Points]) -> _Layers:
+    seen = [numbers[row.name.axes.index("layer")] for at, row in enumerate(table.rows) if "layer" in row.name.axes for numbers in points.get(at, ())]
+    stacked = any("layer" in path for row in table.rows for path in row.pattern.axes)
+    main = sizes.get("layer", max(seen, default=-1) + 1)
+    kind, key = next(iter(table.extra.items()), (None, ""))
+    number = (evaluate(key, config.get) or 0) if kind else 0
+    extra = number if kind and number and max(seen, default=-1) >= main else 0
+    if not stacked:
+        sizes["layer"] = main + extra
+    return _Layers(main, main + extra, kind if extra else None)
+
+
+def _tags(table: Table, config: Config, points: Mapping[int, Points], problems: Problems) -> set[str]:
+    """The tags whose rows are there. A tag bound to a config key that is true must be."""
+    on = {tag for at, row in enumerate(table.rows) if points.get(at) for tag in row.tags}
+    for tag, key in table.optional.items():
+        if tag not in on and config.says(key):
+            names = [row.name.text for row in table.rows if tag in row.tags]
+            problems.add(f'config.json says {key.lstrip("!")} = {config.get(key.lstrip("!"))!r}, yet {", ".join(names)} are missing')
+    return on
+
+
+def _presence(
+    table: Table, sizes: dict[str, int], points: Mapping[int, Points], layers: _Layers, tags: set[str], problems: Problems
+) -> dict[int, tuple[int, ...] | None]:
+    """Which rows are in use and in which layers; reports every tensor that should be there and is not, or should not and is."""
+    kind_of = _kinds(table, points, layers, problems)
+    active: dict[int, tuple[int, ...] | None] = {}
+    for at, row in enumerate(table.rows):
+        have = points.get(at, {})
+        if row.tags - tags and not have:
+            continue
+        at_layer = row.name.axes.index("layer") if "layer" in row.name.axes else None
+        if at_layer is None:
+            mine: tuple[int, ...] | None = None
+            wanted_layers: Iterable[int] = (0,)
+        else:
+            mine = tuple(layer for layer in range(layers.total) if row.kinds <= kind_of[layer])
+            wanted_layers = mine
+        if mine == () and not have:
+            continue
+        ranges: list[Iterable[int]] = []
+        for number, axis in enumerate(row.name.axes):
+            if number == at_layer:
+                ranges.append(wanted_layers)
+            else:
+                seen = 1 + max((numbers[number] for numbers in have), default=-1)
+                ranges.append(range(sizes.setdefault(axis, seen)))
+        if math.prod(len(list(r)) for r in ranges) > 4 * len(have) + 100_000:
+            problems.add(f"{row.name.text}: config.json promises far more tensors than the files hold", f"{len(have)} are there")
+            continue
+        wanted = set(product(*ranges))
+        if at not in points and row.leaves[0] in _alias_names(table):
+            continue  # tied: `_tied` decides
+        for numbers in sorted(wanted - have.keys()):
+            problems.add(f"missing {_dotted(row)}", row.name.name(dict(zip(row.name.axes, numbers, strict=True))))
+        for numbers in sorted(have.keys() - wanted):
+            problems.add(f"unexpected {_dotted(row)}", have[numbers])
+        active[at] = mine
+    return active
+
+
+def _dotted(row: Row) -> str:
+    return row.name.text.lstrip("~")
+
+
+def _alias_names(table: Table) -> set[str]:
+    return {name for pair in table.tied.items() for name in pair} if isinstance(table.tied, dict) else set()
+
+
+def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, problems: Problems) -> dict[int, frozenset[str]]:
+    """The kinds of each layer: one of every set of `one_of`, as the headers say; a kind without rows is what is left."""
+    seen: dict[int, set[str]] = {layer: set() for layer in range(layers.total)}
+    for at, row in enumerate(table.rows):
+        if "layer" not in row.name.axes or not row.kinds:
+            continue
+        where = row.name.axes.index("layer")
+        for numbers in points.get(at, ()):
+            seen.setdefault(numbers[where], set()).update(row.kinds)
+    result = {}
+    for layer, kinds in seen.items():
+        mine = set()
+        for group in table.one_of:
+            rowless = [kind for kind in group if not any(kind in row.kinds for row in table.rows)]
+            here = [kind for kind in group if kind in kinds] or rowless[:1]
+            if len(here) != 1:
+                found = " and ".join(here) if here else "none"
+                problems.add(f"a layer must be one of {', '.join(group)}: {found} found", f"layer {layer}")
+            mine.update(here)
+        if layers.extra and layer >= layers.main and layer < layers.total and layers.extra not in mine:
+            problems.add(f"layer {layer} lies beyond the {layers.main} of config.json and is not of kind {layers.extra}")
+        if layers.extra in mine and layer < layers.main:
+            problems.add(f"layer {layer} is of kind {layers.extra}, yet config.json counts it among its {layers.main} layers")
+        result[layer] = frozenset(mine)
+    return result
+
+
+def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Problems, prefix: str) -> dict[str, str]:
+    """Tied names: either may be missing if config says that they are one; where both are stored they are two tensors."""
+    if not isinstance(table.tied, dict):
+        return {}
+    alias = {}
+    held = {leaf for at in active for leaf in table.rows[at].leaves}
+    for head, embed in table.tied.items():
+        missing = [name for name in (head, embed) if name not in held]
+        if not missing:
+            continue
+        if len(missing) == 1 and config.says("tie_word_embeddings"):
+            alias[missing[0]] = embed if missing[0] == head else head
+            continue
+        for name in missing:
+            row = next((row for row in table.rows if name in row.leaves), None)
+            said = config.get("tie_word_embeddings")
+            text = _full(row.name.text, prefix) if row else name
+            problems.add(f"missing {text}: config.json says tie_word_embeddings = {said!r}")
+    return alias
+
+
+def _solve(table: Table, stored: Mapping[str, Stored], sizes: dict[str, int], points: Mapping[int, Points], problems: Problems) -> None:
+    """Sizes of all axes: from config, the rest from the shapes; then every equation is checked."""
+    equations: list[tuple[Any, int, str]] = []  # (dimension of a pattern, its stored size, what it is)
+    for at, names in points.items():
+        row = table.rows[at]
+        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        for name in names.values():
+            shapes[stored[name].shape].append(name)
+        usual = max(shapes, key=lambda shape: len(shapes[shape])) if shapes else ()
+        for shape, examples in shapes.items():
+            if shape != usual:
+                problems.add(f"{_dotted(row)}: shape {list(shape)} here, {list(usual)} elsewhere", examples[0])
+        if len(usual) != len(row.pattern.dims):
+            if shapes:
+                problems.add(f"{_dotted(row)}: {len(usual)} dimensions {list(usual)}, the table says {len(row.pattern.dims)}")
+            continue
+        equations += [
+            (dim, size, f"{_dotted(row)}: dimension {d} is {size}, {_words(dim)}")
+            for d, (dim, size) in enumerate(zip(row.pattern.dims, usual, strict=True))
+        ]
+    known = {axis: size for axis, size in sizes.items() if axis not in table.axes}
+    for axis, atoms in table.axes.items():
+        if axis in sizes:
+            equations.append((atoms, sizes[axis], f"config.json: {axis} is {sizes[axis]}, {_words(atoms)}"))
+    pending = equations
+    while pending:
+        later = []
+        for equation in pending:
+            dim, size, _ = equation
+            unknown = {axis for axis in _axes(dim)} - known.keys()
+            if len(unknown) > 1 or (unknown and any(block_of(axis) for axis in _axes(dim))):
+                later.append(equation)
+            elif unknown:
+                (axis,) = unknown
+                one, two = (_value(dim, {**known, axis: x}) for x in (1, 2))
+                if (size - 2 * one + two) % (two - one) == 0 and (size - 2 * one + two) // (two - one) >= 0:
+                    known[axis] = (size - 2 * one + two) // (two - one)
+                else:
+                    problems.add(f"{equation[2]}: no size of {axis} fits", _given(dim, known))
+        if len(later) == len(pending):
+            break
+        pending = later
+    for dim, size, words in equations:
+        axes = _axes(dim)
+        if all(axis in known for axis in axes) and _value(dim, known) != size:
+            problems.add(f"{words} = {_value(dim, known)}", _given(dim, known))
+        for axis in axes:
+            if axis not in known and not problems:
+                problems.add(f"the size of axis {axis} follows from no shape and no config key ({words})")
+    sizes.update(known)
+    for axis, atoms in table.axes.items():
+        if all(atom in known for atom in atoms):
+            sizes[axis] = math.prod(known[atom] for atom in atoms)
+
+
+def _axes(product_: Sequence[Any]) -> set[str]:
+    axes: set[str] = set()
+    for node in product_:
+        if isinstance(node, str):
+            block = block_of(node)
+            axes.update(block[0] if block else (node,))
+        else:
+            axes.update(axis for term in node.terms for axis in _axes(term))
+    return axes
+
+
+def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
+    """Elements along an axis; along a derived axis, blocks (the last may be short)."""
+    block = block_of(axis)
+    return sizes[axis] if block is None else -(-math.prod(sizes[base] for base in block[0]) // block[1])
+
+
+def _value(product_: Sequence[Any], sizes: Mapping[str, int]) -> int:
+    return math.prod(
+        axis_size(node, sizes) if isinstance(node, str) else sum(_value(term, sizes) for term in node.terms) for node in product_
+    )
+
+
+def _words(product_: Sequence[Any]) -> str:
+    parts = []
+    for node in product_:
+        parts.append(f"({node})" if isinstance(node, str) and " " in node else node if isinstance(node, str) else "(" + " + ".join(map(_words, node.terms)) + ")")
+    return " × ".join(parts) or "1"
+
+
+def _given(product_: Sequence[Any], known: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} = {known[axis]}" for axis in sorted(_axes(product_)) if axis in known)
+
+
+def _tensors(
+    table: Table,
+    stored: Mapping[str, Stored],
+    sizes: Mapping[str, int],
+    points: Mapping[int, Points],
+    active: Mapping[int, tuple[int, ...] | None],
+    alias: Mapping[str, str],
+    problems: Problems,
+) -> dict[str, Tensor]:
+    found: dict[str, tuple[tuple[str, ...], dict[int, str]]] = {}
+    for at, layers in active.items():
+        row = table.rows[at]
+        where = row.name.axes.index("layer") if "layer" in row.name.axes else None
+        dtypes: dict[int, str] = {}
+        for numbers, name in points[at].items():
+            layer = numbers[where] if where is not None else -1
+            if dtypes.setdefault(layer, stored[name].dtype) != stored[name].dtype:
+                problems.add(f"{_dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
+        for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
+            axes = (*row.name.axes, *path)
+            if leaf in found and (found[leaf][0] != axes or found[leaf][1].keys() & dtypes.keys()):
+                problems.add(f"logical tensor {leaf} has two rows in one layer ({_dotted(row)})")
+            found[leaf] = (axes, found.get(leaf, (axes, {}))[1] | dtypes)
+    tensors = {}
+    for name, (axes, by_layer) in found.items():
+        layers = tuple(sorted(by_layer)) if "layer" in axes and -1 not in by_layer else None
+        if "layer" in axes and layers is None:
+            layers = tuple(range(sizes["layer"]))
+        dtypes_in_order = tuple(by_layer[layer] for layer in sorted(by_layer))
+        tensors[name] = Tensor(
+            name,
+            axes,
+            tuple(axis_size(axis, sizes) for axis in axes),
+            dtypes_in_order[:1] if len(set(dtypes_in_order)) == 1 else dtypes_in_order,
+            layers,
+        )
+    for name, target in alias.items():
+        t = tensors[target]
+        tensors[name] = Tensor(name, t.axes, t.sizes, t.dtypes, t.layers)
+    return tensors

@@ -1,0 +1,291 @@
+"""Tables: rules as data. A family table says what one architecture's published tensors mean; a format table how an engine stores them.
+
+Reads TOML (docs/notation.md) into frozen rows. Knows nothing about checkpoints, sizes or meshes.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .errors import ReshardError
+from .notation import Pattern, Template, parse_pattern, parse_template
+
+STAGES = ("first", "last", "every")
+HOME = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One stored tensor, or a regular set of them: its name, how it is laid out, and the logical tensors it holds."""
+
+    name: Template
+    pattern: Pattern
+    leaves: tuple[str, ...]
+    kinds: frozenset[str] = frozenset()  # of `one_of`
+    tags: frozenset[str] = frozenset()  # ending in ?
+    stage: str = "every"
+    whole: bool = False  # ignores tensor parallelism
+    zero: bool = False  # content on coordinate 0, zeros elsewhere
+    cut: str | None = None  # cut this axis instead
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A scalar that an engine wants and no checkpoint has; one per layer of the logical tensor `beside`."""
+
+    name: Template
+    dtype: str
+    value: float
+    beside: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as written, with `like` and compounds resolved. `texts`: every TOML text it was read from, by name."""
+
+    name: str
+    rows: tuple[Row, ...]
+    texts: dict[str, str] = field(compare=False, default_factory=dict)
+    match: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    aside: tuple[Template, ...] = ()
+    axes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # compounds
+    sizes: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)  # facts of the architecture for the runtime and for capacity
+    one_of: tuple[tuple[str, ...], ...] = ()
+    optional: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)  # kind of the layers beyond `layer` → config key with their number
+    tied: dict[str, str] | str = field(default_factory=dict)
+    quantization: tuple[dict[str, Any], ...] = ()
+    # formats only
+    cut: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    replicate: tuple[str, ...] = ()
+    uneven: tuple[str, ...] = ()
+    weighted: tuple[str, ...] = ()
+    pad: dict[str, str] = field(default_factory=dict)
+    constants: tuple[Constant, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    families: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def for_family(self, family: str) -> "Table":
+        """This format as it stands for one family: the rows and words of `[family.X]` are tried before the common ones."""
+        if self.families and family not in self.families:
+            raise ReshardError(
+                f'format "{self.name}" has no names for family "{family}"; it has them for {", ".join(self.families)}',
+                "convert --to native works for every family",
+            )
+        special = self.overrides.get(family)
+        if special is None:
+            return self
+        other = _parse({**special, "name": self.name}, {}, self.axes)
+        return replace(
+            self,
+            rows=other.rows + self.rows,
+            constants=other.constants or self.constants,
+            tied=other.tied or self.tied,
+        )
+
+    def refined(self, other: "Table") -> "Table":
+        """The same table with the compounds of another written out too: two layouts meet at the atoms of both."""
+        new = {name: atoms for name, atoms in other.axes.items() if name not in self.axes}
+        if not new:
+            return self
+        rows = tuple(replace(row, pattern=row.pattern.refined(new)) for row in self.rows)
+        return replace(self, rows=rows, axes=self.axes | new, sizes=other.sizes | self.sizes)
+
+
+_KEYS = {
+    "name", "like", "match", "prefix", "rows", "aside", "axes", "sizes", "defaults", "model", "one_of", "optional", "extra", "tied",
+    "quantization", "cut", "replicate", "uneven", "weighted", "pad", "constants", "files", "engine", "families", "family",
+}  # fmt: skip
+
+
+def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`like`: the child first. Rows and keys are added to the parent's; a row of the same stored name replaces its."""
+    child, *parents = texts
+    for parent in parents:
+        merged = dict(parent)
+        for key, value in child.items():
+            if isinstance(value, dict) and isinstance(parent.get(key), dict):
+                merged[key] = {**parent[key], **value}
+            elif key == "rows":
+                own = {row[0]: row for row in value}
+                merged[key] = [own.pop(row[0], row) for row in parent.get("rows", ())] + list(own.values())
+            elif key in ("aside", "one_of"):
+                merged[key] = [*parent.get(key, ()), *value]
+            else:
+                merged[key] = value
+        child = merged
+    return child
+
+
+def _atoms(axes: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
+    """Compounds written out to the end: {"heads": "kv group"} → {"heads": ("kv", "group")}."""
+
+    def expand(axis: str, seen: tuple[str, ...]) -> tuple[str, ...]:
+        if axis in seen:
+            raise ReshardError(f"{where}: compound axis {axis} contains itself")
+        if axis not in axes:
+            return (axis,)
+        return tuple(atom for part in axes[axis].split() for atom in expand(part, (*seen, axis)))
+
+    return {name: expand(name, ()) for name in axes}
+
+
+def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple[str, ...]]) -> Table:
+    name = data.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ReshardError(f'table: name = {name!r} is no name (letters, digits, "_", "-", ".")')
+    where = f'table "{name}"'
+    unknown = sorted(set(data) - _KEYS)
+    if unknown:
+        raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(_KEYS))}")
+    try:
+        compounds = {**axes, **_atoms(data.get("axes", {}), where)}
+        one_of = tuple(tuple(kinds) for kinds in data.get("one_of", ()))
+        extra = dict(data.get("extra", {}))
+        kinds = {kind for group in one_of for kind in group}
+        if missing := sorted(set(extra) - kinds):
+            raise ReshardError(f"{where}: extra layers of kind {missing[0]}, which no set of one_of has")
+        rows = tuple(_row(row, compounds, kinds, where) for row in data.get("rows", ()))
+        names = [row.name.folded for row in rows]
+        twice = sorted({text for text in names if names.count(text) > 1})
+        if twice:
+            raise ReshardError(f"{where}: {twice[0]} has two rows")
+        prefix = data.get("prefix", ())
+        return Table(
+            name=name,
+            rows=rows,
+            texts=texts,
+            match=tuple(data.get("match", ())),
+            prefixes=(prefix,) if isinstance(prefix, str) else tuple(prefix),
+            aside=tuple(parse_template(text) for text in data.get("aside", ())),
+            axes=compounds,
+            sizes=dict(data.get("sizes", {})),
+            defaults=dict(data.get("defaults", {})),
+            model=dict(data.get("model", {})),
+            one_of=one_of,
+            optional=dict(data.get("optional", {})),
+            extra=extra,
+            tied=data.get("tied", {}),
+            quantization=tuple(data.get("quantization", ())),
+            cut={mesh: tuple(named) for mesh, named in data.get("cut", {}).items()},
+            replicate=tuple(data.get("replicate", ())),
+            uneven=tuple(data.get("uneven", ())),
+            weighted=tuple(data.get("weighted", ())),
+            pad=dict(data.get("pad", {})),
+            constants=tuple(_constant(entry, where) for entry in data.get("constants", ())),
+            files=dict(data.get("files", {})),
+            engine=dict(data.get("engine", {})),
+            families=tuple(data.get("families", ())),
+            overrides=dict(data.get("family", {})),
+        )
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ReshardError(f"{where}: malformed: {error}", "docs/notation.md shows the form of every key") from None
+
+
+def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[str], where: str) -> Row:
+    if not (isinstance(entry, list) and 3 <= len(entry) <= 4 and all(isinstance(part, str) for part in entry)):
+        raise ReshardError(f'{where}: row {entry!r} is not ["stored name", "pattern", "logical names", "words"]')
+    text, pattern_text, leaves_text, *rest = entry
+    words = rest[0].split() if rest else []
+    try:
+        name, pattern = parse_template(text), parse_pattern(pattern_text, compounds)
+    except ReshardError as error:
+        raise ReshardError(f"{where}: {error.message}", error.hint) from None
+    leaves = tuple(leaves_text.split())
+    if len(leaves) != len(pattern.axes):
+        raise ReshardError(f'{where}: {text}: pattern "{pattern_text}" has {len(pattern.axes)} leaves, {len(leaves)} logical names are given')
+    if len(set(leaves)) < len(leaves):
+        raise ReshardError(f"{where}: {text}: a logical tensor is named twice")
+    both = [axis for axis in name.axes for path in pattern.axes if axis in path]
+    if both:
+        raise ReshardError(f"{where}: {text}: axis {both[0]} stands both in the name and in the pattern")
+    cut = next((word[4:] for word in words if word.startswith("cut=")), None)
+    plain = [word for word in words if not word.startswith("cut=")]
+    known = kinds | set(STAGES) | {"whole", "zero"}
+    bad = [word for word in plain if word not in known and not word.endswith("?")]
+    if bad:
+        raise ReshardError(f'{where}: {text}: unknown word "{bad[0]}"', f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?")
+    return Row(
+        name,
+        pattern,
+        leaves,
+        kinds=frozenset(kinds & set(plain)),
+        tags=frozenset(word for word in plain if word.endswith("?")),
+        stage=next((word for word in plain if word in STAGES), "every"),
+        whole="whole" in plain,
+        zero="zero" in plain,
+        cut=cut,
+    )
+
+
+def _constant(entry: list[Any], where: str) -> Constant:
+    if not (isinstance(entry, list) and len(entry) == 4 and isinstance(entry[2], int | float)):
+        raise ReshardError(f"{where}: constant {entry!r} is not [name, dtype, value, logical tensor]")
+    return Constant(parse_template(entry[0]), entry[1], float(entry[2]), entry[3])
+
+
+def parse(text: str, where: str, parent: Callable[[str], str] | None = None) -> Table:
+    """A table from TOML text; `parent(name)` gives the text of the table that `like` names."""
+    texts: dict[str, str] = {}
+    chain: list[dict[str, Any]] = []
+    while True:
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ReshardError(f"{where}: not TOML: {error}") from None
+        texts[str(data.get("name"))] = text
+        chain.append(data)
+        like = data.pop("like", None)
+        if like is None:
+            return _parse(_merged(chain), texts, {})
+        if like in texts or parent is None:
+            raise ReshardError(f'{where}: like = "{like}" leads nowhere')
+        text, where = parent(like), f"{like}.toml"
+
+
+def _shipped(kind: str) -> Callable[[str], str]:
+    def text(name: str) -> str:
+        path = HOME / kind / f"{name}.toml"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or not path.is_file():
+            raise ReshardError(f'no {kind[:-1]} table "{name}"', f"there are {', '.join(shipped(kind))}")
+        return path.read_text(encoding="utf-8")
+
+    return text
+
+
+def shipped(kind: str) -> tuple[str, ...]:
+    """Names of the tables that come with reshard; `kind` is "families" or "formats"."""
+    return tuple(sorted(path.stem for path in (HOME / kind).glob("*.toml")))
+
+
+@cache
+def load(kind: str, name: str) -> Table:
+    """A shipped table by its name."""
+    return parse(_shipped(kind)(name), f"{name}.toml", _shipped(kind))
+
+
+def load_file(path: Path, kind: str = "families") -> Table:
+    """A user's own table; `like` may name a shipped one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReshardError(f"{path}: cannot be read as a table: {error}") from None
+    return parse(text, path.name, _shipped(kind))
+
+
+def family_of(model_type: str | None, architectures: Iterable[str]) -> Table | None:
+    """The shipped family table for a config's model_type or, failing that, one of its architectures."""
+    names = shipped("families")
+    if model_type in names:
+        return load("families", model_type)
+    wanted = {model_type, *architectures}
+    return next((table for table in (load("families", name) for name in names) if wanted & set(table.match)), None)
