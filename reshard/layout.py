@@ -165,7 +165,7 @@ def lay_out(table: Table, model: Model, mesh: Mesh, active: Mapping[int, tuple[i
                     pieces[piece.tensor.name].append(piece)
     cutter.unused()
     problems.raise_if_any(
-        f"format \"{table.name}\" on {mesh} does not fit this model:" if table.cut else f'table "{table.name}" does not fit this model:'
+        f'format "{table.name}" on {mesh} does not fit this model:' if table.cut else f'table "{table.name}" does not fit this model:'
     )
     constants = _constants(table, slots)
     return Layout(
@@ -213,12 +213,12 @@ def _tied_rows(table: Table, model: Model) -> dict[int, int]:
 
 
 def _constants(table: Table, slots: Sequence[Slot]) -> tuple[Slot, ...]:
-    found = []
-    for number, constant in enumerate(table.constants):
-        for slot in slots:
-            if isinstance(slot.template, Row) and constant.beside in slot.template.leaves:
-                found.append(Slot(len(table.rows) + number, slot.rank, constant, (), slot.box, slot.layers, slot.prefix))
-    return tuple(found)
+    return tuple(
+        Slot(len(table.rows) + number, slot.rank, constant, (), slot.box, slot.layers, slot.prefix)
+        for number, constant in enumerate(table.constants)
+        for slot in slots
+        if isinstance(slot.template, Row) and constant.beside in slot.template.leaves
+    )
 
 
 class _Cutter:
@@ -247,7 +247,9 @@ class _Cutter:
             return ((0, main),) * pp
         if given is None and main % pp and "layer" not in self.table.uneven:
             counts = ",".join(str(high - low) for low, high in shares(main, (1,) * pp))
-            self.problems.add(f'{main} layers do not divide among {pp} stages, and format "{self.table.name}" wants --pp-layers then, e.g. {counts}')
+            self.problems.add(
+                f'{main} layers do not divide among {pp} stages, and format "{self.table.name}" wants --pp-layers then, e.g. {counts}'
+            )
             return ((0, main),) * pp
         stages = list(shares(main, given or (1,) * pp))
         stages[-1] = (stages[-1][0], main + extra)  # extra layers stand on the last stage
@@ -354,4 +356,4 @@ class _Cutter:
         """A mesh axis that cuts nothing is refused."""
         for mesh_axis in ("tp", "pp", "ep"):
             if getattr(self.mesh, mesh_axis) > 1 and mesh_axis not in self.used and not self.problems:
-                self.problems.add(f"--{mesh_axis} {getattr(self.mesh, mesh_axis)} cuts nothing of this model in format \"{self.table.name}\"")
+                self.problems.add(f'--{mesh_axis} {getattr(self.mesh, mesh_axis)} cuts nothing of this model in format "{self.table.name}"')

@@ -1,12 +1,12 @@
 """The mesh of ranks, and how one axis is cut among its coordinates. Knows nothing about tables, tensors or files.
 
-    world = pp × tp          rank = pp_rank · tp + tp_rank
-    tp = ep × etp            tp_rank = ep_rank · etp + etp_rank      (etp cuts inside the experts)
+world = pp × tp          rank = pp_rank · tp + tp_rank
+tp = ep × etp            tp_rank = ep_rank · etp + etp_rank      (etp cuts inside the experts)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from .errors import ReshardError
 
@@ -93,7 +93,7 @@ def shares(size: int, weights: Sequence[int], unit: int = 1) -> tuple[Range, ...
     for k in rest[: units - sum(counts)]:
         counts[k] += 1
     ends = [0, *accumulate(counts)]
-    return tuple((min(low * unit, size), min(high * unit, size)) for low, high in zip(ends, ends[1:], strict=False))
+    return tuple((min(low * unit, size), min(high * unit, size)) for low, high in pairwise(ends))
 
 
 @dataclass(frozen=True, slots=True)

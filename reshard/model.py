@@ -149,6 +149,7 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     config = config.with_defaults(table.defaults)
     problems = Problems()
     prefix, points, aside = _claim(table, stored, problems, where)
+    check_quantization(table, config)
     sizes = _from_config(table, config)
     layers = _layers(table, config, sizes, points)
     tags = _tags(table, config, points, problems)
@@ -164,6 +165,26 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     tensors = _tensors(table, stored, sizes, points, active, alias, problems)
     problems.raise_if_any(f'{where}: does not fit the table of family "{table.name}":')
     return Model(table, tensors, sizes, active, alias, layers.main, tuple(aside), prefix)
+
+
+def check_quantization(table: Table, config: Config) -> None:
+    """Refuse a `quantization_config` that the family table does not list, by its name."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return
+    said = found if isinstance(found, dict) else {"quant_method": found}
+    if any(all(said.get(key) == value for key, value in known.items()) for known in table.quantization):
+        return
+    method = said.get("quant_method") or said.get("quant_algo") or "unnamed"
+    details = ", ".join(
+        f"{key} {said[key]}" for key in ("bits", "group_size", "weight_block_size", "format", "load_in_4bit") if said.get(key)
+    )
+    known = [" ".join(f"{key} {value}" for key, value in entry.items()) for entry in table.quantization]
+    shown = f'"{method}" ({details})' if details else f'"{method}"'
+    raise ReshardError(
+        f'config.json: quantization_config of method {shown} is not supported for family "{table.name}"',
+        f"supported: unquantized{''.join(f', {entry}' for entry in known)}",
+    )
 
 
 Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored name
@@ -213,7 +234,12 @@ class _Layers:
 
 
 def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping[int, Points]) -> _Layers:
-    seen = [numbers[row.name.axes.index("layer")] for at, row in enumerate(table.rows) if "layer" in row.name.axes for numbers in points.get(at, ())]
+    seen = [
+        numbers[row.name.axes.index("layer")]
+        for at, row in enumerate(table.rows)
+        if "layer" in row.name.axes
+        for numbers in points.get(at, ())
+    ]
     stacked = any("layer" in path for row in table.rows for path in row.pattern.axes)
     main = sizes.get("layer", max(seen, default=-1) + 1)
     kind, key = next(iter(table.extra.items()), (None, ""))
@@ -230,7 +256,7 @@ def _tags(table: Table, config: Config, points: Mapping[int, Points], problems: 
     for tag, key in table.optional.items():
         if tag not in on and config.says(key):
             names = [row.name.text for row in table.rows if tag in row.tags]
-            problems.add(f'config.json says {key.lstrip("!")} = {config.get(key.lstrip("!"))!r}, yet {", ".join(names)} are missing')
+            problems.add(f"config.json says {key.lstrip('!')} = {config.get(key.lstrip('!'))!r}, yet {', '.join(names)} are missing")
     return on
 
 
@@ -350,25 +376,26 @@ def _solve(table: Table, stored: Mapping[str, Stored], sizes: dict[str, int], po
             (dim, size, f"{_dotted(row)}: dimension {d} is {size}, {_words(dim)}")
             for d, (dim, size) in enumerate(zip(row.pattern.dims, usual, strict=True))
         ]
-    known = {axis: size for axis, size in sizes.items() if axis not in table.axes}
+    known = dict(sizes)
     for axis, atoms in table.axes.items():
         if axis in sizes:
             equations.append((atoms, sizes[axis], f"config.json: {axis} is {sizes[axis]}, {_words(atoms)}"))
     pending = equations
     while pending:
         later = []
-        for equation in pending:
-            dim, size, _ = equation
-            unknown = {axis for axis in _axes(dim)} - known.keys()
-            if len(unknown) > 1 or (unknown and any(block_of(axis) for axis in _axes(dim))):
-                later.append(equation)
+        for dim, size, words in pending:
+            paths = [_compounded(path, table.axes, known) for path in _paths(dim)]
+            unknown = {axis for path in paths for axis in path} - known.keys()
+            if len(unknown) > 1 or (unknown and any(block_of(axis) for path in paths for axis in path)):
+                later.append((dim, size, words))
             elif unknown:
                 (axis,) = unknown
-                one, two = (_value(dim, {**known, axis: x}) for x in (1, 2))
-                if (size - 2 * one + two) % (two - one) == 0 and (size - 2 * one + two) // (two - one) >= 0:
-                    known[axis] = (size - 2 * one + two) // (two - one)
+                one, two = (sum(math.prod(({**known, axis: x})[a] for a in path) for path in paths) for x in (1, 2))
+                fit, rest = divmod(size - 2 * one + two, two - one) if two != one else (0, 1)
+                if rest or fit < 0:
+                    problems.add(f"{words}: no size of {axis} fits", _given(dim, known))
                 else:
-                    problems.add(f"{equation[2]}: no size of {axis} fits", _given(dim, known))
+                    known[axis] = fit
         if len(later) == len(pending):
             break
         pending = later
@@ -383,6 +410,23 @@ def _solve(table: Table, stored: Mapping[str, Stored], sizes: dict[str, int], po
     for axis, atoms in table.axes.items():
         if all(atom in known for atom in atoms):
             sizes[axis] = math.prod(known[atom] for atom in atoms)
+
+
+def _paths(nodes: Sequence[Any]) -> list[tuple[str, ...]]:
+    """A dimension as a sum of products: one tuple of axes per term."""
+    paths: list[tuple[str, ...]] = [()]
+    for node in nodes:
+        ends = [(node,)] if isinstance(node, str) else [path for term in node.terms for path in _paths(term)]
+        paths = [(*path, *end) for path in paths for end in ends]
+    return paths
+
+
+def _compounded(path: tuple[str, ...], compounds: Mapping[str, tuple[str, ...]], known: Mapping[str, int]) -> tuple[str, ...]:
+    """Atoms replaced by their compound where only the compound's size is known: kv × group is heads."""
+    for name, atoms in compounds.items():
+        if name in known and set(atoms) <= set(path) and not set(atoms) <= known.keys():
+            path = (name, *(axis for axis in path if axis not in atoms))
+    return path
 
 
 def _axes(product_: Sequence[Any]) -> set[str]:
@@ -409,10 +453,12 @@ def _value(product_: Sequence[Any], sizes: Mapping[str, int]) -> int:
 
 
 def _words(product_: Sequence[Any]) -> str:
-    parts = []
-    for node in product_:
-        parts.append(f"({node})" if isinstance(node, str) and " " in node else node if isinstance(node, str) else "(" + " + ".join(map(_words, node.terms)) + ")")
-    return " × ".join(parts) or "1"
+    def word(node: Any) -> str:
+        if not isinstance(node, str):
+            return "(" + " + ".join(map(_words, node.terms)) + ")"
+        return f"({node})" if " " in node else node
+
+    return " × ".join(map(word, product_)) or "1"
 
 
 def _given(product_: Sequence[Any], known: Mapping[str, int]) -> str:
@@ -429,7 +475,7 @@ def _tensors(
     problems: Problems,
 ) -> dict[str, Tensor]:
     found: dict[str, tuple[tuple[str, ...], dict[int, str]]] = {}
-    for at, layers in active.items():
+    for at in active:
         row = table.rows[at]
         where = row.name.axes.index("layer") if "layer" in row.name.axes else None
         dtypes: dict[int, str] = {}

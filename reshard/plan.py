@@ -220,4 +220,3 @@ def _common(group: Sequence[Join]) -> tuple[str, ...]:
     slots = {id(slot): slot for join in group for slot in (join.src.slot, join.dst.slot)}
     first, *rest = slots.values()
     return tuple(axis for axis in first.box if all(axis in slot.box for slot in rest))
-

@@ -202,7 +202,9 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         raise ReshardError(f"{where}: {error.message}", error.hint) from None
     leaves = tuple(leaves_text.split())
     if len(leaves) != len(pattern.axes):
-        raise ReshardError(f'{where}: {text}: pattern "{pattern_text}" has {len(pattern.axes)} leaves, {len(leaves)} logical names are given')
+        raise ReshardError(
+            f'{where}: {text}: pattern "{pattern_text}" has {len(pattern.axes)} leaves, {len(leaves)} logical names are given'
+        )
     if len(set(leaves)) < len(leaves):
         raise ReshardError(f"{where}: {text}: a logical tensor is named twice")
     both = [axis for axis in name.axes for path in pattern.axes if axis in path]
@@ -213,7 +215,9 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     known = kinds | set(STAGES) | {"whole", "zero"}
     bad = [word for word in plain if word not in known and not word.endswith("?")]
     if bad:
-        raise ReshardError(f'{where}: {text}: unknown word "{bad[0]}"', f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?")
+        raise ReshardError(
+            f'{where}: {text}: unknown word "{bad[0]}"', f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?"
+        )
     return Row(
         name,
         pattern,
