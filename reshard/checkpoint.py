@@ -1,0 +1,324 @@
+"""Checkpoints as they are published: config.json, one weights file or an index of several, and what lies beside them.
+
+The index decides which files count; nothing is ever globbed, because repositories also hold `consolidated.safetensors`, `original/`,
+adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from . import header, pickled
+from .errors import ReshardError
+from .files import failed
+from .header import Entry
+from .mesh import Range
+from .model import Config, Model, understand
+from .notation import fold
+from .tables import Table, family_of, shipped
+
+# What transformers looks for, in its order: (file, whether it is an index).
+WEIGHTS = (
+    ("model.safetensors.index.json", True),
+    ("model.safetensors", False),
+    ("pytorch_model.bin.index.json", True),
+    ("pytorch_model.bin", False),
+)
+# Weights in any form, and indexes of them: never carried over beside shards.
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|npz|ot|distcp|index\.json)$")
+CARRIED_MAX = 64 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A file of the published checkpoint. `holes`: the byte ranges that rows claim; everything else is its residue."""
+
+    name: str
+    size: int
+    container: str  # "safetensors", "torch", or "plain" for an index
+    mtime_ns: int
+    sha256: str | None = None
+    holes: tuple[Range, ...] = ()
+
+    def residue(self) -> list[Range]:
+        """The byte ranges between the holes."""
+        ends = [0, *(high for _, high in self.holes)]
+        starts = [*(low for low, _ in self.holes), self.size]
+        return [(low, high) for low, high in zip(ends, starts, strict=True) if high > low]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A small file that goes along untouched."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a checkpoint came from, as far as it is known."""
+
+    id: str | None = None
+    commit: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint's headers and config, not yet understood. `tensors`: name → (index into `originals`, entry)."""
+
+    where: str
+    root: Path | None
+    config: Config
+    originals: tuple[Original, ...]
+    tensors: dict[str, tuple[int, Entry]]
+    carried: tuple[Carried, ...] = ()
+    left: tuple[tuple[str, int], ...] = ()
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weights files."""
+        return sum(original.size for original in self.originals if original.container != "plain")
+
+    def path(self, original: Original) -> Path:
+        assert self.root is not None
+        return self.root / original.name
+
+
+def open_published(root: Path, where: str | None = None) -> Published:
+    """Read config.json, the index and every header of a local checkpoint.
+
+    Raises ReshardError for whatever is missing, truncated, contradictory or outside the directory.
+    """
+    where = where or str(root)
+    config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
+    name, is_index = _choose(root)
+    index_map = _index(root / name) if is_index else None
+    names = sorted(set(index_map.values()), key=_natural) if index_map is not None else [name]
+    originals, found = [], []
+    for file in names:
+        original, entries = _headers(root, file, name if is_index else None)
+        originals.append(original)
+        found.append(entries)
+    tensors = merge(names, found, index_map, name)
+    if not tensors:
+        raise ReshardError(f"{where}: the weights files hold no tensors", "is the download complete?")
+    if is_index:
+        originals.append(_plain(root, name))
+    carried, left = _beside(root, {original.name for original in originals})
+    return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root))
+
+
+def understood(published: Published, table: Table | None = None) -> tuple[Model, tuple[Original, ...]]:
+    """The model, and the originals with their holes; the family is `table`, or what config.json names."""
+    table = table or family_table(published)
+    model = understand(table, published.config, {name: entry for name, (_, entry) in published.tensors.items()}, published.where)
+    aside = set(model.aside)
+    holes: list[list[Range]] = [[] for _ in published.originals]
+    for name, (at, entry) in published.tensors.items():
+        if name not in aside and entry.nbytes:
+            holes[at].append((entry.offset, entry.offset + extent(entry)))
+    originals = tuple(
+        Original(o.name, o.size, o.container, o.mtime_ns, o.sha256, tuple(_union(spans)))
+        for o, spans in zip(published.originals, holes, strict=True)
+    )
+    return model, originals
+
+
+def family_table(published: Published) -> Table:
+    """The shipped table for a checkpoint; unknown families are refused with what was seen, folded."""
+    config = published.config
+    inner = config.get("model_type") if config.data.get("text_config") else None
+    table = family_of(config.model_type, config.architectures) or family_of(inner, ())
+    if table is not None:
+        return table
+    kinds: dict[str, list[str]] = {}
+    for name in published.tensors:
+        kinds.setdefault(fold(name)[0], []).append(name)
+    lines = [f"  {len(names):>6} × {kind}  {list(published.tensors[names[0]][1].shape)}" for kind, names in list(kinds.items())[:40]]
+    if len(kinds) > 40:
+        lines.append(f"  … and {len(kinds) - 40} more")
+    raise ReshardError(
+        "\n".join([f'{published.where}: no table for model_type "{config.model_type}"; it holds', *lines]),
+        f"bring a table with --family my.toml (docs/notation.md); families with a table: {', '.join(shipped('families'))}",
+    )
+
+
+def extent(entry: Entry) -> int:
+    """Bytes from a tensor's first to its last element in its file, which is more than `nbytes` where it is strided."""
+    if entry.strides is None or not entry.nbytes:
+        return entry.nbytes
+    reach = 1 + sum((n - 1) * s for n, s in zip(entry.shape, entry.strides, strict=True))
+    return reach * header.BITS[entry.dtype] // 8
+
+
+def merge(
+    files: Sequence[str], found: Sequence[Mapping[str, Entry]], index: Mapping[str, str] | None, index_name: str
+) -> dict[str, tuple[int, Entry]]:
+    """The tensors of all files under one roof; where two files hold one name, the index decides which of them counts."""
+    tensors: dict[str, tuple[int, Entry]] = {}
+    for at, (file, entries) in enumerate(zip(files, found, strict=True)):
+        for name, entry in entries.items():
+            said = index.get(name) if index is not None else None
+            if said is not None and said != file:
+                continue
+            if name in tensors:
+                raise ReshardError(
+                    f"{name} stands both in {files[tensors[name][0]]} and in {file}", f"{index_name} must say which one counts"
+                )
+            tensors[name] = (at, entry)
+    lost = [name for name in index or () if name not in tensors]
+    if lost:
+        assert index is not None
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise ReshardError(
+            f"{index_name}: says that {lost[0]}{more} is in {index[lost[0]]}, which does not hold it",
+            "the index and the files do not belong together: download both again",
+        )
+    return tensors
+
+
+def read_json(path: Path, missing: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file; ReshardError if it is none."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise ReshardError(f"{path}: no such file", missing) from None
+    except OSError as error:
+        raise failed("reading", path, error) from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ReshardError(f"{where}: not JSON: {error}", "it is damaged, or a download page: fetch it again") from None
+    if not isinstance(data, dict):
+        raise ReshardError(f"{where}: a JSON object is needed, this is a {type(data).__name__}")
+    return data
+
+
+def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The weight map of an index, each file name checked to lie inside the directory."""
+    weights = data.get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+        raise ReshardError(f'{where}: has no "weight_map" from tensor names to file names')
+    if not weights:
+        raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
+    for name, file in weights.items():
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.name:
+            raise ReshardError(f"{where}: {name} is said to be in {file!r}, outside of the directory", "do not use this checkpoint")
+    return weights
+
+
+def origin_of(root: Path) -> Origin:
+    """What the path and the model card tell: the Hub's cache keeps id and commit in its directory names."""
+    parts = root.absolute().parts
+    name = commit = None
+    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        name, commit = parts[-3][len("models--") :].replace("--", "/"), parts[-1]
+    try:
+        with (root / "README.md").open(encoding="utf-8", errors="replace") as card:
+            found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.-]+)\s*\n", card.read(65536))
+    except OSError:
+        found = None
+    return Origin(name, commit, found[1] if found else None)
+
+
+# --- local files -------------------------------------------------------------------------------------------------------------
+
+
+def _choose(root: Path) -> tuple[str, bool]:
+    for name, is_index in WEIGHTS:
+        if (root / name).exists():
+            return name, is_index
+    others = sorted(path.name for path in root.iterdir() if _WEIGHTS.search(path.name))
+    seen = f"; there are {', '.join(others[:5])}" if others else ""
+    raise ReshardError(
+        f"{root}: no weights: none of {', '.join(name for name, _ in WEIGHTS)} is there{seen}",
+        "several files need their index; a single one is named model.safetensors",
+    )
+
+
+def _index(path: Path) -> dict[str, str]:
+    return index_map(read_json(path), path.name)
+
+
+def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[str, Entry]]:
+    path = root / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        said = f"{index} names {name}, which is not there" if index else f"{path}: no such file"
+        raise ReshardError(f"{root}: {said}" if index else said, "the download is not complete: fetch the missing file") from None
+    except OSError as error:
+        raise failed("opening", path, error) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ReshardError(f"{path}: is not a regular file")
+        container = "torch" if name.endswith((".bin", ".pt", ".pth")) else "safetensors"
+        if container == "torch":
+            entries = pickled.read(lambda length, offset: os.pread(descriptor, length, offset), status.st_size, name)
+        else:
+            entries = header.read(descriptor, status.st_size, name)[0].entries
+    finally:
+        os.close(descriptor)
+    return Original(name, status.st_size, container, status.st_mtime_ns, _known_sha256(path)), entries
+
+
+def _known_sha256(path: Path) -> str | None:
+    """The Hub's cache names large files by their SHA-256: snapshots/<commit>/<name> → ../../blobs/<sha256>."""
+    if not path.is_symlink():
+        return None
+    target = path.readlink()
+    return target.name if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name) else None
+
+
+def _plain(root: Path, name: str) -> Original:
+    status = (root / name).stat()
+    return Original(name, status.st_size, "plain", status.st_mtime_ns)
+
+
+def _beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tuple[tuple[str, int], ...]]:
+    """What goes along, and what is left: weights in other forms, large files, directories."""
+    carried, left = [], []
+    skip = set(taken)
+    for path in sorted(root.iterdir()):
+        if path.name in skip:
+            continue
+        try:
+            status = path.stat()
+        except OSError:
+            left.append((path.name, 0))
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_size <= CARRIED_MAX and not _WEIGHTS.search(path.name):
+            carried.append(Carried(path.name, path, status.st_size, status.st_mtime_ns))
+        else:
+            left.append((path.name + "/" * stat.S_ISDIR(status.st_mode), status.st_size if stat.S_ISREG(status.st_mode) else 0))
+    return tuple(carried), tuple(left)
+
+
+def _union(spans: list[Range]) -> list[Range]:
+    merged: list[Range] = []
+    for low, high in sorted(spans):
+        if merged and low <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    return merged
+
+
+def _natural(name: str) -> list[object]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,101 @@
+"""Reading and writing files by offset: a bounded pool of descriptors, whole transfers or a clear error. Never maps a file."""
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import PlaceError, ReshardError
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Pool:
+    """Open descriptors by path, closed in the order of least recent use when there are too many; safe among threads."""
+
+    def __init__(self, flags: int = os.O_RDONLY, most: int = 128) -> None:
+        self._flags, self._most = flags | os.O_CLOEXEC, most
+        self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from `offset` on."""
+        self._transfer(path, offset, buffer, os.preadv, "reading")
+
+    def read(self, path: Path, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        self.read_into(path, offset, memoryview(data))
+        return data
+
+    def write(self, path: Path, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`."""
+        self._transfer(path, offset, memoryview(data), os.pwritev, "writing")
+
+    def _transfer(self, path: Path, offset: int, buffer: memoryview, call: Callable[[int, list[memoryview], int], int], doing: str) -> None:
+        descriptor, users = self._take(path)
+        try:
+            while len(buffer):
+                done = call(descriptor, [buffer], offset)
+                if done == 0:
+                    size = os.fstat(descriptor).st_size
+                    raise ReshardError(
+                        f"{path}: {len(buffer)} bytes wanted at offset {offset}, the file ends at {size}",
+                        "it is truncated, or was changed while it was being read",
+                    )
+                offset += done
+                buffer = buffer[done:]
+        except OSError as error:
+            raise failed(doing, path, error) from error
+        finally:
+            with self._lock:
+                users[0] -= 1
+
+    def _take(self, path: Path) -> tuple[int, list[int]]:
+        with self._lock:
+            found = self._open.get(path)
+            if found is None:
+                while len(self._open) >= self._most and self._evict():
+                    pass
+                try:
+                    found = (os.open(path, self._flags), [0])
+                except OSError as error:
+                    raise failed("opening", path, error) from error
+                self._open[path] = found
+            self._open.move_to_end(path)
+            found[1][0] += 1
+            return found
+
+    def _evict(self) -> bool:
+        for path, (descriptor, users) in self._open.items():
+            if not users[0]:
+                os.close(descriptor)
+                del self._open[path]
+                return True
+        return False
+
+    def close(self, sync: bool = False) -> None:
+        with self._lock:
+            for descriptor, _ in self._open.values():
+                if sync:
+                    os.fsync(descriptor)
+                os.close(descriptor)
+            self._open.clear()
+
+
+def failed(doing: str, path: Path | str, error: OSError) -> PlaceError:
+    """An OSError in words, with what can be done about it."""
+    hints = {
+        errno.ENOSPC: "free some space, or choose another destination; what was written has been removed",
+        errno.EDQUOT: "the quota is used up: free some space, or choose another destination",
+        errno.EACCES: "check the permissions of the path",
+        errno.EPERM: "check the permissions of the path",
+        errno.EROFS: "the file system is mounted read-only",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.EIO: "the storage reports a failure: check it, then try again",
+        errno.ENOENT: "the file disappeared: was it moved or deleted meanwhile?",
+    }
+    return PlaceError(f"{doing} {path} failed: {error.strerror or error}", hints.get(error.errno or 0))

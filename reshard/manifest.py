@@ -1,0 +1,188 @@
+"""manifest.json and source/files.json: what a shard directory is, and what it takes to restore the original files.
+
+Canonical: the same bytes by any route, any worker count, on any machine. No times, host names or paths. docs/format.md is the contract.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Origin, Original, read_json
+from .digest import root as root_digest
+from .errors import ReshardError
+from .layout import Layout
+from .mesh import Mesh
+from .shards import FORMAT_VERSION
+
+NAME = "manifest.json"
+FILES = "source/files.json"
+NOTATION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A file of the directory: its path, size in bytes and digest."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as read. `ranks`: (weights, tensors.json) per rank."""
+
+    format: str
+    family: str
+    engine: str | None
+    mesh: Mesh
+    origin: Origin
+    exact: bool
+    plan: str
+    ranks: tuple[tuple[Listed, Listed], ...]
+    carried: tuple[Listed, ...]
+    source: tuple[Listed, ...]
+    root: str
+
+    def files(self) -> Iterable[Listed]:
+        """Every file of the directory but the manifest."""
+        for weights, tensors in self.ranks:
+            yield weights
+            yield tensors
+        yield from self.carried
+        yield from self.source
+
+
+def dump(
+    layout: Layout,
+    *,
+    engine: str | None,
+    origin: Origin,
+    plan: str,
+    ranks: Iterable[tuple[Listed, Listed]],
+    carried: Iterable[Listed],
+    source: Iterable[Listed],
+) -> tuple[bytes, str]:
+    """The text of manifest.json and the root digest."""
+    mesh = layout.mesh
+    pairs, along, kept = list(ranks), sorted(carried, key=_name), sorted(source, key=_name)
+    every = [*(file for pair in pairs for file in pair), *along, *kept]
+    root = root_digest((file.name, file.size, file.digest) for file in every)
+    text: dict[str, Any] = {
+        "reshard": FORMAT_VERSION,
+        "notation": NOTATION,
+        "format": layout.table.name,
+        "engine": engine,
+        "family": layout.model.family.name,
+        "model": {"id": origin.id, "commit": origin.commit, "license": origin.license},
+        "exact": True,
+        "mesh": {
+            "tp": mesh.tp,
+            "pp": mesh.pp,
+            "ep": mesh.ep,
+            "split": list(mesh.weights) if mesh.weights else None,
+            "pp_layers": list(mesh.layers) if mesh.layers else None,
+            "stages": [list(stage) for stage in layout.stages],
+        },
+        "sizes": dict(sorted(layout.model.sizes.items())),
+        "repeats": dict(sorted(layout.repeats.items())),
+        "padding": {axis: list(sizes) for axis, sizes in sorted(layout.padding.items())},
+        "plan": plan,
+        "ranks": [{"rank": rank, "weights": _listed(w), "tensors": _listed(t)} for rank, (w, t) in enumerate(pairs)],
+        "carried": [_listed(file) for file in along],
+        "source": [_listed(file) for file in kept],
+        "root": root,
+    }
+    return (json.dumps(text, indent=1, ensure_ascii=False) + "\n").encode(), root
+
+
+def _name(file: Listed) -> str:
+    return file.name
+
+
+def _listed(file: Listed) -> dict[str, Any]:
+    return {"file": file.name, "size": file.size, "digest": file.digest}
+
+
+def load(directory: Path) -> Manifest:
+    """Read manifest.json; unknown keys are ignored, an unknown major version is refused."""
+    path = directory / NAME
+    data = read_json(path)
+    version = data.get("reshard")
+    if not isinstance(version, str):
+        raise ReshardError(f"{path}: is no manifest of reshard", "is this the right directory?")
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise ReshardError(f"{path}: format version {version}, this reshard reads {FORMAT_VERSION}", "install a newer reshard")
+    try:
+        mesh = data["mesh"]
+        model = data.get("model") or {}
+        manifest = Manifest(
+            format=str(data["format"]),
+            family=str(data["family"]),
+            engine=data.get("engine"),
+            mesh=Mesh(mesh["tp"], mesh["pp"], mesh["ep"], _tuple(mesh.get("split")), _tuple(mesh.get("pp_layers"))),
+            origin=Origin(model.get("id"), model.get("commit"), model.get("license")),
+            exact=bool(data.get("exact")),
+            plan=str(data["plan"]),
+            ranks=tuple((_file(rank["weights"], path), _file(rank["tensors"], path)) for rank in data["ranks"]),
+            carried=tuple(_file(file, path) for file in data["carried"]),
+            source=tuple(_file(file, path) for file in data["source"]),
+            root=str(data["root"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReshardError(f"{path}: malformed: {error!r}", "it was edited or damaged: convert again") from None
+    if len(manifest.ranks) != manifest.mesh.world:
+        raise ReshardError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
+    return manifest
+
+
+def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
+    return tuple(int(value) for value in values) if values else None
+
+
+def _file(entry: Mapping[str, Any], path: Path) -> Listed:
+    name, size = str(entry["file"]), entry["size"]
+    if name.startswith("/") or ".." in name.split("/") or not isinstance(size, int) or size < 0:
+        raise ReshardError(f"{path}: lists {name!r} of size {size!r}, which is no file of this directory", "do not use this directory")
+    return Listed(name, size, str(entry["digest"]))
+
+
+def dump_originals(originals: Iterable[Original]) -> bytes:
+    """The text of source/files.json: the original files, and which byte ranges of each are in the shards (`holes`)."""
+    lines = [
+        json.dumps(
+            {"name": o.name, "size": o.size, "container": o.container}
+            | ({"sha256": o.sha256} if o.sha256 else {})
+            | {"holes": [list(hole) for hole in o.holes]},
+            ensure_ascii=False,
+        )
+        for o in originals
+    ]
+    return ("[\n" + ",\n".join(lines) + "\n]\n").encode()
+
+
+def load_originals(directory: Path) -> tuple[Original, ...]:
+    """Read source/files.json; modification times are those of the residues."""
+    path = directory / FILES
+    try:
+        data = json.loads(path.read_bytes())
+        return tuple(
+            Original(
+                str(o["name"]),
+                int(o["size"]),
+                str(o["container"]),
+                residue_path(directory, str(o["name"])).stat().st_mtime_ns,
+                o.get("sha256"),
+                tuple((int(low), int(high)) for low, high in o["holes"]),
+            )
+            for o in data
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReshardError(f"{path}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
+
+
+def residue_path(directory: Path, name: str) -> Path:
+    """Where the bytes of an original file that no row claims are kept."""
+    return directory / "source" / f"{name}.residue"

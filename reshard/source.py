@@ -1,0 +1,238 @@
+"""A source: anything reshard can read tensors from, behind one interface. A published checkpoint or a shard directory.
+
+Knows where every stored tensor is and what the original files were; reads headers, no tensor.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import header, manifest, pickled, tables
+from .checkpoint import Carried, Origin, Original, Published, merge, open_published, read_json, understood
+from .checkpoint import index_map as parse_index
+from .digest import of
+from .engine import Key
+from .errors import MismatchError, ReshardError
+from .files import Pool, failed
+from .header import Entry
+from .layout import Layout, lay_out
+from .manifest import Manifest
+from .mesh import Mesh
+from .model import Config
+from .shards import Shards
+from .tables import Table
+
+Extent = tuple[int, int, Path, int]  # offset in the original file, length, where those bytes are now, offset there
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read."""
+
+    where: str
+    root: Path | None
+    config: Config
+    layout: Layout
+    places: dict[Key, tuple[Path, Entry]]
+    originals: tuple[Original, ...]
+    tensors: dict[str, tuple[int, Entry]]  # of the originals: name → (index, entry)
+    carried: tuple[Carried, ...] = ()
+    left: tuple[tuple[str, int], ...] = ()
+    origin: Origin = field(default_factory=Origin)
+    manifest: Manifest | None = None
+
+    def locate(self, key: Key) -> tuple[Path, Entry]:
+        return self.places[key]
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes of everything stored in tensors that the layout knows."""
+        return sum(entry.nbytes for _, entry in self.places.values())
+
+    def residue(self, original: Original) -> Iterator[Extent]:
+        """The bytes of an original file that no row claims, wherever they are now."""
+        assert self.root is not None
+        at = 0
+        for low, high in original.residue():
+            if self.manifest is None:
+                yield low, high - low, self.root / original.name, low
+            else:
+                yield low, high - low, manifest.residue_path(self.root, original.name), at
+            at += high - low
+
+    def published(self) -> Layout:
+        """The layout of the original files."""
+        model = self.layout.model
+        return lay_out(model.family, model, Mesh(), model.active)
+
+    def read_files(self) -> list[Path]:
+        """Every file with bytes that a conversion reads."""
+        assert self.root is not None
+        paths = {path: None for path, _ in self.places.values()}
+        return [*paths, *(carried.path for carried in self.carried)]
+
+
+def open_source(path: Path, family: Table | None = None) -> Source:
+    """Open a local directory: a shard directory if it has a manifest, else a published checkpoint."""
+    if not path.exists():
+        raise ReshardError(f"{path}: no such file or directory", "a path to a checkpoint directory, or a Hub id such as org/name")
+    if not path.is_dir():
+        raise ReshardError(f"{path}: is a file; a checkpoint is a directory", f"give the directory: {path.parent}")
+    try:
+        if (path / manifest.NAME).is_file():
+            return _open_shards(path)
+        return from_published(open_published(path), family)
+    except OSError as error:
+        raise failed("reading", path, error) from error
+
+
+def from_published(published: Published, family: Table | None = None) -> Source:
+    """A published checkpoint, understood."""
+    model, originals = understood(published, family)
+    layout = lay_out(model.family, model, Mesh(), model.active)
+    root = published.root or Path()
+    paths = [root / original.name for original in originals]
+    aside = set(model.aside)
+    return Source(
+        published.where,
+        published.root,
+        published.config,
+        layout,
+        {(0, name): (paths[at], entry) for name, (at, entry) in published.tensors.items() if name not in aside},
+        originals,
+        published.tensors,
+        published.carried,
+        published.left,
+        published.origin,
+    )
+
+
+# --- shard directories -------------------------------------------------------------------------------------------------------
+
+
+def _open_shards(root: Path) -> Source:
+    known = manifest.load(root)
+    _check_small_files(root, known)
+    originals = manifest.load_originals(root)
+    config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
+    family, format_table = _tables(root, known)
+    tensors = _original_tensors(root, originals)
+    where = str(root)
+    published = Published(where, root, config, originals, tensors, origin=known.origin)
+    model, _ = understood(published, family)
+    layout = lay_out(format_table.for_family(family.name), model, known.mesh)
+    shards = Shards(layout)
+    if shards.digest != known.plan:
+        raise MismatchError(
+            f"{root}: the plan of manifest.json is {known.plan}, its tables and config.json make {shards.digest}",
+            "config.json or the manifest were edited: restore them, or convert again",
+        )
+    places: dict[Key, tuple[Path, Entry]] = {}
+    for shard, (weights, _) in zip(shards, known.ranks, strict=True):
+        path = root / weights.name
+        check_prologue(path, shard.prologue, shard.size)
+        places.update({(shard.rank, name): (path, entry) for name, entry in shard.header.entries.items()})
+    carried = []
+    for file in known.carried:
+        status = (root / file.name).stat()
+        carried.append(Carried(file.name, root / file.name, status.st_size, status.st_mtime_ns))
+    return Source(where, root, config, layout, places, originals, tensors, tuple(carried), (), known.origin, known)
+
+
+def check_prologue(path: Path, prologue: bytes, size: int) -> None:
+    """A shard begins with exactly the header that its manifest implies and has its size: not truncated, exchanged or stray."""
+    try:
+        with path.open("rb") as file:
+            found, actual = os.fstat(file.fileno()).st_size, file.read(len(prologue))
+    except FileNotFoundError:
+        raise MismatchError(f"{path}: is missing; it should have {size} bytes", "fetch the file again, or convert again") from None
+    except OSError as error:
+        raise failed("reading", path, error) from error
+    if found != size:
+        raise MismatchError(
+            f"{path}: has {found} bytes, the manifest says {size}", "it is truncated or of another conversion: fetch it again"
+        )
+    if actual != prologue:
+        raise MismatchError(
+            f"{path}: its header is not that of this rank of this manifest{_whose(actual, prologue)}",
+            "files were exchanged or damaged: fetch the file again, or convert again",
+        )
+
+
+def _whose(actual: bytes, wanted: bytes) -> str:
+    pattern = re.compile(rb'"reshard\.rank":"(\d+)"')
+    one, other = pattern.search(actual), pattern.search(wanted)
+    return f": it says rank {one[1].decode()}, wanted is rank {other[1].decode()}" if one and other and one[1] != other[1] else ""
+
+
+def _check_small_files(root: Path, known: Manifest) -> None:
+    """Digests of everything but weights and residues: cheap, and wrong ones would mislead."""
+    for file in [*(tensors for _, tensors in known.ranks), *known.carried, *known.source]:
+        path = root / file.name
+        try:
+            size = path.stat().st_size
+            same = size == file.size and (file.name.endswith(".residue") or of(path.read_bytes()) == file.digest)
+        except FileNotFoundError:
+            raise MismatchError(f"{path}: is missing, the manifest lists it", "fetch the file again, or convert again") from None
+        if not same:
+            raise MismatchError(
+                f"{path}: is not the file that the manifest lists ({size} bytes, {file.size} were written)",
+                "it was edited or damaged: restore it, or convert again",
+            )
+
+
+def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
+    def text(name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ReshardError(f"{root / manifest.NAME}: {name!r} is no name of a table")
+        return (root / "source" / "tables" / f"{name}.toml").read_text(encoding="utf-8")
+
+    return tables.parse(text(known.family), known.family, text), tables.parse(text(known.format), known.format, text)
+
+
+def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:
+    """The headers of the original files, read from their residues."""
+    pool = Pool()
+    found = []
+    index = None
+    index_name = "the index"
+    try:
+        for original in originals:
+            entries: dict[str, Entry] = {}
+            view = _View(original, manifest.residue_path(root, original.name), pool)
+            if original.container == "safetensors":
+                n = header.length(view(8, 0), original.size, original.name)
+                entries = header.parse(view(n, 8), original.size, original.name).entries
+            elif original.container == "torch":
+                entries = pickled.read(view, original.size, original.name)
+            elif original.name.endswith(".index.json"):
+                from .checkpoint import parse_json
+
+                index, index_name = parse_index(parse_json(view(original.size, 0), original.name), original.name), original.name
+            found.append(entries)
+    finally:
+        pool.close()
+    return merge([original.name for original in originals], found, index, index_name)
+
+
+class _View:
+    """An original file as far as its residue goes; the holes read as zeros."""
+
+    def __init__(self, original: Original, path: Path, pool: Pool) -> None:
+        self.size, self.path, self.pool = original.size, path, pool
+        self.parts: list[tuple[int, int, int]] = []  # low, high, offset in the residue
+        at = 0
+        for low, high in original.residue():
+            self.parts.append((low, high, at))
+            at += high - low
+
+    def __call__(self, length: int, offset: int) -> bytes:
+        length = max(0, min(length, self.size - offset))
+        data = bytearray(length)
+        for low, high, at in self.parts:
+            start, stop = max(low, offset), min(high, offset + length)
+            if start < stop:
+                self.pool.read_into(self.path, at + start - low, memoryview(data)[start - offset : stop - offset])
+        return bytes(data)
