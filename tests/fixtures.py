@@ -604,22 +604,22 @@ QUANTIZED = re.compile(
 )
 
 
-@define("deepseek_v3", heads=16, kv=16, layers=2, experts=4, mtp=1, tp=(1, 2, 4), ep=(1, 2, 4))
+@define("deepseek_v3", heads=8, kv=8, layers=2, experts=4, mtp=1, tp=(1, 2, 4), ep=(1, 2, 4))
 def deepseek_v3_fp8(directory: Path, seed: str) -> None:
     """As DeepSeek-R1: F8_E4M3, a scale per block of 128 by 128, ragged where nothing is cut. TP 8 would fall inside blocks."""
     from transformers import DeepseekV3Config
 
     config = DeepseekV3Config(
         **DEEPSEEK,
-        hidden_size=192,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        hidden_size=160,
+        num_attention_heads=8,
+        num_key_value_heads=8,
         q_lora_rank=384,
         kv_lora_rank=256,
-        qk_nope_head_dim=96,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        intermediate_size=1536,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=256,
+        intermediate_size=2560,
         moe_intermediate_size=512,
         num_hidden_layers=2,
         first_k_dense_replace=1,
