@@ -131,7 +131,7 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
             dtype = _dtype(dtype)
         kind = _NAMES.get(dtype)
         if kind is None:
-            raise ValueError(f"unknown dtype {_show(dtype)}")
+            raise ValueError(f"unknown dtype {_show(dtype)}; safetensors knows {', '.join(BITS)}")
         if type(shape) is not list:
             raise ValueError(f"shape is {_show(shape)}, not a list of sizes")
         # bool is an int to Python, and 1 == 1.0 == True as a key of `shapes`: the exact type is asked first.
@@ -203,7 +203,7 @@ def build(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping
             if name in placed or name == "__metadata__":
                 raise ValueError("the name is taken")
             if dtype not in BITS:
-                raise ValueError(f"unknown dtype {_show(dtype)}")
+                raise ValueError(f"unknown dtype {_show(dtype)}; safetensors knows {', '.join(BITS)}")
             size = _nbytes(dtype, shape)
         except ValueError as error:
             raise ReshardError(f"tensor {_show(name)} cannot be stored as safetensors: {error}") from None
@@ -304,7 +304,7 @@ def _float(literal: str) -> float:
     if exponent:
         shift = int(exponent) if len(exponent) < 10 else 10**9
         power += -shift if sign == "-" else shift
-    if significand and power > 0 and (power > 308 or math.isinf(significand * float(f"1e{power}"))):
+    if significand and power > 0 and math.isinf(significand * float(f"1e{power}")):
         raise ValueError(f"the number {_clip(literal)} is out of range")
     return float(literal)
 
@@ -443,8 +443,10 @@ def _show(value: Any) -> str:
     """A value of the JSON, for a message: short whatever it is."""
     if type(value) is list:
         return f"a list of {len(value)}"
-    if type(value) in (tuple, Entry):
+    if type(value) is tuple:
         return "an object"
+    if type(value) is Entry:
+        return "a tensor's entry"
     return _clip(repr(value) if type(value) is str else json.dumps(value))
 
 
