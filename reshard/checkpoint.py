@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from . import header, pickled
+from . import header
 from .errors import ReshardError
 from .files import failed
 from .header import Entry
@@ -270,6 +270,8 @@ def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[s
             raise ReshardError(f"{path}: is not a regular file")
         container = "torch" if name.endswith((".bin", ".pt", ".pth")) else "safetensors"
         if container == "torch":
+            from . import pickled
+
             entries = pickled.read(lambda length, offset: os.pread(descriptor, length, offset), status.st_size, name)
         else:
             entries = header.read(descriptor, status.st_size, name)[0].entries

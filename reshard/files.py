@@ -19,8 +19,6 @@ class Pool:
         self._flags, self._most = flags | os.O_CLOEXEC, most
         self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
         self._lock = threading.Lock()
-        self.bytes_read = 0
-        self.bytes_written = 0
 
     def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from `offset` on."""

@@ -106,6 +106,14 @@ def _listed(file: Listed) -> dict[str, Any]:
     return {"file": file.name, "size": file.size, "digest": file.digest}
 
 
+def present(directory: Path) -> bool:
+    """Whether a directory has a manifest of ours; a checkpoint may hold a file of that name that is none."""
+    try:
+        return b'"reshard"' in (directory / NAME).read_bytes()[:4096]
+    except OSError:
+        return False
+
+
 def load(directory: Path) -> Manifest:
     """Read manifest.json; unknown keys are ignored, an unknown major version is refused."""
     path = directory / NAME

@@ -422,9 +422,9 @@ def _paths(nodes: Sequence[Any]) -> list[tuple[str, ...]]:
 
 
 def _compounded(path: tuple[str, ...], compounds: Mapping[str, tuple[str, ...]], known: Mapping[str, int]) -> tuple[str, ...]:
-    """Atoms replaced by their compound where only the compound's size is known: kv × group is heads."""
+    """Atoms among others replaced by their compound where only the compound's size is known: kv × group is heads."""
     for name, atoms in compounds.items():
-        if name in known and set(atoms) <= set(path) and not set(atoms) <= known.keys():
+        if name in known and set(atoms) < set(path) and not set(atoms) <= known.keys():
             path = (name, *(axis for axis in path if axis not in atoms))
     return path
 

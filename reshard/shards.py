@@ -7,7 +7,8 @@ Knows nothing about where a directory is, or what is in its tensors.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -176,3 +177,13 @@ def _tensor_json(name: str, slot: Slot, entry: Entry, row: int, blocks: list[byt
     if len(blocks) > 1:
         text["blocks"] = [block.hex() for block in blocks]
     return text
+
+
+def scalar(constant: Constant) -> bytes:
+    """The bytes of a constant."""
+    return struct.pack({"F32": "<f", "F64": "<d"}[constant.dtype], constant.value)
+
+
+def shard_digest(prologue: bytes, tensors: Iterable[str]) -> str:
+    """The digest of a rank's file: over its header's and its tensors' digests, in stored order."""
+    return of(b"".join(map(bytes.fromhex, [of(prologue), *tensors])))

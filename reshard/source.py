@@ -5,12 +5,12 @@ Knows where every stored tensor is and what the original files were; reads heade
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import header, manifest, pickled, tables
-from .checkpoint import Carried, Origin, Original, Published, merge, open_published, read_json, understood
+from . import header, manifest, tables
+from .checkpoint import Carried, Origin, Original, Published, merge, open_published, parse_json, read_json, understood
 from .checkpoint import index_map as parse_index
 from .digest import of
 from .engine import Key
@@ -81,7 +81,7 @@ def open_source(path: Path, family: Table | None = None) -> Source:
     if not path.is_dir():
         raise ReshardError(f"{path}: is a file; a checkpoint is a directory", f"give the directory: {path.parent}")
     try:
-        if (path / manifest.NAME).is_file():
+        if manifest.present(path):
             return _open_shards(path)
         return from_published(open_published(path), family)
     except OSError as error:
@@ -184,12 +184,16 @@ def _check_small_files(root: Path, known: Manifest) -> None:
 
 
 def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
-    def text(name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise ReshardError(f"{root / manifest.NAME}: {name!r} is no name of a table")
-        return (root / "source" / "tables" / f"{name}.toml").read_text(encoding="utf-8")
+    def texts(kind: str) -> Callable[[str], str]:
+        def text(name: str) -> str:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ReshardError(f"{root / manifest.NAME}: {name!r} is no name of a table")
+            return (root / "source" / kind / f"{name}.toml").read_text(encoding="utf-8")
 
-    return tables.parse(text(known.family), known.family, text), tables.parse(text(known.format), known.format, text)
+        return text
+
+    family, layout = texts("families"), texts("formats")
+    return tables.parse(family(known.family), known.family, family), tables.parse(layout(known.format), known.format, layout)
 
 
 def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:
@@ -206,10 +210,10 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
                 n = header.length(view(8, 0), original.size, original.name)
                 entries = header.parse(view(n, 8), original.size, original.name).entries
             elif original.container == "torch":
+                from . import pickled
+
                 entries = pickled.read(view, original.size, original.name)
             elif original.name.endswith(".index.json"):
-                from .checkpoint import parse_json
-
                 index, index_name = parse_index(parse_json(view(original.size, 0), original.name), original.name), original.name
             found.append(entries)
     finally:

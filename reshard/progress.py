@@ -1,0 +1,148 @@
+"""Progress on stderr: a bar on a terminal, plain lines with a heartbeat in a log, JSON lines for programs, or nothing."""
+
+import json
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Literal, Protocol, TextIO
+
+Kind = Literal["auto", "json", "none"]
+
+
+class Progress(Protocol):
+    """Told how many bytes there are and how many more are done, from any thread."""
+
+    def start(self, what: str, total: int) -> None: ...
+    def advance(self, n: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Silent:
+    """Says nothing."""
+
+    def start(self, what: str, total: int) -> None: ...
+    def advance(self, n: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class _Counting:
+    """Counts bytes and calls `show(done, total, seconds)` every `every` seconds, and at the end."""
+
+    every = 1.0
+    first = 1.0
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.what = ""
+        self.total = self.done = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._began = 0.0
+
+    def start(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self._began = what, total, 0, time.monotonic()
+        self._ended.clear()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def advance(self, n: int) -> None:
+        with self._lock:
+            self.done += n
+
+    def _beat(self) -> None:
+        wait = self.first
+        while not self._ended.wait(wait):
+            self.show(time.monotonic() - self._began, False)
+            wait = self.every
+
+    def finish(self) -> None:
+        if self._thread is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        self._thread = None
+        self.show(time.monotonic() - self._began, True)
+
+    def show(self, seconds: float, end: bool) -> None:
+        raise NotImplementedError
+
+    def left(self, seconds: float) -> float | None:
+        """Seconds left, if they can be told."""
+        return seconds * (self.total - self.done) / self.done if self.done else None
+
+    def __enter__(self) -> "_Counting":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+
+
+class Lines(_Counting):
+    """One line per heartbeat: the first after 10 seconds, so that short jobs are quiet."""
+
+    every, first = 30.0, 10.0
+
+    def show(self, seconds: float, end: bool) -> None:
+        if end and seconds < self.first:
+            return
+        rate = self.done / max(seconds, 1e-9)
+        left = self.left(seconds)
+        tail = "" if end or left is None else f", {duration(left)} left"
+        share = 100 * self.done / self.total if self.total else 100
+        print(
+            f"{self.what}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB ({share:.0f} %), {rate / 1e9:.2f} GB/s{tail}",
+            file=self.stream,
+            flush=True,
+        )
+
+
+class Json(_Counting):
+    """One JSON object per second: what, done, total, rate (bytes per second), left (seconds), end."""
+
+    def show(self, seconds: float, end: bool) -> None:
+        left = self.left(seconds)
+        record = {
+            "what": self.what,
+            "done": self.done,
+            "total": self.total,
+            "rate": round(self.done / max(seconds, 1e-9)),
+            "left": None if left is None else round(max(left, 0), 1),
+            "end": end,
+        }
+        print(json.dumps(record), file=self.stream, flush=True)
+
+
+class Bar(_Counting):
+    """A bar on a terminal: bytes, rate, time left."""
+
+    every = first = 0.1
+
+    def start(self, what: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=self.stream, dynamic_ncols=True, miniters=1)
+        super().start(what, total)
+
+    def show(self, seconds: float, end: bool) -> None:
+        self._bar.update(self.done - self._bar.n)
+        if end:
+            self._bar.close()
+
+
+def reporter(kind: Kind, stream: TextIO | None = None) -> Progress:
+    """The progress that fits the stream: a bar on a terminal, lines elsewhere."""
+    stream = stream or sys.stderr
+    if kind == "none":
+        return Silent()
+    if kind == "json":
+        return Json(stream)
+    return Bar(stream) if stream.isatty() else Lines(stream)
+
+
+def duration(seconds: float) -> str:
+    """`75` → "1:15", `4000` → "1:06:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
