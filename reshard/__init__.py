@@ -1,1 +1,30 @@
-"""reshard: any published checkpoint, to any parallel layout and back, provably exact."""
+"""reshard: any published checkpoint, to any parallel layout and back, provably exact.
+
+import reshard
+reshard.plan(src, tp=8)        reshard.convert(src, out, tp=8)        reshard.verify(out, against=src)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import MismatchError, PlaceError, ReshardError
+
+if TYPE_CHECKING:
+    from .api import convert as convert
+    from .api import plan as plan
+    from .api import verify as verify
+
+__all__ = ["MismatchError", "PlaceError", "ReshardError", "convert", "plan", "verify"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The functions are imported when they are used: `import reshard` costs nothing."""
+    if name in ("plan", "convert", "verify"):
+        import importlib
+
+        # The submodules of the same names would shadow the functions from here on; the functions are what is meant.
+        functions = importlib.import_module(".api", __name__)
+        for function in ("plan", "convert", "verify"):
+            globals()[function] = getattr(functions, function)
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

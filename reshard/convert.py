@@ -5,6 +5,7 @@ Knows the order of things; how each is done is known elsewhere.
 
 import hashlib
 import os
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,20 @@ class Result:
             "left": [{"name": name, "size": size} for name, size in self.left],
             **usage(),
         }
+
+    def lines(self, src: str) -> list[str]:
+        """What a person wants to know, the next command last."""
+        if self.already:
+            done = [f"{self.out} is already what this job would write (same plan, same source files)"]
+        else:
+            rate = self.read / max(self.seconds, 1e-9) / 1e9
+            done = [f"{self.out}: {self.written / 1e9:.2f} GB written in {self.seconds:.1f} s ({rate:.2f} GB/s)"]
+        if self.left:
+            names = ", ".join(name for name, _ in self.left[:6]) + (f" and {len(self.left) - 6} more" if len(self.left) > 6 else "")
+            done.append(f"left behind: {names}")
+        if self.root is not None:
+            done.append(f"root digest: {self.root}")
+        return [*done, f"next: reshard verify {shlex.quote(str(self.out))} --against {shlex.quote(src)}"]
 
 
 def usage() -> dict[str, int]:
@@ -156,7 +171,7 @@ def _engine(table: Table, version: str | None) -> str | None:
     return f"{known['name']} {next(v for v in versions if wanted == v or wanted.startswith(f'{v}.'))}"
 
 
-def convert(job: Job, out: Path, options: Options, progress: Progress | None = None) -> Result:
+def run(job: Job, out: Path, options: Options, progress: Progress | None = None) -> Result:
     """Write the output of a job to `out` and publish it. Raises before writing whatever can be told before."""
     progress = progress or Silent()
     began = time.monotonic()
@@ -183,7 +198,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             _lay_files(job, pool, reader)
             digests: dict[Key, list[bytes]] | None = {} if job.output.shards else None
             progress.start("converting", job.reads)
-            _run(job, options, pool, reader, digests, progress)
+            _move(job, options, pool, reader, digests, progress)
             root = _finish(job, carried, reader, digests)
             pool.close(sync=options.fsync)
             _unchanged(source)
@@ -199,7 +214,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left)
 
 
-def _run(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:
+def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:
     out = job.output
     engine.run(
         job.plan,
@@ -458,3 +473,6 @@ def _same_files(job: Job, out: Path) -> str | None:
 
 def _root(out: Path) -> str | None:
     return manifest.load(out).root if manifest.present(out) else None
+
+
+convert = run

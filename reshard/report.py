@@ -540,10 +540,15 @@ def _on_device(report: Report, width: int) -> Iterator[str]:
 
 
 def _command_lines(command: Sequence[str], width: int) -> Iterator[str]:
-    """The command, continued over several lines where it is too long for one."""
-    words = [shlex.quote(word) for word in command]
-    line = words[0]
-    for word in words[1:]:
+    """The command, continued where it is too long for one line, an option and its value together."""
+    words: list[str] = []
+    for word in command:
+        if words and words[-1].startswith("--") and not word.startswith("--"):
+            words[-1] += " " + shlex.quote(word)
+        else:
+            words.append(shlex.quote(word))
+    line, *rest = words
+    for word in rest:
         if len(line) + 1 + len(word) + 2 > width:
             yield line + " \\"
             line = "    " + word

@@ -72,6 +72,21 @@ class Report:
     def failures(self) -> list[str]:
         return [failure for rung in self.rungs for failure in rung.failures]
 
+    def lines(self) -> list[str]:
+        """What a person wants to know."""
+        lines = []
+        for rung in self.rungs:
+            verdict = "ok" if rung.ok else f"{len(rung.failures)} FAILED"
+            lines.append(f"{rung.name:<10} {verdict:<10} {rung.tensors} tensors, {rung.files} files, {rung.bytes / 1e9:.2f} GB")
+            lines += [f"  {failure}" for failure in rung.failures[:MOST]]
+            if len(rung.failures) > MOST:
+                lines.append(f"  … and {len(rung.failures) - MOST} more")
+        if self.ok and self.rungs[-1].name == "integrity":
+            lines.append("the directory is whole; --against SRC compares every element with the original")
+        elif self.ok:
+            lines.append("every element is the source's, bit by bit")
+        return lines
+
     def to_json(self) -> dict[str, Any]:
         return {"out": str(self.out), "ok": self.ok, "rungs": [rung.to_json() for rung in self.rungs]}
 
@@ -101,7 +116,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
     weights = {weights.name: tensors for weights, tensors in known.ranks}
     lock = threading.Lock()
 
-    def check(file: Listed) -> None:
+    def check_file(file: Listed) -> None:
         found = _digest_small(pool, out / file.name, file.size, progress.advance)
         if found != file.digest:
             with lock:
@@ -119,7 +134,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
 
     try:
         with ThreadPoolExecutor(threads) as executor:
-            for _ in executor.map(check, [file for file in whole if file.name not in weights]):
+            for _ in executor.map(check_file, [file for file in whole if file.name not in weights]):
                 pass
             tasks: list[Task] = []
             for file in whole:
@@ -289,7 +304,7 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
     return Report(out, (weights(open_source(out), source, threads, progress),))
 
 
-def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None) -> Report:
+def check(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None) -> Report:
     """Integrity, and with a source bit-exact weights. A later rung is not climbed when an earlier one fails."""
     rungs = []
     if manifest.present(out):
@@ -299,3 +314,6 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
     if source is not None and all(rung.ok for rung in rungs):
         rungs.append(weights(open_source(out, source.layout.model.family), source, threads, progress))
     return Report(out, tuple(rungs))
+
+
+verify = check

@@ -1,0 +1,5 @@
+"""`python -m reshard`."""
+
+from .cli import main
+
+main()

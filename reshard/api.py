@@ -1,0 +1,205 @@
+"""The functions behind the commands, for use from Python: `reshard.plan`, `reshard.convert`, `reshard.verify`, `reshard.inspect`.
+
+Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises ReshardError.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from . import tables
+from .capacity import explain_refusal, smallest
+from .convert import Job, Options, Result, run
+from .convert import prepare as prepare_job
+from .errors import ReshardError
+from .mesh import Mesh
+from .progress import Progress
+from .report import Report, SourceFacts, build
+from .resplit import parse_size
+from .source import Source, open_source
+from .tables import Table
+from .verify import Report as Verdict
+from .verify import check
+
+__all__ = ["convert", "open_any", "plan", "verify"]
+
+
+def open_any(
+    src: str | Path, revision: str | None = None, family: str | None = None, *, headers_only: bool = True, progress: Progress | None = None
+) -> Source:
+    """Open a path or a Hub id (org/name, hf://org/name). An existing path wins.
+
+    `family` names a shipped table, or is the path of one's own. With `headers_only` nothing but headers is fetched from the Hub.
+    """
+    table = family_table(family)
+    path = Path(src)
+    if path.exists():
+        if revision is not None:
+            raise ReshardError(f"--revision {revision}: {src} is a local path", "revisions belong to Hub ids")
+        return open_source(path, table)
+    from . import hub
+
+    return hub.resolve(str(src), revision, headers_only=headers_only, family=table, progress=progress)
+
+
+def family_table(family: str | None) -> Table | None:
+    """The table that `--family` means: a path to TOML, or the name of a shipped one."""
+    if family is None:
+        return None
+    path = Path(family)
+    if path.suffix == ".toml" or path.exists():
+        return tables.load_file(path)
+    return tables.load("families", family)
+
+
+def plan(
+    src: str | Path,
+    *,
+    tp: int | str = 1,
+    pp: int = 1,
+    ep: int = 1,
+    split: tuple[int, ...] | None = None,
+    pp_layers: tuple[int, ...] | None = None,
+    to: str = "native",
+    revision: str | None = None,
+    family: str | None = None,
+    engine_version: str | None = None,
+    pad: bool = True,
+    repeat: bool = True,
+    workers: int = 0,
+    max_file_size: str | int | None = None,
+    device_memory: str | int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+) -> Report:
+    """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
+    source = open_any(src, revision, family)
+    options = Options(workers=workers, pad=pad, repeat=repeat, engine_version=engine_version)
+    memory = _size(device_memory)
+    mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, memory, context, batch)
+    job = prepare(source, to, mesh, options, _size(max_file_size))
+    return build(
+        source.layout,
+        job.output.layout,
+        config=source.config,
+        source=facts(source, str(src), *_said(revision, family)),
+        workers=options.threads,
+        device_memory=memory,
+        context=context,
+        batch=batch,
+    )
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    *,
+    tp: int | str = 1,
+    pp: int = 1,
+    ep: int = 1,
+    split: tuple[int, ...] | None = None,
+    pp_layers: tuple[int, ...] | None = None,
+    to: str = "native",
+    revision: str | None = None,
+    family: str | None = None,
+    engine_version: str | None = None,
+    pad: bool = True,
+    repeat: bool = True,
+    workers: int = 0,
+    overwrite: bool = False,
+    checksum: bool = False,
+    sha256: bool = False,
+    fsync: bool = False,
+    max_file_size: str | int | None = None,
+    device_memory: str | int | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Result:
+    """Convert a checkpoint or a shard directory to `out`: shards for a mesh, or Hugging Face files (`to="hf"`).
+
+    The same job again is recognised (`Result.already`). Raises ReshardError before anything is written for whatever can be told before.
+    """
+    options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version)
+    source = open_any(src, revision, family, headers_only=False, progress=progress)
+    mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size(device_memory), context, batch)
+    job = prepare(source, to, mesh, options, _size(max_file_size))
+    return run(job, Path(out), options, progress)
+
+
+def verify(
+    out: str | Path,
+    *,
+    against: str | Path | None = None,
+    revision: str | None = None,
+    family: str | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Check a directory: integrity by its manifest, and bit-exact weights `against` the original. `Report.ok` is the verdict."""
+    path = Path(out)
+    if not path.is_dir():
+        raise ReshardError(f"{out}: no such directory", "give the directory that convert wrote")
+    source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
+    return check(path, source, Options(workers=workers).threads, progress)
+
+
+def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None) -> Job:
+    """A planned job; a mesh that does not fit is refused with the sizes that would."""
+    try:
+        return prepare_job(source, to, mesh, options, max_file_size)
+    except ReshardError as error:
+        if to == "hf":
+            raise
+        table = tables.load("formats", to).for_family(source.layout.model.family.name)
+        raise explain_refusal(error, table, source.layout.model, mesh) from None
+
+
+def choose_mesh(
+    source: Source,
+    to: str,
+    tp: int | str,
+    pp: int,
+    ep: int,
+    split: tuple[int, ...] | None,
+    pp_layers: tuple[int, ...] | None,
+    device_memory: int | None,
+    context: int | None,
+    batch: int,
+) -> Mesh:
+    """The mesh asked for; `tp="auto"` is the smallest that fits the device."""
+    if tp != "auto":
+        return Mesh(int(tp), pp, ep, split, pp_layers)
+    if device_memory is None:
+        raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
+    model = source.layout.model
+    table = tables.load("formats", to).for_family(model.family.name)
+    mesh = smallest(model, source.config, table, device_memory, context, batch, ep=ep, pp=pp if pp > 1 else None)
+    if mesh is None:
+        raise ReshardError(f"no mesh of this model fits {device_memory / 2**30:.1f} GiB per device", "use devices with more memory")
+    return mesh
+
+
+def facts(source: Source, name: str, *options: str) -> SourceFacts:
+    """What a report says of a source; `options` are what the next command must repeat."""
+    files = {path: None for path, _ in source.places.values()}
+    known = source.manifest
+    sizes = [o.size for o in source.originals if o.container != "plain"] if known is None else [w.size for w, _ in known.ranks]
+    return SourceFacts(
+        name=name,
+        files=len(files),
+        nbytes=sum(sizes),
+        tensors=len(source.places),
+        dtypes=Counter(entry.dtype for _, entry in source.places.values()),
+        commit=source.origin.commit,
+        carried=sum(file.size for file in source.carried),
+        options=options,
+    )
+
+
+def _said(revision: str | None, family: str | None) -> list[str]:
+    given = (("--revision", revision), ("--family", family))
+    return [word for option, value in given if value is not None for word in (option, value)]
+
+
+def _size(text: str | int | None) -> int | None:
+    return parse_size(text) if isinstance(text, str) else text

@@ -1,0 +1,254 @@
+"""The command line. The only module that prints or exits: stdout carries data, stderr carries talk and progress.
+
+Imports nothing heavy before a command needs it, so that `reshard --help` is instant.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import ReshardError
+
+if TYPE_CHECKING:
+    from .progress import Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
+    def parse(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+        if text is None:
+            return None
+        try:
+            return tuple(int(part) for part in text.split(separator))
+        except ValueError:
+            example = separator.join(("3", "3", "2"))
+            raise ReshardError(
+                f"{option.opts[0]} {text}: numbers are needed, with {separator!r} between them", f"for example {example}"
+            ) from None
+
+    return parse
+
+
+def _ranks(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ReshardError(f'--tp {text}: a number of ranks is needed, or "auto"') from None
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_mesh = _options(
+    click.option("--tp", callback=_ranks, metavar="N|auto", help="Tensor parallel ranks; auto: the fewest that fit --device-memory."),
+    click.option("--pp", type=int, default=1, metavar="N", help="Pipeline stages."),
+    click.option("--ep", type=int, default=1, metavar="N", help="Expert parallel groups; divides --tp."),
+    click.option("--split", callback=_numbers(":"), metavar="3:3:2", help="Unequal tensor parallel ranks, by whole KV groups."),
+    click.option(
+        "--pp-layers", callback=_numbers(","), metavar="10,11,11", help="Layers of each stage (default: earlier ones get the extra)."
+    ),
+    click.option("--to", default=None, metavar="FORMAT", help="native (default), vllm, or hf: Hugging Face files."),
+    click.option("--engine-version", metavar="V", help="Version of the engine that will load the format."),
+    click.option(
+        "--max-file-size", metavar="5GB", help="With --to hf: split anew, as transformers would, instead of restoring the originals."
+    ),
+    click.option("--no-pad", is_flag=True, help="Refuse to pad the vocabulary."),
+    click.option("--no-repeat", is_flag=True, help="Refuse to repeat KV heads."),
+)
+_device = _options(
+    click.option("--device-memory", metavar="24GiB", help="Memory of one device: does it fit?"),
+    click.option("--context", type=int, metavar="TOKENS", help="Tokens per sequence in the KV cache."),
+    click.option("--batch", type=int, default=1, metavar="N", help="Sequences in the KV cache."),
+)
+_source = _options(
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
+    click.option("--family", metavar="NAME|FILE", help="Family table to use: a name, or your own TOML file."),
+)
+_talk = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option(
+        "--progress", "progress_kind", type=click.Choice(["auto", "json", "none"]), default="auto", help="How to show progress, on stderr."
+    ),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but results of --json, and errors."),
+)
+_workers = click.option(
+    "--workers", type=click.IntRange(1, 256), default=None, metavar="N", help="Threads (default: one per CPU, at most 8)."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="reshard")
+def cli() -> None:
+    """Convert checkpoints between parallel layouts: exactly, at the speed of cp, in little memory.
+
+    \b
+    SRC is a checkpoint directory, a Hub id (org/name), or a directory that convert wrote.
+      reshard plan    SRC --tp 8           what would be written, what each rank gets
+      reshard convert SRC OUT --tp 8       write one directory per rank
+      reshard verify  OUT --against SRC    prove it, bit by bit
+      reshard convert OUT BACK --to hf     the original files again, byte for byte
+    """
+
+
+@cli.command()
+@click.argument("src", metavar="SRC")
+@_source
+@_talk
+def inspect(src: str, revision: str | None, family: str | None, as_json: bool, progress_kind: str, quiet: bool) -> None:
+    """What is this: family, sizes, dtypes, files, layout, provenance."""
+    from . import describe
+
+    found = describe.describe(src, revision, family)
+    _show(found.to_json() if as_json else found.text(), quiet and not as_json)
+
+
+@cli.command()
+@click.argument("src", metavar="SRC")
+@_mesh
+@_device
+@_source
+@_workers
+@_talk
+def plan(src: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
+    """Dry run: bytes per rank, what each layer becomes, disk and memory needed, sizes that work."""
+    from . import api
+
+    report = api.plan(src, **_arguments(given))
+    _show(report.to_json() if as_json else report.text(), quiet and not as_json)
+
+
+@cli.command()
+@click.argument("src", metavar="SRC")
+@click.argument("out", metavar="OUT")
+@_mesh
+@_device
+@_source
+@_workers
+@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new is complete.")
+@click.option("--checksum", is_flag=True, help="Is it the same job again? Compare contents, not sizes and times.")
+@click.option("--sha256", is_flag=True, help="Record the SHA-256 of every source file (one more read).")
+@click.option("--fsync", is_flag=True, help="Force everything to the device before publishing.")
+@_talk
+def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
+    """Write shards for a mesh, or Hugging Face files (--to hf).
+
+    The same job again says so and exits 0; a destination with anything else in it is refused, unless --overwrite.
+    """
+    from . import api
+
+    if given["tp"] is None and given["pp"] == 1 and given["split"] is None and given["to"] is None:
+        raise ReshardError("how many ranks? neither --tp nor --to was given", "--tp 8 for shards; --to hf for Hugging Face files")
+    with _Talk(progress_kind, quiet) as progress:
+        result = api.convert(src, out, **_arguments(given), progress=progress)
+    if as_json:
+        _show(result.to_json())
+        return
+    _say(quiet, *result.lines(src))
+
+
+@cli.command()
+@click.argument("out", metavar="OUT")
+@click.option("--against", metavar="SRC", help="Compare every element with the original, bit by bit.")
+@_source
+@_workers
+@_talk
+def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
+    """Check OUT: sizes and digests against its manifest; with --against bit-exact weights. Exit 1 on a mismatch."""
+    from . import api
+
+    with _Talk(progress_kind, quiet) as progress:
+        report = api.verify(out, **_arguments(given), progress=progress)
+    if as_json:
+        _show(report.to_json())
+    else:
+        _say(quiet and report.ok, *report.lines())
+    if not report.ok:
+        sys.exit(1)
+
+
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as the functions of the API take them; what was not given is left to their defaults."""
+    arguments = {name: value for name, value in given.items() if value is not None and not name.startswith("no_")}
+    for option in ("pad", "repeat"):
+        if given.get(f"no_{option}"):
+            arguments[option] = False
+    if "split" in arguments and "tp" not in arguments:
+        arguments["tp"] = len(arguments["split"])
+    if "pp_layers" in arguments and arguments.get("pp") == 1:
+        arguments["pp"] = len(arguments["pp_layers"])
+    return arguments
+
+
+class _Talk:
+    """Progress that ends in good order, whatever happens."""
+
+    def __init__(self, kind: str, quiet: bool) -> None:
+        from .progress import reporter
+
+        self.progress: Progress = reporter("none" if quiet and kind == "auto" else kind)  # type: ignore[arg-type]
+
+    def __enter__(self) -> "Progress":
+        return self.progress
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.finish()
+
+
+def _show(data: dict[str, Any] | str, silent: bool = False) -> None:
+    if not silent:
+        click.echo(json.dumps(data, indent=1, ensure_ascii=False) if isinstance(data, dict) else data)
+
+
+def _say(quiet: bool, *lines: str) -> None:
+    if not quiet:
+        for line in lines:
+            click.echo(line)
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; the one place where errors are printed and exit codes are chosen."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        sys.exit(cli.main(arguments, prog_name="reshard", standalone_mode=False) or 0)
+    except ReshardError as error:
+        _fail(error.message, error.hint, error.exit_code)
+    except click.exceptions.Abort:
+        _fail("interrupted; nothing was left behind", None, 130)
+    except click.ClickException as error:
+        usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "reshard"
+        _fail(error.format_message(), f"{usage} --help shows what there is", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", None, 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", None, 3)
+
+
+def _fail(message: str, hint: str | None, code: int) -> None:
+    click.echo(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`reshard inspect`: what a directory or Hub id is, as data and as text. Prints nothing."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import api
+from .checkpoint import Published, open_published
+from .errors import ReshardError
+from .model import Config
+from .notation import fold
+from .report import decimal
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was found, ready for JSON; `refused` says why a family table does not fit, if none does."""
+
+    facts: dict[str, Any]
+    refused: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.facts | {"refused": self.refused}
+
+    def text(self) -> str:
+        lines = []
+        for key, value in self.facts.items():
+            if value in (None, [], {}, ""):
+                continue
+            name = key.replace("_", " ")
+            if key in ("bytes",):
+                value = decimal(value)
+            if isinstance(value, list):
+                lines += [f"{name + ':':<14}{item}" if not n else f"{'':14}{item}" for n, item in enumerate(value)]
+            elif isinstance(value, dict):
+                lines += _wrap(name, [f"{k} {v}" for k, v in value.items()])
+            else:
+                lines.append(f"{name + ':':<14}{value}")
+        if self.refused:
+            lines += ["", f"cannot be converted: {self.refused}"]
+        return "\n".join(lines)
+
+
+def _wrap(name: str, items: list[str], width: int = 80) -> list[str]:
+    lines = [f"{name + ':':<14}"]
+    for n, item in enumerate(items):
+        word = item + ("," if n < len(items) - 1 else "")
+        if len(lines[-1]) + 1 + len(word) > width and lines[-1].strip():
+            lines.append(" " * 14)
+        lines[-1] += ("" if lines[-1].endswith(" ") else " ") + word
+    return lines
+
+
+def describe(src: str, revision: str | None = None, family: str | None = None) -> Description:
+    """Describe a source. A checkpoint that no table fits is described by its headers, with the reason."""
+    try:
+        return Description(_understood(api.open_any(src, revision, family), src))
+    except ReshardError as error:
+        path = Path(src)
+        if not path.is_dir() or not (path / "config.json").exists():
+            raise
+        try:
+            return Description(_headers(open_published(path)), str(error))
+        except ReshardError:
+            raise error from None
+
+
+def _understood(source: Source, name: str) -> dict[str, Any]:
+    model, layout, facts = source.layout.model, source.layout, api.facts(source, name)
+    known = source.manifest
+    atoms = {axis for axis in model.sizes if axis not in model.family.axes or axis == "heads"}
+    return {
+        "source": name,
+        "layout": f"{layout.table.name}, {layout.mesh}" if known else "published (Hugging Face)",
+        "family": model.family.name,
+        "model": source.origin.id,
+        "commit": source.origin.commit,
+        "license": source.origin.license,
+        "bytes": facts.nbytes,
+        "files": facts.files,
+        "tensors": facts.tensors,
+        "parameters": sum(t.elements for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")),
+        "dtypes": dict(facts.dtypes),
+        "sizes": {axis: model.sizes[axis] for axis in sorted(atoms)},
+        "tied": [f"{name} is {other}" for name, other in model.alias.items()],
+        "quantization": _quantization(source.config),
+        "kept_aside": len(model.aside),
+        "carried": [file.name for file in source.carried],
+        "left": [name for name, _ in source.left],
+        "root": known.root if known else None,
+    }
+
+
+def _headers(published: Published) -> dict[str, Any]:
+    kinds = Counter(fold(name)[0] for name in published.tensors)
+    return {
+        "source": published.where,
+        "family": f"unknown (model_type {published.config.model_type})",
+        "bytes": published.bytes,
+        "files": sum(original.container != "plain" for original in published.originals),
+        "tensors": [f"{count} × {kind}" for kind, count in kinds.items()],
+        "dtypes": dict(Counter(entry.dtype for _, entry in published.tensors.values())),
+        "quantization": _quantization(published.config),
+    }
+
+
+def _quantization(config: Config) -> str | None:
+    found = config.get("quantization_config")
+    return str(found.get("quant_method", found)) if isinstance(found, dict) else found
