@@ -20,7 +20,7 @@ from .layout import Layout, Piece, Slot
 from .mesh import Mesh
 from .model import Config, Model
 from .notation import Product, block_of
-from .plan import Join, collapse, plan
+from .plan import Join, plan
 from .tables import Row
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …
@@ -319,10 +319,14 @@ def _family_kinds(model: Model, layer: int) -> tuple[str, ...]:
 
 
 def _is_gathered(join: Join) -> bool:
-    """Whether neighbours in the destination are no neighbours in the source: such copies are made tile by tile."""
+    """Whether a copy transposes or interleaves: it keeps not the order of the axes, or has no axis of neighbours on one of the sides."""
     spans = zip(join.box, join.src.strides, join.dst.strides, strict=True)
-    dims = collapse((high - low, a, b) for (low, high), a, b in spans if a is not None and b is not None and high - low > 1)
-    return bool(dims) and dims[-1][1] != dims[-1][2]
+    steps = [(high - low > 1, a, b) for (low, high), a, b in spans if a is not None and b is not None]
+    moved = [(a, b) for several, a, b in steps if several]
+    if not moved:
+        return False
+    apart = min(a for _, a, _ in steps) > 1 or min(b for _, _, b in steps) > 1
+    return apart or sorted(moved) != sorted(moved, key=lambda step: (step[1], step[0]))
 
 
 def _stored_as(dst: Layout, slots: Sequence[Slot], pieces: Mapping[Slot, list[Piece]], dtype: str, gathered: bool) -> StoredAs:
@@ -452,22 +456,25 @@ def _on_disk(report: Report, width: int) -> Iterator[str]:
 
 def _rows(report: Report, width: int) -> Iterator[str]:
     yield from _wrapped(LEGEND if report.mesh.world > 1 else "Stored as:", width, "")
-    for kind in report.kinds:
+    for at, kind in enumerate(report.kinds):
         yield ""
         start = _common_start(kind) if kind.layers else ""
+        like = next((other for other in report.kinds[:at] if other.layers and _within(other, kind)), None)
         if kind.layers:
             kinds = f" ({', '.join(kind.kinds)})" if kind.kinds else ""
             title = f"layers {kind.layers}" if kind.count > 1 else f"layer {kind.layers}"
             each = " each" if kind.count > 1 else ""
-            yield from _wrapped(f"{title}{kinds}, {decimal(kind.nbytes)}{each}: {start}…", width)
+            beside = f"as layers {like.layers}, and " if like else ""
+            yield from _wrapped(f"{title}{kinds}, {decimal(kind.nbytes)}{each}: {beside}{start}…", width)
         else:
             yield "  outside the layers" + (f", {decimal(kind.nbytes)}" if report.mesh.pp == 1 else "")
-        names = [row.name.removeprefix(start) for row in kind.rows]
-        shapes = [_shape(row) for row in kind.rows]
+        rows = [row for row in kind.rows if like is None or row not in like.rows]
+        names = [row.name.removeprefix(start) for row in rows]
+        shapes = [_shape(row) for row in rows]
         one, two = min(max(map(len, names)), 26), min(max(map(len, shapes)), 22)
-        types = max(len(row.dtype) for row in kind.rows)
+        types = max(len(row.dtype) for row in rows)
         left = 4 + one + 2 + two + 2 + types + 2
-        for row, name, shape in zip(kind.rows, names, shapes, strict=True):
+        for row, name, shape in zip(rows, names, shapes, strict=True):
             words = textwrap.wrap(_words(row, name, report.mesh.world == 1), width - left) or [""]
             if len(name) > one:
                 yield from _long("    " + name, width)
@@ -581,6 +588,11 @@ def _long(text: str, width: int) -> Iterator[str]:
 def _shape(row: StoredAs) -> str:
     sizes = zip(row.least, row.shape, strict=True)
     return " × ".join(str(low) if low == high else f"{low}-{high}" for low, high in sizes) or "scalar"
+
+
+def _within(part: LayerKind, whole: LayerKind) -> bool:
+    """Whether a kind has all that another has, and more."""
+    return len(part.rows) < len(whole.rows) and all(row in whole.rows for row in part.rows)
 
 
 def _common_start(kind: LayerKind) -> str:
