@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -101,9 +101,9 @@ def open_published(root: Path, where: str | None = None) -> Published:
     """
     where = where or str(root)
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
-    name, is_index = _choose(root)
+    name, is_index = choose([path.name for path in root.iterdir() if path.exists()], str(root))
     index_map = _index(root / name) if is_index else None
-    names = sorted(set(index_map.values()), key=_natural) if index_map is not None else [name]
+    names = sorted(set(index_map.values()), key=natural) if index_map is not None else [name]
     originals, found = [], []
     for file in names:
         original, entries = _headers(root, file, name if is_index else None)
@@ -222,6 +222,29 @@ def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
     return weights
 
 
+def choose(names: Collection[str], where: str) -> tuple[str, bool]:
+    """Which of the files in the top directory says where the weights are, and whether it is an index; ReshardError if none does."""
+    for name, is_index in WEIGHTS:
+        if name in names:
+            return name, is_index
+    others = sorted(name for name in names if _WEIGHTS.search(name))
+    seen = f"; there are {', '.join(others[:5])}" if others else ""
+    raise ReshardError(
+        f"{where}: no weights: none of {', '.join(name for name, _ in WEIGHTS)} is there{seen}",
+        "several files need their index; a single one is named model.safetensors",
+    )
+
+
+def carries(name: str, size: int) -> bool:
+    """Whether a file of the top directory goes along with shards: small, and no weights in any form."""
+    return size <= CARRIED_MAX and not _WEIGHTS.search(name)
+
+
+def natural(name: str) -> list[object]:
+    """A key that sorts file names by the numbers in them."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def origin_of(root: Path) -> Origin:
     """What the path and the model card tell: the Hub's cache keeps id and commit in its directory names."""
     parts = root.absolute().parts
@@ -237,18 +260,6 @@ def origin_of(root: Path) -> Origin:
 
 
 # --- local files -------------------------------------------------------------------------------------------------------------
-
-
-def _choose(root: Path) -> tuple[str, bool]:
-    for name, is_index in WEIGHTS:
-        if (root / name).exists():
-            return name, is_index
-    others = sorted(path.name for path in root.iterdir() if _WEIGHTS.search(path.name))
-    seen = f"; there are {', '.join(others[:5])}" if others else ""
-    raise ReshardError(
-        f"{root}: no weights: none of {', '.join(name for name, _ in WEIGHTS)} is there{seen}",
-        "several files need their index; a single one is named model.safetensors",
-    )
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -305,7 +316,7 @@ def _beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tupl
         except OSError:
             left.append((path.name, 0))
             continue
-        if stat.S_ISREG(status.st_mode) and status.st_size <= CARRIED_MAX and not _WEIGHTS.search(path.name):
+        if stat.S_ISREG(status.st_mode) and carries(path.name, status.st_size):
             carried.append(Carried(path.name, path, status.st_size, status.st_mtime_ns))
         else:
             left.append((path.name + "/" * stat.S_ISDIR(status.st_mode), status.st_size if stat.S_ISREG(status.st_mode) else 0))
@@ -320,7 +331,3 @@ def _union(spans: list[Range]) -> list[Range]:
         else:
             merged.append((low, high))
     return merged
-
-
-def _natural(name: str) -> list[object]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -52,14 +52,13 @@ class Source:
         return sum(entry.nbytes for _, entry in self.places.values())
 
     def residue(self, original: Original) -> Iterator[Extent]:
-        """The bytes of an original file that no row claims, wherever they are now."""
-        assert self.root is not None
-        at = 0
+        """The bytes of an original file that no row claims, wherever they are now (on the Hub, where there is no root)."""
+        at, root = 0, self.root or Path()
         for low, high in original.residue():
             if self.manifest is None:
-                yield low, high - low, self.root / original.name, low
+                yield low, high - low, root / original.name, low
             else:
-                yield low, high - low, manifest.residue_path(self.root, original.name), at
+                yield low, high - low, manifest.residue_path(root, original.name), at
             at += high - low
 
     def published(self) -> Layout:
