@@ -87,16 +87,15 @@ class Config:
         self._levels: tuple[Mapping[str, Any], ...] = (text if isinstance(text, dict) else {}, data, defaults or {})
 
     def get(self, key: str) -> Any:
-        """The value of `a.b`, None where it is missing or null."""
-        for level in self._levels:
-            value: Any = level
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, Mapping) else None
-            if value is None and key in level:
-                value = level[key]
+        """The value of `a.b`, None where it is missing or null; a default only stands in for what is missing."""
+        *levels, defaults = self._levels
+        said = False
+        for level in levels:
+            value, there = _follow(level, key)
             if value is not None:
                 return value
-        return None
+            said = said or there
+        return None if said else _follow(defaults, key)[0]
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
         return Config(self.data, defaults)
@@ -114,6 +113,16 @@ class Config:
     def architectures(self) -> tuple[str, ...]:
         names = self.data.get("architectures")
         return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _follow(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:
+    """The value of a dotted key, and whether the key is there at all."""
+    value: Any = level
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None, False
+        value = value[part]
+    return value, True
 
 
 class Problems:

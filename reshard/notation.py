@@ -232,10 +232,11 @@ class Template:
     text: str
     axes: tuple[str, ...]  # one per hole, left to right
     local: frozenset[str]  # axes counted from 0 inside the rank
+    form: str  # the text as str.format takes it
 
     def name(self, point: Mapping[str, int]) -> str:
         """The stored name at a point of the enumerated axes."""
-        return _HOLE.sub(lambda hole: str(point[hole[1]]), self.text) if self.axes else self.text
+        return self.form.format_map(point) if self.axes else self.text
 
     @property
     def folded(self) -> str:
@@ -250,7 +251,7 @@ def parse_template(text: str) -> Template:
     axes = tuple(hole[1] for hole in holes)
     if len(set(axes)) < len(axes):
         raise ReshardError(f'stored name "{text}": a placeholder occurs twice')
-    return Template(text, axes, frozenset(hole[1] for hole in holes if hole[2]))
+    return Template(text, axes, frozenset(hole[1] for hole in holes if hole[2]), _HOLE.sub(r"{\1}", text))
 
 
 def fold(name: str) -> tuple[str, tuple[int, ...]]:

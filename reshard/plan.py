@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from .errors import ReshardError
@@ -36,7 +37,7 @@ class Copy:
         return math.prod(n for n, _, _ in self.dims)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Join:
     """The intersection of two pieces: a box of one logical tensor. Enumerated axes are iterated, the others are copied."""
 
@@ -66,41 +67,40 @@ class Join:
 
     def copies(self, at: Point) -> Iterator[Copy]:
         """The copies whose point agrees with `at` (which may fix some of the enumerated axes)."""
-        axes = self.src.tensor.axes
-        dims = []
+        src_start, dst_start, dims, loops = self._template
+        if dims is None:
+            return
+        src, dst = self.src.slot, self.dst.slot
+        names = [axis for axis, _, _, _ in loops]
+        ranges = [indices if axis not in at else (at[axis],) if at[axis] in indices else () for axis, indices, _, _ in loops]
+        for numbers in product(*ranges):
+            point = dict(zip(names, numbers, strict=True))
+            src_offset, dst_offset = src_start, dst_start
+            for n, (_, _, src_step, dst_step) in zip(numbers, loops, strict=True):
+                src_offset += n * src_step
+                dst_offset += n * dst_step
+            yield Copy(src, src.name(point), src_offset, dst, dst.name(point), dst_offset, dims)
+
+    @cached_property
+    def _template(self) -> tuple[int, int, tuple[Dim, ...] | None, list[tuple[str, Sequence[int], int, int]]]:
+        """What all copies share: offsets at index 0, dimensions (None if empty), and per enumerated axis its indices and steps."""
         src_start, dst_start = self.src.offset, self.dst.offset
-        loops: list[tuple[str, Sequence[int], int, int]] = []  # axis, indices, source and destination step (0 where enumerated)
-        for n, (axis, (low, high)) in enumerate(zip(axes, self.box, strict=True)):
+        dims: list[Dim] = []
+        loops: list[tuple[str, Sequence[int], int, int]] = []
+        for n, (axis, (low, high)) in enumerate(zip(self.src.tensor.axes, self.box, strict=True)):
             src, dst = self.src.strides[n], self.dst.strides[n]
-            if src is not None and dst is not None:
-                src_start += (low - self.src.box[n][0]) * src
-                dst_start += (low - self.dst.box[n][0]) * dst
-                if high - low > 1:
-                    dims.append((high - low, src, dst))
-                elif high == low:
-                    return
-                continue
-            indices: Sequence[int] = self._layers(low, high) if axis == "layer" else range(low, high)
-            if axis in at:
-                if at[axis] not in indices:
-                    return
-                indices = (at[axis],)
             src_start -= self.src.box[n][0] * (src or 0)
             dst_start -= self.dst.box[n][0] * (dst or 0)
-            loops.append((axis, indices, src or 0, dst or 0))
-        merged = collapse(dims)
-        names = [loop[0] for loop in loops]
-        for numbers in product(*(loop[1] for loop in loops)):
-            point = dict(zip(names, numbers, strict=True))
-            yield Copy(
-                self.src.slot,
-                self.src.slot.name(point),
-                src_start + sum(i * loop[2] for i, loop in zip(numbers, loops, strict=True)),
-                self.dst.slot,
-                self.dst.slot.name(point),
-                dst_start + sum(i * loop[3] for i, loop in zip(numbers, loops, strict=True)),
-                merged,
-            )
+            if src is None or dst is None:
+                loops.append((axis, self._layers(low, high) if axis == "layer" else range(low, high), src or 0, dst or 0))
+                continue
+            if high == low:
+                return 0, 0, None, []
+            src_start += low * src
+            dst_start += low * dst
+            if high - low > 1:
+                dims.append((high - low, src, dst))
+        return src_start, dst_start, collapse(dims), loops
 
 
 def collapse(dims: Iterable[Dim]) -> tuple[Dim, ...]:

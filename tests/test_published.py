@@ -1,0 +1,131 @@
+"""The tensor names of checkpoints as they were published plan without error; quantized ones are refused by name.
+
+`published.json` holds names only (facts read from indexes and headers; `source` says where). Shapes are made up to fit.
+"""
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from reshard import tables
+from reshard.errors import ReshardError
+from reshard.layout import lay_out
+from reshard.mesh import Mesh
+from reshard.model import Config, axis_size, understand
+from reshard.notation import evaluate, fold
+from reshard.plan import plan
+
+ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
+
+# One config per family, small; layers and experts are taken from the names.
+LLAMA = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100, "head_dim": 10,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma2": LLAMA,
+    "olmo2": LLAMA,
+    "phi3": LLAMA,
+    "mixtral": LLAMA | {"num_local_experts": 8},
+    "qwen3_moe": LLAMA | {"num_experts": 128, "moe_intermediate_size": 32},
+    "gpt_oss": LLAMA | {"num_local_experts": 4},
+    "gpt2": {"n_head": 4, "n_embd": 40, "vocab_size": 100, "n_positions": 30},
+    "gpt_neox": {"num_attention_heads": 8, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100},
+    "falcon": {"n_head": 8, "hidden_size": 80, "vocab_size": 100, "new_decoder_architecture": True, "parallel_attn": True},
+    "deepseek_v3": {
+        "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 100,
+        "q_lora_rank": 384,
+        "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 256,
+        "num_nextn_predict_layers": 1,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    },
+}  # fmt: skip
+SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256}
+QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
+
+
+@dataclass(frozen=True)
+class Made:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def expand(pattern: str) -> list[str]:
+    """`layers.{0..2,5}.x` → its four names."""
+    parts = re.split(r"\{([^}]*)\}", pattern)
+    choices = []
+    for at, part in enumerate(parts):
+        if at % 2 == 0:
+            choices.append([part])
+            continue
+        spans = [item.split("..") for item in part.split(",")]
+        choices.append([str(n) for span in spans for n in range(int(span[0]), int(span[-1]) + 1)])
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def made(entry: dict) -> tuple[dict, dict[str, Made]]:
+    """A config and shapes for an entry's names."""
+    family = entry["family"]
+    names = [name for pattern in entry["names"] for name in expand(pattern)]
+    config = dict(CONFIGS[family])
+    layers = 1 + max(int(n) for name in names for n in re.findall(r"(?:layers|h)\.(\d+)\.", name))
+    config["n_layer" if family in ("gpt2", "falcon") else "num_hidden_layers"] = layers - config.get("num_nextn_predict_layers", 0)
+    config["tie_word_embeddings"] = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in names)
+    if family == "gpt2":  # only the first layer was read: the rest of a one-layer model beside it
+        prefix = "transformer." if names[0].startswith("transformer.") else ""
+        names += [prefix + name for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")]
+    table = tables.load("families", family)
+    view = Config(config, table.defaults)
+    sizes = dict(SIZES)
+    for axis, expression in table.sizes.items():
+        value = evaluate(expression, view.get)
+        if value is not None:
+            sizes[axis] = value
+    sizes.setdefault("hidden", 80)
+    if family in ("gpt2", "gpt_neox"):
+        sizes |= {"kv": sizes["heads"], "group": 1, "head_dim": sizes["hidden"] // sizes["heads"], "inter": sizes.get("inter", 64)}
+    prefix = next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
+    rows = {(prefix + row.name.folded[1:] if row.name.folded[0] == "~" else row.name.folded): row for row in table.rows}
+    stored = {}
+    for name in names:
+        row = rows.get(name) or rows.get(fold(name)[0])
+        shape = row.pattern.measure(lambda leaf, axis: axis_size(axis, sizes))[0] if row else (3, 5)
+        dtype = "F32" if name.endswith("_scale_inv") else "BF16"
+        stored[name] = Made(dtype, shape)
+    return config, stored
+
+
+IDS = [f"{entry['family']}-{(entry['model'] or 'unnamed').replace('/', '-')}-{n}" for n, entry in enumerate(ENTRIES)]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=IDS)
+def test_published_names_plan_without_error(entry: dict) -> None:
+    """Every published checkpoint of our families plans at TP 2, and merges; quantized ones are refused by the method's name."""
+    config, stored = made(entry)
+    table = tables.load("families", entry["family"])
+    method = next((method for suffix, method in QUANTIZED.items() if any(name.endswith(suffix) for name in stored)), None)
+    if method is not None:
+        config["quantization_config"] = {"quant_method": method}
+        with pytest.raises(ReshardError, match=method):
+            understand(table, Config(config), stored)
+        del config["quantization_config"]
+        with pytest.raises(ReshardError, match="no row claims"):
+            understand(table, Config(config), stored)
+        return
+    model = understand(table, Config(config), stored)
+    assert len(stored) == len(model.aside) + sum(slot.count() for slot in lay_out(table, model, Mesh(), model.active).slots)
+    published, shards = lay_out(table, model, Mesh(), model.active), lay_out(tables.load("formats", "native"), model, Mesh(tp=2))
+    assert plan(published, shards).components
+    assert plan(shards, published).components
+
+
+def test_every_family_with_published_names_is_covered() -> None:
+    """Of the shipped families only olmo2 has no published names at hand."""
+    assert set(tables.shipped("families")) - {entry["family"] for entry in ENTRIES} == {"olmo2"}
