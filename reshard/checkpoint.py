@@ -240,6 +240,11 @@ def carries(name: str, size: int) -> bool:
     return size <= CARRIED_MAX and not _WEIGHTS.search(name)
 
 
+def container(name: str) -> str:
+    """What kind of file weights lie in, by its name: "torch" or "safetensors"."""
+    return "torch" if name.endswith((".bin", ".pt", ".pth")) else "safetensors"
+
+
 def natural(name: str) -> list[object]:
     """A key that sorts file names by the numbers in them."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -279,8 +284,8 @@ def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[s
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
-        container = "torch" if name.endswith((".bin", ".pt", ".pth")) else "safetensors"
-        if container == "torch":
+        kind = container(name)
+        if kind == "torch":
             from . import pickled
 
             entries = pickled.read(lambda length, offset: os.pread(descriptor, length, offset), status.st_size, name)
@@ -288,7 +293,7 @@ def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[s
             entries = header.read(descriptor, status.st_size, name)[0].entries
     finally:
         os.close(descriptor)
-    return Original(name, status.st_size, container, status.st_mtime_ns, _known_sha256(path)), entries
+    return Original(name, status.st_size, kind, status.st_mtime_ns, _known_sha256(path)), entries
 
 
 def _known_sha256(path: Path) -> str | None:
