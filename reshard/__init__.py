@@ -20,11 +20,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """The functions are imported when they are used: `import reshard` costs nothing."""
     if name in ("plan", "convert", "verify"):
-        import importlib
+        from . import api
 
-        # The submodules of the same names would shadow the functions from here on; the functions are what is meant.
-        functions = importlib.import_module(".api", __name__)
-        for function in ("plan", "convert", "verify"):
-            globals()[function] = getattr(functions, function)
-        return globals()[name]
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from . import tables
 from .capacity import explain_refusal, smallest
-from .convert import Job, Options, Result, run
-from .convert import prepare as prepare_job
+from .conversion import Job, Options, Result
+from .conversion import convert as convert_job
+from .conversion import prepare as prepare_job
 from .errors import ReshardError
 from .mesh import Mesh
 from .progress import Progress
@@ -17,8 +18,8 @@ from .report import Report, SourceFacts, build
 from .resplit import parse_size
 from .source import Source, open_source
 from .tables import Table
-from .verify import Report as Verdict
-from .verify import check
+from .verification import Report as Verdict
+from .verification import verify as verify_directory
 
 __all__ = ["convert", "open_any", "plan", "verify"]
 
@@ -123,7 +124,7 @@ def convert(
     source = open_any(src, revision, family, headers_only=False, progress=progress)
     mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size(device_memory), context, batch)
     job = prepare(source, to, mesh, options, _size(max_file_size))
-    return run(job, Path(out), options, progress)
+    return convert_job(job, Path(out), options, progress)
 
 
 def verify(
@@ -140,7 +141,7 @@ def verify(
     if not path.is_dir():
         raise ReshardError(f"{out}: no such directory", "give the directory that convert wrote")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
-    return check(path, source, Options(workers=workers).threads, progress)
+    return verify_directory(path, source, Options(workers=workers).threads, progress)
 
 
 def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None) -> Job:

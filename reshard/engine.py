@@ -19,7 +19,7 @@ from .digest import BlockHasher
 from .errors import ReshardError
 from .files import Pool
 from .header import BITS, Entry
-from .plan import Copy, Dim, Plan, collapse
+from .join import Copy, Dim, Plan, collapse
 
 TILE = 2 << 20  # bytes read at a time, and gathered at a time: together they stay in the second-level cache
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own

@@ -16,11 +16,11 @@ from typing import Any
 from . import capacity
 from .capacity import listed
 from .header import BITS
+from .join import Join, plan
 from .layout import Layout, Piece, Slot
 from .mesh import Mesh
 from .model import Config, Model
 from .notation import Product, block_of
-from .plan import Join, plan
 from .tables import Row
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …

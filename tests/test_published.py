@@ -17,7 +17,7 @@ from reshard.layout import lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, axis_size, understand
 from reshard.notation import evaluate, fold
-from reshard.plan import plan
+from reshard.join import plan
 
 ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
 

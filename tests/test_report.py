@@ -12,7 +12,7 @@ from reshard import capacity, report, tables
 from reshard.layout import Layout, lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, Model
-from reshard.plan import Component, Join
+from reshard.join import Component, Join
 
 WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 

@@ -1,0 +1,475 @@
+"""Converting: open, lay out, plan, check everything, then write and publish. The same job again is recognised and costs nothing.
+
+Knows the order of things; how each is done is known elsewhere.
+"""
+
+import hashlib
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from . import engine, manifest, output, publish
+from .checkpoint import Original
+from .digest import of, of_blocks
+from .engine import Key, Writer, in_items
+from .errors import ReshardError
+from .files import Pool, failed
+from .header import BITS
+from .join import Plan, plan
+from .manifest import Listed
+from .mesh import Mesh
+from .output import Output
+from .progress import Progress, Silent
+from .shards import folder, scalar, shard_digest, tensors_json
+from .source import Source
+from .tables import Constant, Table
+
+CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
+OURS = (manifest.NAME, "source")  # names in a shard directory that a carried file must not take
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert, apart from what to what."""
+
+    workers: int = 0  # 0: one per CPU that this process may use, at most 8
+    overwrite: bool = False
+    checksum: bool = False
+    sha256: bool = False
+    fsync: bool = False
+    pad: bool = True
+    repeat: bool = True
+    engine_version: str | None = None
+
+    @property
+    def threads(self) -> int:
+        return self.workers or min(8, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did. `root`: the digest over all files, None for Hugging Face files. Times in seconds, sizes in bytes."""
+
+    out: Path
+    already: bool
+    root: str | None
+    read: int
+    written: int
+    seconds: float
+    left: tuple[tuple[str, int], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "already": self.already,
+            "root": self.root,
+            "bytes_read": self.read,
+            "bytes_written": self.written,
+            "seconds": round(self.seconds, 3),
+            "left": [{"name": name, "size": size} for name, size in self.left],
+            **usage(),
+        }
+
+    def lines(self, src: str) -> list[str]:
+        """What a person wants to know, the next command last."""
+        if self.already:
+            done = [f"{self.out} is already what this job would write (same plan, same source files)"]
+        else:
+            rate = self.read / max(self.seconds, 1e-9) / 1e9
+            done = [f"{self.out}: {self.written / 1e9:.2f} GB written in {self.seconds:.1f} s ({rate:.2f} GB/s)"]
+        if self.left:
+            names = ", ".join(name for name, _ in self.left[:6]) + (f" and {len(self.left) - 6} more" if len(self.left) > 6 else "")
+            done.append(f"left behind: {names}")
+        if self.root is not None:
+            done.append(f"root digest: {self.root}")
+        return [*done, f"next: reshard verify {shlex.quote(str(self.out))} --against {shlex.quote(src)}"]
+
+
+def usage() -> dict[str, int]:
+    """This process' own account of itself: peak memory and bytes moved by system calls."""
+    found = {}
+    for path, keys in (("/proc/self/status", {"VmHWM": "peak_memory"}), ("/proc/self/io", {"rchar": "io_read", "wchar": "io_written"})):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key in keys:
+                number, _, unit = value.strip().partition(" ")
+                found[keys[key]] = int(number) * (1024 if unit == "kB" else 1)
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion, planned and checked, not begun."""
+
+    source: Source
+    output: Output
+    plan: Plan
+    engine: str | None
+
+    @property
+    def reads(self) -> int:
+        """Bytes of tensors that will be read, each once."""
+        model = self.source.layout.model
+        return sum(
+            tensor.elements * BITS[tensor.dtypes[0]] // 8
+            if len(tensor.dtypes) == 1
+            else sum(tensor.elements // len(tensor.dtypes) * BITS[dtype] // 8 for dtype in tensor.dtypes)
+            for name, tensor in model.tensors.items()
+            if name not in model.alias
+        )
+
+
+def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None = None) -> Job:
+    """Everything that can be refused is refused here, before anything is written."""
+    out = output.outputs(source, to, mesh, max_file_size)
+    engine_name = _engine(out.layout.table, options.engine_version) if to != "hf" else None
+    if not options.pad and out.layout.padding:
+        axis, (size, padded) = next(iter(out.layout.padding.items()))
+        raise ReshardError(
+            f"--no-pad: axis {axis} of {size} would be padded to {padded}", "choose a size that divides it, or leave out --no-pad"
+        )
+    if not options.repeat and out.layout.repeats:
+        axis, times = next(iter(out.layout.repeats.items()))
+        size = out.layout.model.sizes[axis]
+        raise ReshardError(
+            f"--no-repeat: each of the {size} of axis {axis} would be stored {times} times",
+            f"choose --tp {size} or less, or leave out --no-repeat",
+        )
+    joined = plan(source.layout, out.layout)
+    if any(BITS[dtype] % 8 for tensor in out.layout.model.tensors.values() for dtype in tensor.dtypes):
+        for copy in joined.copies():
+            in_items(copy, source.locate((copy.src.rank, copy.src_name))[1], out.locate((copy.dst.rank, copy.dst_name))[1])
+    return Job(source, out, joined, engine_name)
+
+
+def _engine(table: Table, version: str | None) -> str | None:
+    """The engine and version that a format is written for; versions that no table describes are refused by name."""
+    known = table.engine
+    if not known:
+        if version is not None:
+            raise ReshardError(f'--engine-version {version}: format "{table.name}" belongs to no engine', "leave it out")
+        return None
+    versions = [str(v) for v in known["versions"]]
+    wanted = version or versions[-1]
+    if not any(wanted == v or wanted.startswith(f"{v}.") for v in versions):
+        raise ReshardError(
+            f"--engine-version {wanted}: {known['name']} {wanted} lays out its shards differently, or nobody has looked",
+            f"supported: {known['name']} {', '.join(versions)}",
+        )
+    return f"{known['name']} {next(v for v in versions if wanted == v or wanted.startswith(f'{v}.'))}"
+
+
+def convert(job: Job, out: Path, options: Options, progress: Progress | None = None) -> Result:
+    """Write the output of a job to `out` and publish it. Raises before writing whatever can be told before."""
+    progress = progress or Silent()
+    began = time.monotonic()
+    source = job.source
+    publish.check_destination(out, source.root)
+    if occupied(out):
+        found = same(job, out, options)
+        if found is None:
+            return Result(out, True, _root(out), 0, 0, time.monotonic() - began)
+        if not options.overwrite:
+            raise ReshardError(f"{out}: is not empty, and {found}", "choose another destination, or --overwrite to replace it")
+        if not replaceable(out):
+            raise ReshardError(f"{out}: holds no checkpoint, --overwrite would delete something else", "choose another destination")
+    if options.sha256:
+        job = _with_sha256(job, options.threads)
+        source = job.source
+    carried = _carried(job)
+    publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
+    with publish.Publication(out, replace=occupied(out)) as publication:
+        job.output.root = publication.work
+        try:
+            pool = Pool(os.O_RDWR)
+            reader = Pool()
+            _lay_files(job, pool, reader)
+            digests: dict[Key, list[bytes]] | None = {} if job.output.shards else None
+            progress.start("converting", job.reads)
+            _move(job, options, pool, reader, digests, progress)
+            root = _finish(job, carried, reader, digests)
+            pool.close(sync=options.fsync)
+            _unchanged(source)
+            reader.close()
+            if options.fsync:
+                _sync(publication.work)
+        except OSError as error:
+            raise failed("writing", out, error) from error
+        publication.commit(manifest.NAME if job.output.shards else "config.json")
+        if options.fsync:
+            _sync_directory(out.absolute().parent)
+    progress.finish()
+    return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left)
+
+
+def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:
+    out = job.output
+    engine.run(
+        job.plan,
+        job.source,
+        out,
+        lambda: Writer(out, pool, digests),
+        workers=options.threads,
+        pool=reader,
+        progress=progress.advance,
+    )
+    if digests is None:
+        return
+    rest = Writer(out, pool, digests)
+    rest.done([key for key in out.entries if key not in digests])  # constants, padding alone, empty tensors
+
+
+def _lay_files(job: Job, pool: Pool, reader: Pool) -> None:
+    """Create every file at its full size, with everything in it that is no tensor."""
+    out = job.output
+    for name, size in out.sizes.items():
+        path = out.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+        for offset, data in out.literals.get(name, ()):
+            pool.write(path, offset, data)
+        for offset, length, place, at in out.moved.get(name, ()):
+            for start in range(0, length, CHUNK):
+                pool.write(path, offset + start, reader.read(place, at + start, min(CHUNK, length - start)))
+    for slot in out.layout.constants if out.shards else ():
+        for point in slot.points():
+            path, entry = out.locate((slot.rank, slot.name(point)))
+            assert isinstance(slot.template, Constant)
+            pool.write(path, entry.offset, scalar(slot.template))
+    for name, data in out.whole.items():
+        (out.root / name).write_bytes(data)
+
+
+def _finish(job: Job, carried: Sequence[tuple[str, Path, int]], reader: Pool, digests: Mapping[Key, list[bytes]] | None) -> str | None:
+    """Everything beside the weights: carried files, residues, tables, tensors.json, the manifest; times of restored files."""
+    out, source = job.output, job.source
+    along = [_copy(name, path, mtime, out.root, reader) for name, path, mtime in carried]
+    if digests is None:
+        newest = max((original.mtime_ns for original in source.originals), default=0)
+        for name in (*out.sizes, *out.whole):
+            mtime = out.mtimes.get(name, newest)
+            os.utime(out.root / name, ns=(mtime, mtime))
+        return None
+    kept = _keep_source(job, reader)
+    ranks = []
+    for shard in out.shards:
+        mine = {name: digests[shard.rank, name] for name, _, _ in shard.tensors}
+        text = tensors_json(shard, out.layout, mine)
+        name = f"{folder(shard.rank)}/tensors.json"
+        _write(out.root / name, text)
+        weights = Listed(shard.file, shard.size, shard_digest(shard.prologue, (of_blocks(mine[name]) for name, _, _ in shard.tensors)))
+        ranks.append((weights, Listed(name, len(text), of(text))))
+    text, root = manifest.dump(out.layout, engine=job.engine, origin=source.origin, plan=out.plan, ranks=ranks, carried=along, source=kept)
+    _write(out.root / manifest.NAME, text)
+    return root
+
+
+def _keep_source(job: Job, reader: Pool) -> list[Listed]:
+    """The folder `source`: residues, tables, files.json. Residues have the times of the files they are from."""
+    out, source = job.output, job.source
+    kept = []
+    for original in source.originals:
+        path = manifest.residue_path(out.root, original.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size, digest = _stream(path, _pieces(source, original, reader))
+        os.utime(path, ns=(original.mtime_ns, original.mtime_ns))
+        kept.append(Listed(str(path.relative_to(out.root)), size, digest))
+    texts = {f"source/families/{name}.toml": text for name, text in out.layout.model.family.texts.items()}
+    texts |= {f"source/formats/{name}.toml": text for name, text in out.layout.table.texts.items()}
+    data = {name: text.encode() for name, text in texts.items()} | {manifest.FILES: manifest.dump_originals(source.originals)}
+    for name, content in data.items():
+        _write(out.root / name, content)
+        kept.append(Listed(name, len(content), of(content)))
+    return kept
+
+
+def _pieces(source: Source, original: Original, reader: Pool) -> Iterator[bytearray]:
+    for _, length, path, at in source.residue(original):
+        for start in range(0, length, CHUNK):
+            yield reader.read(path, at + start, min(CHUNK, length - start))
+
+
+def _copy(name: str, path: Path, mtime_ns: int, root: Path, reader: Pool) -> Listed:
+    size = path.stat().st_size
+    target = root / name
+    size, digest = _stream(target, (reader.read(path, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)))
+    os.utime(target, ns=(mtime_ns, mtime_ns))
+    return Listed(name, size, digest)
+
+
+def _stream(path: Path, pieces: Iterator[bytearray]) -> tuple[int, str]:
+    state, size = xxhash.xxh3_128(), 0
+    with path.open("wb") as file:
+        for piece in pieces:
+            state.update(piece)
+            size += file.write(piece)
+    return size, state.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def _carried(job: Job) -> list[tuple[str, Path, int]]:
+    files = [(file.name, file.path, file.mtime_ns) for file in job.source.carried]
+    taken = {*OURS, *(folder(rank) for rank in range(job.output.layout.mesh.world))} if job.output.shards else set()
+    taken |= {*job.output.sizes, *job.output.whole}
+    clash = [name for name, _, _ in files if name in taken]
+    if clash:
+        raise ReshardError(f"{job.source.where}: {clash[0]} would be carried over a file of the same name", "rename or move it first")
+    return files
+
+
+def _residue_bytes(job: Job) -> int:
+    return sum(high - low for original in job.source.originals for low, high in original.residue()) if job.output.shards else 0
+
+
+def _unchanged(source: Source) -> None:
+    """The published files are as they were when their headers were read."""
+    if source.manifest is not None or source.root is None:
+        return
+    for original in source.originals:
+        status = (source.root / original.name).stat()
+        if (status.st_size, status.st_mtime_ns) != (original.size, original.mtime_ns):
+            raise ReshardError(f"{source.root / original.name}: was changed while it was being read", "convert again")
+
+
+def _sync(folder_: Path) -> None:
+    for base, _, files in os.walk(folder_, topdown=False):
+        for name in files:
+            _sync_path(Path(base, name), os.O_RDONLY)
+        _sync_directory(Path(base))
+
+
+def _sync_directory(path: Path) -> None:
+    _sync_path(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync_path(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _with_sha256(job: Job, threads: int) -> Job:
+    """The same job with the SHA-256 of every published file that is not known yet."""
+    source = job.source
+    if source.root is None or source.manifest is not None:
+        return job
+    root, stop = source.root, threading.Event()
+
+    def digest(original: Original) -> Original:
+        if original.sha256 or stop.is_set():
+            return original
+        with (root / original.name).open("rb") as file:
+            return replace(original, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+    try:
+        with ThreadPoolExecutor(threads) as executor:
+            originals = tuple(executor.map(digest, source.originals))
+    except OSError as error:
+        raise failed("reading", root, error) from error
+    return replace(job, source=replace(source, originals=originals))
+
+
+# --- the same job again --------------------------------------------------------------------------------------------------------
+
+
+def occupied(out: Path) -> bool:
+    """Whether there is anything in the destination that is not the leavings of a job."""
+    if not out.is_dir():
+        return False
+    return any(child.name not in (".reshard-work", ".reshard-old", "lost+found") for child in out.iterdir())
+
+
+def replaceable(out: Path) -> bool:
+    """Whether --overwrite may delete the directory: only something that is a checkpoint itself."""
+    return manifest.present(out) or (out / "config.json").is_file()
+
+
+def same(job: Job, out: Path, options: Options) -> str | None:
+    """None if `out` is what this job would write; else what is different, in words.
+
+    The same plan and format version, and every source file of the same size, time and, where known, commit and SHA-256.
+    """
+    try:
+        return _same_shards(job, out, options) if job.output.shards else _same_files(job, out)
+    except ReshardError as error:
+        return f"it is not what this job would write: {error.message}"
+    except OSError as error:
+        return f"it is not what this job would write: {error}"
+
+
+def _same_shards(job: Job, out: Path, options: Options) -> str | None:
+    if not manifest.present(out):
+        return "it holds no shards"
+    known, source = manifest.load(out), job.source
+    if known.plan != job.output.plan or known.engine != job.engine:
+        return f"it holds another conversion ({known.family}, {known.format}, {known.mesh})"
+    for file in known.files():
+        path = out / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            return f"{file.name} is missing or has another size than its manifest says"
+    if source.origin.commit and known.origin.commit and source.origin.commit != known.origin.commit:
+        return f"it was made from commit {known.origin.commit}, the source is {source.origin.commit}"
+    if options.checksum:
+        from . import verification
+
+        report = verification.against(out, source, options.threads)
+        return None if report.ok else f"the source has other contents: {report.failures[0]}"
+    earlier = {original.name: original for original in manifest.load_originals(out)}
+    for original in source.originals:
+        other = earlier.pop(original.name, None)
+        if other is None:
+            return f"{original.name} was not among its source files"
+        if (other.size, other.holes) != (original.size, original.holes):
+            return f"{original.name} has {original.size} bytes, it was made from {other.size}"
+        if other.sha256 and original.sha256 and other.sha256 != original.sha256:
+            return f"{original.name} has SHA-256 {original.sha256}, it was made from {other.sha256}"
+        if other.mtime_ns != original.mtime_ns:
+            return f"{original.name} was modified at another time than the file that it was made from (--checksum compares contents)"
+    if earlier:
+        return f"{next(iter(earlier))} was among its source files and is gone"
+    mine = {file.name: (file.size, file.mtime_ns) for file in source.carried}
+    there = {file.name: (file.size, (out / file.name).stat().st_mtime_ns) for file in known.carried}
+    for name in sorted(mine.keys() | there.keys()):
+        if mine.get(name) != there.get(name):
+            return f"{name} is not the file that it was made with (--checksum compares contents)"
+    return None
+
+
+def _same_files(job: Job, out: Path) -> str | None:
+    source = job.source
+    newest = max((original.mtime_ns for original in source.originals), default=0)
+    wanted = {name: (size, job.output.mtimes.get(name, newest)) for name, size in job.output.sizes.items()}
+    wanted |= {name: (len(data), newest) for name, data in job.output.whole.items()}
+    wanted |= {file.name: (file.size, file.mtime_ns) for file in source.carried}
+    for name, (size, mtime) in wanted.items():
+        path = out / name
+        if not path.is_file():
+            return f"it lacks {name}"
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) != (size, mtime):
+            return f"its {name} is another one"
+    extra = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - wanted.keys()
+    return f"it also holds {min(extra)}" if extra else None
+
+
+def _root(out: Path) -> str | None:
+    return manifest.load(out).root if manifest.present(out) else None

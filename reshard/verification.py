@@ -1,0 +1,316 @@
+"""Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing instead of writing."""
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from . import engine, manifest
+from .checkpoint import Carried
+from .digest import BLOCK, of_blocks
+from .digest import root as root_digest
+from .engine import Key, Place
+from .errors import MismatchError, ReshardError
+from .files import Pool, failed
+from .join import plan
+from .manifest import Listed
+from .progress import Progress, Silent
+from .shards import scalar, shard_digest
+from .source import Source, open_source
+from .tables import Constant
+
+MOST = 20  # failures told one by one
+
+# file, tensor, offset, bytes, digest, whether the tensor is this one block (then its own digest is meant), name of the file
+Task = tuple[Path, str, int, int, str, bool, str]
+
+
+@dataclass
+class Rung:
+    """One check: what was compared, and what was found wrong."""
+
+    name: str
+    bytes: int = 0
+    tensors: int = 0
+    files: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rung": self.name,
+            "ok": self.ok,
+            "bytes": self.bytes,
+            "tensors": self.tensors,
+            "files": self.files,
+            "failures": self.failures[:MOST],
+            "failed": len(self.failures),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verification did, rung by rung."""
+
+    out: Path
+    rungs: tuple[Rung, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(rung.ok for rung in self.rungs)
+
+    @property
+    def failures(self) -> list[str]:
+        return [failure for rung in self.rungs for failure in rung.failures]
+
+    def lines(self) -> list[str]:
+        """What a person wants to know."""
+        lines = []
+        for rung in self.rungs:
+            verdict = "ok" if rung.ok else f"{len(rung.failures)} FAILED"
+            lines.append(f"{rung.name:<10} {verdict:<10} {rung.tensors} tensors, {rung.files} files, {rung.bytes / 1e9:.2f} GB")
+            lines += [f"  {failure}" for failure in rung.failures[:MOST]]
+            if len(rung.failures) > MOST:
+                lines.append(f"  … and {len(rung.failures) - MOST} more")
+        if self.ok and self.rungs[-1].name == "integrity":
+            lines.append("the directory is whole; --against SRC compares every element with the original")
+        elif self.ok:
+            lines.append("every element is the source's, bit by bit")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "ok": self.ok, "rungs": [rung.to_json() for rung in self.rungs]}
+
+
+# --- integrity ---------------------------------------------------------------------------------------------------------------------
+
+
+def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung:
+    """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing."""
+    progress = progress or Silent()
+    rung = Rung("integrity")
+    known = manifest.load(out)
+    listed = list(known.files())
+    if root_digest((file.name, file.size, file.digest) for file in listed) != known.root:
+        rung.failures.append(f"{manifest.NAME}: its root digest is not that of the files it lists")
+    progress.start("checking digests", sum(file.size for file in listed))
+    pool = Pool()
+    rung.files = len(listed)
+    for file in listed:
+        path = out / file.name
+        if not path.is_file():
+            rung.failures.append(f"{file.name}: is missing")
+        elif (size := path.stat().st_size) != file.size:
+            rung.failures.append(f"{file.name}: has {size} bytes, {file.size} were written")
+    broken = {failure.split(":")[0] for failure in rung.failures}
+    whole = [file for file in listed if file.name not in broken]
+    weights = {weights.name: tensors for weights, tensors in known.ranks}
+    lock = threading.Lock()
+
+    def check_file(file: Listed) -> None:
+        found = _digest_small(pool, out / file.name, file.size, progress.advance)
+        if found != file.digest:
+            with lock:
+                rung.failures.append(f"{file.name}: digest {found}, the manifest says {file.digest}")
+                broken.add(file.name)
+
+    def check_blocks(task: Task) -> None:
+        path, tensor, offset, size, wanted, alone, place = task
+        block = xxhash.xxh3_128_digest(pool.read(path, offset, size))
+        digest = of_blocks([block]) if alone else block.hex()
+        progress.advance(size)
+        if digest != wanted:
+            with lock:
+                rung.failures.append(f"{place}: {tensor}: bytes {offset} to {offset + size} have digest {digest}, {wanted} was written")
+
+    try:
+        with ThreadPoolExecutor(threads) as executor:
+            for _ in executor.map(check_file, [file for file in whole if file.name not in weights]):
+                pass
+            tasks: list[Task] = []
+            for file in whole:
+                if file.name in weights and weights[file.name].name not in broken:
+                    tasks += _blocks(out, file, weights[file.name], rung)
+            for _ in executor.map(check_blocks, tasks):
+                pass
+    except OSError as error:
+        raise failed("reading", out, error) from error
+    finally:
+        pool.close()
+    rung.bytes = sum(file.size for file in whole)
+    progress.finish()
+    return rung
+
+
+def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], None]) -> str:
+    state = xxhash.xxh3_128()
+    for at in range(0, size, BLOCK):
+        piece = pool.read(path, at, min(BLOCK, size - at))
+        state.update(piece)
+        advance(len(piece))
+    return state.hexdigest()
+
+
+def _blocks(out: Path, file: Listed, tensors: Listed, rung: Rung) -> Iterator[Task]:
+    """Every block of a rank's file with the digest that tensors.json gives it; the header and the sum are checked here."""
+    data = json.loads((out / tensors.name).read_bytes())
+    path = out / file.name
+    start = min((t["offset"] for t in data["tensors"]), default=file.size)
+    with path.open("rb") as stream:
+        prologue = stream.read(start)
+    if shard_digest(prologue, (t["digest"] for t in data["tensors"])) != file.digest:
+        rung.failures.append(f"{file.name}: its header or the digests in {tensors.name} are not those of the manifest")
+    rung.tensors += len(data["tensors"])
+    for tensor in data["tensors"]:
+        sizes = [min(BLOCK, tensor["nbytes"] - at) for at in range(0, tensor["nbytes"], BLOCK)]
+        if len(sizes) == 1:
+            yield path, tensor["name"], tensor["offset"], sizes[0], tensor["digest"], True, file.name
+            continue
+        blocks = tensor.get("blocks", [])
+        if of_blocks(bytes.fromhex(block) for block in blocks) != tensor["digest"] or len(blocks) != len(sizes):
+            rung.failures.append(f"{tensors.name}: {tensor['name']}: its blocks' digests do not make up its own")
+        for number, (size, digest) in enumerate(zip(sizes, blocks, strict=False)):
+            yield path, tensor["name"], tensor["offset"] + number * BLOCK, size, digest, False, file.name
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------------------
+
+
+class Comparer:
+    """A sink that reads what a writer would have written, and compares."""
+
+    def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock) -> None:
+        self.place, self.pool, self.rung, self.lock = place, pool, rung, lock
+        self._buffer = np.empty(engine.TILE, np.uint8)
+        self._seen: dict[Key, int] = {}
+        self._bad: set[Key] = set()
+
+    def put(self, key: Key, offset: int, data: memoryview) -> None:
+        path, entry = self.place.locate(key)
+        found = self._buffer[: len(data)]
+        self.pool.read_into(path, entry.offset + offset, found.data)
+        wanted = np.frombuffer(data, np.uint8)
+        self._seen[key] = self._seen.get(key, 0) + len(data)
+        if key in self._bad or np.array_equal(found, wanted):
+            return
+        first = offset + int(np.argmax(found != wanted))
+        self._bad.add(key)
+        self.fail(f"{path.parent.name}/{path.name}: {key[1]} differs from the source, first at byte {first} of {entry.nbytes}")
+
+    def done(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            path, entry = self.place.locate(key)
+            at = self._seen.pop(key, 0)
+            while at < entry.nbytes and key not in self._bad and entry.strides is None:  # zero padding stands at the end
+                found = self._buffer[: min(engine.TILE, entry.nbytes - at)]
+                self.pool.read_into(path, entry.offset + at, found.data)
+                if found.any():
+                    self._bad.add(key)
+                    self.fail(f"{path.parent.name}/{path.name}: {key[1]}: padding from byte {at} on is not zero")
+                at += len(found)
+            with self.lock:
+                self.rung.tensors += 1
+                self.rung.bytes += entry.nbytes
+
+    def fail(self, failure: str) -> None:
+        with self.lock:
+            self.rung.failures.append(failure)
+
+
+def weights(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
+    """Every stored element equals the source's, replicas too, padding is zero; residues and carried files are equal."""
+    progress = progress or Silent()
+    rung, lock, pool = Rung("weights"), threading.Lock(), Pool()
+    _same_model(out, source)
+    joined = plan(source.layout, out.layout)
+    progress.start("comparing weights", sum(entry.nbytes for _, entry in source.places.values()))
+    compared: set[Key] = set()
+
+    class Counting(Comparer):
+        def done(self, keys: Iterable[Key]) -> None:
+            keys = list(keys)
+            with lock:
+                compared.update(keys)
+            super().done(keys)
+
+    try:
+        engine.run(joined, source, out, lambda: Counting(out, pool, rung, lock), workers=threads, pool=pool, progress=progress.advance)
+        constants = {(slot.rank, slot.name(point)): slot for slot in out.layout.constants for point in slot.points()}
+        rest = Comparer(out, pool, rung, lock)
+        rest.done([key for key in out.places if key not in compared and key not in constants])
+        for key, slot in constants.items():
+            path, entry = out.locate(key)
+            assert isinstance(slot.template, Constant)
+            if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
+                rung.failures.append(f"{path.name}: {key[1]} is not {slot.template.value}")
+        _residues(out, source, pool, rung)
+        _carried(out.carried, source.carried, pool, rung)
+    finally:
+        pool.close()
+    progress.finish()
+    return rung
+
+
+def _same_model(out: Source, source: Source) -> None:
+    mine, theirs = out.layout.model.tensors, source.layout.model.tensors
+    for name in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(name), theirs.get(name)
+        if a is None or b is None or (a.sizes, a.dtypes, a.layers) != (b.sizes, b.dtypes, b.layers):
+            one, other = (f"{t.sizes} {'/'.join(t.dtypes)}" if t else "missing" for t in (a, b))
+            raise MismatchError(f"{name} is {one} in {out.where}, {other} in {source.where}", "these are different models")
+
+
+def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
+    if out.manifest is None:
+        return
+    mine = {original.name: original for original in out.originals}
+    for original in source.originals:
+        other = mine.pop(original.name, None)
+        if other is None or (other.size, other.holes) != (original.size, original.holes):
+            rung.failures.append(f"{original.name}: the shards do not remember it as it is")
+            continue
+        for (_, length, path, at), (_, _, other_path, other_at) in zip(source.residue(original), out.residue(other), strict=True):
+            for start in range(0, length, BLOCK):
+                n = min(BLOCK, length - start)
+                if pool.read(path, at + start, n) != pool.read(other_path, other_at + start, n):
+                    rung.failures.append(f"{original.name}: header or buffers differ from what the shards remember")
+                    break
+        rung.files += 1
+    rung.failures += [f"{name}: remembered by the shards, not in the source" for name in mine]
+
+
+def _carried(out: Iterable[Carried], source: Iterable[Carried], pool: Pool, rung: Rung) -> None:
+    there = {file.name: file for file in out}
+    for file in source:
+        other = there.get(file.name)
+        if other is None:
+            rung.failures.append(f"{file.name}: was not carried along")
+        elif other.size != file.size or pool.read(file.path, 0, file.size) != pool.read(other.path, 0, other.size):
+            rung.failures.append(f"{file.name}: differs from the source's")
+        rung.files += 1
+
+
+def against(out: Path, source: Source, threads: int, progress: Progress | None = None) -> Report:
+    """Bit-exact weights against a source."""
+    return Report(out, (weights(open_source(out), source, threads, progress),))
+
+
+def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None) -> Report:
+    """Integrity, and with a source bit-exact weights. A later rung is not climbed when an earlier one fails."""
+    rungs = []
+    if manifest.present(out):
+        rungs.append(integrity(out, threads, progress))
+    elif source is None:
+        raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
+    if source is not None and all(rung.ok for rung in rungs):
+        rungs.append(weights(open_source(out, source.layout.model.family), source, threads, progress))
+    return Report(out, tuple(rungs))
