@@ -200,7 +200,7 @@ class Comparer:
         self.pool.read_into(path, entry.offset + offset, found.data)
         wanted = np.frombuffer(data, np.uint8)
         self._seen[key] = self._seen.get(key, 0) + len(data)
-        if key in self._bad or np.array_equal(found, wanted):
+        if key in self._bad or _equal(found, wanted):
             return
         first = offset + int(np.argmax(found != wanted))
         self._bad.add(key)
@@ -224,6 +224,12 @@ class Comparer:
     def fail(self, failure: str) -> None:
         with self.lock:
             self.rung.failures.append(failure)
+
+
+def _equal(a: np.ndarray[Any, np.dtype[np.uint8]], b: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
+    """Bytes compared eight at a time."""
+    whole = len(a) // 8 * 8
+    return np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(a[whole:], b[whole:])
 
 
 def weights(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
