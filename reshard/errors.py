@@ -1,5 +1,7 @@
 """What goes wrong, in words for the person who can mend it. Knows nothing about checkpoints."""
 
+from collections import defaultdict
+
 
 class ReshardError(Exception):
     """Usage or refused input: `message` says what, where (tensor, file) and both numbers; `hint` says the remedy."""
@@ -25,3 +27,28 @@ class PlaceError(ReshardError):
     """The machine refused: I/O, space, a lock, the network. A retry may help."""
 
     exit_code = 3
+
+
+class Problems:
+    """Collects what is wrong, grouped: one line per kind of problem and folded name, with its count and an example."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, line: str, example: str = "") -> None:
+        self._found[line].append(example)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def raise_if_any(self, what: str, hint: str | None = None, most: int = 20) -> None:
+        if not self._found:
+            return
+        lines = []
+        for line, examples in list(self._found.items())[:most]:
+            shown = next((example for example in examples if example), "")
+            count = f"{len(examples)} × " if len(examples) > 1 else ""
+            lines.append(f"  {count}{line}" + (f" (e.g. {shown})" if shown and shown not in line else ""))
+        if len(self._found) > most:
+            lines.append(f"  … and {len(self._found) - most} more kinds of problem")
+        raise ReshardError("\n".join([what, *lines]), hint)

@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Protocol
 
+from .config import Config as Config
+from .errors import Problems as Problems
 from .errors import ReshardError
 from .notation import block_of, evaluate, fold
-from .tables import Row, Table
+from .sizes import axis_size as axis_size
+from .sizes import dotted, solve
+from .tables import Table
 
 
 class Stored(Protocol):
@@ -78,78 +82,6 @@ class Model:
         return units
 
 
-class Config:
-    """A parsed config.json: dotted look-up, `text_config` first, then the top level, then the family's defaults."""
-
-    def __init__(self, data: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-        self.data = data
-        text = data.get("text_config")
-        self._levels: tuple[Mapping[str, Any], ...] = (text if isinstance(text, dict) else {}, data, defaults or {})
-
-    def get(self, key: str) -> Any:
-        """The value of `a.b`, None where it is missing or null; a default only stands in for what is missing."""
-        *levels, defaults = self._levels
-        said = False
-        for level in levels:
-            value, there = _follow(level, key)
-            if value is not None:
-                return value
-            said = said or there
-        return None if said else _follow(defaults, key)[0]
-
-    def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
-        return Config(self.data, defaults)
-
-    def says(self, key: str) -> bool:
-        """Truth of a key; `!key` is its opposite."""
-        return not self.get(key[1:]) if key.startswith("!") else bool(self.get(key))
-
-    @property
-    def model_type(self) -> str | None:
-        top = self.data.get("model_type")
-        return str(top) if top is not None else self.get("model_type")
-
-    @property
-    def architectures(self) -> tuple[str, ...]:
-        names = self.data.get("architectures")
-        return tuple(map(str, names)) if isinstance(names, list) else ()
-
-
-def _follow(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:
-    """The value of a dotted key, and whether the key is there at all."""
-    value: Any = level
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None, False
-        value = value[part]
-    return value, True
-
-
-class Problems:
-    """Collects what is wrong, grouped: one line per kind of problem and folded name, with its count and an example."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, line: str, example: str = "") -> None:
-        self._found[line].append(example)
-
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    def raise_if_any(self, what: str, hint: str | None = None, most: int = 20) -> None:
-        if not self._found:
-            return
-        lines = []
-        for line, examples in list(self._found.items())[:most]:
-            shown = next((example for example in examples if example), "")
-            count = f"{len(examples)} × " if len(examples) > 1 else ""
-            lines.append(f"  {count}{line}" + (f" (e.g. {shown})" if shown and shown not in line else ""))
-        if len(self._found) > most:
-            lines.append(f"  … and {len(self._found) - most} more kinds of problem")
-        raise ReshardError("\n".join([what, *lines]), hint)
-
-
 def understand(table: Table, config: Config, stored: Mapping[str, Stored], where: str = "checkpoint") -> Model:
     """The model in a directory that the family table describes; `stored` maps stored names to dtype and shape.
 
@@ -166,7 +98,7 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     alias = _tied(table, config, active, problems, prefix)
     if not active and not stored:
         raise ReshardError(f"{where}: holds no tensors", "is this the directory with the weights?")
-    _solve(table, stored, sizes, {row: points[row] for row in active}, problems)
+    solve(table, stored, sizes, {row: points[row] for row in active}, problems)
     problems.raise_if_any(
         f'{where}: does not fit the table of family "{table.name}":',
         "if the checkpoint is right, bring a table of your own with --family my.toml",
@@ -302,15 +234,11 @@ def _presence(
         if at not in points and row.leaves[0] in _alias_names(table):
             continue  # tied: `_tied` decides
         for numbers in sorted(wanted - have.keys()):
-            problems.add(f"missing {_dotted(row)}", row.name.name(dict(zip(row.name.axes, numbers, strict=True))))
+            problems.add(f"missing {dotted(row)}", row.name.name(dict(zip(row.name.axes, numbers, strict=True))))
         for numbers in sorted(have.keys() - wanted):
-            problems.add(f"unexpected {_dotted(row)}", have[numbers])
+            problems.add(f"unexpected {dotted(row)}", have[numbers])
         active[at] = mine
     return active
-
-
-def _dotted(row: Row) -> str:
-    return row.name.text.lstrip("~")
 
 
 def _alias_names(table: Table) -> set[str]:
@@ -365,115 +293,6 @@ def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Pro
     return alias
 
 
-def _solve(table: Table, stored: Mapping[str, Stored], sizes: dict[str, int], points: Mapping[int, Points], problems: Problems) -> None:
-    """Sizes of all axes: from config, the rest from the shapes; then every equation is checked."""
-    equations: list[tuple[Any, int, str]] = []  # (dimension of a pattern, its stored size, what it is)
-    for at, names in points.items():
-        row = table.rows[at]
-        shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for name in names.values():
-            shapes[stored[name].shape].append(name)
-        usual = max(shapes, key=lambda shape: len(shapes[shape])) if shapes else ()
-        for shape, examples in shapes.items():
-            if shape != usual:
-                problems.add(f"{_dotted(row)}: shape {list(shape)} here, {list(usual)} elsewhere", examples[0])
-        if len(usual) != len(row.pattern.dims):
-            if shapes:
-                problems.add(f"{_dotted(row)}: {len(usual)} dimensions {list(usual)}, the table says {len(row.pattern.dims)}")
-            continue
-        equations += [
-            (dim, size, f"{_dotted(row)}: dimension {d} is {size}, {_words(dim)}")
-            for d, (dim, size) in enumerate(zip(row.pattern.dims, usual, strict=True))
-        ]
-    known = dict(sizes)
-    for axis, atoms in table.axes.items():
-        if axis in sizes:
-            equations.append((atoms, sizes[axis], f"config.json: {axis} is {sizes[axis]}, {_words(atoms)}"))
-    pending = equations
-    while pending:
-        later = []
-        for dim, size, words in pending:
-            paths = [_compounded(path, table.axes, known) for path in _paths(dim)]
-            unknown = {axis for path in paths for axis in path} - known.keys()
-            if len(unknown) > 1 or (unknown and any(block_of(axis) for path in paths for axis in path)):
-                later.append((dim, size, words))
-            elif unknown:
-                (axis,) = unknown
-                one, two = (sum(math.prod(({**known, axis: x})[a] for a in path) for path in paths) for x in (1, 2))
-                fit, rest = divmod(size - 2 * one + two, two - one) if two != one else (0, 1)
-                if rest or fit < 0:
-                    problems.add(f"{words}: no size of {axis} fits", _given(dim, known))
-                else:
-                    known[axis] = fit
-        if len(later) == len(pending):
-            break
-        pending = later
-    for dim, size, words in equations:
-        axes = _axes(dim)
-        if all(axis in known for axis in axes) and _value(dim, known) != size:
-            problems.add(f"{words} = {_value(dim, known)}", _given(dim, known))
-        for axis in axes:
-            if axis not in known and not problems:
-                problems.add(f"the size of axis {axis} follows from no shape and no config key ({words})")
-    sizes.update(known)
-    for axis, atoms in table.axes.items():
-        if all(atom in known for atom in atoms):
-            sizes[axis] = math.prod(known[atom] for atom in atoms)
-
-
-def _paths(nodes: Sequence[Any]) -> list[tuple[str, ...]]:
-    """A dimension as a sum of products: one tuple of axes per term."""
-    paths: list[tuple[str, ...]] = [()]
-    for node in nodes:
-        ends = [(node,)] if isinstance(node, str) else [path for term in node.terms for path in _paths(term)]
-        paths = [(*path, *end) for path in paths for end in ends]
-    return paths
-
-
-def _compounded(path: tuple[str, ...], compounds: Mapping[str, tuple[str, ...]], known: Mapping[str, int]) -> tuple[str, ...]:
-    """Atoms among others replaced by their compound where only the compound's size is known: kv × group is heads."""
-    for name, atoms in compounds.items():
-        if name in known and set(atoms) < set(path) and not set(atoms) <= known.keys():
-            path = (name, *(axis for axis in path if axis not in atoms))
-    return path
-
-
-def _axes(product_: Sequence[Any]) -> set[str]:
-    axes: set[str] = set()
-    for node in product_:
-        if isinstance(node, str):
-            block = block_of(node)
-            axes.update(block[0] if block else (node,))
-        else:
-            axes.update(axis for term in node.terms for axis in _axes(term))
-    return axes
-
-
-def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
-    """Elements along an axis; along a derived axis, blocks (the last may be short)."""
-    block = block_of(axis)
-    return sizes[axis] if block is None else -(-math.prod(sizes[base] for base in block[0]) // block[1])
-
-
-def _value(product_: Sequence[Any], sizes: Mapping[str, int]) -> int:
-    return math.prod(
-        axis_size(node, sizes) if isinstance(node, str) else sum(_value(term, sizes) for term in node.terms) for node in product_
-    )
-
-
-def _words(product_: Sequence[Any]) -> str:
-    def word(node: Any) -> str:
-        if not isinstance(node, str):
-            return "(" + " + ".join(map(_words, node.terms)) + ")"
-        return f"({node})" if " " in node else node
-
-    return " × ".join(map(word, product_)) or "1"
-
-
-def _given(product_: Sequence[Any], known: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis} = {known[axis]}" for axis in sorted(_axes(product_)) if axis in known)
-
-
 def _tensors(
     table: Table,
     stored: Mapping[str, Stored],
@@ -491,11 +310,11 @@ def _tensors(
         for numbers, name in points[at].items():
             layer = numbers[where] if where is not None else -1
             if dtypes.setdefault(layer, stored[name].dtype) != stored[name].dtype:
-                problems.add(f"{_dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
+                problems.add(f"{dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
             axes = (*row.name.axes, *path)
             if leaf in found and (found[leaf][0] != axes or found[leaf][1].keys() & dtypes.keys()):
-                problems.add(f"logical tensor {leaf} has two rows in one layer ({_dotted(row)})")
+                problems.add(f"logical tensor {leaf} has two rows in one layer ({dotted(row)})")
             found[leaf] = (axes, found.get(leaf, (axes, {}))[1] | dtypes)
     tensors = {}
     for name, (axes, by_layer) in found.items():
