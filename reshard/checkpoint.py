@@ -114,7 +114,7 @@ def open_published(root: Path, where: str | None = None) -> Published:
         raise ReshardError(f"{where}: the weights files hold no tensors", "is the download complete?")
     if is_index:
         originals.append(_plain(root, name))
-    carried, left = _beside(root, {original.name for original in originals})
+    carried, left = beside(root, {original.name for original in originals})
     return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root))
 
 
@@ -309,7 +309,7 @@ def _plain(root: Path, name: str) -> Original:
     return Original(name, status.st_size, "plain", status.st_mtime_ns)
 
 
-def _beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tuple[tuple[str, int], ...]]:
+def beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tuple[tuple[str, int], ...]]:
     """What goes along, and what is left: weights in other forms, large files, directories."""
     carried, left = [], []
     skip = set(taken)
