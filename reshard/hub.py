@@ -19,7 +19,12 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import errors as hf
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not said so to type checkers
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+)
 
 from . import __version__, header, manifest
 from .checkpoint import (
@@ -166,9 +171,8 @@ def _listing(where: Ref) -> Repo | None:
             info = _patiently(lambda: api.model_info(where.id, revision=where.revision, files_metadata=True, timeout=timeout))
         except hf.OfflineModeIsEnabled:
             return None
-        card = info.card_data.to_dict() if info.card_data else {}
         tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
-        licenses = [name for name in (card.get("license"), *tags) if isinstance(name, str)]
+        licenses = [name for name in (getattr(info.card_data, "license", None), *tags) if isinstance(name, str)]
         if info.sha is None:
             raise ValueError("no commit is named")
         repo = Repo(where.id, info.sha, licenses[0] if licenses else None, {})
@@ -489,7 +493,9 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
     if isinstance(error, hf.OfflineModeIsEnabled):
         return PlaceError(f"{name}: HF_HUB_OFFLINE is set, {what} cannot be fetched", "unset it")
     if status == 429:
-        return PlaceError(f"{name}: {hub} answers too many requests of {who} (429)", f"wait some minutes; or {log_in} for a higher limit")
+        return PlaceError(
+            f"{name}: {hub} refuses {what}: too many requests of {who} (429)", f"wait some minutes; or {log_in} for a higher limit"
+        )
     if status in (401, 403):
         return ReshardError(f"{name}: {hub} refuses {what} to {who} ({status}): {said}", f"check the token and its permissions: {log_in}")
     if status is not None:
