@@ -1,0 +1,224 @@
+"""Writes the generated parts of the documentation anew: whatever stands between `<!-- name -->` and `<!-- /name -->`.
+
+.venv/bin/python docs/generate.py            rewrite them
+.venv/bin/python docs/generate.py --check    change nothing; exit 1 where one is out of date
+"""
+
+import ast
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from reshard import tables
+from reshard.notation import Sum
+from reshard.tables import Row, Table
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("reshard", "runtime", "scripts", "docs")  # of the file tree, in its order
+SUFFIXES = ("", ".py", ".md", ".json")
+SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
+
+
+# --- the families ----------------------------------------------------------------------------------------------------------------
+
+
+def families() -> str:
+    """A Markdown table with one row per family table."""
+    formats = {name: tables.load("formats", name).families for name in tables.shipped("formats")}
+    lines = ["| family | attention | feed-forward | also | formats |", "|---|---|---|---|---|"]
+    for name in tables.shipped("families"):
+        table = tables.load("families", name)
+        targets = ", ".join(form for form, only in formats.items() if not only or name in only)
+        lines.append(f"| `{name}` | {_attention(table)} | {_feed_forward(table)} | {_also(table)} | {targets} |")
+    return "\n".join(lines)
+
+
+def _leaves(table: Table) -> dict[str, Row]:
+    return {leaf: row for row in table.rows for leaf in row.leaves}
+
+
+def _attention(table: Table) -> str:
+    leaves, words = _leaves(table), []
+    if "attn.kv_a" in leaves:
+        words.append("latent")
+    elif len(leaves["attn.q"].leaves) > 1:
+        per_head = any(dim[0] == "kv" and isinstance(dim[-1], Sum) for dim in leaves["attn.q"].pattern.dims)
+        words.append("q, k, v fused" + (", per KV head" if per_head else ""))
+    else:
+        words.append("q, k, v")
+    if "attn.q_bias" in leaves:
+        words.append("biases")
+    if "attn.q_norm" in leaves:
+        words.append("q/k norm per head")
+    if "attn.q_norm_full" in leaves:
+        words.append("q/k norm of the whole projection")
+    if "attn.sinks" in leaves:
+        words.append("sinks")
+    return ", ".join(words)
+
+
+def _feed_forward(table: Table) -> str:
+    leaves, words = _leaves(table), []
+    if "mlp.up" in leaves:
+        fused = ", fused" if len(leaves["mlp.up"].leaves) > 1 else ""
+        words.append(("gate and up" if "mlp.gate" in leaves else "up and down") + fused)
+    if "moe.up" in leaves:
+        words.append("experts, " + ("a tensor each" if "experts" in leaves["moe.up"].name.axes else "stacked"))
+    if "shared.up" in leaves:
+        words.append("shared experts")
+    return "; ".join(words)
+
+
+def _also(table: Table) -> str:
+    words = []
+    if table.extra:
+        words.append("multi-token prediction layers")
+    words += [f"{known['quant_method'].upper()}, {'×'.join(map(str, known['weight_block_size']))} blocks" for known in table.quantization]
+    if len(table.prefixes) > 1:
+        words.append(f"names with and without `{table.prefixes[0]}`")
+    if table.aside:
+        words.append("old buffers kept")
+    return "; ".join(words)
+
+
+# --- the file tree ---------------------------------------------------------------------------------------------------------------
+
+
+def tree() -> str:
+    """Every module with the first sentence of its docstring; those of reshard so that each imports only from those above it."""
+    lines = []
+    for folder in FOLDERS:
+        files = _listed(folder)
+        if not files:
+            continue
+        lines.append(f"{folder}/")
+        lines += [f"  {name:<26}{what}" for name, what in files]
+    return "\n".join(["```", *lines, "```"])
+
+
+def _listed(folder: str) -> list[tuple[str, str]]:
+    """(name, what it is) of the files of a folder."""
+    home = ROOT / folder
+    if folder == "reshard":
+        paths = [home / f"{name}.py" for name in import_order()]
+    else:
+        paths = sorted(path for path in home.glob("*") if path.is_file() and path.suffix in SUFFIXES)
+    listed = [(path.name, sentence(path)) for path in paths]
+    if folder == "reshard":
+        listed += [("families/*.toml", "One table per architecture."), ("formats/*.toml", "One table per target format.")]
+    return listed
+
+
+def sentence(path: Path) -> str:
+    """The first sentence that a file says about itself."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        match = re.search(r'"title": "(.*)"', text)
+        return f"JSON Schema: {match[1]}." if match else ""
+    if path.suffix == ".md":
+        return text.partition("\n")[0].lstrip("# ").strip() + "."
+    if text.startswith("#!/usr/bin/env bash"):
+        words = " ".join(line.lstrip("# ") for line in itertools.takewhile("#".__ne__, text.splitlines()[1:]) if line[:1] == "#")
+    else:
+        words = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", words, maxsplit=1)[0]
+
+
+def import_order() -> list[str]:
+    """The modules of reshard, each after those that it imports. Raises ValueError for a circle."""
+    imports = {path.stem: set(_imports(path)) for path in sorted((ROOT / "reshard").glob("*.py"))}
+    order: list[str] = []
+    while len(order) < len(imports):
+        ready = [name for name in imports if name not in order and imports[name] <= set(order)]
+        if not ready:
+            raise ValueError(f"modules import one another in a circle: {', '.join(sorted(set(imports) - set(order)))}")
+        order += ready
+    return order
+
+
+def _imports(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in for_types and (node.level == 1 or (node.module or "").startswith("reshard")):
+            module = (node.module or "").removeprefix("reshard").lstrip(".")
+            for name in [module] if module else [alias.name for alias in node.names]:
+                if name != path.stem and (ROOT / "reshard" / f"{name}.py").is_file():
+                    yield name
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------------------
+
+
+def session() -> str:
+    """What scripts/demo prints, run now."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder, "demo")
+        environment = {**os.environ, "NO_SETUP": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run([ROOT / "scripts/demo", work], env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"scripts/demo failed:\n{done.stdout}{done.stderr}")
+        text = re.sub(r"\n{3,}", "\n\n", done.stdout.replace(str(work), SHOWN_AS).strip())
+    return f"```console\n{text}\n```"
+
+
+def comparable(text: str) -> str:
+    """A session without what differs from run to run and from machine to machine: times, rates, digests, workers."""
+    text = re.sub(r"in \d+\.\d+ s \(\d+\.\d+ GB/s\)", "in T s (R GB/s)", text)
+    text = re.sub(r"\b[0-9a-f]{32}\b", "DIGEST", text)
+    return re.sub(r"memory while converting \S+ MiB at most \(\d+ workers?\)", "memory while converting M", text)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------------
+
+
+def reader() -> str:
+    return f"```python\n{(ROOT / 'docs/reader.py').read_text(encoding='utf-8').strip()}\n```"
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"session": session, "families": families, "tree": tree},
+    "docs/format.md": {"reader": reader},
+}
+
+
+def part(text: str, name: str) -> tuple[int, int]:
+    """Where the generated part of that name stands in a document. Raises ValueError if it has none."""
+    opening, closing = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    return text.index(opening) + len(opening), text.index(closing)
+
+
+def outdated() -> dict[str, str]:
+    """Documents that have to be rewritten, with their new text."""
+    found = {}
+    for document, parts in PARTS.items():
+        text = (ROOT / document).read_text(encoding="utf-8")
+        changed = text
+        for name, generate in parts.items():
+            low, high = part(changed, name)
+            new = generate()
+            if comparable(changed[low:high]) != comparable(new):
+                changed = changed[:low] + new + changed[high:]
+        if changed != text:
+            found[document] = changed
+    return found
+
+
+def main() -> None:
+    found = outdated()
+    for document, text in found.items():
+        print(document)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / document).write_text(text, encoding="utf-8")
+    sys.exit("--check" in sys.argv[1:] and bool(found))
+
+
+if __name__ == "__main__":
+    main()
