@@ -51,6 +51,7 @@ from .tables import Table
 
 # Bytes asked for before the length of a header is known: 97 % of headers are shorter (huggingface_hub's count over the top 1000 models).
 AHEAD = 100_000
+SCATTERED = 4096  # bytes asked for at a time in a .bin file, whose tensors have a short header each
 UNRANGED = 1 << 20  # bytes received in vain at most, from a server that ignores Range
 PARALLEL = 8  # requests at a time, as huggingface_hub has it
 PAUSES = (0.5, 2.0)  # seconds before the second and third attempt
@@ -121,7 +122,7 @@ def published(text: str, revision: str | None) -> Published:
         return _local(_cached(where), where)
 
     def read(name: str) -> bytes:
-        return _File(repo, name)(repo.files[name][0], 0)
+        return _File(repo, name, AHEAD)(repo.files[name][0], 0)
 
     names, index_name, index = _weights(repo, read)
     config = Config(parse_json(read("config.json"), f"{repo.id}/config.json"))
@@ -236,7 +237,8 @@ def _beside(repo: Repo, taken: Iterable[str]) -> tuple[list[str], tuple[tuple[st
 
 def _header(repo: Repo, name: str) -> tuple[Original, dict[str, Entry]]:
     size, sha256 = repo.files[name]
-    file, kind, where = _File(repo, name), container(name), f"{repo.id}/{name}"
+    kind, where = container(name), f"{repo.id}/{name}"
+    file = _File(repo, name, SCATTERED if kind == "torch" else AHEAD)
     if kind == "torch":
         from . import pickled
 
@@ -247,26 +249,27 @@ def _header(repo: Repo, name: str) -> tuple[Original, dict[str, Entry]]:
 
 
 class _File:
-    """A file on the Hub that is read like a local one: a request brings AHEAD bytes at least, and none of them is asked for twice."""
+    """A file on the Hub that is read like a local one: a request brings `ahead` bytes at least, and no byte is asked for twice."""
 
-    def __init__(self, repo: Repo, name: str) -> None:
-        self.repo, self.name, self.size = repo, name, repo.files[name][0]
+    def __init__(self, repo: Repo, name: str, ahead: int) -> None:
+        self.repo, self.name, self.size, self.ahead = repo, name, repo.files[name][0], ahead
         self.known: list[tuple[int, bytes]] = []  # offset, bytes from there on
 
     def __call__(self, length: int, offset: int) -> bytes:
         """`length` bytes from `offset` on; fewer at the end of the file."""
-        end = min(offset + length, self.size)
-        for at, (low, data) in enumerate(self.known):
-            if low <= offset <= low + len(data):
-                if end > low + len(data):
-                    data += self._ask(low + len(data), end)
-                    self.known[at] = low, data
-                return data[offset - low : end - low]
-        if end <= offset:
-            return b""
-        data = self._ask(offset, min(max(end, offset + AHEAD), self.size))
-        self.known.append((offset, data))
-        return data[: end - offset]
+        at, end = offset, min(offset + length, self.size)
+        parts = []
+        while at < end:
+            found = next(((low, data) for low, data in self.known if low <= at < low + len(data)), None)
+            if found is None:
+                wanted = end if at > offset else max(end, at + self.ahead)
+                next_known = min((low for low, _ in self.known if low > at), default=self.size)
+                found = at, self._ask(at, min(wanted, next_known))
+                self.known.append(found)
+            low, data = found
+            parts.append(data[at - low : end - low])
+            at += len(parts[-1])
+        return b"".join(parts)
 
     def _ask(self, low: int, high: int) -> bytes:
         where = f"{self.repo.id}/{self.name}"

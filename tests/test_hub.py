@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fixtures import copy
 from hub_server import TOKEN, Fault, Hub, git_sha1, sha256
 from safetensors import safe_open
@@ -231,9 +232,33 @@ def test_bytes_far_behind_are_not_had_without_ranges(run: Client, hub: Hub, tmp_
     """What lies at the end of a file is refused rather than reached by reading all before it."""
     big(tmp_path / "big", hub)
     hub.ranges = False
-    found = run("len(hub._File(hub._listing(hub.ref('org/big', None)), 'model.safetensors')(100, 60 << 20))")
+    found = run("len(hub._File(hub._listing(hub.ref('org/big', None)), 'model.safetensors', 100)(100, 60 << 20))")
     assert found["code"] == 2 and "ignores range requests" in found["error"]
     assert hub.sent(".safetensors") < 32 << 20
+
+
+def test_bin_files_are_read_without_their_weights(run: Client, hub: Hub, tmp_path: Path) -> None:
+    """Of .bin files come the zip directory, the pickle and the tensors' short headers; every tensor is where it is."""
+    root = tmp_path / "bin"
+    root.mkdir()
+    tensors = {f"model.layers.{n}.weight": torch.full((1024, 512), n, dtype=torch.float32) for n in range(8)}
+    torch.save(tensors, root / "pytorch_model.bin")
+    (root / "config.json").write_text("{}")
+    hub.add("org/bin", root)
+    found = run("{name: e.offset for name, (_, e) in hub.published('org/bin', None).tensors.items()}")
+    whole = (root / "pytorch_model.bin").read_bytes()
+    for name, tensor in tensors.items():
+        assert whole[found[name] : found[name] + tensor.nbytes] == tensor.numpy().tobytes()
+    assert hub.sent("pytorch_model.bin") < 0x10000 + 24 * 4096 < len(whole) // 50
+
+
+def test_a_bin_checkpoint_plans_and_converts_from_the_hub(run: Client, reshard: Client, hub: Hub, tmp_path: Path) -> None:
+    """A checkpoint of .bin files from the Hub is the one of its directory."""
+    root = copy("llama_bin", tmp_path / "published")
+    hub.add("org/bin", root)
+    found, fetched, here = run(remote("org/bin"), local("org/bin"), local(str(root)))
+    assert found["tensors"] == fetched["tensors"] == here["tensors"]
+    assert reshard("convert", "org/bin", "out", "--tp", "2", HF_HUB_OFFLINE="1")[0] == 0
 
 
 def test_sizes_that_a_mirror_leaves_out_are_asked_for(run: Client, hub: Hub, tiny: Path) -> None:
