@@ -184,7 +184,10 @@ def facts(source: Source, name: str, *options: str) -> SourceFacts:
     """What a report says of a source; `options` are what the next command must repeat."""
     files = {path: None for path, _ in source.places.values()}
     known = source.manifest
-    sizes = [o.size for o in source.originals if o.container != "plain"] if known is None else [w.size for w, _ in known.ranks]
+    if known is not None:
+        sizes = [weights.size for weights, _ in known.ranks]
+    else:
+        sizes = [size for size, _ in source.stamps.values()] or [o.size for o in source.originals if o.container != "plain"]
     return SourceFacts(
         name=name,
         files=len(files),

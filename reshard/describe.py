@@ -73,7 +73,7 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
     atoms = {axis for axis in model.sizes if axis not in model.family.axes or axis == "heads"}
     return {
         "source": name,
-        "layout": f"{layout.table.name}, {layout.mesh}" if known else "published (Hugging Face)",
+        "layout": f"{layout.table.name}, {layout.mesh}" if layout.table.cut else "published (Hugging Face)",
         "family": model.family.name,
         "model": source.origin.id,
         "commit": source.origin.commit,

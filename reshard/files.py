@@ -24,7 +24,10 @@ class Pool:
         """Fill the buffer from `offset` on."""
         self._transfer(path, offset, buffer, os.preadv, "reading")
 
-    def read(self, path: Path, offset: int, length: int) -> bytearray:
+    def read(self, path: Path | bytes, offset: int, length: int) -> bytearray:
+        """Bytes of a file, or of bytes that are at hand."""
+        if isinstance(path, bytes):
+            return bytearray(path[offset : offset + length])
         data = bytearray(length)
         self.read_into(path, offset, memoryview(data))
         return data

@@ -16,7 +16,7 @@ from .shards import Shard, Shards
 from .source import Source
 
 Literal = tuple[int, bytes]  # offset, bytes
-Moved = tuple[int, int, Path, int]  # offset, length, file they come from, offset there
+Moved = tuple[int, int, Path | bytes, int]  # offset, length, file they come from (or the bytes themselves), offset there
 
 
 @dataclass

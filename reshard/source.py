@@ -1,4 +1,4 @@
-"""A source: anything reshard can read tensors from, behind one interface. A published checkpoint or a shard directory.
+"""A source: anything reshard can read tensors from, behind one interface: published checkpoints, shard directories, an engine's own.
 
 Knows where every stored tensor is and what the original files were; reads headers, no tensor.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import header, manifest, tables
+from . import foreign, header, manifest, tables
 from .checkpoint import Carried, Origin, Original, Published, merge, open_published, parse_json, read_json, understood
 from .checkpoint import index_map as parse_index
 from .digest import of
@@ -24,12 +24,16 @@ from .model import Config
 from .shards import Shards
 from .tables import Table
 
-Extent = tuple[int, int, Path, int]  # offset in the original file, length, where those bytes are now, offset there
+Extent = tuple[int, int, Path | bytes, int]  # offset in the original file, length, where those bytes are now, offset there
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read."""
+    """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read.
+
+    Where those are nowhere to be found, but what transformers would write, `residues` has their bytes that are no tensors; `stamps` are
+    then the sizes and times of the files read in their stead, when their headers were.
+    """
 
     where: str
     root: Path | None
@@ -42,6 +46,8 @@ class Source:
     left: tuple[tuple[str, int], ...] = ()
     origin: Origin = field(default_factory=Origin)
     manifest: Manifest | None = None
+    residues: dict[str, bytes] = field(default_factory=dict)
+    stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def locate(self, key: Key) -> tuple[Path, Entry]:
         return self.places[key]
@@ -55,7 +61,9 @@ class Source:
         """The bytes of an original file that no row claims, wherever they are now (on the Hub, where there is no root)."""
         at, root = 0, self.root or Path()
         for low, high in original.residue():
-            if self.manifest is None:
+            if original.name in self.residues:
+                yield low, high - low, self.residues[original.name], at
+            elif self.manifest is None:
                 yield low, high - low, root / original.name, low
             else:
                 yield low, high - low, manifest.residue_path(root, original.name), at
@@ -74,7 +82,7 @@ class Source:
 
 
 def open_source(path: Path, family: Table | None = None) -> Source:
-    """Open a local directory: a shard directory if it has a manifest, else a published checkpoint."""
+    """Open a local directory: shards if it has a manifest, an engine's shards by their file names, else a published checkpoint."""
     if not path.exists():
         raise ReshardError(f"{path}: no such file or directory", "a path to a checkpoint directory, or a Hub id such as org/name")
     if not path.is_dir():
@@ -82,6 +90,8 @@ def open_source(path: Path, family: Table | None = None) -> Source:
     try:
         if manifest.present(path):
             return _open_shards(path)
+        if (table := foreign.recognised(path)) is not None:
+            return _from_foreign(foreign.open_shards(path, table, family))
         return from_published(open_published(path), family)
     except OSError as error:
         raise failed("reading", path, error) from error
@@ -105,6 +115,24 @@ def from_published(published: Published, family: Table | None = None) -> Source:
         published.carried,
         published.left,
         published.origin,
+    )
+
+
+def _from_foreign(found: foreign.Foreign) -> Source:
+    published = found.published
+    return Source(
+        published.where,
+        published.root,
+        published.config,
+        found.layout,
+        found.places,
+        published.originals,
+        published.tensors,
+        published.carried,
+        published.left,
+        published.origin,
+        residues=found.residues,
+        stamps=found.stamps,
     )
 
 
