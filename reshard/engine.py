@@ -4,16 +4,19 @@
 
 Each source byte is read once and each output byte written once: copies that read the same stretch of a source (the ranks of a
 row-parallel weight, replicas) advance together, window by window. Memory is two buffers of TILE bytes per worker.
+
+numpy is imported only where bytes must be gathered from short runs (transpositions, interleavings): it takes longer to import than a
+small checkpoint to convert.
 """
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Protocol
-
-import numpy as np
 
 from .digest import BlockHasher
 from .errors import ReshardError
@@ -21,9 +24,10 @@ from .files import Pool
 from .header import BITS, Entry
 from .join import Copy, Dim, Plan, collapse
 
-TILE = 2 << 20  # bytes read at a time, and gathered at a time: together they stay in the second-level cache
+TILE = 4 << 20  # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own
 NARROW = 1 << 10  # bytes: the narrowest column window of a transposition
+SLICE = 2 << 10  # bytes: from here on a run is copied faster by slicing than by numpy's strided loops
 
 Key = tuple[int, str]  # rank, stored name
 
@@ -79,11 +83,11 @@ class Read:
 
     def part(self, level: int, start: int, stop: int) -> "Read":
         """The same box with dimension `level` restricted to [start, stop)."""
-        stride = self.dims[level][1]
+        n, stride = self.dims[level]
         dims = (*self.dims[:level], (stop - start, stride), *self.dims[level + 1 :])
         targets = []
         for target in self.targets:
-            at = next(i for i, (_, s, _) in enumerate(target.dims) if s == stride)
+            at = next(i for i, (m, s, _) in enumerate(target.dims) if (m, s) == (n, stride))
             d = target.dims[at][2]
             cut = (*target.dims[:at], (stop - start, stride, d), *target.dims[at + 1 :])
             targets.append(Target(target.key, target.offset + start * d, cut))
@@ -199,8 +203,8 @@ class Worker:
 
     def __init__(self, source: Place, destination: Place, sink: Sink, pool: Pool, progress: Callable[[int], None]) -> None:
         self.source, self.destination, self.sink, self.pool, self.progress = source, destination, sink, pool, progress
-        self._in = np.empty(TILE, np.uint8)
-        self._out = np.empty(TILE, np.uint8)
+        self._in = memoryview(bytearray(TILE))
+        self._out = memoryview(bytearray(TILE))
 
     def job(self, copies: Sequence[Copy]) -> None:
         """All copies of one job, sources in the order in which the destination wants them."""
@@ -236,16 +240,15 @@ class Worker:
 
     def _rows(self, path: Path, base: int, item: int, cluster: list[Read], low: int) -> None:
         """Window by window along the outermost dimension of the source; rows wider than a tile one by one."""
-        pitch = max(read.dims[0][1] for read in cluster)
+        pitch = max(read.dims[0][1] for read in cluster if read.dims)
         count = max((read.end - 1 - low) // pitch for read in cluster) + 1
-        if _tiled(cluster, low, pitch):
-            rows = min(count, TILE // NARROW)
-            step = max(read.dims[1][1] for read in cluster)
+        if step := _tiled(cluster, low, pitch, item):
+            rows = min(count, TILE // NARROW, TILE // (step * item))
             width = max(1, TILE // (rows * item) // step) * step
             for row in range(0, count, rows):
                 self._columns(path, base, item, _rows_of(cluster, low, pitch, row, row + rows), low + row * pitch, width, pitch)
             return
-        rows = TILE // (pitch * item)
+        rows = TILE // (pitch * item) if _aligned(cluster, low) else 0  # overlapping rows of an odd view: one by one
         for row in range(0, count, rows or 1):
             taken = _rows_of(cluster, low, pitch, row, row + (rows or 1))
             if rows and taken:
@@ -266,10 +269,9 @@ class Worker:
 
     def _window(self, path: Path, base: int, item: int, reads: Iterable[Read], low: int, height: int, width: int, pitch: int) -> None:
         """Read `height` stretches of `width` items, `pitch` apart, from item `low` on, and hand each target its part."""
-        buffer = self._in.data
         for row in range(height):
             at = row * width * item
-            self.pool.read_into(path, base + (low + row * pitch) * item, buffer[at : at + width * item])
+            self.pool.read_into(path, base + (low + row * pitch) * item, self._in[at : at + width * item])
         self.progress(height * width * item)
         for read in reads:
             for target in read.targets:
@@ -278,36 +280,45 @@ class Worker:
 
     def _scatter(self, target: Target, start: int, dims: tuple[Dim, ...], item: int) -> None:
         """From the window in the buffer to the destination: gathered into destination order, then put run by run."""
-        run = level = len(dims)
-        run = 1
+        level, run = len(dims), 1
         while level and dims[level - 1][2] == run:
             level -= 1
             run *= dims[level][0]
         outer, inner = dims[:level], dims[level:]
-        items = run
-        for n, _, _ in outer:
-            items *= n
         if not inner or (len(inner) == 1 and inner[0][1] == 1):
-            data, pitches = self._in.data, [s * item for _, s, _ in outer]
-            at = start * item
+            data, at, pitches = self._in, start * item, [s * item for _, s, _ in outer]
+        elif (size := math.prod(n for n, _, _ in dims) * item) > TILE:  # stride 0: a destination larger than the window
+            n, s, d = dims[0]
+            step = max(1, n * TILE // size)
+            for i in range(0, n, step):
+                part = ((min(step, n - i), s, d), *dims[1:]) if step > 1 else dims[1:]
+                self._scatter(Target(target.key, target.offset + i * d, part), start + i * s, part, item)
+            return
         else:
-            kind = np.dtype(f"u{item}")
-            view = np.lib.stride_tricks.as_strided(
-                self._in[start * item :][: len(self._in[start * item :]) // item * item].view(kind),
-                tuple(n for n, _, _ in dims),
-                tuple(s * item for _, s, _ in dims),
-                writeable=False,
-            )
-            packed = self._out[: items * item].view(kind).reshape(view.shape)
-            np.copyto(packed, view)
-            data, at, pitches = self._out.data, 0, []
-            pitch = run * item
+            self._gather(start, dims, item)
+            data, at, pitches, pitch = self._out, 0, [], run * item
             for n, _, _ in reversed(outer):
                 pitches.insert(0, pitch)
                 pitch *= n
-        self._put(
-            target.key, target.offset * item, data, at, [(n, p, d * item) for (n, _, d), p in zip(outer, pitches, strict=True)], run * item
-        )
+        steps = [(n, pitch, d * item) for (n, _, d), pitch in zip(outer, pitches, strict=True)]
+        self._put(target.key, target.offset * item, data, at, steps, run * item)
+
+    def _gather(self, start: int, dims: tuple[Dim, ...], item: int) -> None:
+        """The strided box at `start` of the window, packed in destination order into the other buffer."""
+        (n, stride, _), *_ = reversed(dims)
+        if stride == 1 and n * item >= SLICE:
+            at, run = 0, n * item
+            for places in product(*(range(extent) for extent, _, _ in dims[:-1])):
+                begin = (start + sum(i * s for i, (_, s, _) in zip(places, dims, strict=False))) * item
+                self._out[at : at + run] = self._in[begin : begin + run]
+                at += run
+            return
+        import numpy as np
+
+        kind = np.dtype(f"u{item}")
+        shape = tuple(n for n, _, _ in dims)
+        view = np.ndarray(shape, kind, self._in, start * item, tuple(s * item for _, s, _ in dims))
+        np.copyto(np.ndarray(shape, kind, self._out), view)
 
     def _put(self, key: Key, offset: int, data: memoryview, at: int, outer: list[tuple[int, int, int]], nbytes: int) -> None:
         if not outer:
@@ -343,10 +354,13 @@ def _aligned(cluster: Sequence[Read], low: int) -> bool:
     return True
 
 
-def _tiled(cluster: Sequence[Read], low: int, pitch: int) -> bool:
-    """Whether all reads are the same rows of one matrix, each with one dimension along them, and one is transposed."""
-    shapes = {(read.dims[0], (read.offset - low) // pitch, len(read.dims)) for read in cluster if read.dims}
-    return len(shapes) == 1 and len(cluster[0].dims) == 2 and cluster[0].dims[0][1] == pitch and any(read.transposed for read in cluster)
+def _tiled(cluster: Sequence[Read], low: int, pitch: int, item: int) -> int:
+    """The widest column step if all reads are the same rows of one matrix, each with one dimension along them, and one is transposed."""
+    shapes = {(read.dims[:1], (read.offset - low) // pitch, len(read.dims)) for read in cluster}
+    if len(shapes) > 1 or len(cluster[0].dims) != 2 or cluster[0].dims[0][1] != pitch or not _aligned(cluster, low):
+        return 0
+    step = max(read.dims[1][1] for read in cluster)
+    return step if step * item <= TILE and any(read.transposed for read in cluster) else 0
 
 
 def _rows_of(cluster: Iterable[Read], low: int, pitch: int, start: int, stop: int) -> list[Read]:
