@@ -14,7 +14,7 @@ from .conversion import prepare as prepare_job
 from .errors import ReshardError
 from .mesh import Mesh
 from .progress import Progress
-from .report import Report, SourceFacts, build
+from .report import Report, SourceFacts, binary, build
 from .resplit import parse_size
 from .source import Source, open_source
 from .tables import Table
@@ -32,6 +32,8 @@ def open_any(
     `family` names a shipped table, or is the path of one's own. With `headers_only` nothing but headers is fetched from the Hub.
     """
     table = family_table(family)
+    if not str(src):
+        raise ReshardError("the source is an empty name", "give a directory, or a Hub id such as org/name")
     path = Path(src)
     if path.exists():
         if revision is not None:
@@ -46,10 +48,14 @@ def family_table(family: str | None) -> Table | None:
     """The table that `--family` means: a path to TOML, or the name of a shipped one."""
     if family is None:
         return None
+    if family in tables.shipped("families"):
+        return tables.load("families", family)
     path = Path(family)
-    if path.suffix == ".toml" or path.exists():
+    if path.is_file():
         return tables.load_file(path)
-    return tables.load("families", family)
+    if path.suffix == ".toml" or "/" in family or path.exists():
+        raise ReshardError(f"--family {family}: there is no such file", "give the TOML file of a table, or the name of a shipped one")
+    raise ReshardError(f'no family table "{family}"', f"there are {', '.join(tables.shipped('families'))}; or give a TOML file of your own")
 
 
 def plan(
@@ -75,9 +81,9 @@ def plan(
     """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
     source = open_any(src, revision, family)
     options = Options(workers=workers, pad=pad, repeat=repeat, engine_version=engine_version)
-    memory = _size(device_memory)
+    memory = _size("--device-memory", device_memory)
     mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, memory, context, batch)
-    job = prepare(source, to, mesh, options, _size(max_file_size))
+    job = prepare(source, to, mesh, options, _size("--max-file-size", max_file_size))
     return build(
         source.layout,
         job.output.layout,
@@ -121,9 +127,11 @@ def convert(
     The same job again is recognised (`Result.already`). Raises ReshardError before anything is written for whatever can be told before.
     """
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version)
+    if not str(out):
+        raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
     source = open_any(src, revision, family, headers_only=False, progress=progress)
-    mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size(device_memory), context, batch)
-    job = prepare(source, to, mesh, options, _size(max_file_size))
+    mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size("--device-memory", device_memory), context, batch)
+    job = prepare(source, to, mesh, options, _size("--max-file-size", max_file_size))
     return convert_job(job, Path(out), options, progress)
 
 
@@ -138,8 +146,9 @@ def verify(
 ) -> Verdict:
     """Check a directory: integrity by its manifest, and bit-exact weights `against` the original. `Report.ok` is the verdict."""
     path = Path(out)
-    if not path.is_dir():
-        raise ReshardError(f"{out}: no such directory", "give the directory that convert wrote")
+    if not str(out) or not path.is_dir():
+        what = "is a file" if str(out) and path.exists() else "no such directory"
+        raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     return verify_directory(path, source, Options(workers=workers).threads, progress)
 
@@ -170,13 +179,15 @@ def choose_mesh(
     """The mesh asked for; `tp="auto"` is the smallest that fits the device."""
     if tp != "auto":
         return Mesh(int(tp), pp, ep, split, pp_layers)
+    if to == "hf":
+        raise ReshardError("--to hf writes one checkpoint for all ranks, --tp auto was asked for", "leave out --tp")
     if device_memory is None:
         raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
     model = source.layout.model
     table = tables.load("formats", to).for_family(model.family.name)
     mesh = smallest(model, source.config, table, device_memory, context, batch, ep=ep, pp=pp if pp > 1 else None)
     if mesh is None:
-        raise ReshardError(f"no mesh of this model fits {device_memory / 2**30:.1f} GiB per device", "use devices with more memory")
+        raise ReshardError(f"no mesh of this model fits {binary(device_memory)} per device", "use devices with more memory")
     return mesh
 
 
@@ -205,5 +216,8 @@ def _said(revision: str | None, family: str | None) -> list[str]:
     return [word for option, value in given if value is not None for word in (option, value)]
 
 
-def _size(text: str | int | None) -> int | None:
-    return parse_size(text) if isinstance(text, str) else text
+def _size(option: str, text: str | int | None) -> int | None:
+    try:
+        return parse_size(text) if isinstance(text, str) else text
+    except ReshardError as error:
+        raise ReshardError(f"{option} {text}: is no number of bytes", error.hint) from None

@@ -3,7 +3,10 @@
 Imports nothing heavy before a command needs it, so that `reshard --help` is instant.
 """
 
+import io
 import json
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -24,13 +27,12 @@ def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | 
     def parse(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
         if text is None:
             return None
-        try:
-            return tuple(int(part) for part in text.split(separator))
-        except ValueError:
-            example = separator.join(("3", "3", "2"))
+        parts = text.split(separator)
+        if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) and int(part) for part in parts):
             raise ReshardError(
-                f"{option.opts[0]} {text}: numbers are needed, with {separator!r} between them", f"for example {example}"
-            ) from None
+                f'{option.opts[0]} {text}: numbers from 1 on are needed, with "{separator}" between them', f"for example {option.metavar}"
+            )
+        return tuple(map(int, parts))
 
     return parse
 
@@ -71,8 +73,8 @@ _mesh = _options(
 )
 _device = _options(
     click.option("--device-memory", metavar="24GiB", help="Memory of one device: does it fit?"),
-    click.option("--context", type=int, metavar="TOKENS", help="Tokens per sequence in the KV cache."),
-    click.option("--batch", type=int, default=1, metavar="N", help="Sequences in the KV cache."),
+    click.option("--context", type=click.IntRange(1), metavar="TOKENS", help="Tokens per sequence in the KV cache."),
+    click.option("--batch", type=click.IntRange(1), default=1, metavar="N", help="Sequences in the KV cache."),
 )
 _source = _options(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
@@ -96,11 +98,11 @@ def cli() -> None:
     """Convert checkpoints between parallel layouts: exactly, at the speed of cp, in little memory.
 
     \b
-    SRC is a checkpoint directory, a Hub id (org/name), or a directory that convert wrote.
-      reshard plan    SRC --tp 8           what would be written, what each rank gets
-      reshard convert SRC OUT --tp 8       write one directory per rank
-      reshard verify  OUT --against SRC    prove it, bit by bit
-      reshard convert OUT BACK --to hf     the original files again, byte for byte
+    SRC: a checkpoint directory, a Hub id (org/name), or what convert wrote.
+      reshard plan    SRC --tp 8         what would be written, and what it needs
+      reshard convert SRC OUT --tp 8     write one directory per rank
+      reshard verify  OUT --against SRC  prove it, bit by bit
+      reshard convert OUT BACK --to hf   the original files again, byte for byte
     """
 
 
@@ -116,7 +118,7 @@ def inspect(src: str, revision: str | None, family: str | None, as_json: bool, p
     _show(found.to_json() if as_json else found.text(), quiet and not as_json)
 
 
-@cli.command()
+@cli.command(short_help="Dry run: what each rank gets, disk and memory needed.")
 @click.argument("src", metavar="SRC")
 @_mesh
 @_device
@@ -150,7 +152,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
     """
     from . import api
 
-    if given["tp"] is None and given["pp"] == 1 and given["split"] is None and given["to"] is None:
+    if given["pp"] == 1 and all(given[option] is None for option in ("tp", "split", "pp_layers", "to")):
         raise ReshardError("how many ranks? neither --tp nor --to was given", "--tp 8 for shards; --to hf for Hugging Face files")
     with _Talk(progress_kind, quiet) as progress:
         result = api.convert(src, out, **_arguments(given), progress=progress)
@@ -160,7 +162,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
     _say(quiet, *result.lines(src))
 
 
-@cli.command()
+@cli.command(short_help="Check OUT by its manifest, and against the original.")
 @click.argument("out", metavar="OUT")
 @click.option("--against", metavar="SRC", help="Compare every element with the original, bit by bit.")
 @_source
@@ -210,13 +212,21 @@ class _Talk:
 
 def _show(data: dict[str, Any] | str, silent: bool = False) -> None:
     if not silent:
-        click.echo(json.dumps(data, indent=1, ensure_ascii=False) if isinstance(data, dict) else data)
+        _print(json.dumps(data, indent=1, ensure_ascii=False) if isinstance(data, dict) else data)
 
 
 def _say(quiet: bool, *lines: str) -> None:
     if not quiet:
-        for line in lines:
-            click.echo(line)
+        _print("\n".join(lines))
+
+
+def _print(text: str) -> None:
+    """To stdout. A reader that has gone away (`| head`) is no mismatch: as a shell has it, that is 128 + SIGPIPE."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        sys.exit(141)
 
 
 def _terminated(*_: object) -> None:
@@ -226,20 +236,21 @@ def _terminated(*_: object) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the one place where errors are printed and exit codes are chosen."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes; in JSON this is how to write them
     try:
         sys.exit(cli.main(arguments, prog_name="reshard", standalone_mode=False) or 0)
     except ReshardError as error:
         _fail(error.message, error.hint, error.exit_code)
-    except click.exceptions.Abort:
-        _fail("interrupted; nothing was left behind", None, 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was not finished has been removed", None, 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        sys.exit(2)
     except click.ClickException as error:
         usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "reshard"
         _fail(error.format_message(), f"{usage} --help shows what there is", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", None, 130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", None, 3)

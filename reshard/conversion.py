@@ -5,11 +5,13 @@ Knows the order of things; how each is done is known elsewhere.
 
 import hashlib
 import os
+import re
 import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,25 @@ from . import engine, manifest, output, publish
 from .checkpoint import Original
 from .digest import of, of_blocks
 from .engine import Key, Writer, in_items
-from .errors import ReshardError
+from .errors import PlaceError, ReshardError
 from .files import Pool, failed
 from .header import BITS
 from .join import Plan, plan
 from .manifest import Listed
 from .mesh import Mesh
 from .output import Output
-from .progress import Progress, Silent
+from .progress import Progress, Silent, until
 from .shards import folder, scalar, shard_digest, tensors_json
 from .source import Source
 from .tables import Constant, Table
 
 CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
+# Files of a published checkpoint, by their names: what --overwrite may delete.
+_CHECKPOINT = re.compile(
+    r"[^/]*\.safetensors(\.index\.json)?|(pytorch_)?model[^/]*\.bin(\.index\.json)?|([^/]*_)?config\.json|tokenizer\.[^/]*|[^/]*\.tiktoken"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.[^/]*|merges\.txt|spiece\.model|chat_template\.[^/]*"
+    r"|README\.md|LICENSE[^/]*|NOTICE[^/]*|\.gitattributes"
+)
 OURS = (manifest.NAME, "source")  # names in a shard directory that a carried file must not take
 
 
@@ -134,7 +142,7 @@ class Job:
 def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None = None) -> Job:
     """Everything that can be refused is refused here, before anything is written."""
     out = output.outputs(source, to, mesh, max_file_size)
-    engine_name = _engine(out.layout.table, options.engine_version) if to != "hf" else None
+    engine_name = _engine(to, out.layout.table, options.engine_version)
     if not options.pad and out.layout.padding:
         axis, (size, padded) = next(iter(out.layout.padding.items()))
         raise ReshardError(
@@ -154,12 +162,12 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     return Job(source, out, joined, engine_name)
 
 
-def _engine(table: Table, version: str | None) -> str | None:
+def _engine(to: str, table: Table, version: str | None) -> str | None:
     """The engine and version that a format is written for; versions that no table describes are refused by name."""
     known = table.engine
     if not known:
         if version is not None:
-            raise ReshardError(f'--engine-version {version}: format "{table.name}" belongs to no engine', "leave it out")
+            raise ReshardError(f'--engine-version {version}: format "{to}" belongs to no engine', "leave it out")
         return None
     versions = [str(v) for v in known["versions"]]
     wanted = version or versions[-1]
@@ -177,45 +185,50 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     began = time.monotonic()
     source = job.source
     publish.check_destination(out, source.root)
-    if occupied(out):
+    publish.recover(out)
+    busy = publish.occupied(out)
+    if busy:
         found = same(job, out, options)
         if found is None:
             return Result(out, True, _root(out), 0, 0, time.monotonic() - began)
         if not options.overwrite:
             raise ReshardError(f"{out}: is not empty, and {found}", "choose another destination, or --overwrite to replace it")
-        if not replaceable(out):
-            raise ReshardError(f"{out}: holds no checkpoint, --overwrite would delete something else", "choose another destination")
+        if (theirs := irreplaceable(out, job)) is not None:
+            raise ReshardError(
+                f"{out}: holds {theirs}, which is no part of a checkpoint: --overwrite would delete it",
+                "choose another destination, or move it away",
+            )
+    carried = _carried(job)
+    publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
+    before = _stamps(source)
     if options.sha256:
         job = _with_sha256(job, options.threads)
         source = job.source
-    carried = _carried(job)
-    publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
-    with publish.Publication(out, replace=occupied(out)) as publication:
+    with publish.Publication(out, replace=busy) as publication, closing(Pool(os.O_RDWR)) as pool, closing(Pool()) as reader:
         job.output.root = publication.work
         try:
-            pool = Pool(os.O_RDWR)
-            reader = Pool()
             _lay_files(job, pool, reader)
             digests: dict[Key, list[bytes]] | None = {} if job.output.shards else None
             progress.start("converting", job.reads)
             _move(job, options, pool, reader, digests, progress)
             root = _finish(job, carried, reader, digests)
             pool.close(sync=options.fsync)
-            _unchanged(source)
-            reader.close()
+            _check_unchanged(before)
             if options.fsync:
                 _sync(publication.work)
         except OSError as error:
             raise failed("writing", out, error) from error
         publication.commit(manifest.NAME if job.output.shards else "config.json")
         if options.fsync:
-            _sync_directory(out.absolute().parent)
+            _sync_directory(publication.out)
+            _sync_directory(publication.out.parent)
     progress.finish()
     return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left)
 
 
 def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:
     out = job.output
+    halt = threading.Event()
     engine.run(
         job.plan,
         job.source,
@@ -223,7 +236,8 @@ def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Ke
         lambda: Writer(out, pool, digests),
         workers=options.threads,
         pool=reader,
-        progress=progress.advance,
+        progress=until(halt, progress.advance),
+        stop=halt,
     )
     if digests is None:
         return
@@ -338,14 +352,29 @@ def _residue_bytes(job: Job) -> int:
     return sum(high - low for original in job.source.originals for low, high in original.residue()) if job.output.shards else 0
 
 
-def _unchanged(source: Source) -> None:
-    """The published files are as they were when their headers were read."""
-    if source.manifest is not None or source.root is None:
-        return
-    for original in source.originals:
-        status = (source.root / original.name).stat()
-        if (status.st_size, status.st_mtime_ns) != (original.size, original.mtime_ns):
-            raise ReshardError(f"{source.root / original.name}: was changed while it was being read", "convert again")
+def _stamps(source: Source) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file that is going to be read; of published weights as they were when their headers were."""
+    if source.root is None:
+        return {}
+    paths = source.read_files()
+    if source.manifest is not None:
+        paths += [manifest.residue_path(source.root, original.name) for original in source.originals]
+    stamps = {path: ((status := path.stat()).st_size, status.st_mtime_ns) for path in paths}
+    if source.residues:
+        stamps |= source.stamps
+    elif source.manifest is None:
+        stamps |= {source.root / original.name: (original.size, original.mtime_ns) for original in source.originals}
+    return stamps
+
+
+def _check_unchanged(before: dict[Path, tuple[int, int]]) -> None:
+    for path, stamp in before.items():
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            status = None
+        if status is None or (status.st_size, status.st_mtime_ns) != stamp:
+            raise PlaceError(f"{path}: was changed while it was being read", "convert again, when nobody writes to it any more")
 
 
 def _sync(folder_: Path) -> None:
@@ -370,37 +399,48 @@ def _sync_path(path: Path, flags: int) -> None:
 def _with_sha256(job: Job, threads: int) -> Job:
     """The same job with the SHA-256 of every published file that is not known yet."""
     source = job.source
-    if source.root is None or source.manifest is not None:
+    if source.root is None or source.manifest is not None or source.residues:
         return job
     root, stop = source.root, threading.Event()
 
     def digest(original: Original) -> Original:
-        if original.sha256 or stop.is_set():
+        if original.sha256 or original.container == "plain":
             return original
-        with (root / original.name).open("rb") as file:
-            return replace(original, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        state = hashlib.sha256()
+        with (root / original.name).open("rb", buffering=0) as file:
+            while not stop.is_set() and (piece := file.read(CHUNK)):
+                state.update(piece)
+        return replace(original, sha256=state.hexdigest())
 
     try:
         with ThreadPoolExecutor(threads) as executor:
             originals = tuple(executor.map(digest, source.originals))
     except OSError as error:
         raise failed("reading", root, error) from error
+    finally:
+        stop.set()
     return replace(job, source=replace(source, originals=originals))
 
 
 # --- the same job again --------------------------------------------------------------------------------------------------------
 
 
-def occupied(out: Path) -> bool:
-    """Whether there is anything in the destination that is not the leavings of a job."""
-    if not out.is_dir():
-        return False
-    return any(child.name not in (".reshard-work", ".reshard-old", "lost+found") for child in out.iterdir())
-
-
-def replaceable(out: Path) -> bool:
-    """Whether --overwrite may delete the directory: only something that is a checkpoint itself."""
-    return manifest.present(out) or (out / "config.json").is_file()
+def irreplaceable(out: Path, job: Job) -> str | None:
+    """An entry of a directory that is no part of a checkpoint, so that --overwrite must not delete it; None if all are."""
+    files = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    files = [name for name in files if name.split("/")[0] not in publish.NOBODYS]
+    if manifest.present(out):
+        try:
+            known = {manifest.NAME, *(file.name for file in manifest.load(out).files())}
+        except ReshardError as error:
+            raise ReshardError(
+                f"{out}: --overwrite cannot tell what it would delete: {error.message}",
+                "delete the directory, or choose another destination",
+            ) from None
+        return next((name for name in files if name not in known), None)
+    known = {*job.output.sizes, *job.output.whole, *(file.name for file in job.source.carried)}
+    beside = next((name for name in files if name not in known and not _CHECKPOINT.fullmatch(name)), None)
+    return beside if beside is not None or (out / "config.json").is_file() else next(iter(files), "directories")
 
 
 def same(job: Job, out: Path, options: Options) -> str | None:
@@ -409,7 +449,7 @@ def same(job: Job, out: Path, options: Options) -> str | None:
     The same plan and format version, and every source file of the same size, time and, where known, commit and SHA-256.
     """
     try:
-        return _same_shards(job, out, options) if job.output.shards else _same_files(job, out)
+        return _same_shards(job, out, options) if job.output.shards else _same_files(job, out, options)
     except ReshardError as error:
         return f"it is not what this job would write: {error.message}"
     except OSError as error:
@@ -442,6 +482,8 @@ def _same_shards(job: Job, out: Path, options: Options) -> str | None:
             return f"{original.name} has {original.size} bytes, it was made from {other.size}"
         if other.sha256 and original.sha256 and other.sha256 != original.sha256:
             return f"{original.name} has SHA-256 {original.sha256}, it was made from {other.sha256}"
+        if options.sha256 and not other.sha256 and original.container != "plain":
+            return f"it was made without --sha256, so that it does not know that of {original.name}"
         if other.mtime_ns != original.mtime_ns:
             return f"{original.name} was modified at another time than the file that it was made from (--checksum compares contents)"
     if earlier:
@@ -454,7 +496,7 @@ def _same_shards(job: Job, out: Path, options: Options) -> str | None:
     return None
 
 
-def _same_files(job: Job, out: Path) -> str | None:
+def _same_files(job: Job, out: Path, options: Options) -> str | None:
     source = job.source
     newest = max((original.mtime_ns for original in source.originals), default=0)
     wanted = {name: (size, job.output.mtimes.get(name, newest)) for name, size in job.output.sizes.items()}
@@ -465,10 +507,34 @@ def _same_files(job: Job, out: Path) -> str | None:
         if not path.is_file():
             return f"it lacks {name}"
         status = path.stat()
-        if (status.st_size, status.st_mtime_ns) != (size, mtime):
+        if status.st_size != size or (status.st_mtime_ns != mtime and not options.checksum):
             return f"its {name} is another one"
     extra = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - wanted.keys()
-    return f"it also holds {min(extra)}" if extra else None
+    if extra:
+        return f"it also holds {min(extra)}"
+    return _same_contents(job, out, options) if options.checksum else None
+
+
+def _same_contents(job: Job, out: Path, options: Options) -> str | None:
+    """Whether every byte of Hugging Face files is what this job would write; they have no digests, so all is read."""
+    from . import verification
+
+    report = verification.against(out, job.source, options.threads)
+    if not report.ok:
+        return f"the source has other contents: {report.failures[0]}"
+    with closing(Pool()) as pool:
+        parts = [(name, offset, memoryview(data)) for name, parts in job.output.literals.items() for offset, data in parts]
+        parts += [(name, 0, memoryview(data)) for name, data in job.output.whole.items()]
+        for name, offset, data in parts:
+            if pool.read(out / name, offset, len(data)) != data:
+                return f"its {name} has another header"
+        for name, extents in job.output.moved.items():
+            for offset, length, path, at in extents:
+                for start in range(0, length, CHUNK):
+                    n = min(CHUNK, length - start)
+                    if pool.read(path, at + start, n) != pool.read(out / name, offset + start, n):
+                        return f"the header or a buffer of {name} differs from the source"
+    return None
 
 
 def _root(out: Path) -> str | None:

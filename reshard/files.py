@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import PlaceError, ReshardError
+from .errors import PlaceError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -43,7 +43,7 @@ class Pool:
                 done = call(descriptor, [buffer], offset)
                 if done == 0:
                     size = os.fstat(descriptor).st_size
-                    raise ReshardError(
+                    raise PlaceError(
                         f"{path}: {len(buffer)} bytes wanted at offset {offset}, the file ends at {size}",
                         "it is truncated, or was changed while it was being read",
                     )

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Origin, Original, read_json
+from .digest import of
 from .digest import root as root_digest
-from .errors import ReshardError
+from .errors import MismatchError, ReshardError
 from .layout import Layout
 from .mesh import Mesh
 from .shards import FORMAT_VERSION
@@ -45,6 +46,7 @@ class Manifest:
     carried: tuple[Listed, ...]
     source: tuple[Listed, ...]
     root: str
+    version: str = FORMAT_VERSION
 
     def files(self) -> Iterable[Listed]:
         """Every file of the directory but the manifest."""
@@ -69,7 +71,6 @@ def dump(
     mesh = layout.mesh
     pairs, along, kept = list(ranks), sorted(carried, key=_name), sorted(source, key=_name)
     every = [*(file for pair in pairs for file in pair), *along, *kept]
-    root = root_digest((file.name, file.size, file.digest) for file in every)
     text: dict[str, Any] = {
         "reshard": FORMAT_VERSION,
         "notation": NOTATION,
@@ -93,9 +94,25 @@ def dump(
         "ranks": [{"rank": rank, "weights": _listed(w), "tensors": _listed(t)} for rank, (w, t) in enumerate(pairs)],
         "carried": [_listed(file) for file in along],
         "source": [_listed(file) for file in kept],
-        "root": root,
+        "root": "",
     }
-    return (json.dumps(text, indent=1, ensure_ascii=False) + "\n").encode(), root
+    root = _root(_text(text), every)
+    return _text(text | {"root": root}), root
+
+
+def _text(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _root(unsigned: bytes, files: Iterable[Listed]) -> str:
+    """The digest over all files, the manifest with an empty `root` among them."""
+    return root_digest([(NAME, len(unsigned), of(unsigned)), *((file.name, file.size, file.digest) for file in files)])
+
+
+def root_of(directory: Path, manifest: "Manifest") -> str:
+    """The root digest that the manifest of a directory should have, from its own text and the digests that it lists."""
+    text = (directory / NAME).read_bytes()
+    return _root(text.replace(f'"root": {json.dumps(manifest.root)}'.encode(), b'"root": ""'), manifest.files())
 
 
 def _name(file: Listed) -> str:
@@ -138,11 +155,12 @@ def load(directory: Path) -> Manifest:
             carried=tuple(_file(file, path) for file in data["carried"]),
             source=tuple(_file(file, path) for file in data["source"]),
             root=str(data["root"]),
+            version=version,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReshardError(f"{path}: malformed: {error!r}", "it was edited or damaged: convert again") from None
+        raise MismatchError(f"{path}: malformed: {error!r}", "it was edited or damaged: convert again") from None
     if len(manifest.ranks) != manifest.mesh.world:
-        raise ReshardError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
+        raise MismatchError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
     return manifest
 
 

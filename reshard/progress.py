@@ -1,11 +1,13 @@
 """Progress on stderr: a bar on a terminal, plain lines with a heartbeat in a log, JSON lines for programs, or nothing."""
 
 import json
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 Kind = Literal["auto", "json", "none"]
 
@@ -24,6 +26,17 @@ class Silent:
     def start(self, what: str, total: int) -> None: ...
     def advance(self, n: int) -> None: ...
     def finish(self) -> None: ...
+
+
+def until(stop: threading.Event, advance: Callable[[int], None]) -> Callable[[int], None]:
+    """`advance`, which ends the worker that calls it once `stop` is set: what it is at may be a tensor of many GB."""
+
+    def step(n: int) -> None:
+        advance(n)
+        if stop.is_set():
+            raise InterruptedError("another worker failed, or the job was interrupted")
+
+    return step
 
 
 class _Counting:
@@ -122,7 +135,12 @@ class Bar(_Counting):
     def start(self, what: str, total: int) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=self.stream, dynamic_ncols=True, miniters=1)
+        try:
+            known = os.get_terminal_size(self.stream.fileno()).columns > 0
+        except (OSError, ValueError):
+            known = False
+        width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80}  # a terminal in a container may not know its size
+        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=self.stream, miniters=1, **width)
         super().start(what, total)
 
     def show(self, seconds: float, end: bool) -> None:

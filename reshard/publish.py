@@ -232,12 +232,12 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {kind: signal.signal(kind, lambda number, _: waiting.append(number)) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler if handler is not None else signal.SIG_DFL)
         for number in waiting:
             signal.raise_signal(number)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import foreign, header, manifest, tables
-from .checkpoint import Carried, Origin, Original, Published, merge, open_published, parse_json, read_json, understood
+from .checkpoint import Carried, Origin, Original, Published, extent, merge, open_published, parse_json, read_json, understood
 from .checkpoint import index_map as parse_index
 from .digest import of
 from .engine import Key
@@ -68,6 +68,15 @@ class Source:
             else:
                 yield low, high - low, manifest.residue_path(root, original.name), at
             at += high - low
+
+    def buffer(self, name: str) -> tuple[Entry, Extent]:
+        """A tensor that is kept aside, and where its bytes are now."""
+        at, entry = self.tensors[name]
+        length = extent(entry)
+        for low, size, place, start in self.residue(self.originals[at]):
+            if low <= entry.offset and entry.offset + length <= low + size:
+                return entry, (entry.offset, length, place, start + entry.offset - low)
+        raise MismatchError(f"{self.where}: {name} is not in the residue of {self.originals[at].name}", "convert again")
 
     def published(self) -> Layout:
         """The layout of the original files."""

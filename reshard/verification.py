@@ -14,14 +14,14 @@ import xxhash
 from . import engine, manifest
 from .checkpoint import Carried
 from .digest import BLOCK, of_blocks
-from .digest import root as root_digest
 from .engine import Key, Place
-from .errors import MismatchError, ReshardError
+from .errors import MismatchError, PlaceError, ReshardError
 from .files import Pool, failed
+from .header import MAX_LENGTH
 from .join import plan
-from .manifest import Listed
+from .manifest import Listed, Manifest
 from .progress import Progress, Silent
-from .shards import scalar, shard_digest
+from .shards import Shards, scalar, shard_digest, tensors_json
 from .source import Source, open_source
 from .tables import Constant
 
@@ -98,10 +98,14 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
     """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing."""
     progress = progress or Silent()
     rung = Rung("integrity")
-    known = manifest.load(out)
+    try:
+        known = manifest.load(out)
+    except MismatchError as error:
+        rung.failures.append(error.message)
+        return rung
     listed = list(known.files())
-    if root_digest((file.name, file.size, file.digest) for file in listed) != known.root:
-        rung.failures.append(f"{manifest.NAME}: its root digest is not that of the files it lists")
+    if manifest.root_of(out, known) != known.root:
+        rung.failures.append(f"{manifest.NAME}: its root digest is not that of what it says")
     progress.start("checking digests", sum(file.size for file in listed))
     pool = Pool()
     rung.files = len(listed)
@@ -111,6 +115,8 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
             rung.failures.append(f"{file.name}: is missing")
         elif (size := path.stat().st_size) != file.size:
             rung.failures.append(f"{file.name}: has {size} bytes, {file.size} were written")
+    strays = {str(path.relative_to(out)) for path in out.rglob("*.safetensors")} - {file.name for file in listed}
+    rung.failures += [f"{name}: is none of the files of {manifest.NAME}, and an engine might load it" for name in sorted(strays)]
     broken = {failure.split(":")[0] for failure in rung.failures}
     whole = [file for file in listed if file.name not in broken]
     weights = {weights.name: tensors for weights, tensors in known.ranks}
@@ -139,7 +145,10 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
             tasks: list[Task] = []
             for file in whole:
                 if file.name in weights and weights[file.name].name not in broken:
-                    tasks += _blocks(out, file, weights[file.name], rung)
+                    try:
+                        tasks += _blocks(out, file, weights[file.name], rung, progress.advance)
+                    except (KeyError, TypeError, ValueError, AttributeError) as error:
+                        rung.failures.append(f"{weights[file.name].name}: malformed: {error!r}")
             for _ in executor.map(check_blocks, tasks):
                 pass
     except OSError as error:
@@ -147,8 +156,48 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
     finally:
         pool.close()
     rung.bytes = sum(file.size for file in whole)
+    if not rung.failures:
+        rung.failures += _contradictions(out, known)
     progress.finish()
     return rung
+
+
+def _contradictions(out: Path, known: Manifest) -> list[str]:
+    """Where manifest.json or a tensors.json, although its digest is right, says other things than tables, config.json and headers."""
+    try:
+        layout = open_source(out).layout
+    except PlaceError:
+        raise
+    except ReshardError as error:
+        return [error.message]
+    shards, found = Shards(layout), []
+    for shard, (_, tensors) in zip(shards, known.ranks, strict=True):
+        said = json.loads(tensors_json(shard, layout, {name: [b""] for name, _, _ in shard.tensors}))
+        for tensor in said["tensors"]:
+            del tensor["digest"]  # was checked with the bytes
+        if not _says(json.loads((out / tensors.name).read_bytes()), said):
+            found.append(f"{tensors.name}: is not what the tables and config.json make of this rank")
+    text, _ = manifest.dump(
+        layout,
+        engine=known.engine,
+        origin=known.origin,
+        plan=shards.digest,
+        ranks=known.ranks,
+        carried=known.carried,
+        source=known.source,
+    )
+    if not _says(json.loads((out / manifest.NAME).read_bytes()), json.loads(text) | {"reshard": known.version, "root": known.root}):
+        found.append(f"{manifest.NAME}: is not what the tables and config.json make of this model and mesh")
+    return found
+
+
+def _says(found: Any, wanted: Any) -> bool:
+    """Whether a JSON value says everything that another says; objects may have further keys, as later versions might."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(key in found and _says(found[key], value) for key, value in wanted.items())
+    if isinstance(wanted, list):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(_says, found, wanted))
+    return type(found) is type(wanted) and bool(found == wanted)
 
 
 def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], None]) -> str:
@@ -160,13 +209,14 @@ def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], No
     return state.hexdigest()
 
 
-def _blocks(out: Path, file: Listed, tensors: Listed, rung: Rung) -> Iterator[Task]:
+def _blocks(out: Path, file: Listed, tensors: Listed, rung: Rung, advance: Callable[[int], None]) -> Iterator[Task]:
     """Every block of a rank's file with the digest that tensors.json gives it; the header and the sum are checked here."""
     data = json.loads((out / tensors.name).read_bytes())
     path = out / file.name
     start = min((t["offset"] for t in data["tensors"]), default=file.size)
     with path.open("rb") as stream:
-        prologue = stream.read(start)
+        prologue = stream.read(min(start, MAX_LENGTH + 8))
+    advance(len(prologue))
     if shard_digest(prologue, (t["digest"] for t in data["tensors"])) != file.digest:
         rung.failures.append(f"{file.name}: its header or the digests in {tensors.name} are not those of the manifest")
     rung.tensors += len(data["tensors"])
@@ -258,7 +308,10 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
                 rung.failures.append(f"{path.name}: {key[1]} is not {slot.template.value}")
-        _residues(out, source, pool, rung)
+        if out.manifest is not None:
+            _residues(out, source, pool, rung)
+        else:
+            _buffers(out, source, pool, rung)
         _carried(out.carried, source.carried, pool, rung)
     finally:
         pool.close()
@@ -275,9 +328,18 @@ def _same_model(out: Source, source: Source) -> None:
             raise MismatchError(f"{name} is {one} in {out.where}, {other} in {source.where}", "these are different models")
 
 
+def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
+    """Buffers kept aside, as far as Hugging Face files have them: what transformers would not write may be missing."""
+    for name in out.layout.model.aside:
+        if name not in source.tensors:
+            rung.failures.append(f"{name}: is not in the source")
+            continue
+        (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(other, there, m):
+            rung.failures.append(f"{out.originals[out.tensors[name][0]].name}: {name} differs from the source")
+
+
 def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
-    if out.manifest is None:
-        return
     mine = {original.name: original for original in out.originals}
     for original in source.originals:
         other = mine.pop(original.name, None)
@@ -318,5 +380,9 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
     elif source is None:
         raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
     if source is not None and all(rung.ok for rung in rungs):
-        rungs.append(weights(open_source(out, source.layout.model.family), source, threads, progress))
+        try:
+            opened = open_source(out, source.layout.model.family)
+            rungs.append(weights(opened, source, threads, progress))
+        except MismatchError as error:
+            rungs.append(Rung("weights", failures=[error.message]))
     return Report(out, tuple(rungs))

@@ -261,12 +261,26 @@ def test_reader_refuses(checkpoint: Callable[[str], Path], tmp_path: Path) -> No
         reader.open_rank(out, 0)
 
 
+def signed(manifest: str) -> str:
+    """A manifest with the root digest that it must have."""
+    data = json.loads(manifest)
+    unsigned = manifest.replace(f'"root": "{data["root"]}"', '"root": ""')
+    pairs = [file for rank in data["ranks"] for file in (rank["weights"], rank["tensors"])]
+    lines = [f"{file['file']} {file['size']} {file['digest']}\n" for file in [*pairs, *data["carried"], *data["source"]]]
+    lines.append(f"manifest.json {len(unsigned.encode())} {xxhash.xxh3_128_hexdigest(unsigned.encode())}\n")
+    root = xxhash.xxh3_128_hexdigest("".join(sorted(lines, key=lambda line: line.split(" ")[0])).encode())
+    return unsigned.replace('"root": ""', f'"root": "{root}"')
+
+
 def test_reshard_follows_the_version_policy(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """reshard itself ignores unknown keys of the manifest and refuses an unknown major version."""
     out = tmp_path / "out"
     reshard.convert(checkpoint("llama"), out, tp=2)
     text = (out / "manifest.json").read_text()
     (out / "manifest.json").write_text(text.replace('"notation": 1,', '"notation": 1, "news": {"a": 1},'))
+    assert reshard.plan(out, tp=4)
+    assert not reshard.verify(out).ok  # whoever writes the key makes it part of the root digest
+    (out / "manifest.json").write_text(signed((out / "manifest.json").read_text()))
     assert reshard.verify(out).ok
     (out / "manifest.json").write_text(text.replace('"reshard": "1.0"', '"reshard": "2.0"'))
     with pytest.raises(reshard.ReshardError, match=r"version 2\.0"):
@@ -334,9 +348,10 @@ def test_digests(shards: Path) -> None:
     for file in small:
         content = (shards / file["file"]).read_bytes()
         assert (len(content), xxhash.xxh3_128_hexdigest(content)) == (file["size"], file["digest"]), file["file"]
-    lines = "".join(
-        f"{file['file']} {file['size']} {file['digest']}\n" for file in sorted([*weights, *small], key=lambda file: file["file"])
-    )
+    unsigned = (shards / "manifest.json").read_bytes().replace(f'"root": "{manifest["root"]}"'.encode(), b'"root": ""')
+    itself = {"file": "manifest.json", "size": len(unsigned), "digest": xxhash.xxh3_128_hexdigest(unsigned)}
+    every = sorted([*weights, *small, itself], key=lambda file: file["file"])
+    lines = "".join(f"{file['file']} {file['size']} {file['digest']}\n" for file in every)
     assert manifest["root"] == xxhash.xxh3_128_hexdigest(lines.encode())
     there = {str(path.relative_to(shards)) for path in shards.rglob("*") if path.is_file()}
     assert there == {file["file"] for file in [*weights, *small]} | {"manifest.json"}
