@@ -369,7 +369,7 @@ def _download(where: Ref, name: str, bar: type | None = None) -> Path:
     """One file, from the cache if it is there."""
     options: dict[str, Any] = _US if bar is None else {**_US, "tqdm_class": bar}
     with _asking(where, name):
-        return Path(str(hf_hub_download(where.id, name, revision=where.revision, **options)))
+        return Path(str(_patiently(lambda: hf_hub_download(where.id, name, revision=where.revision, **options))))
 
 
 def _bar(progress: Progress, stop: threading.Event) -> type | None:
@@ -469,7 +469,7 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
     while isinstance(error, (hf.LocalEntryNotFoundError, hf.FileMetadataError)) and error.__cause__ is not None:
         error = error.__cause__  # "not in the cache", said where asking the Hub failed first
     hub, name = constants.ENDPOINT, where.id
-    who = "this token (HF_TOKEN, or `hf auth login`)" if get_token() else "anyone who is not logged in"
+    who = "this token (HF_TOKEN, or `hf auth login`)" if _logged_in() else "anyone who is not logged in"
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     response = getattr(error, "response", None)
     status = None if response is None else response.status_code
@@ -508,13 +508,20 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
             f"{name}: {hub} was silent for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s while {what} was asked for",
             "try again; HF_HUB_DOWNLOAD_TIMEOUT sets the limit in seconds",
         )
-    if isinstance(error, _transport()):
+    if isinstance(error, _transport()) and not isinstance(error, ValueError):  # to requests an answer that is no JSON is one, too
         return PlaceError(
             f"{name}: there is no such path here, and {hub} cannot be reached for {what}: {said}",
             "check the network, HTTPS_PROXY and HF_ENDPOINT; HF_HUB_OFFLINE=1 works with what is in the cache",
         )
     if isinstance(error, OSError) and error.errno:
-        return failed(f"downloading {name} to", Path(error.filename or constants.HF_HUB_CACHE), error)
+        return failed(f"{name}: using HF_HOME for {what}:", Path(error.filename or constants.HF_HUB_CACHE), error)
     return PlaceError(
         f"{name}: {what} could not be had from {hub}: {type(error).__name__}: {said}", "does a Hub answer there (HF_ENDPOINT)?"
     )
+
+
+def _logged_in() -> bool:
+    try:
+        return get_token() is not None
+    except OSError:
+        return False

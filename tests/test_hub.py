@@ -476,14 +476,21 @@ def test_no_network(run: Client, hub: Hub) -> None:
     assert "HF_HUB_OFFLINE" in found["hint"] and "HF_ENDPOINT" in found["hint"]
 
 
-def test_the_command_line_tells_errors(reshard: Client, hub: Hub, tiny: Path) -> None:
+def test_a_cache_that_cannot_be_written(run: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    """Where HF_HOME cannot be, the message names the place."""
+    (tmp_path / "file").write_text("")
+    found = run(local(), HF_HOME=str(tmp_path / "file" / "home"))
+    assert found["code"] == 3 and "HF_HOME" in found["error"] and str(tmp_path / "file" / "home") in found["error"]
+
+
+def test_the_command_line_tells_errors(reshard: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
     """Errors of the Hub come as `error:` and `hint:` with their exit codes, and nothing is written."""
     code, _, told = reshard("plan", "org/none", "--tp", "2")
     assert code == 2 and told.startswith("error: org/none: there is no such path here, and no such model") and "\n\nhint: " in told
     hub.fault = lambda method, path: Fault(403) if path.endswith("tokenizer.json") else None
     code, _, told = reshard("convert", ID, "out", "--tp", "2")
     assert code == 2 and "tokenizer.json" in told
-    assert not Path("out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 ODD: list[tuple[dict[str, str], str]] = [
