@@ -58,13 +58,18 @@ def describe(src: str, revision: str | None = None, family: str | None = None) -
     try:
         return Description(_understood(api.open_any(src, revision, family), src))
     except ReshardError as error:
-        path = Path(src)
-        if not path.is_dir() or not (path / "config.json").exists():
-            raise
         try:
-            return Description(_headers(open_published(path)), str(error))
+            return Description(_headers(_published(src, revision)), str(error))
         except ReshardError:
             raise error from None
+
+
+def _published(src: str, revision: str | None) -> Published:
+    if Path(src).exists():
+        return open_published(Path(src))
+    from . import hub
+
+    return hub.published(src, revision)
 
 
 def _understood(source: Source, name: str) -> dict[str, Any]:
