@@ -274,6 +274,9 @@ def check_destination(out: Path, source: Path | None) -> None:
     """Refuse a destination that is a file, or lies in the source, or holds it."""
     if out.exists() and not out.is_dir():
         raise ReshardError(f"{out}: is a file; a directory is written", "choose another destination")
+    above = next((parent for parent in out.absolute().parents if parent.exists()), Path("/"))
+    if not above.is_dir():
+        raise ReshardError(f"{out}: {above} is a file, not a directory", "choose another destination")
     if out.is_symlink() and not out.exists():
         raise ReshardError(f"{out}: is a link to {out.readlink()}, which is not there", "choose another destination")
     if source is None:

@@ -64,14 +64,15 @@ class _Stream(io.TextIOWrapper):
 def reshard(*words: str | os.PathLike[str]) -> Done:
     """Run a command in this process. What is no `ReshardError` is raised, and fails the test."""
     out, err, code = _Stream(), _Stream(), 0
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main([os.fspath(word) for word in words])
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Done(code, out.text(), err.text())
 
 
