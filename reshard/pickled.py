@@ -1,4 +1,4 @@
-"""The tensors in a file of torch.save (.bin, .pt, .pth): which there are, and where each of them lies. Stdlib only; never reads tensor data.
+"""The tensors in a file of torch.save (.bin, .pt, .pth): which there are, and where each lies. Stdlib only; never reads tensor data.
 
     zip, torch >= 1.6, entries stored as they are        legacy, one after another
     NAME/data.pkl     the object, pickled                pickles   magic number, protocol version, the writer's word sizes
@@ -29,11 +29,11 @@ from .header import Entry
 
 Pread = Callable[[int, int], bytes]  # (length, offset) → bytes; fewer than asked for only at the end of the file
 
-# Limits that no published checkpoint comes near, so that a hostile file costs seconds and a few hundred MiB at the worst. A tensor
-# takes about 150 bytes of pickle, 40 steps, and 100 bytes of zip directory.
-MOST_PICKLE = 64 << 20  # bytes
-MOST_STEPS = 10_000_000  # opcodes, and items copied
-MOST_DIRECTORY = 64 << 20  # bytes
+# Limits that no published checkpoint comes near, so that a hostile file costs less than a minute and a few hundred MiB. A tensor takes
+# about 150 bytes of pickle, 40 steps, and 100 bytes of zip directory.
+MOST_PICKLE = 32 << 20  # bytes
+MOST_STEPS = 5_000_000  # opcodes, and items of what functions are given
+MOST_DIRECTORY = 32 << 20  # bytes
 _MOST_LINE = 1024  # bytes of a name, or of a number written as text
 _MOST_INTEGER = 255  # bytes
 _MOST_DIMENSIONS = 64  # as in torch
@@ -104,8 +104,8 @@ _STORAGES = {
 _AGAIN = "the file is damaged or unfinished: download or copy it again"
 _RESAVE = "load it with torch in a place that you trust, and save its tensors with safetensors.torch.save_file"
 _CODE = (
-    "a pickle may run any program on the machine that loads it, so reshard reads only tensors in dicts; this file holds other objects or is "
-    f"an attack: {_RESAVE}, or ask for safetensors"
+    "a pickle may run any program on the machine that loads it, so reshard reads only tensors in dicts; this file holds other objects, or "
+    f"is an attack: {_RESAVE}, or ask for safetensors"
 )
 _IMPOSTORS: tuple[tuple[bytes, str], ...] = (
     (rb"version https://git-lfs", "this is a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file"),
@@ -117,7 +117,7 @@ _IMPOSTORS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-# --- what a pickle may hold besides None, numbers, text, tuples, lists and dicts -----------------------------------------------------------
+# --- what a pickle may hold besides None, numbers, text, tuples, lists and dicts ----------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, _g: Any, _h:
 
 def _flagged(tensor: _Tensor, flags: Any) -> _Tensor | _Odd:
     """The flags "conj" and "neg" say that values differ from what is stored."""
-    if flags is None or (type(flags) is dict and not any(flags.values())):
+    if flags is None or (type(flags) is dict and len(flags) <= _MOST_DIMENSIONS and not any(flags.values())):
         return tensor
     return _Odd("stored as the conjugate or the negative of its values")
 
@@ -227,8 +227,7 @@ def _ordered(*args: Any) -> dict[Any, Any]:
         (pairs,) = args
         if type(pairs) is not list or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
             raise ValueError(f"an OrderedDict of {_kind(pairs)}, not of pairs")
-        for key, value in pairs:
-            _set(found, key, value)
+        _fill(found, [item for pair in pairs for item in pair])
     return found
 
 
@@ -247,7 +246,7 @@ GLOBALS: dict[str, object] = {
     **{f"{module}.{kind}Storage": (dtype,) for module in ("torch", "torch.cuda") for kind, dtype in _STORAGES.items()},
     **{f"torch.storage.{kind}": ("uint8",) for kind in ("UntypedStorage", "_UntypedStorage")},
     **{f"torch.{dtype}": dtype for dtype in DTYPES},
-    **{name: _CLASS for name in ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")},
+    **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"), _CLASS),
     **{f"torch.{name}": _INERT for name in ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")},
     "collections.OrderedDict": _ordered,
     "torch.Size": _size,
@@ -280,13 +279,15 @@ def _call(function: Any, args: Any) -> Any:
         raise ValueError(f"calls {function.name} with {len(args)} arguments") from None
 
 
-def _set(target: Any, key: Any, value: Any) -> None:
-    """One item of a dict. Keys are of kinds whose hash is quick and cannot be made to collide: not tuples, floats or long integers."""
-    if type(target) is not dict:
-        raise ValueError(f"puts an item into {_kind(target)}")
-    if not (type(key) in (str, bytes, bool) or key is None or (type(key) is int and -_I63 <= key <= _I63)):
-        raise ValueError(f"a dict key is {_kind(key)}, not a name")
-    target[key] = value
+def _fill(target: Any, items: list[Any]) -> None:
+    """Put keys and values into a dict. Only keys whose hash is quick and cannot be made to collide: no tuples, floats, long integers."""
+    if type(target) is not dict or len(items) % 2:
+        raise ValueError(f"puts {len(items)} keys and values into {_kind(target)}")
+    for at in range(0, len(items), 2):
+        key = items[at]
+        if not (type(key) in (str, bytes, bool) or key is None or (type(key) is int and -_I63 <= key <= _I63)):
+            raise ValueError(f"a dict key is {_kind(key)}, not a name")
+        target[key] = items[at + 1]
 
 
 def _kind(value: Any) -> str:
@@ -303,7 +304,7 @@ def _clip(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-# --- the machine ---------------------------------------------------------------------------------------------------------------------------
+# --- the machine --------------------------------------------------------------------------------------------------------------------------
 
 _CONSTANTS: dict[bytes, Any] = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
 _NUMBERS = {b"K": Struct("<B"), b"M": Struct("<H"), b"J": Struct("<i"), b"G": Struct(">d")}
@@ -314,6 +315,7 @@ _GETS = {b"h": Struct("<B"), b"j": Struct("<I"), b"g": None}
 _PUTS = {b"q": Struct("<B"), b"r": Struct("<I"), b"p": None}
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
 _EXTENSIONS = {b"\x82": Struct("<B"), b"\x83": Struct("<H"), b"\x84": Struct("<I")}
+_INSTANCES = {b"o": "OBJ", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX"}
 _MISSING = object()
 
 
@@ -331,7 +333,7 @@ class _Bytes(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        data = _exactly(self.pread, min(len(buffer), self.end - self.at), self.at, self.where)
+        data = _exactly(self.pread, max(0, min(len(buffer), self.end - self.at)), self.at, self.where)
         buffer[: len(data)] = data
         self.at += len(data)
         self.crc = zlib.crc32(data, self.crc)
@@ -344,7 +346,7 @@ class _Machine:
     def __init__(self, pread: Pread, begin: int, end: int, where: str, hint: str = _AGAIN) -> None:
         self.raw = _Bytes(pread, begin, end, where)
         self.stream = io.BufferedReader(self.raw, 1 << 16)
-        self.end, self.where, self.hint = end, where, hint
+        self.begin, self.end, self.where, self.hint = begin, end, where, hint
         self.storages: dict[str, _Storage] = {}
 
     def load(self) -> Any:
@@ -358,7 +360,7 @@ class _Machine:
             raise ReshardError(f"{self.where}: the pickle at byte {start} makes no sense before byte {at}: {what}", self.hint) from None
 
     def _run(self) -> Any:
-        read, take = self.stream.read, self._take
+        read, take, number = self.stream.read, self._take, self._number
         stack: list[Any] = []
         below: list[list[Any]] = []  # the stacks that marks set aside
         memo: list[Any] = []
@@ -376,15 +378,15 @@ class _Machine:
                 stack.append(value)
             elif op in _PUTS or op == b"\x94":
                 index = len(memo) if op == b"\x94" else self._index(_PUTS[op])
-                if index > steps:  # an honest number counts values made so far; an absurd one would reserve memory
+                if index > steps + 1000:  # an honest number counts values made so far; an absurd one would reserve memory
                     raise ValueError(f"it keeps value {index} after {steps} steps")
                 while len(memo) <= index:
                     memo.append(_MISSING)
                 memo[index] = stack[-1]
             elif op in _NUMBERS:
-                stack.append(self._number(_NUMBERS[op]))
+                stack.append(number(_NUMBERS[op]))
             elif op in _TEXT:
-                stack.append(str(take(self._number(_TEXT[op])), "utf-8", "surrogatepass"))
+                stack.append(str(take(number(_TEXT[op])), "utf-8", "surrogatepass"))
             elif op == b"(":
                 below.append(stack)
                 stack = []
@@ -392,14 +394,16 @@ class _Machine:
                 items, stack = stack, below.pop()
                 stack.append(tuple(items))
             elif op in _TUPLES:
-                items = [stack.pop() for _ in range(_TUPLES[op])]
-                stack.append(tuple(reversed(items)))
+                count = _TUPLES[op]
+                if len(stack) < count:
+                    raise IndexError
+                stack[-count:] = [tuple(stack[-count:])]
             elif op in _CONSTANTS:
                 stack.append(_CONSTANTS[op])
-            elif op == b"R" or op == b"\x81":
+            elif op == b"R":
                 args = stack.pop()
-                if type(args) is tuple and args and type(args[0]) in (list, tuple):
-                    steps += len(args[0])
+                if type(args) is tuple:
+                    steps += sum(len(arg) for arg in args if type(arg) in (tuple, list, dict))
                 stack.append(_call(stack.pop(), args))
             elif op == b"Q":
                 stack.append(self._storage(stack.pop()))
@@ -412,18 +416,16 @@ class _Machine:
                 stack.append(self._global(module, name))
             elif op == b"u":
                 items, stack = stack, below.pop()
-                if len(items) % 2:
-                    raise ValueError("a dict's items are an odd number of values")
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    _set(stack[-1], key, value)
+                _fill(stack[-1], items)
             elif op == b"s":
                 value, key = stack.pop(), stack.pop()
-                _set(stack[-1], key, value)
+                _fill(stack[-1], [key, value])
             elif op == b"}":
                 stack.append({})
             elif op == b"d":
                 items, stack = stack, below.pop()
-                stack.append(_ordered(list(zip(items[::2], items[1::2], strict=True))))
+                stack.append({})
+                _fill(stack[-1], items)
             elif op == b"]" or op == b"\x8f":  # a set is read as a list: its items would have to be hashed
                 stack.append([])
             elif op == b"l":
@@ -447,9 +449,9 @@ class _Machine:
                 if type(stack[-1]) not in (dict, _Tensor, _Odd):
                     self._refuse(f"it sets the state of {_kind(stack[-1])}")
             elif op in _BYTES:
-                stack.append(_decoded(take(self._number(_BYTES[op])), op in b"UT"))
+                stack.append(_decoded(take(number(_BYTES[op])), op in b"UT"))
             elif op in _LONGS:
-                length = self._number(_LONGS[op])
+                length = number(_LONGS[op])
                 if length > _MOST_INTEGER:
                     raise ValueError(f"an integer of {length} bytes; at most {_MOST_INTEGER} are allowed")
                 stack.append(int.from_bytes(take(length), "little", signed=True))
@@ -480,10 +482,10 @@ class _Machine:
             elif op == b"i":
                 self._global(self._line(), self._line())
                 self._refuse("it makes an instance with the opcode INST")
-            elif op == b"o" or op == b"\x92":
-                self._refuse(f"it makes an instance with the opcode {'OBJ' if op == b'o' else 'NEWOBJ_EX'}")
+            elif op in _INSTANCES:
+                self._refuse(f"it makes an instance with the opcode {_INSTANCES[op]}")
             elif op in _EXTENSIONS:
-                self._refuse(f"it asks for number {self._number(_EXTENSIONS[op])} of the copyreg extension registry")
+                self._refuse(f"it asks for number {number(_EXTENSIONS[op])} of the copyreg extension registry")
             elif op == b"P":
                 raise ValueError(f"a storage named {_clip(self._line())} as text")
             else:
@@ -491,17 +493,21 @@ class _Machine:
 
     def _take(self, count: int) -> bytes:
         """The next `count` bytes. What is not there is not asked for: a damaged length must not reserve memory."""
+        if count <= 1 << 16:
+            data = self.stream.read(count)
+            if len(data) == count:
+                return data
+            count -= len(data)
         at = self.stream.tell()
-        if at + count > self.end:
-            message = f"{self.where}: truncated: a pickle ends at byte {self.end}, but needs bytes up to {at + count}"
-            raise ReshardError(message, self.hint)
-        return self.stream.read(count)
+        if at + count <= self.end:
+            return self.stream.read(count)
+        if self.end - self.begin == MOST_PICKLE:
+            raise ReshardError(f"{self.where}: the pickle at byte {self.begin} has more than {MOST_PICKLE} bytes; it is refused", self.hint)
+        message = f"{self.where}: truncated: a pickle ends at byte {self.end}, but needs bytes up to {at + count}"
+        raise ReshardError(message, self.hint)
 
     def _number(self, packing: Struct) -> Any:
-        data = self.stream.read(packing.size)
-        if len(data) < packing.size:
-            self._take(packing.size - len(data))
-        return packing.unpack(data)[0]
+        return packing.unpack(self._take(packing.size))[0]
 
     def _index(self, packing: Struct | None) -> int:
         index: int = self._number(packing) if packing else int(self._digits())
@@ -571,11 +577,11 @@ def _exactly(pread: Pread, count: int, offset: int, where: str) -> bytes:
     return data
 
 
-# --- the file ------------------------------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------------------------------------
 
 
 def read(pread: Pread, size: int, where: str) -> dict[str, Entry]:
-    """The tensors of a file of `size` bytes that messages call `where`, in the order of its state dict. Strides are given where not row-major.
+    """The tensors of a file of `size` bytes that messages call `where`, in the order of its state dict.
 
     A state dict maps names to tensors; other values are ignored. Where training scripts wrap it, one of `state_dict`, `model`, `module`
     holds it. Besides pickle and directory, reads some 40 bytes per storage. Raises ReshardError for a file that is damaged or truncated,
@@ -654,7 +660,9 @@ class _Zip:
             self.records[name] = record
         roots = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
         if any(name.endswith("/constants.pkl") and name.count("/") == 1 for name in self.records):
-            raise ReshardError(f"{self.where}: a TorchScript archive, which holds a program", f"{_RESAVE}: torch.jit.load(...).state_dict()")
+            raise ReshardError(
+                f"{self.where}: a TorchScript archive, which holds a program", f"{_RESAVE}: torch.jit.load(...).state_dict()"
+            )
         if len(roots) != 1:
             message = f"{self.where}: a zip archive with {len(roots)} entries NAME/data.pkl; torch.save writes one"
             raise ReshardError(message, _RESAVE if roots else "this is not a file of torch.save: unpack it, and give its contents")
@@ -691,7 +699,7 @@ class _Zip:
 
     def _directory(self) -> Iterator[tuple[str, _Record]]:
         """The entries of the central directory, which must fill the place between the contents and the end record."""
-        start = max(0, self.size - 0xFFFF - _END.size)
+        start = max(0, self.size - 0xFFFF - _END.size - _LOCATOR.size)
         tail = _exactly(self.pread, self.size - start, start, self.where)
         at = len(tail)
         while True:
@@ -703,7 +711,7 @@ class _Zip:
         _, disk, first, here, count, length, begin, _ = _END.unpack_from(tail, at)
         end = start + at
         locator = end - _LOCATOR.size
-        if locator >= 0 and _exactly(self.pread, 4, locator, self.where) == b"PK\6\7":
+        if at >= _LOCATOR.size and tail[at - _LOCATOR.size :].startswith(b"PK\6\7"):
             _, end, _ = self._exactly(_LOCATOR, locator, b"PK\6\7", "the zip64 locator")
             fields = self._exactly(_END64, end, b"PK\6\6", "the zip64 end record")
             if end + _END64.size > locator:
@@ -792,7 +800,7 @@ class _Zip:
         return ReshardError(message, _AGAIN)
 
 
-# --- from values to entries ----------------------------------------------------------------------------------------------------------------
+# --- from values to entries ---------------------------------------------------------------------------------------------------------------
 
 
 def _state(top: Any, where: str) -> dict[str, _Tensor | _Odd]:
@@ -807,11 +815,12 @@ def _state(top: Any, where: str) -> dict[str, _Tensor | _Odd]:
         if found:
             chosen, inside = top[found[0]], f" in {found[0]}"
     state: dict[str, _Tensor | _Odd] = {}
+    seen: set[int] = set()
     for name, value in chosen.items():
-        if type(name) is str and type(value) in (_Tensor, _Odd):
+        if type(name) is str and isinstance(value, (_Tensor, _Odd)):
             state[name] = value
-        elif _holds_tensor(value):
-            what = "a tensor without a name" if _is_tensor(value) else f"{_kind(value)} with tensors in it"
+        elif _holds_tensor(value, seen):
+            what = _kind(value) if _is_tensor(value) else f"{_kind(value)} with tensors in it"
             message = f"{where}: {_kind(name)}{inside} is {what}; a state dict maps names to tensors"
             raise ReshardError(message, f"give the state dict alone: {_RESAVE}")
     return state
@@ -821,9 +830,9 @@ def _is_tensor(value: Any) -> bool:
     return type(value) in (_Tensor, _Odd, _Storage)
 
 
-def _holds_tensor(value: Any) -> bool:
+def _holds_tensor(value: Any, seen: set[int]) -> bool:
     """Whether there is a tensor at any depth. Each list or dict is looked into once, as a pickle can nest them a billionfold."""
-    todo, seen = [value], set()
+    todo = [value]
     while todo:
         item = todo.pop()
         if _is_tensor(item):
@@ -835,16 +844,57 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _entries(state: dict[str, _Tensor | _Odd], place: Callable[[str], tuple[int, int] | None], where: str) -> dict[str, Entry]:
-    """Where each tensor lies, given where each storage lies. Raises ReshardError unless every tensor lies within its storage."""
+    """Where each tensor lies, given offset and size of a storage. Raises ReshardError unless each lies within its storage."""
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of tensors, a dozen shapes
     entries: dict[str, Entry] = {}
     for name, tensor in state.items():
         try:
-            if type(tensor) is _Odd:
-                raise ValueError(f"is {tensor.what}; safetensors, and so reshard, cannot hold that")
-            assert type(tensor) is _Tensor
-            entry = _entry(tensor, place)
+            if isinstance(tensor, _Odd):
+                raise _Unfit(f"is {tensor.what}; safetensors, and so reshard, has no place for that")
+            entries[name] = _entry(tensor, place, shared)
         except ValueError as error:
-            raise ReshardError(f"{where}: tensor {_kind(name)} {error}", _RESAVE) from None
-        entries[name] = entry
+            hint = _RESAVE if isinstance(error, _Unfit) else _AGAIN
+            raise ReshardError(f"{where}: tensor {_kind(name)} {error}", hint) from None
     return entries
+
+
+class _Unfit(ValueError):
+    """A tensor in order, but of a kind that safetensors does not have."""
+
+
+def _entry(tensor: _Tensor, place: Callable[[str], tuple[int, int] | None], shared: dict[tuple[int, ...], tuple[int, ...]]) -> Entry:
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    kind, item = DTYPES[tensor.dtype]
+    if kind is None:
+        raise _Unfit(f"has the dtype {tensor.dtype}, which safetensors does not have")
+    found = place(storage.key)
+    if found is None:
+        raise ValueError(f"lies in storage {_clip(storage.key)}, which the file does not hold")
+    begin, held = found
+    if storage.whole > held:
+        raise ValueError(f"lies in storage {_clip(storage.key)}, which holds {held} bytes; the pickle says {storage.whole}")
+    nbytes = math.prod(shape) * item
+    if nbytes > _I63:
+        raise ValueError(f"of shape {_clip(str(shape))} has {nbytes:#x} bytes, more than 2**63 - 1")
+    begin += storage.begin
+    if nbytes:
+        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if (last + 1) * item > storage.nbytes:
+            raise ValueError(f"needs {(last + 1) * item} bytes of storage {_clip(storage.key)}, which has {storage.nbytes}")
+        begin += tensor.offset * item
+    rows = _row_major(shape, strides)
+    if kind == "F4":
+        if not shape or not rows:
+            raise _Unfit(f"has two numbers to a byte ({tensor.dtype}), and does not lie row by row")
+        shape = (*shape[:-1], shape[-1] * 2)
+    return Entry(kind, shared.setdefault(shape, shape), begin, nbytes, None if rows else shared.setdefault(strides, strides))
+
+
+def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie one after another, last index fastest. The stride of an axis of size 1 says nothing."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
