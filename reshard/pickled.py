@@ -539,7 +539,7 @@ class _Machine:
         raise ReshardError(f"{self.where}: refuses to run code: {what}", _CODE)
 
     def _storage(self, pid: Any) -> _Storage:
-        """The storage that a persistent id names: ("storage", class, key, device, elements) and, until torch 0.4, a window of it."""
+        """The storage that a persistent id names: ("storage", class, key, device, elements) and, in early versions, a window of it."""
         if type(pid) is not tuple or not 5 <= len(pid) <= 6 or type(pid[0]) is not str or pid[0] != "storage":
             raise ValueError(f"a persistent id is {_kind(pid)}, not one of a storage")
         _, kind, key, _, count, *window = pid
@@ -591,7 +591,7 @@ def read(pread: Pread, size: int, where: str) -> dict[str, Entry]:
     if head.startswith(b"PK"):
         return _Zip(pread, size, where).read()
     if head[257:262] == b"ustar":
-        raise ReshardError(f"{where}: a tar archive, as torch wrote before version 0.2; this format is not read", _RESAVE)
+        raise ReshardError(f"{where}: a tar archive, as the first versions of torch wrote; this format is not read", _RESAVE)
     if not head:
         raise ReshardError(f"{where}: the file holds 0 bytes; a file of torch.save has at least 100", _AGAIN)
     hint = next((hint for start, hint in _IMPOSTORS if re.match(start, head, re.DOTALL)), _AGAIN)
