@@ -27,7 +27,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from reshard import pickled
+from reshard import pickle_machine, pickled, torch_values
 from reshard.errors import PlaceError, ReshardError
 from reshard.header import BITS, Entry
 
@@ -125,7 +125,7 @@ def test_dtypes_are_all_that_torch_saves_with_its_sizes_and_the_library_s_names(
 
 def test_each_storage_class_has_torch_s_dtype():
     for dtype, name in torch.storage._dtype_to_storage_type_map().items():
-        assert pickled.GLOBALS[f"torch.{name}"] == (str(dtype).removeprefix("torch."),)
+        assert torch_values.GLOBALS[f"torch.{name}"] == (str(dtype).removeprefix("torch."),)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -975,14 +975,15 @@ def test_values_nested_a_billionfold_cost_no_more_than_their_opcodes():
 
 
 def test_a_pickle_of_too_many_steps_is_refused(monkeypatch):
-    monkeypatch.setattr(pickled, "MOST_STEPS", 20_000)
+    monkeypatch.setattr(pickle_machine, "MOST_STEPS", 20_000)
     frugal(zipped(beside(b"N0" * 20_000)), "more than 20000 steps")
     pairs = b"](" + b"]NaNa" * 1000 + b"e\x85q\x700"  # copied again and again
     frugal(zipped(beside(pairs + b"ccollections\nOrderedDict\nq\x710" + b"h\x71h\x70R0" * 1000 + b"N")), "more than 20000 steps")
 
 
 def test_sizes_beyond_any_checkpoint_are_refused(monkeypatch):
-    monkeypatch.setattr(pickled, "MOST_PICKLE", 300)
+    for module in (pickled, pickle_machine):
+        monkeypatch.setattr(module, "MOST_PICKLE", 300)
     frugal(zipped(beside(text("x" * 300))), "at most 300 are read")
     frugal(legacy(beside(text("x" * 300))), "more than 300 bytes")
     monkeypatch.setattr(pickled, "MOST_DIRECTORY", 100)
@@ -1061,7 +1062,9 @@ def test_damage_is_the_same_to_every_reader_of_opcodes():
         b"u",
     ] * 6
     some += [
-        f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n".encode() for name in pickled.GLOBALS if "_" in name or "Float" in name
+        f"c{name.rpartition('.')[0]}\n{name.rpartition('.')[2]}\n".encode()
+        for name in torch_values.GLOBALS
+        if "_" in name or "Float" in name
     ]
     for _ in range(4000):
         opcodes = b"".join(rng.choices(some, k=rng.randrange(1, 30)))
