@@ -47,11 +47,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def samples(rounds: int = 9, **walls: float) -> dict[str, list[Any]]:
     """Made-up rounds in which cp takes a second of time and of CPU, and the others what is said; each round slower than the last."""
-    taken = {"cp": 1.0, "again": 1.0, "two": 0.7, "slow": 1.25, "ours": 0.9, "cpu": 1.7, "again_cpu": 1.0} | walls
+    taken = {"cp": 1.0, "again": 1.0, "two": 0.7, "slow": 1.25, "ours": 0.9, "cpu": 1.7, "again_cpu": 1.0, "wait": 0.0} | walls
     cpus = {"ours": taken["cpu"], "again": taken["again_cpu"]}
     names = {"cp": bench.CP, "again": bench.AGAIN, "two": bench.TWO, "slow": bench.SLOW, "ours": bench.OURS}
     drift = [1 + number / 10 for number in range(rounds)]
-    return {name: [bench.Sample(taken[key] * d, cpus.get(key, 1.0) * d, 0, 0) for d in drift] for key, name in names.items()}
+    return {
+        name: [bench.Sample((taken[key] + taken["wait"]) * d, cpus.get(key, 1.0) * d, 0, 0) for d in drift] for key, name in names.items()
+    }
 
 
 def verdicts(**walls: Any) -> dict[str, str]:
@@ -98,6 +100,12 @@ def test_there_is_no_verdict_where_the_planted_slow_copier_was_not_seen() -> Non
     found = verdicts(slow=1.0)
     assert found["control: slow cp / cp, time"] == "does not"
     assert (found[TIME], found[PARALLEL], found[CPU]) == ("no verdict", "no verdict", "pass")
+
+
+def test_there_is_no_verdict_where_cp_had_to_wait_for_a_cpu() -> None:
+    found = verdicts(wait=0.5)
+    assert found["control: CPU / time of cp -r"] == "does not"
+    assert {found[what] for what in (TIME, PARALLEL, CPU)} == {"no verdict"}
 
 
 def test_there_is_no_verdict_below_nine_rounds() -> None:
