@@ -258,6 +258,12 @@ class _Cutter:
     def place(self, at: int, row: Row, layers: tuple[int, ...] | None, rank: int, prefix: str) -> tuple[Slot, list[Piece]] | None:
         """The slot of a row on a rank and its pieces; None where the rank has none of its layers."""
         tensors = [self.model.tensors[leaf] for leaf in row.leaves]
+        for tensor, path in zip(tensors, row.pattern.axes, strict=True):
+            axes = (*row.name.axes, *path)
+            if sorted(axes) != sorted(tensor.axes):
+                words = f"{row.name.text}: stores {tensor.name} by ({', '.join(axes)}), the family table says ({', '.join(tensor.axes)})"
+                self.problems.add(words)
+                return None
         try:
             boxes = [self.box(tensor, row, rank) for tensor in tensors]
             stored = [dict(zip(tensor.axes, box, strict=True)) for tensor, box in zip(tensors, boxes, strict=True)]

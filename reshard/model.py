@@ -186,6 +186,8 @@ def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping
     kind, key = next(iter(table.extra.items()), (None, ""))
     number = (evaluate(key, config.get) or 0) if kind else 0
     extra = number if kind and number and max(seen, default=-1) >= main else 0
+    if main + extra > 4 * len(seen) + 1000:  # all that follows is as large as the number of layers
+        raise ReshardError(f"config.json or a name promises {main + extra} layers, the files hold {len(seen)} tensors of layers")
     if not stacked:
         sizes["layer"] = main + extra
     return _Layers(main, main + extra, kind if extra else None)
@@ -206,6 +208,8 @@ def _presence(
 ) -> dict[int, tuple[int, ...] | None]:
     """Which rows are in use and in which layers; reports every tensor that should be there and is not, or should not and is."""
     kind_of = _kinds(table, points, layers, problems)
+    held = {leaf for at in points for leaf in table.rows[at].leaves}
+    tied = _alias_names(table) - held  # `_tied` decides about these
     active: dict[int, tuple[int, ...] | None] = {}
     for at, row in enumerate(table.rows):
         have = points.get(at, {})
@@ -214,25 +218,28 @@ def _presence(
         at_layer = row.name.axes.index("layer") if "layer" in row.name.axes else None
         if at_layer is None:
             mine: tuple[int, ...] | None = None
-            wanted_layers: Iterable[int] = (0,)
+            wanted_layers: tuple[int, ...] = (0,)
         else:
             mine = tuple(layer for layer in range(layers.total) if row.kinds <= kind_of[layer])
             wanted_layers = mine
         if mine == () and not have:
             continue
         ranges: list[Iterable[int]] = []
+        count = 1
         for number, axis in enumerate(row.name.axes):
             if number == at_layer:
                 ranges.append(wanted_layers)
+                count *= len(wanted_layers)
             else:
                 seen = 1 + max((numbers[number] for numbers in have), default=-1)
                 ranges.append(range(sizes.setdefault(axis, seen)))
-        if math.prod(len(list(r)) for r in ranges) > 4 * len(have) + 100_000:
+                count *= sizes[axis]
+        if count > 4 * len(have) + 100_000:
             problems.add(f"{row.name.text}: config.json promises far more tensors than the files hold", f"{len(have)} are there")
             continue
         wanted = set(product(*ranges))
-        if at not in points and row.leaves[0] in _alias_names(table):
-            continue  # tied: `_tied` decides
+        if at not in points and row.leaves[0] in tied:
+            continue
         for numbers in sorted(wanted - have.keys()):
             problems.add(f"missing {dotted(row)}", row.name.name(dict(zip(row.name.axes, numbers, strict=True))))
         for numbers in sorted(have.keys() - wanted):
@@ -266,8 +273,9 @@ def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, problems
             mine.update(here)
         if layers.extra and layer >= layers.main and layer < layers.total and layers.extra not in mine:
             problems.add(f"layer {layer} lies beyond the {layers.main} of config.json and is not of kind {layers.extra}")
-        if layers.extra in mine and layer < layers.main:
-            problems.add(f"layer {layer} is of kind {layers.extra}, yet config.json counts it among its {layers.main} layers")
+        beyond = mine & table.extra.keys()
+        if beyond and layer < layers.main:
+            problems.add(f"layer {layer} is of kind {min(beyond)}, yet config.json counts it among its {layers.main} layers")
         result[layer] = frozenset(mine)
     return result
 

@@ -6,6 +6,7 @@
 Knows nothing about files, meshes or models.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -266,14 +267,14 @@ def fold(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def evaluate(expression: str, lookup: Callable[[str], object]) -> int | None:
-    """Value of `a.b + c | d`: the first alternative whose keys all exist; None where none does.
+    """Value of `a.b + c * d | e`: the first alternative whose keys all exist; None where none does.
 
     `lookup` returns None for a missing key. Raises ReshardError for a value that is no non-negative integer.
     """
     for alternative in expression.split("|"):
-        values = [_value(key.strip(), lookup) for key in alternative.split("+")]
-        if None not in values:
-            return sum(value for value in values if value is not None)
+        terms = [[_value(key.strip(), lookup) for key in term.split("*")] for term in alternative.split("+")]
+        if all(value is not None for term in terms for value in term):
+            return sum(math.prod(value for value in term if value is not None) for term in terms)
     return None
 
 

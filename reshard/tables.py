@@ -117,6 +117,9 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
                 merged[key] = {**parent[key], **value}
             elif key == "rows":
                 own = {row[0]: row for row in value}
+                if len(own) < len(value):
+                    twice = next(row[0] for at, row in enumerate(value) if row[0] in (other[0] for other in value[:at]))
+                    raise ReshardError(f'table "{child.get("name")}": {twice} has two rows')
                 merged[key] = [own.pop(row[0], row) for row in parent.get("rows", ())] + list(own.values())
             elif key in ("aside", "one_of"):
                 merged[key] = [*parent.get(key, ()), *value]
