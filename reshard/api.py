@@ -1,25 +1,27 @@
 """The functions behind the commands, for use from Python: `reshard.plan`, `reshard.convert`, `reshard.verify`, `reshard.inspect`.
 
-Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises ReshardError.
+Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises ReshardError. What one function alone needs is imported
+there: starting up is a quarter of converting a small checkpoint.
 """
 
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import tables
-from .capacity import explain_refusal, smallest
 from .conversion import Job, Options, Result
 from .conversion import convert as convert_job
 from .conversion import prepare as prepare_job
 from .errors import ReshardError
 from .mesh import Mesh
 from .progress import Progress
-from .report import Report, SourceFacts, binary, build
 from .resplit import parse_size
 from .source import Source, open_source
 from .tables import Table
-from .verification import Report as Verdict
-from .verification import verify as verify_directory
+
+if TYPE_CHECKING:
+    from .report import Report, SourceFacts
+    from .verification import Report as Verdict
 
 __all__ = ["convert", "open_any", "plan", "verify"]
 
@@ -77,8 +79,10 @@ def plan(
     device_memory: str | int | None = None,
     context: int | None = None,
     batch: int = 1,
-) -> Report:
+) -> "Report":
     """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
+    from .report import build
+
     source = open_any(src, revision, family)
     options = Options(workers=workers, pad=pad, repeat=repeat, engine_version=engine_version)
     memory = _size("--device-memory", device_memory)
@@ -143,8 +147,10 @@ def verify(
     family: str | None = None,
     workers: int = 0,
     progress: Progress | None = None,
-) -> Verdict:
+) -> "Verdict":
     """Check a directory: integrity by its manifest, and bit-exact weights `against` the original. `Report.ok` is the verdict."""
+    from .verification import verify as verify_directory
+
     path = Path(out)
     if not str(out) or not path.is_dir():
         what = "is a file" if str(out) and path.exists() else "no such directory"
@@ -160,6 +166,8 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     except ReshardError as error:
         if to == "hf":
             raise
+        from .capacity import explain_refusal
+
         table = tables.load("formats", to).for_family(source.layout.model.family.name)
         raise explain_refusal(error, table, source.layout.model, mesh) from None
 
@@ -183,6 +191,9 @@ def choose_mesh(
         raise ReshardError("--to hf writes one checkpoint for all ranks, --tp auto was asked for", "leave out --tp")
     if device_memory is None:
         raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
+    from .capacity import smallest
+    from .report import binary
+
     model = source.layout.model
     table = tables.load("formats", to).for_family(model.family.name)
     mesh = smallest(model, source.config, table, device_memory, context, batch, ep=ep, pp=pp if pp > 1 else None)
@@ -191,8 +202,10 @@ def choose_mesh(
     return mesh
 
 
-def facts(source: Source, name: str, *options: str) -> SourceFacts:
+def facts(source: Source, name: str, *options: str) -> "SourceFacts":
     """What a report says of a source; `options` are what the next command must repeat."""
+    from .report import SourceFacts
+
     files = {path: None for path, _ in source.places.values()}
     known = source.manifest
     if known is not None:

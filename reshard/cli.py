@@ -237,6 +237,7 @@ def _interrupted(*_: object) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the one place where errors are printed and exit codes are chosen."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy moves bytes here; its linear algebra need not start threads
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupted)

@@ -3,14 +3,12 @@
 Knows the order of things; how each is done is known elsewhere.
 """
 
-import hashlib
 import os
 import re
 import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,7 +156,7 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     joined = plan(source.layout, out.layout)
     if any(BITS[dtype] % 8 for tensor in out.layout.model.tensors.values() for dtype in tensor.dtypes):
         for copy in joined.copies():
-            in_items(copy, source.locate((copy.src.rank, copy.src_name))[1], out.locate((copy.dst.rank, copy.dst_name))[1])
+            in_items(copy, source.locate((copy.src.rank, copy.src_name))[1], out.entries[copy.dst.rank, copy.dst_name][1])
     return Job(source, out, joined, engine_name)
 
 
@@ -205,7 +203,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         job = _with_sha256(job, options.threads)
         source = job.source
     with publish.Publication(out, replace=busy) as publication, closing(Pool(os.O_RDWR)) as pool, closing(Pool()) as reader:
-        job.output.root = publication.work
+        job.output.below(publication.work)
         try:
             _lay_files(job, pool, reader)
             digests: dict[Key, list[bytes]] | None = {} if job.output.shards else None
@@ -398,6 +396,9 @@ def _sync_path(path: Path, flags: int) -> None:
 
 def _with_sha256(job: Job, threads: int) -> Job:
     """The same job with the SHA-256 of every published file that is not known yet."""
+    import hashlib
+    from concurrent.futures import ThreadPoolExecutor
+
     source = job.source
     if source.root is None or source.manifest is not None or source.residues:
         return job

@@ -33,10 +33,16 @@ class Output:
     shards: tuple[Shard, ...] = ()
     plan: str = ""
     root: Path = Path()
+    paths: dict[str, Path] = field(default_factory=dict)  # of the files of tensors, once there is a place for them
+
+    def below(self, root: Path) -> None:
+        """Say where the files are going to be."""
+        self.root = root
+        self.paths = {name: root / name for name in self.sizes}
 
     def locate(self, key: Key) -> tuple[Path, Entry]:
         name, entry = self.entries[key]
-        return self.root / name, entry
+        return self.paths[name], entry
 
     @property
     def bytes(self) -> int:

@@ -8,7 +8,6 @@ What a killed job left is mended by the next one (`recover`): before its commit 
 Knows nothing about what is published.
 """
 
-import ctypes
 import fcntl
 import json
 import os
@@ -255,6 +254,8 @@ def _mounted(path: Path) -> bool:
 
 def _rename_exchange(one: Path, other: Path) -> bool:
     """Exchange two directories in one step where the file system can (renameat2, Linux 3.15)."""
+    import ctypes
+
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
