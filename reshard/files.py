@@ -14,6 +14,8 @@ Buffer = bytes | bytearray | memoryview
 # Bytes per write: ext4 answers larger ones with folios so large that filling them misses every cache, at four times the CPU.
 PIECE = 1 << 20
 
+CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
+
 
 class Pool:
     """Open descriptors by path, closed in the order of least recent use when there are too many; safe among threads."""
