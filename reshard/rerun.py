@@ -24,7 +24,7 @@ _CHECKPOINT = re.compile(
 )
 
 
-def irreplaceable(out: Path, job: Job) -> str | None:
+def irreplaceable(out: Path, job: "Job") -> str | None:
     """An entry of a directory that is no part of a checkpoint, so that --overwrite must not delete it; None if all are."""
     files = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()]
     files = [name for name in files if name.split("/")[0] not in publish.NOBODYS]
@@ -42,7 +42,7 @@ def irreplaceable(out: Path, job: Job) -> str | None:
     return beside if beside is not None or (out / "config.json").is_file() else next(iter(files), "directories")
 
 
-def same(job: Job, out: Path, options: Options) -> str | None:
+def same(job: "Job", out: Path, options: "Options") -> str | None:
     """None if `out` is what this job would write; else what is different, in words.
 
     The same plan and format version, and every source file of the same size, time and, where known, commit and SHA-256.
@@ -55,7 +55,7 @@ def same(job: Job, out: Path, options: Options) -> str | None:
         return f"it is not what this job would write: {error}"
 
 
-def _same_shards(job: Job, out: Path, options: Options) -> str | None:
+def _same_shards(job: "Job", out: Path, options: "Options") -> str | None:
     if not manifest.present(out):
         return "it holds no shards"
     known, source = manifest.load(out), job.source
@@ -95,7 +95,7 @@ def _same_shards(job: Job, out: Path, options: Options) -> str | None:
     return None
 
 
-def _same_files(job: Job, out: Path, options: Options) -> str | None:
+def _same_files(job: "Job", out: Path, options: "Options") -> str | None:
     source = job.source
     newest = max((original.mtime_ns for original in source.originals), default=0)
     wanted = {name: (size, job.output.mtimes.get(name, newest)) for name, size in job.output.sizes.items()}
@@ -114,7 +114,7 @@ def _same_files(job: Job, out: Path, options: Options) -> str | None:
     return _same_contents(job, out, options) if options.checksum else None
 
 
-def _same_contents(job: Job, out: Path, options: Options) -> str | None:
+def _same_contents(job: "Job", out: Path, options: "Options") -> str | None:
     """Whether every byte of Hugging Face files is what this job would write; they have no digests, so all is read."""
     from . import verification
 
