@@ -216,10 +216,16 @@ def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
     if not weights:
         raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
     for name, file in weights.items():
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.name:
+        if not inside(file):
             raise ReshardError(f"{where}: {name} is said to be in {file!r}, outside of the directory", "do not use this checkpoint")
     return weights
+
+
+def inside(name: str) -> bool:
+    """Whether a name leads to a file in the directory that it counts from, spelled in the one plain way."""
+    path = PurePosixPath(name)
+    odd = path.is_absolute() or ".." in path.parts or not path.name or str(path) != name
+    return not odd and re.search(r"[\\\0-\x1f\ud800-\udfff]", name) is None
 
 
 def choose(names: Collection[str], where: str) -> tuple[str, bool]:
@@ -274,7 +280,7 @@ def _index(path: Path) -> dict[str, str]:
 def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[str, Entry]]:
     path = root / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the other end of a pipe
     except FileNotFoundError:
         said = f"{index} names {name}, which is not there" if index else f"{path}: no such file"
         raise ReshardError(f"{root}: {said}" if index else said, "the download is not complete: fetch the missing file") from None

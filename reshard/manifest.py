@@ -4,15 +4,16 @@ Canonical: the same bytes by any route, any worker count, on any machine. No tim
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Origin, Original, read_json
+from .checkpoint import Origin, Original, inside, read_json
 from .digest import of
 from .digest import root as root_digest
-from .errors import MismatchError, ReshardError
+from .errors import MismatchError, PlaceError, ReshardError
 from .layout import Layout
 from .mesh import Mesh
 from .shards import FORMAT_VERSION
@@ -134,7 +135,12 @@ def present(directory: Path) -> bool:
 def load(directory: Path) -> Manifest:
     """Read manifest.json; unknown keys are ignored, an unknown major version is refused."""
     path = directory / NAME
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except PlaceError:
+        raise
+    except ReshardError as error:
+        raise MismatchError(error.message, error.hint) from None
     version = data.get("reshard")
     if not isinstance(version, str):
         raise ReshardError(f"{path}: is no manifest of reshard", "is this the right directory?")
@@ -146,14 +152,14 @@ def load(directory: Path) -> Manifest:
         manifest = Manifest(
             format=str(data["format"]),
             family=str(data["family"]),
-            engine=data.get("engine"),
+            engine=_text_or_none(data.get("engine")),
             mesh=Mesh(mesh["tp"], mesh["pp"], mesh["ep"], _tuple(mesh.get("split")), _tuple(mesh.get("pp_layers"))),
-            origin=Origin(model.get("id"), model.get("commit"), model.get("license")),
+            origin=Origin(*(_text_or_none(model.get(key)) for key in ("id", "commit", "license"))),
             exact=bool(data.get("exact")),
             plan=str(data["plan"]),
-            ranks=tuple((_file(rank["weights"], path), _file(rank["tensors"], path)) for rank in data["ranks"]),
-            carried=tuple(_file(file, path) for file in data["carried"]),
-            source=tuple(_file(file, path) for file in data["source"]),
+            ranks=tuple((_file(rank["weights"], path), _file(rank["tensors"], path)) for rank in _list(data["ranks"])),
+            carried=tuple(_file(file, path) for file in _list(data["carried"])),
+            source=tuple(_file(file, path) for file in _list(data["source"])),
             root=str(data["root"]),
             version=version,
         )
@@ -168,11 +174,26 @@ def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
     return tuple(int(value) for value in values) if values else None
 
 
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list")
+    return value
+
+
+def _text_or_none(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
 def _file(entry: Mapping[str, Any], path: Path) -> Listed:
-    name, size = str(entry["file"]), entry["size"]
-    if name.startswith("/") or ".." in name.split("/") or not isinstance(size, int) or size < 0:
-        raise ReshardError(f"{path}: lists {name!r} of size {size!r}, which is no file of this directory", "do not use this directory")
-    return Listed(name, size, str(entry["digest"]))
+    name, size, digest = str(entry["file"]), entry["size"], entry["digest"]
+    if not inside(name) or type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{32}", str(digest)):
+        raise MismatchError(
+            f"{path}: lists {name!r} of size {size!r} and digest {digest!r}, which is no file of this directory",
+            "do not use this directory",
+        )
+    return Listed(name, size, digest)
 
 
 def dump_originals(originals: Iterable[Original]) -> bytes:
@@ -193,20 +214,21 @@ def load_originals(directory: Path) -> tuple[Original, ...]:
     """Read source/files.json; modification times are those of the residues."""
     path = directory / FILES
     try:
-        data = json.loads(path.read_bytes())
-        return tuple(
-            Original(
-                str(o["name"]),
-                int(o["size"]),
-                str(o["container"]),
-                residue_path(directory, str(o["name"])).stat().st_mtime_ns,
-                o.get("sha256"),
-                tuple((int(low), int(high)) for low, high in o["holes"]),
-            )
-            for o in data
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReshardError(f"{path}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
+        return tuple(_original(directory, entry) for entry in _list(json.loads(path.read_bytes())))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MismatchError(f"{path}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
+
+
+def _original(directory: Path, entry: Mapping[str, Any]) -> Original:
+    name, size, holes = str(entry["name"]), entry["size"], tuple((low, high) for low, high in entry["holes"])
+    ends = [0, *(end for hole in holes for end in hole), size]
+    if not inside(name) or any(type(end) is not int for end in ends) or ends != sorted(ends):
+        raise ValueError(f"{name!r} of size {size!r} with holes {holes!r:.200} is no original file")
+    residue = residue_path(directory, name).stat()
+    original = Original(name, size, str(entry["container"]), residue.st_mtime_ns, _text_or_none(entry.get("sha256")), holes)
+    if residue.st_size != (kept := sum(high - low for low, high in original.residue())):
+        raise ValueError(f"{name}: {kept} bytes are outside of its holes, its residue has {residue.st_size}")
+    return original
 
 
 def residue_path(directory: Path, name: str) -> Path:

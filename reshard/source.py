@@ -152,12 +152,19 @@ def _open_shards(root: Path) -> Source:
     known = manifest.load(root)
     _check_small_files(root, known)
     originals = manifest.load_originals(root)
+    if "config.json" not in {file.name for file in known.carried}:
+        raise MismatchError(f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again")
     config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
     family, format_table = _tables(root, known)
     tensors = _original_tensors(root, originals)
     where = str(root)
     published = Published(where, root, config, originals, tensors, origin=known.origin)
-    model, _ = understood(published, family)
+    model, again = understood(published, family)
+    for original, wanted in zip(originals, again, strict=True):
+        if original.holes != wanted.holes:
+            raise MismatchError(
+                f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors", "convert again"
+            )
     layout = lay_out(format_table.for_family(family.name), model, known.mesh)
     shards = Shards(layout)
     if shards.digest != known.plan:
@@ -223,8 +230,12 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
     def texts(kind: str) -> Callable[[str], str]:
         def text(name: str) -> str:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise ReshardError(f"{root / manifest.NAME}: {name!r} is no name of a table")
-            return (root / "source" / kind / f"{name}.toml").read_text(encoding="utf-8")
+                raise MismatchError(f"{root / manifest.NAME}: {name!r} is no name of a table")
+            path = root / "source" / kind / f"{name}.toml"
+            try:
+                return path.read_text(encoding="utf-8")
+            except (FileNotFoundError, UnicodeDecodeError) as error:
+                raise MismatchError(f"{path}: is named by the manifest and cannot be read: {error}", "convert again") from None
 
         return text
 

@@ -165,11 +165,12 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
 def _contradictions(out: Path, known: Manifest) -> list[str]:
     """Where manifest.json or a tensors.json, although its digest is right, says other things than tables, config.json and headers."""
     try:
-        layout = open_source(out).layout
+        source = open_source(out)
     except PlaceError:
         raise
     except ReshardError as error:
-        return [error.message]
+        return [f"{manifest.NAME}, config.json and the tables do not belong together: {error.message}"]
+    layout = source.layout
     shards, found = Shards(layout), []
     for shard, (_, tensors) in zip(shards, known.ranks, strict=True):
         said = json.loads(tensors_json(shard, layout, {name: [b""] for name, _, _ in shard.tensors}))
@@ -177,6 +178,14 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
             del tensor["digest"]  # was checked with the bytes
         if not _says(json.loads((out / tensors.name).read_bytes()), said):
             found.append(f"{tensors.name}: is not what the tables and config.json make of this rank")
+    kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
+    kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
+    kept |= {f"source/formats/{name}.toml" for name in layout.table.texts}
+    odd = sorted(kept ^ {file.name for file in known.source})
+    found += [f"{manifest.NAME}: {'does not list' if name in kept else 'lists'} {name}" for name in odd]
+    engines = {f"{layout.table.engine['name']} {version}" for version in layout.table.engine["versions"]} if layout.table.engine else {None}
+    if known.engine not in engines:
+        found.append(f"{manifest.NAME}: engine {known.engine!r} is none that the format is for")
     text, _ = manifest.dump(
         layout,
         engine=known.engine,
@@ -381,8 +390,11 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
         raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
     if source is not None and all(rung.ok for rung in rungs):
         try:
-            opened = open_source(out, source.layout.model.family)
-            rungs.append(weights(opened, source, threads, progress))
-        except MismatchError as error:
+            rungs.append(weights(open_source(out, source.layout.model.family), source, threads, progress))
+        except PlaceError:
+            raise
+        except ReshardError as error:
+            if not (out / "config.json").is_file():  # no damage, but no checkpoint
+                raise
             rungs.append(Rung("weights", failures=[error.message]))
     return Report(out, tuple(rungs))

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from reshard import cli
 
@@ -267,3 +268,48 @@ def big_llama(directory: Path, megabytes: int, sparse: bool = False, files: int 
                     file.write(generator.bytes(size))
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
+
+
+# Shard directories
+
+
+def digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def sign(out: Path, tensors: bool = True) -> None:
+    """Make every digest and size of a shard directory right again, as docs/format.md has them, whatever was done to its files.
+
+    With `tensors` also those in each tensors.json, from the bytes that are there.
+    """
+    manifest = json.loads((out / "manifest.json").read_text())
+    for rank in manifest["ranks"]:
+        index = json.loads((out / rank["tensors"]["file"]).read_text())
+        data = (out / rank["weights"]["file"]).read_bytes()
+        if tensors:
+            for tensor in index["tensors"]:
+                part = data[tensor["offset"] : tensor["offset"] + tensor["nbytes"]]
+                blocks = [xxhash.xxh3_128_digest(part[at : at + index["block"]]) for at in range(0, len(part), index["block"])]
+                tensor["digest"] = digest(b"".join(blocks))
+                if len(blocks) > 1:
+                    tensor["blocks"] = [block.hex() for block in blocks]
+            (out / rank["tensors"]["file"]).write_text(json.dumps(index))
+        start = min(tensor["offset"] for tensor in index["tensors"])
+        sums = [digest(data[:start]), *(tensor["digest"] for tensor in index["tensors"])]
+        rank["weights"] |= {"size": len(data), "digest": digest(b"".join(map(bytes.fromhex, sums)))}
+    pairs = [rank["tensors"] for rank in manifest["ranks"]]
+    for file in [*pairs, *manifest["carried"], *manifest["source"]]:
+        content = (out / file["file"]).read_bytes()
+        file |= {"size": len(content), "digest": digest(content)}
+    (out / "manifest.json").write_text(root_signed(manifest))
+
+
+def root_signed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest with the root digest that it must have."""
+    text = json.dumps(manifest | {"root": ""}, indent=1, ensure_ascii=False) + "\n"
+    files = [*manifest["carried"], *manifest["source"], *(rank[key] for rank in manifest["ranks"] for key in ("weights", "tensors"))]
+    every = [(file["file"], file["size"], file["digest"]) for file in files] + [
+        ("manifest.json", len(text.encode()), digest(text.encode()))
+    ]
+    root = digest("".join(f"{name} {size} {summed}\n" for name, size, summed in sorted(every)).encode())
+    return json.dumps(manifest | {"root": root}, indent=1, ensure_ascii=False) + "\n"
