@@ -171,7 +171,7 @@ def session() -> str:
 
 def comparable(text: str) -> str:
     """A session without what differs from run to run and from machine to machine: times, rates, digests, workers."""
-    text = re.sub(r"in \d+\.\d+ s \(\d+\.\d+ GB/s\)", "in T s (R GB/s)", text)
+    text = re.sub(r"in [\d.]+ s \([\d.]+ [kMG]?B/s\)", "in T s (R GB/s)", text)
     text = re.sub(r"\b[0-9a-f]{32}\b", "DIGEST", text)
     return re.sub(r"memory while converting \S+ MiB at most \(\d+ workers?\)", "memory while converting M", text)
 
