@@ -13,14 +13,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from fixtures import FIXTURES, checkpoint, read
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from reshard import tables
@@ -35,6 +39,8 @@ from reshard.tables import Row, Table
 
 Array = np.ndarray[Any, Any]
 
+# Examples per law. As tests run, always the same; given a number, that many, and others each time.
+EXAMPLES = os.environ.get("RESHARD_EXAMPLES")
 DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -51,6 +57,18 @@ class Stored(NamedTuple):
 
 
 Headers = dict[str, Stored]
+
+
+def law(examples: int) -> settings:
+    """How Hypothesis tries a law."""
+    return settings(
+        deadline=None,
+        max_examples=int(EXAMPLES or examples),
+        derandomize=EXAMPLES is None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+    )
 
 
 # Headers
@@ -85,16 +103,15 @@ def invented(
     Weights are BF16, scales F32; a tied head is left out where config says so.
     """
     table = tables.load("families", family)
-    config = {"model_type": family} | {key: value for key, value in config.items() if value is not None}
+    config = {"model_type": family} | config
     for axis, expression in table.sizes.items():
-        key = expression.split("|")[0].strip()
-        if "+" not in key and "*" not in key and axis != "layer":
-            value = math.prod(sizes[atom] for atom in table.axes.get(axis, (axis,)))
-            config.setdefault(key, value)
-    config.setdefault(table.sizes["layer"].split("|")[0].strip(), sizes["layer"])
+        atoms = table.axes.get(axis, (axis,))
+        if re.fullmatch(r"\w+( \|.*)?", expression) and all(atom in sizes for atom in atoms):
+            config.setdefault(expression.split()[0], math.prod(sizes[atom] for atom in atoms))
     known = dict(sizes)
     for axis, expression in table.sizes.items():
-        if axis not in known and (value := evaluate(expression, Config(config, table.defaults).get)) is not None:
+        value = evaluate(expression, Config(config, table.defaults).get)
+        if value is not None:
             known[axis] = value
     tied = isinstance(table.tied, dict) and Config(config, table.defaults).says("tie_word_embeddings")
     prefix = table.prefixes[0] if table.prefixes else ""
@@ -326,6 +343,70 @@ def joints(draw: st.DrawFn) -> Joint:
     return Joint(sizes, tensors, _table(draw, "family", tensors, ""), (formats[0], formats[1]))
 
 
+@dataclass(frozen=True)
+class Invention:
+    """A checkpoint of a family at sizes that nobody published."""
+
+    family: str
+    config: dict[str, Any]
+    stored: Headers
+
+    def model(self) -> Model:
+        return understand(tables.load("families", self.family), Config(self.config), self.stored, self.family)
+
+
+SMALL: Mapping[str, Sequence[int]] = {
+    "layer": (1, 2, 3, 5),
+    "kv": (1, 2, 4),
+    "group": (1, 2, 3, 4),
+    "heads": (4, 8),
+    "experts": (2, 4, 8),
+    "vocab": (7, 16, 61),
+    "hidden": (5, 12),
+    "head_dim": (2, 3, 6),
+}
+
+
+@st.composite
+def inventions(draw: st.DrawFn) -> Invention:
+    """Any family, with any of its options and kinds of layers, at random sizes; weights in 8 bits with scales are left to fixtures."""
+    family = draw(st.sampled_from(tables.shipped("families")))
+    table = tables.load("families", family)
+    axes = {axis for row in table.rows for axis in (*row.name.axes, *(a for path in row.pattern.axes for a in path)) if "/" not in axis}
+    axes |= {"layer"}
+    solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression)}
+    solved |= {"routes"} | ({"heads"} if "heads" in table.axes else set())
+    sizes = {axis: draw(st.sampled_from(SMALL.get(axis, (4, 6, 12)))) for axis in sorted(axes - solved)}
+    if table.sizes.get("kv") in ("n_head", "num_attention_heads"):
+        sizes["group"] = 1
+    config: dict[str, Any] = {"quantization_config": None, "tie_word_embeddings": draw(st.booleans())}
+    for key in sorted({key.lstrip("!") for key in table.optional.values()} - config.keys()):
+        there = draw(st.booleans())
+        if key == "q_lora_rank":
+            config |= {} if there else {key: None}
+        else:
+            config[key] = there
+    simple = {expression.split()[0] for axis, expression in table.sizes.items() if axis not in solved or axis == "heads"}
+    for axis in sorted(solved & table.sizes.keys()):
+        for key in re.findall(r"\w+", table.sizes[axis]):
+            if key not in simple:
+                config.setdefault(key, draw(st.integers(1, 3)))
+    extra = draw(st.integers(0, 2)) if table.extra else 0
+    config |= {expression.split()[0]: extra for expression in table.extra.values()}
+    kinds = []
+    for layer in range(sizes["layer"] + extra):
+        beyond = layer >= sizes["layer"]
+        special = table.extra.keys()
+        groups = [[kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))] for group in table.one_of]
+        kinds.append([draw(st.sampled_from(group)) for group in groups])
+    if family == "falcon":
+        kinds = kinds[:1] * len(kinds)
+        config["parallel_attn"] |= kinds[0] == ["new"]
+    says = Config(config | {"q_lora_rank": config.get("q_lora_rank", 1)}, table.defaults).says
+    tags = [tag for tag, key in table.optional.items() if says(key)]
+    return Invention(family, *invented(family, sizes, kinds, tags, **config))
+
+
 def meshes(layers: int, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Mesh]:
     """Small meshes of every kind: each TP with each EP in it, or with unequal weights; each PP, also with stages of any length."""
     stages: list[tuple[int, tuple[int, ...] | None]] = [(pp, None) for pp in range(1, min(layers, 3) + 1)]
@@ -335,12 +416,22 @@ def meshes(layers: int, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Mesh]:
     return found + [Mesh(n, pp, 1, weights[n], counts) for n in tp if n in weights for pp, counts in stages]
 
 
-def fitting(table: Table, model: Model, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Layout]:
+def fitting(table: Table, model: Model, tp: Sequence[int] = (1, 2, 3, 4)) -> list[Layout]:
     """The layouts of a model in a format on all small meshes that it can lie on; all others are refused by ReshardError."""
     found = []
     for mesh in meshes(model.main_layers, tp):
         try:
-            found.append(lay_out(table, model, mesh))
+            layout = lay_out(table, model, mesh)
+            for name in model.tensors:
+                layout.distinct(name)
         except ReshardError:
             continue
+        found.append(layout)
     return found
+
+
+def differing(one: Path, two: Path) -> list[str]:
+    """What `diff -r` would name: files that only one directory has, or that hold other bytes."""
+    here, there = ({str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()} for root in (one, two))
+    both = here.keys() & there.keys()
+    return sorted(here.keys() ^ there.keys() | {name for name in both if here[name].read_bytes() != there[name].read_bytes()})
