@@ -101,7 +101,11 @@ def open_published(root: Path, where: str | None = None) -> Published:
     """
     where = where or str(root)
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
-    name, is_index = choose([path.name for path in root.iterdir() if path.exists()], str(root))
+    name, is_index = choose([path.name for path in root.iterdir()], str(root))
+    if not (root / name).exists():
+        raise ReshardError(
+            f"{root / name}: is a link to {(root / name).readlink()}, which is not there", "the download is not complete: fetch it again"
+        )
     index_map = _index(root / name) if is_index else None
     names = sorted(set(index_map.values()), key=natural) if index_map is not None else [name]
     originals, found = [], []
@@ -243,7 +247,7 @@ def choose(names: Collection[str], where: str) -> tuple[str, bool]:
 
 def carries(name: str, size: int) -> bool:
     """Whether a file of the top directory goes along with shards: small, and no weights in any form."""
-    return size <= CARRIED_MAX and not _WEIGHTS.search(name)
+    return size <= CARRIED_MAX and not _WEIGHTS.search(name) and inside(name)
 
 
 def container(name: str) -> str:
