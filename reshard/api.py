@@ -192,7 +192,7 @@ def choose_mesh(
     if device_memory is None:
         raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
     from .capacity import smallest
-    from .report import binary
+    from .units import binary
 
     model = source.layout.model
     table = tables.load("formats", to).for_family(model.family.name)

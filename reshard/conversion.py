@@ -30,6 +30,7 @@ from .progress import Progress, Silent, until
 from .shards import folder, scalar, shard_digest, tensors_json
 from .source import Source
 from .tables import Constant, Table
+from .units import decimal
 
 OURS = (manifest.NAME, "source")  # names in a shard directory that a carried file must not take
 
@@ -81,8 +82,8 @@ class Result:
         if self.already:
             done = [f"{self.out} is already what this job would write (same plan, same source files)"]
         else:
-            rate = self.read / max(self.seconds, 1e-9) / 1e9
-            done = [f"{self.out}: {self.written / 1e9:.2f} GB written in {self.seconds:.1f} s ({rate:.2f} GB/s)"]
+            rate = decimal(round(self.read / max(self.seconds, 1e-9)))
+            done = [f"{self.out}: {decimal(self.written)} written in {self.seconds:.1f} s ({rate}/s)"]
         if self.left:
             names = ", ".join(name for name, _ in self.left[:6]) + (f" and {len(self.left) - 6} more" if len(self.left) > 6 else "")
             done.append(f"left behind: {names}")
@@ -180,7 +181,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     if busy:
         found = rerun.same(job, out, options)
         if found is None:
-            return Result(out, True, _root(out), 0, 0, time.monotonic() - began)
+            return Result(out, True, _root(out), 0, 0, time.monotonic() - began, source.left)
         if not options.overwrite:
             raise ReshardError(f"{out}: is not empty, and {found}", "choose another destination, or --overwrite to replace it")
         if (theirs := rerun.irreplaceable(out, job)) is not None:

@@ -10,8 +10,8 @@ from .checkpoint import Published, open_published
 from .errors import ReshardError
 from .model import Config
 from .notation import fold
-from .report import decimal
 from .source import Source
+from .units import decimal
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
+from .units import decimal, duration
+
 Kind = Literal["auto", "json", "none"]
 
 
@@ -105,7 +107,7 @@ class Lines(_Counting):
         tail = "" if end or left is None else f", {duration(left)} left"
         share = 100 * self.done / self.total if self.total else 100
         print(
-            f"{self.what}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB ({share:.0f} %), {rate / 1e9:.2f} GB/s{tail}",
+            f"{self.what}: {decimal(self.done)} of {decimal(self.total)} ({share:.0f} %), {decimal(round(rate))}/s{tail}",
             file=self.stream,
             flush=True,
         )
@@ -157,10 +159,3 @@ def reporter(kind: Kind, stream: TextIO | None = None) -> Progress:
     if kind == "json":
         return Json(stream)
     return Bar(stream) if stream.isatty() else Lines(stream)
-
-
-def duration(seconds: float) -> str:
-    """`75` → "1:15", `4000` → "1:06:40"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -21,6 +21,7 @@ from types import TracebackType
 
 from .errors import PlaceError, ReshardError
 from .files import failed
+from .units import decimal
 
 _WORK, _OLD, _LIST = ".reshard-work", ".reshard-old", ".reshard-entries"
 NOBODYS = (_WORK, _OLD, "lost+found")  # names that do not make a directory occupied, and that are never published or replaced
@@ -303,6 +304,6 @@ def check_space(out: Path, needed: int) -> None:
     free = status.f_bavail * status.f_frsize
     if free < needed:
         raise PlaceError(
-            f"{out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free ({needed} and {free} bytes)",
+            f"{out}: {decimal(needed)} are needed, {decimal(free)} are free ({needed} and {free} bytes)",
             "free some space, or choose another destination",
         )

@@ -22,6 +22,7 @@ from .mesh import Mesh
 from .model import Config, Model
 from .notation import Product, block_of
 from .tables import Row
+from .units import binary, decimal
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …
 MEMORY_WORKER = 8 << 20  # … each worker's buffers …
@@ -613,19 +614,6 @@ def _span(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def decimal(n: int) -> str:
-    """Bytes of files: 17.64 GB, 1.50 MB, 12 B."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= size:
-            return f"{n / size:,.2f} {unit}"
-    return f"{n} B"
-
-
-def binary(n: int) -> str:
-    """Bytes of memory: 1.25 GiB, 65.0 MiB."""
-    return f"{n / 2**30:.2f} GiB" if n >= 100 << 20 else f"{n / 2**20:.1f} MiB"
 
 
 # --- as JSON ---------------------------------------------------------------------------------------------------------------

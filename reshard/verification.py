@@ -24,6 +24,7 @@ from .progress import Progress, Silent
 from .shards import Shards, scalar, shard_digest, tensors_json
 from .source import Source, open_source
 from .tables import Constant
+from .units import decimal
 
 MOST = 20  # failures told one by one
 
@@ -77,7 +78,7 @@ class Report:
         lines = []
         for rung in self.rungs:
             verdict = "ok" if rung.ok else f"{len(rung.failures)} FAILED"
-            lines.append(f"{rung.name:<10} {verdict:<10} {rung.tensors} tensors, {rung.files} files, {rung.bytes / 1e9:.2f} GB")
+            lines.append(f"{rung.name:<10} {verdict:<10} {rung.tensors} tensors, {rung.files} files, {decimal(rung.bytes)}")
             lines += [f"  {failure}" for failure in rung.failures[:MOST]]
             if len(rung.failures) > MOST:
                 lines.append(f"  … and {len(rung.failures) - MOST} more")

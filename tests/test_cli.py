@@ -298,7 +298,7 @@ def test_a_log_gets_lines_and_a_heartbeat(source: Path, tmp_path: Path) -> None:
     assert done.code == 0
     lines = done.err.splitlines()
     assert len(lines) >= 2
-    assert all(re.fullmatch(r"converting: [\d.]+ of [\d.]+ .?B \(\d+ %\), [\d.]+ .?B/s(, \d+:\d\d left)?", line) for line in lines), lines
+    assert all(re.fullmatch(r"converting: [\d.]+ .?B of [\d.]+ .?B \(\d+ %\), [\d.]+ .?B/s(, \d+:\d\d left)?", line) for line in lines), lines
     assert "(100 %)" in lines[-1]
 
 
