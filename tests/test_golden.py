@@ -93,9 +93,9 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, int], list[Any], list[str], dict[str
     "deepseek_v3": (
         "deepseek_v3",
         LATENT,
-        [DENSE, MOE, MOE, MOE, MTP],
+        [DENSE, MOE, MOE, MTP],
         ["q_lora?"],
-        {"n_shared_experts": 2, "num_nextn_predict_layers": 1},
+        {"n_shared_experts": 2} | ONE_MORE,
     ),
     "deepseek_v3_whole": ("deepseek_v3", LATENT, [DENSE, DENSE, MOE], ["q_whole?"], {"n_shared_experts": 1, "q_lora_rank": None}),
     "deepseek_v3_fp8": (
