@@ -169,7 +169,7 @@ def test_the_golden_plans_hold_every_family_and_every_mesh() -> None:
         assert ("hf to tp4 ep2" in found) == ("experts" in CHECKPOINTS[name][1]), name
         assert ("hf to vllm tp4" in found) == (CHECKPOINTS[name][0] in tables.load("formats", "vllm").families), name
     digests = [digest for found in known.values() for digest in found.values()]
-    assert len(set(digests)) > len(digests) - 8  # families that share names and shapes share plans
+    assert len(digests) - len(set(digests)) < 12  # Mistral is spelled as Llama is, and once sharded Phi-3 is too
 
 
 # vLLM
