@@ -210,10 +210,12 @@ class _Reading:
             if row is not None:
                 yield numbers[row.name.axes.index("layer")] if "layer" in row.name.axes else -1, row.leaves, entry
 
+    def axes(self) -> set[str]:
+        return {axis for row in self.family.rows for path in (row.name.axes, *row.pattern.axes) for axis in path}
+
     def sizes(self) -> dict[str, int]:
-        """Sizes that config.json tells. An axis that the family leaves to the shapes is asked for by its own name: head_dim."""
-        axes = {axis for row in self.family.rows for path in (row.name.axes, *row.pattern.axes) for axis in path}
-        told = {axis: evaluate(self.family.sizes.get(axis, axis), self.config.get) for axis in sorted(axes | self.family.sizes.keys())}
+        """Sizes that config.json tells, and those of the parts of a compound axis that follow from it."""
+        told = {axis: evaluate(expression, self.config.get) for axis, expression in self.family.sizes.items()}
         sizes = {axis: size for axis, size in told.items() if size is not None}
         for name, atoms in self.family.axes.items():
             missing = [atom for atom in atoms if atom not in sizes]
@@ -224,7 +226,7 @@ class _Reading:
                     raise ReshardError(f"{self.where}: config.json: {name} is {sizes[name]}, which is no multiple of {others} = {known}")
                 sizes[missing[0]] = sizes[name] // known
         for axis in ("layer", *self.format.pad, *self.format.replicate):  # padding and repetition hide these
-            if axis in axes and axis not in sizes:
+            if axis in self.axes() and axis not in sizes:
                 raise ReshardError(
                     f"{self.where}: config.json has no {self.family.sizes.get(axis, axis)}, and shapes cannot tell the size of axis {axis}",
                     "take config.json from the checkpoint that was served",
@@ -236,8 +238,7 @@ class _Reading:
     def model(self, mesh: Mesh) -> Model:
         """The model of which these are the shards on that mesh, if they are any."""
         sizes = self.sizes()
-        axes = {axis for row in self.family.rows for path in (row.name.axes, *row.pattern.axes) for axis in path}
-        unknown = sorted(axes - sizes.keys())
+        unknown = sorted(self.axes() - sizes.keys())
         guess = sizes | dict.fromkeys(unknown, mesh.tp)  # a size that every cut divides
         model = understand(self.family, self.config, self._published(guess), self.where)
         return self._solved(model, mesh, [axis for axis in unknown if axis in model.sizes])

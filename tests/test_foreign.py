@@ -281,8 +281,8 @@ def test_the_merge_can_be_split_anew(tmp_path: Path) -> None:
 def test_more_than_50_gb_become_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transformers would split, so do the originals: with its limit lowered, the index and every file are as split directly."""
     monkeypatch.setattr("reshard.foreign.MAX_FILE_SIZE", 60_000)
-    source = open_source(saved(tmp_path / "vllm", "llama", 4))
-    direct = to(fixtures.checkpoint("llama"), tmp_path / "direct", limit=60_000)
+    source = open_source(saved(tmp_path / "vllm", "mixtral", 4))
+    direct = to(fixtures.checkpoint("mixtral"), tmp_path / "direct", limit=60_000)
     assert different(to(source, tmp_path / "out"), direct) == []
     assert different(to(to(source, tmp_path / "native", "native", Mesh(2)), tmp_path / "back"), direct) == []
 
@@ -319,6 +319,17 @@ def test_a_head_dim_that_config_does_not_say_is_solved(name: str, tp: int, said:
     assert different(to(found, tmp_path / "hf"), anew(name)) == ["config.json"]
 
 
+@pytest.mark.parametrize(
+    ("name", "key"), [("qwen3_moe", "moe_intermediate_size"), ("phi3", "intermediate_size"), ("mixtral", "num_local_experts")]
+)
+@pytest.mark.parametrize("tp", [1, 4])
+def test_other_sizes_that_config_does_not_say_are_solved(name: str, key: str, tp: int, tmp_path: Path, anew: Callable[[str], Path]) -> None:
+    """Axes that are cut, and one that the published checkpoint enumerates, follow from one dimension, together with head_dim."""
+    source = saved(tmp_path / "vllm", name, tp)
+    configured(source, head_dim=..., **{key: ...})
+    assert different(to(source, tmp_path / "hf"), anew(name)) == ["config.json"]
+
+
 def test_both_spellings_of_config(tmp_path: Path, anew: Callable[[str], Path]) -> None:
     """Experts counted under the other key, sizes in a nested text_config: the same model."""
     source = saved(tmp_path / "vllm", "qwen3_moe", 2)
@@ -326,6 +337,19 @@ def test_both_spellings_of_config(tmp_path: Path, anew: Callable[[str], Path]) -
     config["num_experts"] = config.pop("num_local_experts")
     (source / "config.json").write_text(json.dumps({"model_type": config["model_type"], "text_config": config}))
     assert different(to(source, tmp_path / "hf"), anew("qwen3_moe")) == ["config.json"]
+
+
+def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
+    """Routers and the norms of one layer in fp32 beside bf16 come out so, with every other tensor as it was."""
+    source = saved(tmp_path / "vllm", "qwen3_moe", 2)
+    single = re.compile(r"model\.layers\.(\d+\.mlp\.(experts\.)?gate|1\.input_layernorm)\.weight")
+    for path in source.glob("*.safetensors"):
+        edit(path, lambda state: state.update({key: state[key].float() for key in state if single.fullmatch(key)}))
+    found = load_file(to(source, tmp_path / "hf") / "model.safetensors")
+    wanted = {key: tensor.float() if single.fullmatch(key) else tensor for key, tensor in original("qwen3_moe").items()}
+    assert sum(single.fullmatch(key) is not None for key in wanted) == 4
+    assert found.keys() == wanted.keys()
+    assert all(found[key].dtype == wanted[key].dtype and torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_padding_and_constants_are_ignored(tmp_path: Path, anew: Callable[[str], Path]) -> None:
@@ -373,6 +397,7 @@ def test_inspect_and_plan_tell_what_it_is(tmp_path: Path) -> None:
     assert facts["bytes"] == sum(path.stat().st_size for path in files)
     assert "config.json" in facts["carried"]
     assert INDEX not in facts["carried"]
+    assert facts["left"] == [INDEX]
     assert api.plan(source, tp=2) is not None
 
 
@@ -414,7 +439,7 @@ def add_ranks(*ranks: int) -> Callable[[Path], None]:
 
     def change(source: Path) -> None:
         for rank in ranks:
-            save_file(held_by_vllm("llama", 8, stages_of(5, 1))[0, rank], source / R.format(rank))
+            save_file(held_by_vllm("llama", 8, stages_of(5, 1))[0, rank % 8], source / R.format(rank))
 
     return change
 
@@ -424,6 +449,12 @@ def rename_experts(source: Path) -> None:
     for path in source.glob("model-rank-*"):
         state = load_file(path)
         save_file({key.replace(".routed_experts", ""): tensor for key, tensor in state.items()}, path)
+
+
+def drop_biases(source: Path) -> None:
+    for path in source.glob("model-rank-*"):
+        state = load_file(path)
+        save_file({key: tensor for key, tensor in state.items() if not key.endswith("bias")}, path)
 
 
 def drop_scales(source: Path) -> None:
@@ -453,6 +484,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         r"qkv_proj\.weight: shape \[30, 56\].*the first rank fits TP 8",
     ),
     "ranks of another save": ("llama", 4, add_ranks(4, 5, 6, 7), 'is no "vllm" directory.*TP 8.*fits TP 4.*files of another save'),
+    "one of many ranks": ("llama", 2, add_ranks(8, 10), r"model-rank-2-part-\*\.safetensors is missing.*TP 11, 4 of 11"),
     "a part twice": (
         "llama",
         2,
@@ -471,6 +503,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
     "a norm is missing from all ranks": ("llama", 2, drop("model.norm.weight", 0, 1), r"2 × missing model\.norm\.weight"),
     "a q_norm is missing": ("qwen3", 2, drop("model.layers.3.self_attn.q_norm.weight", 0, 1), r"2 × missing .*q_norm"),
     "a bias is missing": ("qwen2", 2, drop("model.layers.3.self_attn.qkv_proj.bias", 0, 1), r"2 × missing .*qkv_proj\.bias"),
+    "all biases are missing": ("qwen2", 2, drop_biases, "attention_bias.*q_proj.bias, .* are missing"),
     "a constant is missing": ("llama", 2, drop("model.layers.1.self_attn.attn._q_scale", 1), r"  missing .*_q_scale"),
     "constants are missing, as in vLLM 0.11": ("llama", 2, drop_scales, r"10 × missing .*_k_scale.*vLLM 0\.33: other versions"),
     "experts named as in vLLM 0.19": ("qwen3_moe", 2, rename_experts, r"6 × missing .*routed_experts\.w13.*6 × unexpected .*experts\.w13"),
@@ -523,6 +556,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
     "another vocabulary": ("llama", 2, says(vocab_size=400), r"lm_head\.weight: shape \[192, 56\].*\[224, 56\]"),
     "no vocabulary": ("llama", 2, says(vocab_size=...), "has no vocab_size"),
     "another width": ("llama", 2, says(hidden_size=64), r"norm\.weight: shape \[56\].*\[64\]"),
+    "other experts": ("qwen3_moe", 2, says(moe_intermediate_size=48), r"w13_weight: shape \[4, 40, 72\].*\[4, 48, 72\]"),
     "another feed-forward": ("llama", 2, says(intermediate_size=96), r"gate_up_proj\.weight: shape \[88, 56\].*\[96, 56\]"),
     "more experts": ("qwen3_moe", 2, says(num_local_experts=8), r"experts\.gate\.weight: shape \[4, 72\].*\[8, 72\]"),
     "experts beyond reason": ("qwen3_moe", 2, says(num_local_experts=10**12), "promises 3000000000000 tensors"),
