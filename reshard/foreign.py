@@ -207,7 +207,7 @@ class _Reading:
                 continue
             folded, numbers = fold(name)
             row = rows.get(name) or rows.get(folded)
-            if row is not None:
+            if row is not None and len(numbers) >= len(row.name.axes):  # a name may hold braces itself
                 yield numbers[row.name.axes.index("layer")] if "layer" in row.name.axes else -1, row.leaves, entry
 
     def axes(self) -> set[str]:
@@ -226,7 +226,7 @@ class _Reading:
                     raise ReshardError(f"{self.where}: config.json: {name} is {sizes[name]}, which is no multiple of {others} = {known}")
                 sizes[missing[0]] = sizes[name] // known
         for axis in ("layer", *self.format.pad, *self.format.replicate):  # padding and repetition hide these
-            if axis in self.axes() and axis not in sizes:
+            if axis not in sizes and (axis == "layer" or axis in self.axes()):
                 raise ReshardError(
                     f"{self.where}: config.json has no {self.family.sizes.get(axis, axis)}, and shapes cannot tell the size of axis {axis}",
                     "take config.json from the checkpoint that was served",

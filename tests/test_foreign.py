@@ -514,6 +514,12 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         put("model.layers.2.mlp.extra", torch.ones(2)),
         r"  unexpected model\.layers\.\{\}\.mlp\.extra .*rank 1",
     ),
+    "a key with braces": (
+        "llama",
+        2,
+        put("model.layers.{}.mlp.down_proj.weight", torch.ones(2)),
+        r"  unexpected model\.layers\.\{\}\.mlp\.down_proj",
+    ),
     "a key of no such layer": (
         "llama",
         2,
