@@ -146,11 +146,24 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
             f"--no-repeat: each of the {size} of axis {axis} would be stored {times} times",
             f"choose --tp {size} or less, or leave out --no-repeat",
         )
+    _check_tied(source, out)
     joined = plan(source.layout, out.layout)
     if any(BITS[dtype] % 8 for tensor in out.layout.model.tensors.values() for dtype in tensor.dtypes):
         for copy in joined.copies():
             in_items(copy, source.locate((copy.src.rank, copy.src_name))[1], out.entries[copy.dst.rank, copy.dst_name][1])
     return Job(source, out, joined, engine_name)
+
+
+def _check_tied(source: Source, out: Output) -> None:
+    """An engine that ties by config.json wants one name; two tensors that may differ cannot be written under it."""
+    table, model = out.layout.table, out.layout.model
+    if not table.engine or not isinstance(table.tied, str) or model.alias or out.layout.mesh.pp > 1:
+        return
+    if source.config.with_defaults(model.family.defaults).says("tie_word_embeddings"):
+        raise ReshardError(
+            f"{source.where}: stores embedding and head, config.json says tie_word_embeddings: {table.engine['name']} would refuse two",
+            "say tie_word_embeddings = false in config.json to keep both, or leave out the head",
+        )
 
 
 def _engine(to: str, table: Table, version: str | None) -> str | None:

@@ -143,10 +143,10 @@ def _claim(table: Table, stored: Mapping[str, Stored], problems: Problems, where
     points: dict[int, Points] = defaultdict(dict)
     aside = []
     for name, (key, numbers) in folded.items():
-        if (index := rows.get(name)) is not None:
-            points[index][()] = name
-        elif (index := rows.get(key)) is not None:
-            points[index][numbers] = name
+        at = rows.get(name, rows.get(key))
+        found = numbers if name not in rows else ()
+        if at is not None and len(found) == len(table.rows[at].name.axes):
+            points[at][found] = name
         elif key in beside or name in beside:
             aside.append(name)
         else:
