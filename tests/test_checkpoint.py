@@ -293,6 +293,9 @@ def test_tied_embeddings_stored_once_twice_or_as_head(stored: str, to: str, tmp_
     elif stored == "both equal":
         tensors[head] = tensors[embed]
     source = llama(tmp_path / "model", tensors, **TIED)
+    if to == "vllm" and stored.startswith("both"):  # vLLM ties them, and then refuses to load a second one
+        refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--to", to), 2, "tie_word_embeddings", "vLLM")
+        return
     out = there_and_back(source, meshes=(("--to", to, "--tp", "2"), ("--to", to, "--pp", "3")))
     ranks = [{t["name"] for t in json.loads((out / f"rank-0000{rank}" / "tensors.json").read_text())["tensors"]} for rank in range(3)]
     mine, last = ("embed", "head") if to == "native" else (embed, head)
@@ -435,7 +438,7 @@ def test_a_table_of_one_s_own_may_be_like_a_shipped_one(tmp_path: Path) -> None:
     ("text", "parts"),
     [
         ("", ("name",)),
-        ("name = ", ("not TOML",)),
+        ("name = ", ("TOML",)),
         ('name = "x y"', ("no name",)),
         ('name = "x"\nrow = []', ("unknown key row",)),
         ('name = "x"\nlike = "nothing"', ('"nothing"',)),
@@ -445,8 +448,8 @@ def test_a_table_of_one_s_own_may_be_like_a_shipped_one(tmp_path: Path) -> None:
         ('name = "x"\nrows = [["a", "(b", "d"]]', ("a",)),
         ('name = "x"\nrows = [["a", "b", "d", "often"]]', ("often",)),
         ('name = "x"\nrows = [["a", "b", "d"], ["a", "b", "e"]]', ("a has two rows",)),
-        ('name = "x"\nrows = 5', ("malformed",)),
-        ('name = "x"\nsizes = 5', ("malformed",)),
+        ('name = "x"\nrows = 5', ("5",)),
+        ('name = "x"\nsizes = 5', ("5",)),
         ('name = "x"\n[axes]\na = "a b"', ("contains itself",)),
         ('name = "x"\nrows = [["{", "b", "d"]]', ("{",)),
     ],

@@ -121,6 +121,11 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str, shards: Path, out: Pa
             manifest.load(out)
     files = json.loads((shards / "source" / "files.json").read_text())
     (out / "source" / "files.json").write_text(json.dumps([files[0] | {"name": name}]))
+    if re.fullmatch(r"[\x20-\x7e]+", name) and not name.startswith("/"):  # with a residue at that place
+        shutil.copytree(out / "source", out / "source" / "a", dirs_exist_ok=True)
+        residue = out / "source" / f"{name}.residue"
+        residue.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shards / "source" / "model.safetensors.residue", residue)
     with pytest.raises(MismatchError, match=r"files\.json"):
         manifest.load_originals(out)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fixtures import checkpoint
-from running import Done, llama, llama_tensors, noise, reshard, sign, tree
+from running import Done, llama, llama_tensors, noise, reshard, root_signed, sign, tree
 
 DAMAGED = ("config.json", "manifest.json", "rank-00001/model.safetensors", "rank-00001/tensors.json", "source/files.json")
 
@@ -279,6 +279,24 @@ def test_every_edit_that_would_mislead_is_found_although_digests_are_right(name:
         if json.loads((out / name).read_text()) == data:
             continue  # a size that is signed again is right again
         found(reshard("verify", out), name.split("/")[-1].split(".")[0])
+
+
+def test_holes_that_are_elsewhere_are_found(shards: Path, out: Path, tmp_path: Path) -> None:
+    """Moved by eight bytes, sizes unchanged: merging would write every tensor to a wrong place."""
+    files = json.loads((shards / "source" / "files.json").read_text())
+    files[0]["holes"] = [[low + 8, high + 8] for low, high in files[0]["holes"]]
+    (out / "source" / "files.json").write_text(json.dumps(files))
+    sign(out)
+    found(reshard("verify", out), "source/files.json")
+    assert reshard("convert", out, tmp_path / "back", "--to", "hf").code == 1
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_wrong_digest_of_a_weights_file_is_found(out: Path) -> None:
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["ranks"][1]["weights"]["digest"] = "0" * 32
+    (out / "manifest.json").write_text(root_signed(manifest))
+    found(reshard("verify", out), "rank-00001/model.safetensors")
 
 
 # Other directories
