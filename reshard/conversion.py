@@ -192,7 +192,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     publish.recover(out)
     busy = publish.occupied(out)
     if busy:
-        found = rerun.same(job, out, options)
+        found = rerun.same(job, out, options, progress)
         if found is None:
             return Result(out, True, _root(out), 0, 0, time.monotonic() - began, source.left)
         if not options.overwrite:
@@ -206,7 +206,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
     before = _stamps(source)
     if options.sha256:
-        job = _with_sha256(job, options.threads)
+        job = _with_sha256(job, options.threads, progress)
         source = job.source
     with publish.Publication(out, replace=busy) as publication, closing(Pool(os.O_RDWR)) as pool, closing(Pool()) as reader:
         job.output.below(publication.work)
@@ -400,7 +400,7 @@ def _sync_path(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _with_sha256(job: Job, threads: int) -> Job:
+def _with_sha256(job: Job, threads: int, progress: Progress) -> Job:
     """The same job with the SHA-256 of every published file that is not known yet."""
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
@@ -409,23 +409,27 @@ def _with_sha256(job: Job, threads: int) -> Job:
     if source.root is None or source.manifest is not None or source.residues:
         return job
     root, stop = source.root, threading.Event()
+    unknown = [original for original in source.originals if not original.sha256 and original.container != "plain"]
 
-    def digest(original: Original) -> Original:
-        if original.sha256 or original.container == "plain":
-            return original
+    def digest(original: Original) -> str:
         state = hashlib.sha256()
         with (root / original.name).open("rb", buffering=0) as file:
             while not stop.is_set() and (piece := file.read(CHUNK)):
                 state.update(piece)
-        return replace(original, sha256=state.hexdigest())
+                progress.advance(len(piece))
+        return state.hexdigest()
 
+    progress.start("computing SHA-256", sum(original.size for original in unknown))
     try:
         with ThreadPoolExecutor(threads) as executor:
-            originals = tuple(executor.map(digest, source.originals))
+            try:
+                found = dict(zip((original.name for original in unknown), executor.map(digest, unknown), strict=True))
+            finally:
+                stop.set()  # the executor waits for what is under way
     except OSError as error:
         raise failed("reading", root, error) from error
-    finally:
-        stop.set()
+    progress.finish()
+    originals = tuple(replace(original, sha256=found.get(original.name, original.sha256)) for original in source.originals)
     return replace(job, source=replace(source, originals=originals))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import manifest, publish
 from .errors import ReshardError
 from .files import CHUNK, Pool
+from .progress import Progress
 
 if TYPE_CHECKING:
     from .conversion import Job, Options
@@ -42,20 +43,20 @@ def irreplaceable(out: Path, job: "Job") -> str | None:
     return beside if beside is not None or (out / "config.json").is_file() else next(iter(files), "directories")
 
 
-def same(job: "Job", out: Path, options: "Options") -> str | None:
+def same(job: "Job", out: Path, options: "Options", progress: Progress) -> str | None:
     """None if `out` is what this job would write; else what is different, in words.
 
     The same plan and format version, and every source file of the same size, time and, where known, commit and SHA-256.
     """
     try:
-        return _same_shards(job, out, options) if job.output.shards else _same_files(job, out, options)
+        return _same_shards(job, out, options, progress) if job.output.shards else _same_files(job, out, options, progress)
     except ReshardError as error:
         return f"it is not what this job would write: {error.message}"
     except OSError as error:
         return f"it is not what this job would write: {error}"
 
 
-def _same_shards(job: "Job", out: Path, options: "Options") -> str | None:
+def _same_shards(job: "Job", out: Path, options: "Options", progress: Progress) -> str | None:
     if not manifest.present(out):
         return "it holds no shards"
     known, source = manifest.load(out), job.source
@@ -70,7 +71,7 @@ def _same_shards(job: "Job", out: Path, options: "Options") -> str | None:
     if options.checksum:
         from . import verification
 
-        report = verification.against(out, source, options.threads)
+        report = verification.against(out, source, options.threads, progress)
         return None if report.ok else f"the source has other contents: {report.failures[0]}"
     earlier = {original.name: original for original in manifest.load_originals(out)}
     for original in source.originals:
@@ -96,7 +97,7 @@ def _same_shards(job: "Job", out: Path, options: "Options") -> str | None:
     return None
 
 
-def _same_files(job: "Job", out: Path, options: "Options") -> str | None:
+def _same_files(job: "Job", out: Path, options: "Options", progress: Progress) -> str | None:
     source = job.source
     newest = max((original.mtime_ns for original in source.originals), default=0)
     wanted = {name: (size, job.output.mtimes.get(name, newest)) for name, size in job.output.sizes.items()}
@@ -112,14 +113,14 @@ def _same_files(job: "Job", out: Path, options: "Options") -> str | None:
     extra = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - wanted.keys()
     if extra:
         return f"it also holds {min(extra)}"
-    return _same_contents(job, out, options) if options.checksum else None
+    return _same_contents(job, out, options, progress) if options.checksum else None
 
 
-def _same_contents(job: "Job", out: Path, options: "Options") -> str | None:
+def _same_contents(job: "Job", out: Path, options: "Options", progress: Progress) -> str | None:
     """Whether every byte of Hugging Face files is what this job would write; they have no digests, so all is read."""
     from . import verification
 
-    report = verification.against(out, job.source, options.threads)
+    report = verification.against(out, job.source, options.threads, progress)
     if not report.ok:
         return f"the source has other contents: {report.failures[0]}"
     with closing(Pool()) as pool:

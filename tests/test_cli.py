@@ -298,7 +298,8 @@ def test_a_log_gets_lines_and_a_heartbeat(source: Path, tmp_path: Path) -> None:
     assert done.code == 0
     lines = done.err.splitlines()
     assert len(lines) >= 2
-    assert all(re.fullmatch(r"converting: [\d.]+ .?B of [\d.]+ .?B \(\d+ %\), [\d.]+ .?B/s(, \d+:\d\d left)?", line) for line in lines), lines
+    line = re.compile(r"converting: [\d.]+ .?B of [\d.]+ .?B \(\d+ %\), [\d.]+ .?B/s(, \d+:\d\d left)?")
+    assert all(map(line.fullmatch, lines)), lines
     assert "(100 %)" in lines[-1]
 
 
@@ -319,6 +320,20 @@ def test_progress_as_json_ends_with_the_end_for_each_phase_of_a_verification(sou
     ends = [record for record in map(json.loads, done.err.splitlines()) if record["end"]]
     assert [record["what"] for record in ends] == ["checking digests", "comparing weights"]
     assert all(record["done"] == record["total"] for record in ends)
+
+
+def test_each_long_phase_of_a_conversion_shows_progress(source: Path, tmp_path: Path) -> None:
+    """Hashing every source file, writing, and comparing contents."""
+
+    def phases(*more: str) -> list[str]:
+        done = reshard("convert", source, tmp_path / "out", "--tp", "2", *more, "--progress", "json")
+        ends = [record for record in map(json.loads, done.err.splitlines()) if record["end"]]
+        assert all(record["done"] == record["total"] > 0 for record in ends)
+        return [record["what"] for record in ends]
+
+    assert phases("--sha256") == ["computing SHA-256", "converting"]
+    assert phases("--checksum") == ["comparing weights"]
+    assert phases() == []
 
 
 def test_progress_none_is_silent(source: Path, tmp_path: Path) -> None:

@@ -244,6 +244,30 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times
     assert names(tmp_path) == []
 
 
+def test_a_signal_while_hashing_ends_it_at_once(big: Path, tmp_path: Path) -> None:
+    """Before anything is written, a file of any size is being read to its end."""
+    slow = """
+import io, sys, time
+from reshard.cli import main
+class Slow(io.FileIO):
+    def read(self, size=-1):
+        time.sleep(0.3)
+        return super().read(size)
+import pathlib
+opened = pathlib.Path.open
+pathlib.Path.open = lambda self, *a, **k: Slow(self) if k.get("buffering") == 0 else opened(self, *a, **k)
+main(sys.argv[1:])
+"""
+    child = start("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", "--progress", "json", code=slow)
+    assert child.stderr is not None and b"SHA-256" in child.stderr.readline()
+    began = time.monotonic()
+    child.terminate()
+    child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert time.monotonic() - began < 1.5  # of the five seconds that it would take
+    assert names(tmp_path) == []
+
+
 def test_a_signal_while_overwriting_keeps_the_old(source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(source.parent / "old", out)
