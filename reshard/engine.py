@@ -5,8 +5,7 @@
 Each source byte is read once and each output byte written once: copies that read the same stretch of a source (the ranks of a
 row-parallel weight, replicas) advance together, window by window. Memory is two buffers of TILE bytes per worker.
 
-numpy is imported only where bytes must be gathered from short runs (transpositions, interleavings): it takes longer to import than a
-small checkpoint to convert.
+numpy is imported by the first worker that has to gather (row-parallel weights, transpositions), while the others already move bytes.
 """
 
 import math
@@ -14,7 +13,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +25,6 @@ from .join import Copy, Dim, Plan, collapse
 TILE = 4 << 20  # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own
 NARROW = 1 << 10  # bytes: the narrowest column window of a transposition
-SLICE = 2 << 10  # bytes: from here on a run is copied faster by slicing than by numpy's strided loops
 
 Key = tuple[int, str]  # rank, stored name
 
@@ -305,14 +302,6 @@ class Worker:
 
     def _gather(self, start: int, dims: tuple[Dim, ...], item: int) -> None:
         """The strided box at `start` of the window, packed in destination order into the other buffer."""
-        (n, stride, _), *_ = reversed(dims)
-        if stride == 1 and n * item >= SLICE:
-            at, run = 0, n * item
-            for places in product(*(range(extent) for extent, _, _ in dims[:-1])):
-                begin = (start + sum(i * s for i, (_, s, _) in zip(places, dims, strict=False))) * item
-                self._out[at : at + run] = self._in[begin : begin + run]
-                at += run
-            return
         import numpy as np
 
         kind = np.dtype(f"u{item}")

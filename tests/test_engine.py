@@ -162,7 +162,7 @@ def cases(draw: Any, folder: Path, dtypes: Sequence[str], views: bool = False) -
 def carry_out(case: Case, workers: int, tile: int, block: int) -> dict[Key, list[bytes]]:
     digests: dict[Key, list[bytes]] = {}
     with (
-        patch.multiple(engine, TILE=tile, RUN=max(8, tile // 8), NARROW=max(8, tile // 16), SLICE=16),
+        patch.multiple(engine, TILE=tile, RUN=max(8, tile // 8), NARROW=max(8, tile // 16)),
         patch.object(digest, "BLOCK", block),
     ):
         pool, reader = Pool(os.O_RDWR), Pool()
@@ -254,7 +254,7 @@ def test_a_strided_destination_gets_what_a_strided_source_has(
     to = tuple(steps[order.index(a)] for a in range(len(shape)))
     target.add((0, "d"), "BF16", shape, np.zeros(math.prod(wider), np.uint64), 5, to)
     copies = [copy_of((0, "s"), shape, [slice(0, n) for n in shape], range(len(shape)), (0, "d"), 0, row_major(shape))]
-    with patch.multiple(engine, TILE=tile, RUN=16, NARROW=8, SLICE=16):
+    with patch.multiple(engine, TILE=tile, RUN=16, NARROW=8):
         pool, reader = Pool(os.O_RDWR), Pool()
         engine.run(as_plan(copies), source, target, lambda: Writer(target, pool, None), workers=1, pool=reader)
         pool.close()
@@ -295,7 +295,7 @@ def matrix(folder: Path, rows: int, columns: int) -> tuple[Store, Store, Array]:
 
 def move(source: Store, target: Store, copies: list[Copy]) -> tuple[Counted, Counted]:
     reader, writer = Counted(), Counted(os.O_RDWR)
-    with patch.multiple(engine, TILE=1024, RUN=256, NARROW=32, SLICE=64):
+    with patch.multiple(engine, TILE=1024, RUN=256, NARROW=32):
         engine.run(as_plan(copies), source, target, lambda: Writer(target, writer, {}), workers=1, pool=reader)
     reader.close()
     writer.close()
