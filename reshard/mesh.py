@@ -6,6 +6,7 @@ tp = ep × etp            tp_rank = ep_rank · etp + etp_rank      (etp cuts ins
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from .errors import ReshardError
@@ -82,7 +83,8 @@ class Mesh:
         return " × ".join(parts)
 
 
-def shares(size: int, weights: Sequence[int], unit: int = 1) -> tuple[Range, ...]:
+@lru_cache(256)
+def shares(size: int, weights: tuple[int, ...], unit: int = 1) -> tuple[Range, ...]:
     """Consecutive ranges in proportion to `weights`, in whole units, by largest remainder; ties go to the earlier one.
 
     The last unit may be short. `shares(8, (3, 3, 2))` is ((0, 3), (3, 6), (6, 8)).
