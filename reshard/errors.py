@@ -41,6 +41,9 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    def __len__(self) -> int:
+        return sum(map(len, self._found.values()))
+
     def raise_if_any(self, what: str, hint: str | None = None, most: int = 20) -> None:
         if not self._found:
             return

@@ -152,8 +152,11 @@ def lay_out(table: Table, model: Model, mesh: Mesh, active: Mapping[int, tuple[i
     cutter = _Cutter(table, model, mesh, problems)
     stored_once = _tied_rows(table, model)
     slots, pieces = [], defaultdict(list)
+    refused = -1  # what one rank of a stage cannot hold, the others need not say again: there may be 65,536 of them
     for rank in range(mesh.world):
-        stage = mesh.stage(rank)
+        stage, before = mesh.stage(rank), len(problems)
+        if stage == refused:
+            continue
         here = {at for at, row, _ in chosen if _in_stage(row, stage, mesh.pp)}
         for at, row, layers in chosen:
             if at not in here or stored_once.get(at, at) in here - {at}:
@@ -163,6 +166,8 @@ def lay_out(table: Table, model: Model, mesh: Mesh, active: Mapping[int, tuple[i
                 slots.append(found[0])
                 for piece in found[1]:
                     pieces[piece.tensor.name].append(piece)
+        if len(problems) > before:
+            refused = stage
     cutter.unused()
     problems.raise_if_any(
         f'format "{table.name}" on {mesh} does not fit this model:' if table.cut else f'table "{table.name}" does not fit this model:'

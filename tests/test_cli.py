@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +253,15 @@ def test_a_wrong_command_line_is_refused_in_words(line: str, parts: tuple[str, .
     refused(reshard(*words), 2, *parts)
     assert names(tmp_path) == []
     assert names(source.parent) == before
+
+
+@pytest.mark.parametrize(
+    "words", [("--tp", "65536"), ("--split", ":".join(["1"] * 20_000)), ("--tp", "32768", "--pp", "2")], ids=lambda words: words[0]
+)
+def test_absurd_numbers_are_refused_at_once(words: tuple[str, ...], source: Path) -> None:
+    began = time.monotonic()
+    refused(reshard("plan", source, *words), 2, "does not fit this model", "TP sizes that work")
+    assert time.monotonic() - began < 5
 
 
 def test_a_very_long_name_is_refused(source: Path, tmp_path: Path) -> None:
