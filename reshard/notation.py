@@ -114,6 +114,7 @@ def _place(product: Product, leaves: range, offset: int, stride: int, size: Call
 
 # --- parsing -----------------------------------------------------------------------------------------------------------
 
+LONGEST = 250  # characters of a pattern; tables in a manifest come from strangers
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|\d+|[()+/])")
 
 
@@ -138,10 +139,13 @@ def parse_pattern(text: str, compounds: Mapping[str, Sequence[str]]) -> Pattern:
 
 
 def _tokens(text: str) -> list[str]:
+    if len(text) > LONGEST:
+        raise ReshardError(f'pattern "{text[:60]}…" of {len(text)} characters: at most {LONGEST} are read')
     tokens, at = [], 0
     while at < len(text.rstrip()):
         match = _TOKEN.match(text, at)
         if match is None:
+            at += len(text[at:]) - len(text[at:].lstrip())
             raise ReshardError(f'pattern "{text}": unexpected character {text[at]!r} at position {at}')
         tokens.append(match[1])
         at = match.end()
@@ -222,7 +226,7 @@ def block_of(axis: str) -> tuple[tuple[str, ...], int] | None:
 
 # --- names ---------------------------------------------------------------------------------------------------------------
 
-_HOLE = re.compile(r"\{([a-z_0-9]+)(:local)?\}")
+_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local)?\}")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole path segment
 
 
@@ -245,6 +249,8 @@ class Template:
 
 
 def parse_template(text: str) -> Template:
+    if not text.lstrip("~"):
+        raise ReshardError(f'stored name "{text}": is empty')
     holes = list(_HOLE.finditer(text))
     rest = _HOLE.sub("", text)
     if "{" in rest or "}" in rest:
@@ -279,7 +285,7 @@ def evaluate(expression: str, lookup: Callable[[str], object]) -> int | None:
 
 
 def _value(key: str, lookup: Callable[[str], object]) -> int | None:
-    if key.isdigit():
+    if key.isdecimal():
         return int(key)
     value = lookup(key)
     if value is None:

@@ -88,7 +88,7 @@ class Shards:
                 nbytes = slot.elements * header.BITS[dtype] // 8
                 whole = nbytes % LINE == 0
                 place = _place(slot, point)
-                tensors.append(((not whole, 0 if whole else -nbytes, *place), slot.name(point), dtype, slot, point))
+                tensors.append(((not whole, 0 if whole else -header.BITS[dtype], *place), slot.name(point), dtype, slot, point))
         tensors.sort(key=lambda tensor: tensor[0])
         prologue, head = header.build(((name, dtype, slot.shape) for _, name, dtype, slot, _ in tensors), self._metadata(rank), align=ALIGN)
         return Shard(rank, shard_name(layout, rank), tuple((name, slot, point) for _, name, _, slot, point in tensors), prologue, head)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ReshardError
-from .notation import Pattern, Template, parse_pattern, parse_template
+from .notation import Pattern, Template, block_of, parse_pattern, parse_template
 
 STAGES = ("first", "last", "every")
 HOME = Path(__file__).parent
@@ -84,7 +84,7 @@ class Table:
         special = self.overrides.get(family)
         if special is None:
             return self
-        other = _parse({**special, "name": self.name}, {}, self.axes)
+        other = _parse(_checked({**special, "name": self.name}, f'table "{self.name}", [family.{family}]'), {}, self.axes)
         return replace(
             self,
             rows=other.rows + self.rows,
@@ -101,10 +101,69 @@ class Table:
         return replace(self, rows=rows, axes=self.axes | new, sizes=other.sizes | self.sizes)
 
 
-_KEYS = {
-    "name", "like", "match", "prefix", "rows", "aside", "axes", "sizes", "defaults", "model", "one_of", "optional", "extra", "tied",
-    "quantization", "cut", "replicate", "uneven", "weighted", "pad", "constants", "files", "engine", "families", "family",
-}  # fmt: skip
+# The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".
+_KEYS: dict[str, Any] = {
+    "name": str,
+    "like": str,
+    "match": [str],
+    "prefix": (str, [str]),
+    "rows": [[str]],
+    "aside": [str],
+    "axes": {"": str},
+    "sizes": {"": str},
+    "defaults": {"": object},
+    "model": {"": object},
+    "one_of": [[str]],
+    "optional": {"": str},
+    "extra": {"": str},
+    "tied": (str, {"": str}),
+    "quantization": [{"": object}],
+    "cut": {"": [str]},
+    "replicate": [str],
+    "uneven": [str],
+    "weighted": [str],
+    "pad": {"": str},
+    "constants": [[object]],
+    "files": {"": str},
+    "engine": {"": object},
+    "families": [str],
+    "family": {"": {"": object}},
+}
+MESH = ("tp", "ep", "pp")
+
+
+def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same data, if every key is known and of its form."""
+    unknown = sorted(set(data) - _KEYS.keys())
+    if unknown:
+        raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(_KEYS))}")
+    for key, value in data.items():
+        if not _fits(value, _KEYS[key]):
+            raise ReshardError(f"{where}: {key} = {value!r} is not of the form {_form(_KEYS[key])}")
+    for row in data.get("rows", ()):
+        if not 3 <= len(row) <= 4:
+            raise ReshardError(f'{where}: row {row!r} is not ["stored name", "pattern", "logical names", "words"]')
+    return data
+
+
+def _fits(value: Any, form: Any) -> bool:
+    if isinstance(form, tuple):
+        return any(_fits(value, one) for one in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(one, form[0]) for one in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(_fits(one, form[""]) for one in value.values())
+    return isinstance(value, form)
+
+
+def _form(form: Any) -> str:
+    if isinstance(form, tuple):
+        return " or ".join(map(_form, form))
+    if isinstance(form, list):
+        return f"[{_form(form[0])}, …]"
+    if isinstance(form, dict):
+        return f"{{key = {_form(form[''])}, …}}"
+    return "text" if form is str else "value"
 
 
 def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,9 +206,6 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ReshardError(f'table: name = {name!r} is no name (letters, digits, "_", "-", ".")')
     where = f'table "{name}"'
-    unknown = sorted(set(data) - _KEYS)
-    if unknown:
-        raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(_KEYS))}")
     try:
         compounds = {**axes, **_atoms(data.get("axes", {}), where)}
         one_of = tuple(tuple(kinds) for kinds in data.get("one_of", ()))
@@ -195,8 +251,6 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
 
 
 def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[str], where: str) -> Row:
-    if not (isinstance(entry, list) and 3 <= len(entry) <= 4 and all(isinstance(part, str) for part in entry)):
-        raise ReshardError(f'{where}: row {entry!r} is not ["stored name", "pattern", "logical names", "words"]')
     text, pattern_text, leaves_text, *rest = entry
     words = rest[0].split() if rest else []
     try:
@@ -215,6 +269,11 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         raise ReshardError(f"{where}: {text}: axis {both[0]} stands both in the name and in the pattern")
     cut = next((word[4:] for word in words if word.startswith("cut=")), None)
     plain = [word for word in words if not word.startswith("cut=")]
+    axes = {axis for path in pattern.axes for axis in path} | set(name.axes)
+    if cut is not None and cut not in axes:
+        raise ReshardError(f"{where}: {text}: cut={cut}, but the row's axes are {', '.join(sorted(axes))}")
+    if len(stages := [word for word in plain if word in STAGES]) > 1:
+        raise ReshardError(f"{where}: {text}: {' and '.join(stages)}: one word says the stage")
     known = kinds | set(STAGES) | {"whole", "zero"}
     bad = [word for word in plain if word not in known and not word.endswith("?")]
     if bad:
@@ -227,7 +286,7 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         leaves,
         kinds=frozenset(kinds & set(plain)),
         tags=frozenset(word for word in plain if word.endswith("?")),
-        stage=next((word for word in plain if word in STAGES), "every"),
+        stage=next(iter(stages), "every"),
         whole="whole" in plain,
         zero="zero" in plain,
         cut=cut,
@@ -235,9 +294,62 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
 
 
 def _constant(entry: list[Any], where: str) -> Constant:
-    if not (isinstance(entry, list) and len(entry) == 4 and isinstance(entry[2], int | float)):
-        raise ReshardError(f"{where}: constant {entry!r} is not [name, dtype, value, logical tensor]")
+    if [type(part) for part in entry] not in ([str, str, int, str], [str, str, float, str]) or entry[1] not in ("F32", "F64"):
+        raise ReshardError(f"{where}: constant {entry!r} is not [name, F32 or F64, value, logical tensor]")
     return Constant(parse_template(entry[0]), entry[1], float(entry[2]), entry[3])
+
+
+def _consistent(table: Table) -> Table:
+    """The same table, if what it says about axes, tags and logical names is about some that it has: a typo must not mean nothing."""
+    where = f'table "{table.name}"'
+    leaves = {leaf for row in table.rows for leaf in row.leaves}
+    axes = {axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"}
+    axes |= {base for axis in axes if (block := block_of(axis)) for base in block[0]} | table.axes.keys()
+    said = {
+        "sizes": table.sizes,
+        "cut": [axis for named in table.cut.values() for axis in named],
+        "replicate": table.replicate,
+        "uneven": table.uneven,
+        "pad": table.pad,
+    }
+    for key, names in said.items():
+        for axis in names:
+            if axis not in axes:
+                raise ReshardError(f"{where}: {key} names the axis {axis}, which no row has")
+    tags = {tag for row in table.rows for tag in row.tags}
+    for tag in table.optional:
+        if tag not in tags:
+            raise ReshardError(f"{where}: optional names the tag {tag}, which no row has")
+    for mesh in (*table.cut, *table.weighted):
+        if mesh not in MESH:
+            raise ReshardError(f"{where}: {mesh} is no mesh axis, they are {', '.join(MESH)}")
+    for axis, unit in table.pad.items():
+        if not all(factor == "tp" or (factor.isdecimal() and int(factor)) for factor in unit.split("*")):
+            raise ReshardError(f'{where}: pad {axis} = "{unit}" is no product of "tp" and numbers, such as "128*tp"')
+    tied = [table.tied] if isinstance(table.tied, str) else [name for pair in table.tied.items() for name in pair]
+    for name in tied:
+        if name not in leaves | {"both"}:
+            raise ReshardError(f"{where}: tied names the logical tensor {name}, which no row has")
+    for constant in table.constants:
+        if constant.beside not in leaves:
+            raise ReshardError(f"{where}: constant {constant.name.text} stands beside {constant.beside}, which no row has")
+    _check_files(table.files, where)
+    engine = table.engine
+    if engine and not (isinstance(engine.get("name"), str) and isinstance(engine.get("versions"), list) and engine["versions"]):
+        raise ReshardError(f"{where}: engine = {engine!r} wants a name and a list of versions")
+    return table
+
+
+def _check_files(files: Mapping[str, str], where: str) -> None:
+    """Every rank has a file of its own, inside the directory."""
+    for key, text in files.items():
+        try:
+            names = {text.format(rank=2 * pp + tp, tp=tp, pp=pp, part=0) for pp in range(2 if key == "staged" else 1) for tp in range(2)}
+        except (KeyError, ValueError, IndexError, AttributeError):
+            names = set()
+        outside = any(name.startswith("/") or ".." in name for name in names)
+        if key not in ("shard", "staged") or len(names) < (4 if key == "staged" else 2) or outside:
+            raise ReshardError(f'{where}: files.{key} = "{text}" does not name a file for every rank', "use {rank}, or {tp} and {pp}")
 
 
 def parse(text: str, where: str, parent: Callable[[str], str] | None = None) -> Table:
@@ -250,10 +362,10 @@ def parse(text: str, where: str, parent: Callable[[str], str] | None = None) -> 
         except tomllib.TOMLDecodeError as error:
             raise ReshardError(f"{where}: not TOML: {error}") from None
         texts[str(data.get("name"))] = text
-        chain.append(data)
+        chain.append(_checked(data, where))
         like = data.pop("like", None)
         if like is None:
-            return _parse(_merged(chain), texts, {})
+            return _consistent(_parse(_merged(chain), texts, {}))
         if like in texts or parent is None:
             raise ReshardError(f'{where}: like = "{like}" leads nowhere')
         text, where = parent(like), f"{like}.toml"
@@ -263,7 +375,7 @@ def _shipped(kind: str) -> Callable[[str], str]:
     def text(name: str) -> str:
         path = HOME / kind / f"{name}.toml"
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or not path.is_file():
-            raise ReshardError(f'no {kind[:-1]} table "{name}"', f"there are {', '.join(shipped(kind))}")
+            raise ReshardError(f'no {"family" if kind == "families" else "format"} table "{name}"', f"there are {', '.join(shipped(kind))}")
         return path.read_text(encoding="utf-8")
 
     return text

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import reshard
 from reshard import cli, tables
+from reshard.header import BITS
 from reshard.notation import parse_pattern
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,7 +289,7 @@ def test_reshard_follows_the_version_policy(checkpoint: Callable[[str], Path], t
 
 
 def test_alignment(shards: Path) -> None:
-    """Data starts at a multiple of 4096; tensors of whole 64-byte lines come first and each starts on a line; the rest falls in size."""
+    """Data starts at a multiple of 4096; tensors of whole 64-byte lines come first, each on a line; the rest falls in element size."""
     for _, path, index in _ranks(shards):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -296,8 +297,9 @@ def test_alignment(shards: Path) -> None:
         sizes = [(tensor["nbytes"] % 64 != 0, tensor["nbytes"]) for tensor in index["tensors"]]
         assert [late for late, _ in sizes] == sorted(late for late, _ in sizes)
         assert all(tensor["offset"] % 64 == 0 for tensor in index["tensors"] if tensor["nbytes"] % 64 == 0)
-        rest = [size for late, size in sizes if late]
-        assert rest == sorted(rest, reverse=True)
+        rest = [(tensor["offset"], BITS[tensor["dtype"]]) for tensor in index["tensors"] if tensor["nbytes"] % 64]
+        assert [bits for _, bits in rest] == sorted((bits for _, bits in rest), reverse=True)
+        assert all(offset * 8 % bits == 0 for offset, bits in rest)
         at = 8 + length
         for tensor in index["tensors"]:
             assert tensor["offset"] == at

@@ -13,11 +13,11 @@ import pytest
 
 from reshard import tables
 from reshard.errors import ReshardError
+from reshard.join import plan
 from reshard.layout import lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, axis_size, understand
 from reshard.notation import evaluate, fold
-from reshard.join import plan
 
 ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
 

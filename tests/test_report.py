@@ -9,10 +9,10 @@ import shapes
 from test_capacity import GIB, NATIVE, SMALL, deepseek, gemma, laid, llama, model_of, small
 
 from reshard import capacity, report, tables
+from reshard.join import Component, Join
 from reshard.layout import Layout, lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, Model
-from reshard.join import Component, Join
 
 WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
