@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -20,11 +20,13 @@ from .files import Pool, failed
 from .header import MAX_LENGTH
 from .join import plan
 from .manifest import Listed, Manifest
-from .progress import Progress, Silent
+from .progress import Progress, Silent, until
 from .shards import Shards, scalar, shard_digest, tensors_json
 from .source import Source, open_source
 from .tables import Constant
 from .units import decimal
+
+T = TypeVar("T")
 
 MOST = 20  # failures told one by one
 
@@ -139,28 +141,48 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
             with lock:
                 rung.failures.append(f"{place}: {tensor}: bytes {offset} to {offset + size} have digest {digest}, {wanted} was written")
 
+    def blocks() -> Iterator[Task]:
+        for file in whole:
+            if file.name in weights and weights[file.name].name not in broken:
+                try:
+                    yield from _blocks(out, file, weights[file.name], rung, progress.advance)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    rung.failures.append(f"{weights[file.name].name}: malformed: {error!r}")
+
     try:
-        with ThreadPoolExecutor(threads) as executor:
-            for _ in executor.map(check_file, [file for file in whole if file.name not in weights]):
-                pass
-            tasks: list[Task] = []
-            for file in whole:
-                if file.name in weights and weights[file.name].name not in broken:
-                    try:
-                        tasks += _blocks(out, file, weights[file.name], rung, progress.advance)
-                    except (KeyError, TypeError, ValueError, AttributeError) as error:
-                        rung.failures.append(f"{weights[file.name].name}: malformed: {error!r}")
-            for _ in executor.map(check_blocks, tasks):
-                pass
+        _each((file for file in whole if file.name not in weights), check_file, threads)
+        _each(blocks(), check_blocks, threads)
     except OSError as error:
         raise failed("reading", out, error) from error
     finally:
         pool.close()
+    rung.failures.sort()
     rung.bytes = sum(file.size for file in whole)
     if not rung.failures:
         rung.failures += _contradictions(out, known)
     progress.finish()
     return rung
+
+
+def _each(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
+    """`work` on every item by so many threads, each taking the next when it is free: a model has hundreds of thousands of blocks."""
+    waiting, lock, stop = iter(items), threading.Lock(), threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            with lock:
+                item = next(waiting, None)
+            if item is None:
+                return
+            work(item)
+
+    with ThreadPoolExecutor(threads) as executor:
+        running = [executor.submit(run) for _ in range(threads)]
+        try:
+            for future in running:
+                future.result()
+        finally:
+            stop.set()  # the executor waits for what is under way
 
 
 def _contradictions(out: Path, known: Manifest) -> list[str]:
@@ -309,7 +331,9 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
             super().done(keys)
 
     try:
-        engine.run(joined, source, out, lambda: Counting(out, pool, rung, lock), workers=threads, pool=pool, progress=progress.advance)
+        halt = threading.Event()
+        advance = until(halt, progress.advance)
+        engine.run(joined, source, out, lambda: Counting(out, pool, rung, lock), workers=threads, pool=pool, progress=advance, stop=halt)
         constants = {(slot.rank, slot.name(point)): slot for slot in out.layout.constants for point in slot.points()}
         rest = Comparer(out, pool, rung, lock)
         rest.done([key for key in out.places if key not in compared and key not in constants])
