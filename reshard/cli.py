@@ -171,11 +171,12 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
     """Check OUT: sizes and digests against its manifest; with --against bit-exact weights. Exit 1 on a mismatch."""
     from . import api
+    from .conversion import usage
 
     with _Talk(progress_kind, quiet) as progress:
         report = api.verify(out, **_arguments(given), progress=progress)
     if as_json:
-        _show(report.to_json())
+        _show(report.to_json() | usage())
     else:
         _say(quiet and report.ok, *report.lines())
     if not report.ok:
