@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_the_next_command_can_be_pasted_whatever_the_names(source: Path, tmp_pat
     out = tmp_path / 'it\'s "a" name; $HOME `x`'
     done = process("convert", source, out, "--tp", "2")
     line = done.out.splitlines()[-1].removeprefix("next: reshard ")
-    ran = subprocess.run(f"{sys.executable} -m reshard {line}", shell=True, capture_output=True, env=environment(), text=True)
+    ran = subprocess.run(f"{shlex.quote(sys.executable)} -m reshard {line}", shell=True, capture_output=True, env=environment(), text=True)
     assert ran.returncode == 0, ran.stderr
 
 
