@@ -323,20 +323,21 @@ def joints(draw: st.DrawFn) -> Joint:
         if "inter" in axes and sizes["inter"] > 1 and draw(st.booleans()):
             tensors[f"l{number}_scale"] = tuple("inter/2" if axis == "inter" else axis for axis in axes)
     formats = []
+    held = {axis for axes in tensors.values() for axis in axes} | {"heads", "layer"}  # a table may not name an axis that no row has
     for number in range(2):
-        cut = [axis for axis in ("heads", "kv", "inter", "vocab", "head_dim", "hidden") if draw(st.integers(0, 2))]
+        cut = [axis for axis in ("heads", "kv", "inter", "vocab", "head_dim", "hidden") if draw(st.integers(0, 2)) and axis in held]
         stage = ["first", "last", "every", ""]
-        replicate = [axis for axis in ("kv", "head_dim") if draw(st.booleans())]
+        replicate = [axis for axis in ("kv", "head_dim") if draw(st.booleans()) and axis in held]
         lines = [
             f"replicate = {json.dumps(replicate)}",
             'weighted = ["tp"]',
             'uneven = ["layer"]' if draw(st.booleans()) else "",
             "[cut]",
             f"tp = {json.dumps(cut)}",
-            'ep = ["experts"]',
+            'ep = ["experts"]' if "experts" in held else "",
             'pp = ["layer"]',
         ]
-        if draw(st.booleans()):
+        if draw(st.booleans()) and "vocab" in held:
             lines += ["[pad]", f'vocab = "{draw(st.sampled_from(["tp", "4", "2*tp"]))}"']
         words = [*stage, "whole", "zero"]
         formats.append(_table(draw, f"format{number}", tensors, "\n".join(lines), words))
