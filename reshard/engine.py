@@ -110,9 +110,9 @@ def run(
     halt = stop or threading.Event()
     failures: list[BaseException] = []
 
-    def work() -> None:
-        worker = Worker(source, destination, sink(), pool, progress)
+    def work(ended: threading.Event) -> None:
         try:
+            worker = Worker(source, destination, sink(), pool, progress)
             for copies in jobs:
                 if halt.is_set():
                     return
@@ -120,18 +120,23 @@ def run(
         except BaseException as error:
             failures.append(error)
             halt.set()
+        finally:
+            ended.set()
 
-    threads = [threading.Thread(target=work, name=f"reshard-{n}", daemon=True) for n in range(workers)]
-    for thread in threads:
-        thread.start()
+    # Not Thread.join: until Python 3.12 a signal that interrupts it makes it take the thread for ended.
+    ends: list[threading.Event] = []
     try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)  # a bounded wait, so that a signal is handled at once
+        for n in range(workers):
+            ended = threading.Event()
+            threading.Thread(target=work, args=(ended,), name=f"reshard-{n}", daemon=True).start()
+            ends.append(ended)
+        for ended in ends:
+            while not ended.wait(0.2):  # bounded, so that a signal is handled at once
+                pass
     except BaseException:
         halt.set()
-        for thread in threads:
-            thread.join()
+        for ended in ends:
+            ended.wait()
         raise
     if failures:
         raise failures[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import random
 import resource
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,7 +23,7 @@ import pytest
 from running import big_llama, environment, llama, mounted, names, process, refused, reshard, stamps, start, tmpfs, tree
 from test_cli import SLOW
 
-from reshard import cli, publish
+from reshard import api, cli, files, publish
 
 MOVES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")  # audit events of the system calls that publishing consists of
 WRITES = (*MOVES, "open", "os.truncate", "os.utime")
@@ -257,22 +259,47 @@ def test_killed_at_any_time_it_leaves_no_out(big: Path, tmp_path: Path) -> None:
     assert reshard("verify", out, "--against", big).code == 0
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("sign", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 3)])
 def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times: int, big: Path, tmp_path: Path) -> None:
     """Exit 130 in a moment, although a tensor is being written; also when the signal comes again during the cleaning up."""
     out = tmp_path / "above" / "it" / "out"
-    child = start("convert", big, out, "--tp", "1", "--workers", "2", code=SLOW, env=environment(SLOW="0.25"))  # 4 s for the embedding
-    begun(out, child)
-    time.sleep(0.3)
+    words = ("convert", big, out, "--tp", "1", "--workers", "1", "--progress", "json")
+    child = start(*words, code=SLOW, env=environment(SLOW="0.3"))  # several seconds for the embedding
+    assert child.stderr is not None
+    while not json.loads(child.stderr.readline())["done"]:
+        pass
     began = time.monotonic()
     for _ in range(times):
         child.send_signal(sign)
         time.sleep(0.05)
     _, err = child.communicate(timeout=30)
-    assert time.monotonic() - began < 2, "it went on with its tensor"
+    assert time.monotonic() - began < 3, "it went on with its tensor"
     assert child.returncode == 130
-    assert err.strip() == b"error: interrupted; what was not finished has been removed"
+    assert err.rstrip().endswith(b"\n\nerror: interrupted; what was not finished has been removed")
+    assert names(tmp_path) == []
+
+
+def test_no_worker_goes_on_after_an_interrupt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python: when `convert` has raised KeyboardInterrupt nothing of it runs any more, so that no closed descriptor is used."""
+    transfer = files.Pool._transfer
+
+    def slow(self: files.Pool, *arguments: Any) -> None:
+        time.sleep(0.4)
+        transfer(self, *arguments)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.Pool, "_transfer", slow)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        with pytest.raises(KeyboardInterrupt):
+            api.convert(source, tmp_path / "out", tp=2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    time.sleep(0.1)  # for threads that are through
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("reshard-")]
     assert names(tmp_path) == []
 
 
