@@ -13,6 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from .join import Copy, Dim, Plan, collapse
 
 TILE = 4 << 20  # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own
+STRIPE = 512  # bytes: the shortest piece of a row that a system call should lay down by itself
 NARROW = 1 << 10  # bytes: the narrowest column window of a transposition
 
 Key = tuple[int, str]  # rank, stored name
@@ -207,6 +209,7 @@ class Worker:
         self.source, self.destination, self.sink, self.pool, self.progress = source, destination, sink, pool, progress
         self._in = memoryview(bytearray(TILE))
         self._out = memoryview(bytearray(TILE))
+        self._dealt: tuple[tuple[int, tuple[int, ...]], tuple[list[memoryview], list[memoryview]]] = ((0, ()), ([], []))
 
     def job(self, copies: Sequence[Copy]) -> None:
         """All copies of one job, sources in the order in which the destination wants them."""
@@ -271,6 +274,9 @@ class Worker:
 
     def _window(self, path: Path, base: int, item: int, reads: Iterable[Read], low: int, height: int, width: int, pitch: int) -> None:
         """Read `height` stretches of `width` items, `pitch` apart, from item `low` on, and hand each target its part."""
+        if height == 1 and (columns := _columns_apart(reads, low, width, item)):
+            self._deal(path, base + low * item, item, columns)
+            return
         for row in range(height):
             at = row * width * item
             self.pool.read_into(path, base + (low + row * pitch) * item, self._in[at : at + width * item])
@@ -279,6 +285,24 @@ class Worker:
             for target in read.targets:
                 dims = [(n, width if height > 1 and s == pitch else s, d) for n, s, d in target.dims]
                 self._scatter(target, read.offset - low, collapse(dims), item)
+
+    def _deal(self, path: Path, at: int, item: int, columns: Sequence[tuple[int, Target]]) -> None:
+        """Rows whose every column goes to one target: the system call itself lays each row's pieces into the targets' own buffers."""
+        rows, widths = columns[0][1].dims[0][0], tuple(width * item for width, _ in columns)
+        views, parts = self._views(rows, widths)
+        self.pool.read_into(path, at, *views)
+        self.progress(rows * sum(widths))
+        for (_, target), part in zip(columns, parts, strict=True):
+            self.sink.put(target.key, target.offset * item, part)
+
+    def _views(self, rows: int, widths: tuple[int, ...]) -> tuple[list[memoryview], list[memoryview]]:
+        """Buffers of `rows` pieces each, as pieces in the order of the source's rows, and whole; kept for the next window of the shape."""
+        if (rows, widths) != self._dealt[0]:
+            starts = [rows * start for start in accumulate(widths, initial=0)]
+            buffer = self._out
+            views = [buffer[at + row * n : at + (row + 1) * n] for row in range(rows) for at, n in zip(starts, widths, strict=False)]
+            self._dealt = (rows, widths), (views, [buffer[a:b] for a, b in pairwise(starts)])
+        return self._dealt[1]
 
     def _scatter(self, target: Target, start: int, dims: tuple[Dim, ...], item: int) -> None:
         """From the window in the buffer to the destination: gathered into destination order, then put run by run."""
@@ -336,6 +360,26 @@ def _clusters(reads: Iterable[Read]) -> Iterator[list[Read]]:
         reach = max(reach, read.end)
     if cluster:
         yield cluster
+
+
+def _columns_apart(reads: Iterable[Read], low: int, width: int, item: int) -> list[tuple[int, Target]]:
+    """(width, target) of each column if a window of whole rows is dealt out to contiguous targets, each item to one; else nothing."""
+    columns: list[tuple[int, int, Target]] = []
+    for read in reads:
+        if len(read.targets) != 1 or len(read.dims) != 2:
+            return []
+        target = read.targets[0]
+        (_, pitch, apart), (run, step, packed) = target.dims
+        if (step, packed, apart) != (1, 1, run) or run * item < STRIPE:
+            return []
+        columns.append((read.offset - low, run, target))
+    columns.sort(key=lambda column: column[0])
+    ends = [start + run for start, run, _ in columns]
+    rows = {read.dims[0] for read in reads}
+    if len(rows) != 1 or [start for start, _, _ in columns] != [0, *ends[:-1]]:
+        return []
+    ((count, pitch),) = rows
+    return [(run, target) for _, run, target in columns] if ends[-1] == pitch and count * pitch == width else []
 
 
 def _aligned(cluster: Sequence[Read], low: int) -> bool:

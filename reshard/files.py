@@ -4,15 +4,18 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import PlaceError
 
 Buffer = bytes | bytearray | memoryview
+Views = Sequence[memoryview]
 
 # Bytes per write: ext4 answers larger ones with folios so large that filling them misses every cache, at four times the CPU.
 PIECE = 1 << 20
+
+VIEWS = os.sysconf("SC_IOV_MAX")  # buffers that one system call fills
 
 CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
 
@@ -25,9 +28,10 @@ class Pool:
         self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
         self._lock = threading.Lock()
 
-    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from `offset` on."""
-        self._transfer(path, offset, buffer, os.preadv, "reading")
+    def read_into(self, path: Path, offset: int, *buffers: memoryview) -> None:
+        """Fill the buffers, one after another, from `offset` on."""
+        for first in range(0, len(buffers), VIEWS):
+            offset = self._transfer(path, offset, buffers[first : first + VIEWS], os.preadv, "reading")
 
     def read(self, path: Path | bytes, offset: int, length: int) -> bytearray:
         """Bytes of a file, or of bytes that are at hand."""
@@ -41,21 +45,26 @@ class Pool:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         for at in range(0, len(view), PIECE):
-            self._transfer(path, offset + at, view[at : at + PIECE], os.pwritev, "writing")
+            self._transfer(path, offset + at, (view[at : at + PIECE],), os.pwritev, "writing")
 
-    def _transfer(self, path: Path, offset: int, buffer: memoryview, call: Callable[[int, list[memoryview], int], int], doing: str) -> None:
+    def _transfer(self, path: Path, offset: int, buffers: Views, call: Callable[[int, Views, int], int], doing: str) -> int:
+        """All of the buffers; where the file goes on after them."""
         descriptor, users = self._take(path)
+        left = sum(map(len, buffers))
         try:
-            while len(buffer):
-                done = call(descriptor, [buffer], offset)
+            while left:
+                done = call(descriptor, buffers, offset)
                 if done == 0:
                     size = os.fstat(descriptor).st_size
                     raise PlaceError(
-                        f"{path}: {len(buffer)} bytes wanted at offset {offset}, the file ends at {size}",
+                        f"{path}: {left} bytes wanted at offset {offset}, the file ends at {size}",
                         "it is truncated, or was changed while it was being read",
                     )
                 offset += done
-                buffer = buffer[done:]
+                left -= done
+                if left:
+                    buffers = _after(buffers, done)
+            return offset
         except OSError as error:
             raise failed(doing, path, error) from error
         finally:
@@ -92,6 +101,15 @@ class Pool:
                     os.fsync(descriptor)
                 os.close(descriptor)
             self._open.clear()
+
+
+def _after(buffers: Views, done: int) -> Views:
+    """What is left of the buffers when so many bytes of them are done."""
+    for n, buffer in enumerate(buffers):
+        if done < len(buffer):
+            return (buffer[done:], *buffers[n + 1 :])
+        done -= len(buffer)
+    return ()
 
 
 def failed(doing: str, path: Path | str, error: OSError) -> PlaceError:

@@ -400,9 +400,8 @@ def inventions(draw: st.DrawFn) -> Invention:
         special = table.extra.keys()
         groups = [[kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))] for group in table.one_of]
         kinds.append([draw(st.sampled_from(group)) for group in groups])
-    if family == "falcon":
-        kinds = kinds[:1] * len(kinds)
-        config["parallel_attn"] |= kinds[0] == ["new"]
+    if family == "falcon":  # generations may be mixed: what two rows hold is one logical tensor then
+        config["parallel_attn"] |= ["old"] not in kinds
     says = Config(config | {"q_lora_rank": config.get("q_lora_rank", 1)}, table.defaults).says
     tags = [tag for tag, key in table.optional.items() if says(key)]
     return Invention(family, *invented(family, sizes, kinds, tags, **config))

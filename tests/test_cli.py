@@ -28,7 +28,7 @@ from reshard.cli import main
 transfer = files.Pool._transfer
 def slow(*arguments):
     time.sleep(float(os.environ["SLOW"]))
-    transfer(*arguments)
+    return transfer(*arguments)
 files.Pool._transfer = slow
 progress.Lines.first = progress.Lines.every = float(os.environ.get("BEAT", "10"))
 progress.Json.first = progress.Json.every = 0.1

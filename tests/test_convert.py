@@ -75,7 +75,7 @@ def test_the_same_job_again_reads_no_tensor_and_touches_nothing(
     root = tmp_path
     before = stamps(root)
 
-    def reads(self: files.Pool, path: Path, offset: int, buffer: memoryview) -> None:
+    def reads(self: files.Pool, path: Path, offset: int, *buffers: memoryview) -> None:
         raise AssertionError(f"{path} was read")
 
     monkeypatch.setattr(files.Pool, "read_into", reads)

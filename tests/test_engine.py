@@ -276,10 +276,10 @@ class Counted(Pool):
         super().__init__(flags)
         self.read_bytes = self.written = self.calls = 0
 
-    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
-        self.read_bytes += len(buffer)
+    def read_into(self, path: Path, offset: int, *buffers: memoryview) -> None:
+        self.read_bytes += sum(map(len, buffers))
         self.calls += 1
-        super().read_into(path, offset, buffer)
+        super().read_into(path, offset, *buffers)
 
     def write(self, path: Path, offset: int, data: Any) -> None:
         self.written += len(data)

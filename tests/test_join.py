@@ -9,14 +9,14 @@ import pytest
 from fixtures import FIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import law, model_of
+from strategies import invented, law, model_of
 
 from reshard import tables
 from reshard.errors import ReshardError
 from reshard.join import Copy, collapse, plan
 from reshard.layout import Layout, lay_out
 from reshard.mesh import Mesh
-from reshard.model import Model
+from reshard.model import Config, Model, understand
 
 
 def published(name: str) -> Layout:
@@ -114,6 +114,24 @@ def test_jobs_are_independent(name: str, back: bool) -> None:
     assert len(set(copies)) == len(copies)
     assert sorted(copies) == sorted(told(copy) for copy in joined.copies())
     assert len(set(written.values())) > FIXTURES[name].layers
+
+
+def test_a_logical_tensor_that_two_rows_hold_in_different_layers_is_joined_layer_by_layer() -> None:
+    """A Falcon of two generations: the norm of layer 0 is `ln_attn`, that of layer 1 `input_layernorm`."""
+    sizes = {"layer": 3, "kv": 2, "group": 2, "head_dim": 3, "hidden": 5, "inter": 8, "vocab": 9}
+    config, stored = invented("falcon", sizes, [["new"], ["old"], ["new"]], parallel_attn=True)
+    found = understand(tables.load("families", "falcon"), Config(config), stored)
+    src, dst = lay_out(found.family, found, Mesh(), found.active), lay_out(tables.load("formats", "native"), found, Mesh(tp=2))
+    for a, b in ((src, dst), (dst, src)):
+        copies = [copy for copy in plan(a, b).copies() if "attn_norm" in copy.src_name + copy.dst_name]
+        assert sorted(copy.src_name for copy in copies if copy.dst.rank == 0) == (
+            ["transformer.h.0.ln_attn.bias", "transformer.h.0.ln_attn.weight", "transformer.h.1.input_layernorm.bias"]
+            + ["transformer.h.1.input_layernorm.weight", "transformer.h.2.ln_attn.bias", "transformer.h.2.ln_attn.weight"]
+            if a is src
+            else [f"layers.{layer}.attn_norm{ending}" for layer in range(3) for ending in ("", "_bias")]
+        )
+        assert {copy.src_name for copy in plan(a, b).copies()} <= {slot.name(p) for slot in a.slots for p in slot.points()}
+        assert {copy.dst_name for copy in plan(a, b).copies()} == {slot.name(p) for slot in b.slots for p in slot.points()}
 
 
 # What is refused

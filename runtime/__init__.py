@@ -1,0 +1,16 @@
+"""The runtime: loads shards, runs the model that they are, generates text. `from reshard.runtime import load_shard, load_model`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .load import load_model, load_shard
+
+__all__ = ["load_model", "load_shard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
