@@ -126,7 +126,7 @@ class Job:
             if len(tensor.dtypes) == 1
             else sum(tensor.elements // len(tensor.dtypes) * BITS[dtype] // 8 for dtype in tensor.dtypes)
             for name, tensor in model.tensors.items()
-            if name not in model.alias
+            if name not in self.source.layout.alias
         )
 
 
@@ -146,7 +146,6 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
             f"--no-repeat: each of the {size} of axis {axis} would be stored {times} times",
             f"choose --tp {size} or less, or leave out --no-repeat",
         )
-    _check_tied(source, out)
     joined = plan(source.layout, out.layout)
     if any(BITS[dtype] % 8 for tensor in out.layout.model.tensors.values() for dtype in tensor.dtypes):
         for copy in joined.copies():
@@ -154,15 +153,20 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     return Job(source, out, joined, engine_name)
 
 
-def _check_tied(source: Source, out: Output) -> None:
-    """An engine that ties by config.json wants one name; two tensors that may differ cannot be written under it."""
-    table, model = out.layout.table, out.layout.model
-    if not table.engine or not isinstance(table.tied, str) or model.alias or out.layout.mesh.pp > 1:
+def _check_tied(job: Job, threads: int, progress: Progress) -> None:
+    """Tensors that the output stores once where the source has two must be equal, bit by bit."""
+    out, both = job.output.layout, job.source.layout
+    if not (lost := both.beyond(out)):
         return
-    if source.config.with_defaults(model.family.defaults).says("tie_word_embeddings"):
+    from .verification import doubles
+
+    kept = {name: pieces for name, pieces in both.pieces.items() if name not in lost}
+    once = replace(job.source, layout=replace(both, pieces=kept, tied=out.tied))
+    if found := doubles(once, job.source, threads, progress).failures:
+        names = ", ".join(f"{other} and {name}" for name, other in out.tied.items())
         raise ReshardError(
-            f"{source.where}: stores embedding and head, config.json says tie_word_embeddings: {table.engine['name']} would refuse two",
-            "say tie_word_embeddings = false in config.json to keep both, or leave out the head",
+            f"{job.source.where}: config.json says tie_word_embeddings, yet {names} are not equal: {found[0]}",
+            "an engine would use one for both: say tie_word_embeddings = false in config.json to keep both",
         )
 
 
@@ -205,6 +209,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     carried = _carried(job)
     publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
     before = _stamps(source)
+    _check_tied(job, options.threads, progress)
     if options.sha256:
         job = _with_sha256(job, options.threads, progress)
         source = job.source

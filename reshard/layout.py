@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from types import MappingProxyType
 
 from .errors import ReshardError
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
@@ -92,6 +93,12 @@ class Layout:
     padding: dict[str, tuple[int, int]] = field(default_factory=dict)  # axis → (size, stored size)
     pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     stages: tuple[Range, ...] = ((0, 0),)
+    tied: dict[str, str] = field(default_factory=dict)  # beyond the model's: stored twice in the original with equal bytes, once here
+
+    @property
+    def alias(self) -> dict[str, str]:
+        """Tied names: those that the original stores once, and those that this layout does."""
+        return self.model.alias | self.tied
 
     @cached_property
     def by_rank(self) -> tuple[tuple[Slot, ...], ...]:
@@ -104,8 +111,13 @@ class Layout:
         """All pieces of a logical tensor; a tied name without pieces of its own has those of the other."""
         if tensor in self.pieces:
             return self.pieces[tensor]
-        other = self.model.alias.get(tensor) or next((k for k, v in self.model.alias.items() if v == tensor), "")
+        other = self.alias.get(tensor) or next((k for k, v in self.alias.items() if v == tensor), "")
         return self.pieces.get(other, ())
+
+    def beyond(self, other: "Layout") -> dict[str, tuple[Piece, ...]]:
+        """What this layout stores beside the tensor that it is tied to, and `other` only once, under the other's name."""
+        pairs = [pair for pair in other.alias.items() if self.pieces.keys() >= set(pair)]
+        return {name: self.pieces[name] for pair in pairs for name in pair if name not in other.pieces}
 
     def distinct(self, tensor: str) -> tuple[Piece, ...]:
         """One piece for every distinct box, the one on the lowest rank: replicas left out. Proves that they cover the tensor."""
@@ -140,17 +152,24 @@ def _held(piece: Piece) -> int:
 # --- laying out ------------------------------------------------------------------------------------------------------------
 
 
-def lay_out(table: Table, model: Model, mesh: Mesh, active: Mapping[int, tuple[int, ...] | None] | None = None) -> Layout:
+def lay_out(
+    table: Table,
+    model: Model,
+    mesh: Mesh,
+    active: Mapping[int, tuple[int, ...] | None] | None = None,
+    tied: Mapping[str, str] = MappingProxyType({}),
+) -> Layout:
     """The layout that a table gives a model on a mesh.
 
     `active` restricts a family table to the rows (and their layers) that are in use; without it each logical tensor goes to the
-    first row whose tensors all exist. Raises ReshardError listing everything that does not divide or has no row.
+    first row whose tensors all exist. `tied`: names of tensors that the model has twice, to be stored once; that they are equal the caller
+    must know. Raises ReshardError listing everything that does not divide or has no row.
     """
     problems = Problems()
     table = table.refined(model.family)
     chosen = _choose(table, model, active, problems)
     cutter = _Cutter(table, model, mesh, problems)
-    stored_once = _tied_rows(table, model)
+    stored_once = _tied_rows(table, model.alias | dict(tied))
     slots, pieces = [], defaultdict(list)
     refused = -1  # what one rank of a stage cannot hold, the others need not say again: there may be 65,536 of them
     for rank in range(mesh.world):
@@ -174,7 +193,16 @@ def lay_out(table: Table, model: Model, mesh: Mesh, active: Mapping[int, tuple[i
     )
     constants = _constants(table, slots)
     return Layout(
-        table, model, mesh, tuple(slots), constants, cutter.repeats, cutter.padding, {k: tuple(v) for k, v in pieces.items()}, cutter.stages
+        table,
+        model,
+        mesh,
+        tuple(slots),
+        constants,
+        cutter.repeats,
+        cutter.padding,
+        {name: tuple(held) for name, held in pieces.items()},
+        cutter.stages,
+        {name: other for name, other in tied.items() if not {name, other} & model.alias.keys()},
     )
 
 
@@ -205,12 +233,12 @@ def _choose(
     return chosen
 
 
-def _tied_rows(table: Table, model: Model) -> dict[int, int]:
+def _tied_rows(table: Table, alias: Mapping[str, str]) -> dict[int, int]:
     """For a row that a tied name makes superfluous on a rank, the row that keeps the bytes there."""
     keep = table.tied
     if not isinstance(keep, str) or keep == "both":
         return {}
-    drop = model.alias.get(keep) or next((name for name, other in model.alias.items() if other == keep), None)
+    drop = alias.get(keep) or next((name for name, other in alias.items() if other == keep), None)
     if drop is None:
         return {}
     rows = {row.leaves: at for at, row in reversed(list(enumerate(table.rows)))}

@@ -6,7 +6,7 @@ Canonical: the same bytes by any route, any worker count, on any machine. No tim
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Manifest:
     source: tuple[Listed, ...]
     root: str
     version: str = FORMAT_VERSION
+    tied: dict[str, str] = field(default_factory=dict)
 
     def files(self) -> Iterable[Listed]:
         """Every file of the directory but the manifest."""
@@ -90,6 +91,7 @@ def dump(
         },
         "sizes": dict(sorted(layout.model.sizes.items())),
         "repeats": dict(sorted(layout.repeats.items())),
+        "tied": _tied(layout),
         "padding": {axis: list(sizes) for axis, sizes in sorted(layout.padding.items())},
         "plan": plan,
         "ranks": [{"rank": rank, "weights": _listed(w), "tensors": _listed(t)} for rank, (w, t) in enumerate(pairs)],
@@ -162,12 +164,20 @@ def load(directory: Path) -> Manifest:
             source=tuple(_file(file, path) for file in _list(data["source"])),
             root=str(data["root"]),
             version=version,
+            tied={str(name): str(other) for name, other in dict(data.get("tied") or {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MismatchError(f"{path}: malformed: {error!r}", "it was edited or damaged: convert again") from None
     if len(manifest.ranks) != manifest.mesh.world:
         raise MismatchError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
     return manifest
+
+
+def _tied(layout: Layout) -> dict[str, str]:
+    """Name → the name that it is tied to, as the family says it, whichever of the two the original stores."""
+    pairs = layout.model.family.tied
+    one = {frozenset(pair) for pair in layout.alias.items()}
+    return {name: other for name, other in sorted(pairs.items()) if {name, other} in one} if isinstance(pairs, dict) else {}
 
 
 def _tuple(values: list[int] | None) -> tuple[int, ...] | None:

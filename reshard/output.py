@@ -14,6 +14,7 @@ from .layout import Layout, lay_out
 from .mesh import Mesh
 from .shards import Shard, Shards
 from .source import Source
+from .tables import Table
 
 Literal = tuple[int, bytes]  # offset, bytes
 Moved = tuple[int, int, Path | bytes, int]  # offset, length, file they come from (or the bytes themselves), offset there
@@ -105,4 +106,15 @@ def outputs(source: Source, to: str, mesh: Mesh, max_file_size: int | None) -> O
     if max_file_size is not None:
         raise ReshardError("--max-file-size only goes with --to hf", "a rank's file is mapped whole; its size follows from the mesh")
     table = tables.load("formats", to).for_family(source.layout.model.family.name)
-    return sharded(lay_out(table, source.layout.model, mesh))
+    return sharded(lay_out(table, source.layout.model, mesh, tied=_stored_twice(source, table, mesh)))
+
+
+def _stored_twice(source: Source, table: Table, mesh: Mesh) -> dict[str, str]:
+    """Tensors that an engine, told by config.json that they are tied, wants once where the original has both (Qwen3-0.6B does)."""
+    model = source.layout.model
+    says = source.config.with_defaults(model.family.defaults).says
+    pairs = model.family.tied
+    if not table.engine or not table.tied or mesh.pp > 1 or not isinstance(pairs, dict) or not says("tie_word_embeddings"):
+        return {}
+    twice = model.tensors.keys() - {*model.alias, *model.alias.values()}
+    return {name: other for name, other in pairs.items() if {name, other} <= twice}

@@ -198,10 +198,10 @@ def build(
     """
     model, mesh = dst.model, dst.mesh
     published = not dst.table.cut
-    logical = capacity.logical_bytes(model)
+    logical = capacity.logical_bytes(dst)
     held: dict[str, int] = dict.fromkeys(logical, 0)
     for name, pieces in dst.pieces.items():
-        held[model.alias.get(name, name)] += sum(map(capacity.piece_bytes, pieces))
+        held[dst.alias.get(name, name)] += sum(map(capacity.piece_bytes, pieces))
     weights = capacity.weight_bytes(dst)
     stored, constants = sum(weights), sum(capacity.slot_bytes(dst, slot) for slot in dst.constants)
     kept = capacity.cache(dst, config, context, batch) if context else None

@@ -165,7 +165,7 @@ def _open_shards(root: Path) -> Source:
             raise MismatchError(
                 f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors", "convert again"
             )
-    layout = lay_out(format_table.for_family(family.name), model, known.mesh)
+    layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=known.tied)
     shards = Shards(layout)
     if shards.digest != known.plan:
         raise MismatchError(

@@ -4,7 +4,8 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import xxhash
 
 from . import engine, manifest
+from .capacity import logical_bytes
 from .checkpoint import Carried
 from .digest import BLOCK, of_blocks
 from .engine import Key, Place
@@ -268,10 +270,12 @@ def _blocks(out: Path, file: Listed, tensors: Listed, rung: Rung, advance: Calla
 
 
 class Comparer:
-    """A sink that reads what a writer would have written, and compares."""
+    """A sink that reads what a writer would have written, and compares; padding, too, where it is `padded` by us."""
 
-    def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock) -> None:
-        self.place, self.pool, self.rung, self.lock = place, pool, rung, lock
+    than = "the source"
+
+    def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock, padded: bool = True) -> None:
+        self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
         self._buffer = np.empty(engine.TILE, np.uint8)
         self._seen: dict[Key, int] = {}
         self._bad: set[Key] = set()
@@ -286,13 +290,13 @@ class Comparer:
             return
         first = offset + int(np.argmax(found != wanted))
         self._bad.add(key)
-        self.fail(f"{path.parent.name}/{path.name}: {key[1]} differs from the source, first at byte {first} of {entry.nbytes}")
+        self.fail(f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}")
 
     def done(self, keys: Iterable[Key]) -> None:
         for key in keys:
             path, entry = self.place.locate(key)
             at = self._seen.pop(key, 0)
-            while at < entry.nbytes and key not in self._bad and entry.strides is None:  # zero padding stands at the end
+            while self.padded and at < entry.nbytes and key not in self._bad and entry.strides is None:  # zero padding stands at the end
                 found = self._buffer[: min(engine.TILE, entry.nbytes - at)]
                 self.pool.read_into(path, entry.offset + at, found.data)
                 if found.any():
@@ -333,11 +337,16 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
     try:
         halt = threading.Event()
         advance = until(halt, progress.advance)
-        engine.run(joined, source, out, lambda: Counting(out, pool, rung, lock), workers=threads, pool=pool, progress=advance, stop=halt)
+        ours = out.manifest is not None  # an engine's own padding and constants are what they were in its memory
+
+        def sink() -> Comparer:
+            return Counting(out, pool, rung, lock, ours)
+
+        engine.run(joined, source, out, sink, workers=threads, pool=pool, progress=advance, stop=halt)
         constants = {(slot.rank, slot.name(point)): slot for slot in out.layout.constants for point in slot.points()}
-        rest = Comparer(out, pool, rung, lock)
+        rest = Comparer(out, pool, rung, lock, ours)
         rest.done([key for key in out.places if key not in compared and key not in constants])
-        for key, slot in constants.items():
+        for key, slot in constants.items() if ours else ():
             path, entry = out.locate(key)
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
@@ -349,6 +358,36 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
         _carried(out.carried, source.carried, pool, rung)
     finally:
         pool.close()
+    progress.finish()
+    rung.failures += doubles(out, source, threads, progress).failures
+    return rung
+
+
+class _Tied(Comparer):
+    than = "the tensor that it is tied to"
+
+
+def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
+    """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit."""
+    progress = progress or Silent()
+    rung, lock, halt = Rung("tied"), threading.Lock(), threading.Event()
+    once = source.layout.beyond(out.layout)
+    if not once:
+        return rung
+    joined = plan(out.layout, replace(source.layout, pieces=once))
+    sizes = logical_bytes(source.layout)
+    progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
+    with closing(Pool()) as pool:
+        engine.run(
+            joined,
+            out,
+            source,
+            lambda: _Tied(source, pool, rung, lock),
+            workers=threads,
+            pool=pool,
+            progress=until(halt, progress.advance),
+            stop=halt,
+        )
     progress.finish()
     return rung
 
