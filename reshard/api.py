@@ -92,7 +92,7 @@ def plan(
         source.layout,
         job.output.layout,
         config=source.config,
-        source=facts(source, str(src), *_said(revision, family)),
+        source=facts(source, str(src), *said(revision, family)),
         workers=options.threads,
         device_memory=memory,
         context=context,
@@ -224,7 +224,8 @@ def facts(source: Source, name: str, *options: str) -> "SourceFacts":
     )
 
 
-def _said(revision: str | None, family: str | None) -> list[str]:
+def said(revision: str | None, family: str | None) -> list[str]:
+    """The options that the next command must repeat."""
     given = (("--revision", revision), ("--family", family))
     return [word for option, value in given if value is not None for word in (option, value)]
 

@@ -159,7 +159,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
     if as_json:
         _show(result.to_json())
         return
-    _say(quiet, *result.lines(src))
+    _say(quiet, *result.lines(src, *api.said(given["revision"], given["family"])))
 
 
 @cli.command(short_help="Check OUT by its manifest, and against the original.")

@@ -77,8 +77,8 @@ class Result:
             **usage(),
         }
 
-    def lines(self, src: str) -> list[str]:
-        """What a person wants to know, the next command last."""
+    def lines(self, src: str, *options: str) -> list[str]:
+        """What a person wants to know, the next command last; `options` are what it must say of the source, too."""
         if self.already:
             done = [f"{self.out} is already what this job would write (same plan, same source files)"]
         else:
@@ -89,7 +89,7 @@ class Result:
             done.append(f"left behind: {names}")
         if self.root is not None:
             done.append(f"root digest: {self.root}")
-        return [*done, f"next: reshard verify {shlex.quote(str(self.out))} --against {shlex.quote(src)}"]
+        return [*done, f"next: {shlex.join(['reshard', 'verify', str(self.out), '--against', src, *options])}"]
 
 
 def usage() -> dict[str, int]:

@@ -78,9 +78,8 @@ class Mesh:
 
     def __str__(self) -> str:
         parts = [f"{name.upper()} {n}" for name in ("tp", "pp", "ep") if (n := getattr(self, name)) > 1 or name == "tp"]
-        if self.weights:
-            parts.append("split " + ":".join(map(str, self.weights)))
-        return " × ".join(parts)
+        split = f", split {':'.join(map(str, self.weights))}" if self.weights else ""
+        return " × ".join(parts) + split
 
 
 @lru_cache(256)

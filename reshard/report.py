@@ -175,7 +175,7 @@ class Report:
 
     def text(self, width: int = 80) -> str:
         """The report for people, lines of at most `width` columns; the last line is the next command."""
-        return "\n".join(line.rstrip() for line in _text(self, width)) + "\n"
+        return "\n".join(line.rstrip() for line in _text(self, width))
 
 
 def build(

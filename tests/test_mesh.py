@@ -72,7 +72,7 @@ def test_an_impossible_mesh_is_refused_with_both_numbers(arguments: dict[str, ob
         (Mesh(tp=8), "TP 8"),
         (Mesh(pp=2), "TP 1 × PP 2"),
         (Mesh(tp=4, pp=2, ep=2), "TP 4 × PP 2 × EP 2"),
-        (Mesh(tp=3, weights=(3, 3, 2)), "TP 3 × split 3:3:2"),
+        (Mesh(tp=3, weights=(3, 3, 2)), "TP 3, split 3:3:2"),
     ],
 )
 def test_a_mesh_is_written_as_people_write_it(mesh: Mesh, text: str) -> None:
