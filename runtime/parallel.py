@@ -2,47 +2,88 @@
 
 `Threads` runs the ranks as threads of one process, which makes a matrix of families and meshes cheap to check; `Processes` is
 torch.distributed (gloo or NCCL), as torchrun starts it. The same program gives the same results on both: sums are taken in the order
-of the ranks, in float32 where tensors have 16 bits.
+of the ranks, in float32 where tensors have 16 bits. What is exchanged carries what it is, so that ranks that went different ways are
+told apart instead of waiting for each other.
 """
 
 import threading
 import time
+import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from reshard.errors import PlaceError
+
+if TYPE_CHECKING:
+    from reshard.mesh import Mesh
+
 T = TypeVar("T")
+Ranks = tuple[int, ...]
+Shape = Sequence[int]
+
+_FACT = 96  # bytes of a text on which ranks agree
+_HEAD = 16  # bytes before what is exchanged: what it is; as many as keep the rest aligned
 
 
-class Lost(RuntimeError):
+class Lost(PlaceError):
     """A rank of the job died, hung or went another way; the message names it and the phase."""
+
+
+def groups(mesh: "Mesh") -> list[Ranks]:
+    """Every set of ranks that exchange on a mesh: the tensor-parallel ranks of each stage, those that share experts, and all.
+
+    >>> groups(Mesh(tp=2, pp=2))
+    [(0, 1), (2, 3), (0, 1, 2, 3)]
+    """
+    found: dict[Ranks, None] = {}
+    for first in range(0, mesh.world, mesh.tp):
+        stage = range(first, first + mesh.tp)
+        found[tuple(stage)] = None
+        if mesh.ep > 1:
+            found |= {tuple(stage[at : at + mesh.etp]): None for at in range(0, mesh.tp, mesh.etp)}
+            found |= {tuple(stage[at :: mesh.etp]): None for at in range(mesh.etp)}
+    found[tuple(range(mesh.world))] = None
+    return [ranks for ranks in found if len(ranks) > 1]
 
 
 class World(ABC):
     """One rank's view of all ranks of a job: who it is, and what it can do together with others.
 
-    `counts` has the number of collectives by the label that the caller gave, `seconds` the time spent in them.
+    `counts` has the number of collectives by the label that the caller gave, `seconds` the time spent in them. `phase` is what the
+    caller is about ("load", "prefill", "decode"): messages about a lost rank say it.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
-        self.phase = "start"
+        self._phase = "start"
+
+    @property
+    def phase(self) -> str:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._announce(phase)
 
     def all_reduce(self, x: Tensor, ranks: Sequence[int], label: str) -> Tensor:
         """The sum of the ranks' tensors, in float32 on the way where they have 16 bits; `x` itself where the rank is alone."""
         if len(ranks) == 1:
             return x
-        wide = x.float() if x.element_size() < 4 else x
-        parts = self._exchange(wide, ranks, label)
-        total = parts[0].clone()
-        for part in parts[1:]:
+        wide = x.float() if x.is_floating_point() and x.element_size() < 4 else x
+        first, second, *rest = self._exchange(wide, ranks, label, "sum")
+        total = first + second
+        for part in rest:
             total += part
         return total.to(x.dtype)
 
@@ -52,34 +93,110 @@ class World(ABC):
             return x
         dim %= x.dim()
         shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-        return torch.cat(self._exchange(x.contiguous(), ranks, label, shapes), dim)
+        return torch.cat(self._exchange(x, ranks, label, "gather", shapes), dim)
 
-    def _exchange(self, x: Tensor, ranks: Sequence[int], label: str, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+    def send(self, x: Tensor, to: int, label: str = "send") -> None:
+        """Give a tensor to a rank that receives it; returns when it is under way."""
+        with self._timed(label):
+            self._send(x, to)
+
+    def recv(self, shape: Shape, dtype: torch.dtype, source: int, label: str = "recv", device: torch.device | str | None = None) -> Tensor:
+        """The tensor that a rank sends; ranks agree on its shape and dtype."""
+        with self._timed(label):
+            return self._recv(tuple(shape), dtype, source, torch.device(device or "cpu"))
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """All ranks have the same facts, or Lost names the rank that has others."""
+        if self.size == 1:
+            return
+        mine = torch.zeros(len(facts), _FACT, dtype=torch.uint8)
+        for row, value in zip(mine, facts.values(), strict=True):
+            data = value.encode()[:_FACT]
+            row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+        parts = self._gathered(mine, tuple(range(self.size)), [mine.shape] * self.size, f"agree on {', '.join(facts)}")
+        for at, fact in enumerate(facts):
+            said = [bytes(part[at].tolist()).rstrip(b"\0").decode(errors="replace") for part in parts]
+            usual = max(said, key=said.count)  # the first of the most frequent: of two ranks, rank 0 is right
+            for rank, value in enumerate(said):
+                if value != usual:
+                    words = f"its {fact} is {value}, that of rank {said.index(usual)} is {usual}"
+                    raise self._lost(f"rank {rank} diverged in {self.phase}: {words}", "all ranks need the same files and options")
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """What is raised inside is told to the other ranks, so that they end at once."""
+        try:
+            yield
+        except Lost:
+            raise
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _exchange(self, x: Tensor, ranks: Sequence[int], label: str, kind: str, shapes: Sequence[Shape] | None = None) -> list[Tensor]:
+        with self._timed(label):
+            return self._gathered(x, tuple(ranks), shapes or [x.shape] * len(ranks), f"{kind} {label}")
+
+    @contextmanager
+    def _timed(self, label: str) -> Iterator[None]:
         began = time.perf_counter()
-        parts = self.exchange(x, tuple(ranks), shapes or [x.shape] * len(ranks))
+        yield
         self.counts[label] += 1
         self.seconds += time.perf_counter() - began
-        return parts
+
+    def _lost(self, message: str, hint: str | None = None) -> Lost:
+        return Lost(message, hint)
+
+    def _announce(self, phase: str) -> None:  # noqa: B027  threads have nobody to tell
+        """A phase begins."""
 
     @abstractmethod
-    def exchange(self, x: Tensor, ranks: tuple[int, ...], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank cannot go on."""
+
+    @abstractmethod
+    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
         """Every given rank's tensor, in the order of the ranks; called by all of them."""
 
     @abstractmethod
-    def send(self, x: Tensor, to: int) -> None: ...
+    def _send(self, x: Tensor, to: int) -> None: ...
 
     @abstractmethod
-    def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor: ...
+    def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor: ...
+
+
+def _text(what: str, shape: Shape, dtype: torch.dtype) -> str:
+    return f"{what} {list(shape)} {str(dtype).removeprefix('torch.')}"
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Room:
+    """One exchange of one group: what each rank brought, as text and as a tensor."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.full = threading.Condition(lock)
+        self.parts: dict[int, tuple[str, Tensor]] = {}
+        self.left = 0
 
 
 class _Board:
-    """What ranks that are threads share: a place for each message, and the first failure."""
+    """What ranks that are threads share: a room for each exchange, who has ended, and the first failure."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.messages: dict[tuple[object, ...], Tensor] = {}
-        self.taken: Counter[tuple[object, ...]] = Counter()
+        self.lock = threading.Lock()
+        self.rooms: dict[tuple[object, ...], _Room] = {}
+        self.ended: set[int] = set()
         self.failure: tuple[int, str, BaseException] | None = None
+
+    def end(self, rank: int, phase: str, error: BaseException | None) -> None:
+        with self.lock:
+            self.ended.add(rank)
+            if error is not None and self.failure is None:
+                self.failure = (rank, phase, error)
+            for room in self.rooms.values():
+                room.full.notify_all()
 
 
 class Threads(World):
@@ -90,44 +207,93 @@ class Threads(World):
         self._board, self._timeout = board, timeout
         self._turns: Counter[tuple[object, ...]] = Counter()
 
-    def exchange(self, x: Tensor, ranks: tuple[int, ...], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    def fail(self, error: BaseException) -> None:
+        self._board.end(self.rank, self.phase, error)
+
+    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
         turn = self._turns[ranks]
         self._turns[ranks] += 1
-        self._post((ranks, turn, self.rank), x)
-        parts = [self._take((ranks, turn, rank), rank, len(ranks)) for rank in ranks]
-        for rank, part, shape in zip(ranks, parts, shapes, strict=True):
-            if tuple(part.shape) != tuple(shape) or part.dtype != x.dtype:
-                raise Lost(f"rank {rank} diverged: it brought {list(part.shape)} {part.dtype}, {list(shape)} {x.dtype} was expected, {self.phase}")
-        return parts
+        mine = _text(what, () if _uneven(shapes) else x.shape, x.dtype)
+        parts = self._meet((ranks, turn), ranks, ranks, mine, x)
+        self._compare(ranks, [text for text, _ in parts])
+        for rank, (_, part), shape in zip(ranks, parts, shapes, strict=True):
+            if tuple(part.shape) != tuple(shape):
+                raise Lost(f"rank {rank} diverged in {self.phase}: it brought {list(part.shape)} to {what}, {list(shape)} is its share")
+        return [part for _, part in parts]
 
-    def send(self, x: Tensor, to: int) -> None:
-        self._post((self.rank, to, self._turn("send", to)), x)
+    def _send(self, x: Tensor, to: int) -> None:
+        self._put((self.rank, to, self._turn("send", to)), (self.rank,), (to,), _text("send", x.shape, x.dtype), x)
 
-    def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
-        return self._take((source, self.rank, self._turn("recv", source)), source, 1)
+    def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
+        key, wanted = (source, self.rank, self._turn("recv", source)), _text("send", shape, dtype)
+        ((text, part),) = self._take(key, (source,), (self.rank,), wanted)
+        self._compare((self.rank, source), [wanted, text])
+        return part.to(device)
 
     def _turn(self, way: str, peer: int) -> int:
         self._turns[way, peer] += 1
         return self._turns[way, peer]
 
-    def _post(self, key: tuple[object, ...], x: Tensor) -> None:
-        with self._board.changed:
-            self._board.messages[key] = x.clone()
-            self._board.changed.notify_all()
+    def _compare(self, ranks: Sequence[int], texts: Sequence[str]) -> None:
+        if (odd := differing(dict(zip(ranks, texts, strict=True)))) is not None:
+            raise Lost(f"rank {odd[0]} diverged in {self.phase}: {odd[1]}")
 
-    def _take(self, key: tuple[object, ...], of: int, readers: int) -> Tensor:
+    def _meet(self, key: tuple[object, ...], writers: Ranks, readers: Ranks, text: str, x: Tensor) -> list[tuple[str, Tensor]]:
+        self._put(key, writers, readers, text, x)
+        return self._take(key, writers, readers, text)
+
+    def _put(self, key: tuple[object, ...], writers: Ranks, readers: Ranks, text: str, x: Tensor) -> None:
         board = self._board
-        with board.changed:
-            board.changed.wait_for(lambda: key in board.messages or board.failure is not None, self._timeout)
-            if key not in board.messages:
+        with board.lock:
+            room = board.rooms.setdefault(key, _Room(board.lock))
+            room.parts[self.rank] = (text, x.clone())
+            if len(room.parts) == len(writers):
+                room.full.notify_all()
+
+    def _take(self, key: tuple[object, ...], writers: Ranks, readers: Ranks, text: str) -> list[tuple[str, Tensor]]:
+        board = self._board
+        with board.lock:
+            room = board.rooms.setdefault(key, _Room(board.lock))
+
+            def over() -> bool:
+                return (
+                    len(room.parts) == len(writers)
+                    or board.failure is not None
+                    or not board.ended.isdisjoint(set(writers) - room.parts.keys())
+                )
+
+            room.full.wait_for(over, self._timeout)
+            if len(room.parts) < len(writers):
+                missing = min(set(writers) - room.parts.keys())
                 if board.failure is not None:
-                    raise Lost(f"rank {board.failure[0]} failed, {board.failure[1]}: {board.failure[2]}")
-                raise Lost(f"rank {of} did not answer for {self._timeout:g} s, {self.phase}")
-            x = board.messages[key]
-            board.taken[key] += 1
-            if board.taken[key] == readers:
-                del board.messages[key], board.taken[key]
-            return x
+                    rank, phase, error = board.failure
+                    raise Lost(f"rank {rank} failed in {phase}: {error}")
+                if missing in board.ended:
+                    raise Lost(f"rank {missing} ended in {self.phase}, it was expected at: {text}")
+                raise Lost(f"rank {missing} did not come within {self.timeout_text} in {self.phase} to: {text}")
+            room.left += 1
+            if room.left == len(readers):
+                del board.rooms[key]
+            return [room.parts[rank] for rank in writers]
+
+    @property
+    def timeout_text(self) -> str:
+        return f"{self._timeout:g} s"
+
+
+def _uneven(shapes: Sequence[Shape]) -> bool:
+    return any(shape != shapes[0] for shape in shapes)
+
+
+def differing(texts: Mapping[int, str]) -> tuple[int, str] | None:
+    """The first rank that says something else than most do, and that in words; of two ranks, the lower one is right."""
+    said = [texts[rank] for rank in sorted(texts)]
+    usual = max(said, key=said.count)
+    for rank in sorted(texts):
+        if texts[rank] != usual:
+            other = min(r for r in texts if texts[r] == usual)
+            return rank, f"it brought {texts[rank]}; rank {other} brought {usual}"
+    return None
 
 
 def run_threads(size: int, work: Callable[[World], T], timeout: float = 60.0) -> list[T]:
@@ -139,10 +305,9 @@ def run_threads(size: int, work: Callable[[World], T], timeout: float = 60.0) ->
         try:
             results[world.rank] = work(world)
         except BaseException as error:
-            with board.changed:
-                if board.failure is None:
-                    board.failure = (world.rank, world.phase, error)
-                board.changed.notify_all()
+            board.end(world.rank, world.phase, error)
+        else:
+            board.end(world.rank, world.phase, None)
 
     threads = [threading.Thread(target=body, args=(Threads(rank, size, board, timeout),), name=f"rank-{rank}") for rank in range(size)]
     for thread in threads:
@@ -154,31 +319,75 @@ def run_threads(size: int, work: Callable[[World], T], timeout: float = 60.0) ->
     return [results[rank] for rank in range(size)]
 
 
+def alone() -> World:
+    """A job of one rank."""
+    return Threads(0, 1, _Board(), 0)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------------------
+
+
 class Processes(World):
-    """A rank that is a process: torch.distributed, which must be initialised. `groups`: every set of ranks that will exchange."""
+    """A rank that is a process: torch.distributed, which must be initialised.
 
-    def __init__(self, groups: Sequence[Sequence[int]], timeout: float = 60.0) -> None:
-        from torch import distributed as dist
+    `groups`: sets of ranks that will exchange; others are made when they first do. No collective takes longer than `timeout` seconds.
+    """
 
-        super().__init__(dist.get_rank(), dist.get_world_size())
-        self._dist = dist
-        limit = timedelta(seconds=timeout)
-        every = sorted({tuple(ranks) for ranks in groups if len(ranks) > 1})  # all ranks make all groups, in one order
-        self._groups = {ranks: dist.new_group(list(ranks), timeout=limit) for ranks in every}
+    def __init__(self, groups: Sequence[Sequence[int]] = (), timeout: float = 60.0) -> None:
+        from torch import distributed
 
-    def exchange(self, x: Tensor, ranks: tuple[int, ...], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        most = max(shapes, key=lambda shape: torch.Size(shape).numel())
-        room = torch.Size(most).numel()
-        flat = x.new_zeros(room)
-        flat[: x.numel()] = x.reshape(-1)
-        parts = [torch.empty_like(flat) for _ in ranks]
-        self._dist.all_gather(parts, flat, group=self._groups[ranks])
-        return [part[: torch.Size(shape).numel()].reshape(torch.Size(shape)) for part, shape in zip(parts, shapes, strict=True)]
+        super().__init__(distributed.get_rank(), distributed.get_world_size())
+        self._dist: Any = distributed
+        self._timeout = timeout
+        self._groups: dict[Ranks, Any] = {}
+        self._turns: defaultdict[object, int] = defaultdict(int)
+        for ranks in sorted({tuple(ranks) for ranks in groups if len(ranks) > 1 and self.rank in ranks}):
+            self._group(ranks)
 
-    def send(self, x: Tensor, to: int) -> None:
-        self._dist.send(x.contiguous(), to)
+    def fail(self, error: BaseException) -> None:
+        pass
 
-    def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
-        x = torch.empty(*shape, dtype=dtype)
-        self._dist.recv(x, source)
-        return x
+    def _group(self, ranks: Ranks) -> Any:
+        """The process group of some ranks; made by these alone, in the order in which they need it."""
+        if ranks not in self._groups:
+            limit = timedelta(seconds=self._timeout)
+            self._groups[ranks] = self._dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
+        return self._groups[ranks]
+
+    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
+        uneven = _uneven(shapes)
+        text = _text(what, () if uneven else x.shape, x.dtype)
+        sizes = [torch.Size(shape).numel() * x.element_size() for shape in shapes]
+        mine = self._packed(x, text, ranks, max(sizes))
+        every = mine.new_empty(len(ranks), mine.numel())
+        self._dist.all_gather_into_tensor(every, mine, group=self._group(ranks))
+        heads = every[:, :_HEAD].cpu()
+        for rank, head in zip(ranks, heads, strict=True):
+            if not torch.equal(head, heads[ranks.index(self.rank)]):
+                raise Lost(f"rank {rank} diverged in {self.phase}: it brought something else than {text}")
+        return [
+            part[_HEAD : _HEAD + size].view(x.dtype).view(torch.Size(shape)) for part, size, shape in zip(every, sizes, shapes, strict=True)
+        ]
+
+    def _packed(self, x: Tensor, text: str, key: object, room: int) -> Tensor:
+        """A tensor as bytes behind the digest of what it is and of which turn, with room for the largest share."""
+        turn = self._turns[key]
+        self._turns[key] += 1
+        mine = torch.empty(_HEAD + room, dtype=torch.uint8, device=x.device)
+        head = zlib.crc32(text.encode()).to_bytes(8, "little") + turn.to_bytes(8, "little")
+        mine[:_HEAD] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        if x.numel():
+            mine[_HEAD : _HEAD + x.nbytes].view(x.dtype).copy_(x.reshape(-1))
+        return mine
+
+    def _send(self, x: Tensor, to: int) -> None:
+        mine = self._packed(x, _text("send", x.shape, x.dtype), (self.rank, to), x.nbytes)
+        self._dist.send(mine, to, group=self._group(tuple(range(self.size))))
+
+    def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
+        wanted = self._packed(torch.empty(shape, dtype=dtype, device=device), _text("send", shape, dtype), (source, self.rank), 0)
+        found = torch.empty(_HEAD + torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device=device)
+        self._dist.recv(found, source, group=self._group(tuple(range(self.size))))
+        if not torch.equal(found[:_HEAD], wanted[:_HEAD]):
+            raise Lost(f"rank {source} diverged in {self.phase}: it sent something else than {list(shape)} {dtype}")
+        return found[_HEAD:].view(dtype).view(shape)

@@ -1,0 +1,518 @@
+"""Loading: the tensors of one rank, mapped from its own file, or read through the plan from any other directory; and a model of them.
+
+    load_shard(out, rank)     {stored name: tensor}, views of the mapped file: nothing is copied, pages come as they are touched
+    load_model(out)           this rank's part of the model; a directory for another number of ranks, or of another format, is
+                              resharded on the way, each rank reading the bytes that it needs
+
+Everything is checked before it is mapped: a truncated file under mmap kills the process, or reads as zeros within its last page.
+Knows nothing about what a model computes.
+"""
+
+import json
+import math
+import mmap
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reshard import header, manifest
+from reshard.errors import MismatchError, ReshardError
+from reshard.files import failed
+from reshard.header import BITS, Entry
+from reshard.manifest import Manifest
+from reshard.shards import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from reshard.config import Config
+    from reshard.engine import Key
+    from reshard.join import Component, Copy, Plan
+    from reshard.layout import Layout, Point
+    from reshard.mesh import Mesh
+    from reshard.source import Source
+
+    from .model import Decoder
+    from .parallel import World
+
+State = dict[str, Tensor]
+
+NATIVE = "native"  # the format whose names and fusions the decoder knows
+
+# safetensors' name of a dtype → torch's, as safetensors.torch has them; what is missing is handed out as raw bytes.
+_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, spelling) for name, spelling in _NAMES.items() if hasattr(torch, spelling)}
+
+_DIRECT = 512  # bytes: the shortest run worth a system call of its own; shorter ones are read with what lies between them
+_HUGE = 2 << 20  # bytes
+# So that a shard larger than the machine's memory can be mapped writable; Python names the flag from 3.13 on.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().machine in ("x86_64", "aarch64") else 0)
+
+
+# --- one rank, mapped ------------------------------------------------------------------------------------------------------------
+
+
+def load_shard(out: str | os.PathLike[str], rank: int, verify: str | None = None) -> State:
+    """The tensors of one rank of a shard directory by stored name, mapped from its file without a copy.
+
+    The mapping is private: writing to a tensor changes no file. Types that torch does not have come as raw bytes (uint8), with the packed
+    axis last. `verify="hash"` reads everything and compares it with the digests. Needs manifest.json and the rank's own folder.
+    Raises ReshardError for a wrong version, rank, size, header or digest, before anything is mapped where it can be told.
+    """
+    root = Path(out)
+    _known(verify)
+    known = _manifest(root)
+    if type(rank) is not int or not 0 <= rank < len(known.ranks):
+        raise ReshardError(
+            f"{root}: has ranks 0 to {len(known.ranks) - 1}, rank {rank!r} is wanted", "shards are for exactly that many ranks"
+        )
+    memory, entries = _mapped(root, known, rank)
+    if verify is not None:
+        _check_digests(root, known, rank, memory)
+    return {name: _tensor(memory, entry) for name, entry in entries.items()}
+
+
+def _known(verify: str | None) -> None:
+    if verify not in (None, "hash"):
+        raise ReshardError(f"verify={verify!r} is unknown", 'verify="hash" compares digests; None checks sizes and headers')
+
+
+def _manifest(root: Path) -> Manifest:
+    if not manifest.present(root):
+        if not root.is_dir():
+            raise ReshardError(f"{root}: no such directory", "give the directory that `reshard convert` wrote")
+        raise ReshardError(
+            f"{root}: has no manifest.json, so it is no shard directory", f"convert it first: reshard convert {root} OUT --tp N"
+        )
+    return manifest.load(root)
+
+
+def _mapped(root: Path, known: Manifest, rank: int) -> tuple[mmap.mmap, dict[str, Entry]]:
+    """A rank's file in memory, and where each tensor is in it."""
+    path, size = root / known.ranks[rank][0].name, known.ranks[rank][0].size
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise MismatchError(f"{path}: is missing; it should have {size} bytes", "fetch the file again, or convert again") from None
+    except OSError as error:
+        raise failed("opening", path, error) from error
+    try:
+        found = os.fstat(descriptor).st_size
+        if found != size:
+            raise MismatchError(
+                f"{path}: has {found} bytes, the manifest says {size}", "it is truncated or of another conversion: fetch it again"
+            )
+        head, _ = header.read(descriptor, size, str(path))
+        _check_metadata(path, head.metadata, known, rank)
+        flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE  # torch wants to be able to write
+        return mmap.mmap(descriptor, size, flags, access), head.entries
+    except OSError as error:
+        raise failed("mapping", path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str], known: Manifest, rank: int) -> None:
+    """The file says itself whose it is: a stray or exchanged one is noticed."""
+    mesh = known.mesh
+    wanted = {
+        "reshard.plan": known.plan,
+        "reshard.rank": str(rank),
+        "reshard.world": str(mesh.world),
+        "reshard.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
+    }
+    version = metadata.get("reshard.version", "none")
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise MismatchError(
+            f"{path}: its header says format version {version}, this reshard reads {FORMAT_VERSION}", "fetch the file again"
+        )
+    for key, value in wanted.items():
+        if metadata.get(key) != value:
+            raise MismatchError(
+                f"{path}: its header says {key.removeprefix('reshard.')} {metadata.get(key, 'nothing')}, wanted is {value}",
+                "files were exchanged, or are of another conversion: fetch the file again, or convert again",
+            )
+
+
+def _check_digests(root: Path, known: Manifest, rank: int, memory: mmap.mmap) -> None:
+    """Every block of a mapped file has the digest that tensors.json gives it, and that has the manifest's."""
+    import xxhash
+
+    from reshard.digest import of, of_blocks
+    from reshard.verification import Rung, _blocks
+
+    weights, tensors = known.ranks[rank]
+    try:
+        text = (root / tensors.name).read_bytes()
+    except OSError as error:
+        raise failed("reading", root / tensors.name, error) from error
+    if of(text) != tensors.digest:
+        raise MismatchError(f"{root / tensors.name}: has digest {of(text)}, the manifest says {tensors.digest}", "fetch the file again")
+    rung, view = Rung("shard"), memoryview(memory)
+    for path, name, offset, size, wanted, alone, _ in _blocks(root, weights, tensors, rung, lambda _: None):
+        block = xxhash.xxh3_128_digest(view[offset : offset + size])
+        found = of_blocks([block]) if alone else block.hex()
+        if found != wanted:
+            raise MismatchError(
+                f"{path}: {name}: bytes {offset} to {offset + size} have digest {found}, {wanted} was written", "fetch it again"
+            )
+    if rung.failures:
+        raise MismatchError(f"{root}: {rung.failures[0]}", "fetch the file again, or convert again")
+
+
+def _tensor(memory: mmap.mmap | None, entry: Entry, offset: int | None = None) -> Tensor:
+    """A view of memory as the stored tensor that lies there; raw bytes where torch has no such type."""
+    dtype, shape = DTYPES.get(entry.dtype), entry.shape
+    if dtype is None:
+        dtype, shape = torch.uint8, _packed(entry)
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.offset if offset is None else offset).view(shape)
+
+
+def _packed(entry: Entry) -> tuple[int, ...]:
+    """The shape in bytes of a tensor of sub-byte elements: the last axis shrinks, or all do where it holds no whole bytes."""
+    if entry.shape and entry.shape[-1] * BITS[entry.dtype] % 8 == 0:
+        return *entry.shape[:-1], entry.shape[-1] * BITS[entry.dtype] // 8
+    return (entry.nbytes,)
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    out: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    mesh: "Mesh | None" = None,
+    world: "World | None" = None,
+    verify: str | None = None,
+    reshard_on_load: bool = True,
+    timeout: float = 60.0,
+) -> "Decoder":
+    """This rank's part of the model in a shard directory, or in a published one; called by all ranks of a job.
+
+    The job is `world`, or the initialised process group of torch.distributed, or this process alone; collectives give up after `timeout`
+    seconds. `mesh` is how the job cuts the model: by default the directory's own if it is for as many ranks, else tensor parallel.
+    At its own mesh a native directory is mapped; from any other each rank reads what it needs, or is refused with
+    `reshard_on_load=False`. `dtype` casts floating weights, one tensor at a time; block-scaled FP8 and its scales stay as they are, and
+    what is stored wider than the weights stays as wide. Raises ReshardError, and Lost where another rank fails or has another checkpoint.
+    """
+    from .model import Decoder
+    from .spec import Spec
+
+    _known(verify)
+    world = world or _world(timeout)
+    world.phase = "load"
+    with world.failing():
+        opened = open_for(out, mesh, world, reshard_on_load)
+        world.agree(opened.facts | {"dtype": str(dtype)})
+        decoder = Decoder(
+            Spec.of(opened.layout.model.family, opened.config, opened.layout.model), opened.layout.model, opened.layout, world.rank, world
+        )
+        state = opened.state(world.rank, dtype, device, verify)
+        decoder.load_state_dict(state, strict=True, assign=True)
+    return decoder.eval()
+
+
+def _world(timeout: float) -> "World":
+    """The process group that there is, or a job of one."""
+    from torch import distributed
+
+    from .parallel import Processes, alone
+
+    if distributed.is_available() and distributed.is_initialized():
+        return Processes(timeout=timeout)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ReshardError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but no process group is initialised",
+            'call torch.distributed.init_process_group("gloo") first, or leave it to `python -m reshard.runtime`',
+        )
+    return alone()
+
+
+def open_out(path: str | os.PathLike[str]) -> "Source":
+    """Any directory that reshard reads, all of it."""
+    from reshard.source import open_source
+
+    return open_source(Path(path))
+
+
+class Opened:
+    """A directory opened for one job: the model's layout among its ranks, and how to get the tensors of one.
+
+    `facts` must be the same on every rank.
+    """
+
+    def __init__(self, root: Path, config: "Config", layout: "Layout", known: Manifest | None, source: "Source | None") -> None:
+        from reshard.digest import of
+        from reshard.shards import Shards
+
+        self.root, self.config, self.layout, self.known, self.source = root, config, layout, known, source
+        self.read = 0  # bytes of tensors read from a source; nothing is read where a file is mapped
+        self.facts = {
+            "manifest": known.root if known else "none",
+            "config.json": of(json.dumps(config.data, sort_keys=True).encode()),
+            "mesh": str(layout.mesh),
+            "plan": Shards(layout).digest,
+        }
+
+    def state(
+        self, rank: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None, verify: str | None = None
+    ) -> State:
+        """The rank's tensors: mapped, or read."""
+        cast = Cast(self.layout, rank, dtype, device)
+        if self.source is None:
+            state = load_shard(self.root, rank, verify)
+            for name in state:
+                state[name] = cast(name, state[name])
+            return state
+        if verify is not None and self.known is not None:
+            for other in range(len(self.known.ranks)):
+                load_shard(self.root, other, verify)
+        reader = Reader(self.source, self.layout, rank, cast)
+        state = reader.run(_threads())
+        self.read = reader.read
+        return state
+
+
+def open_for(out: str | os.PathLike[str], mesh: "Mesh | None", world: "World", reshard_on_load: bool = True) -> Opened:
+    """Open a directory for a job: to be mapped where it is native and for the job's mesh, else to be read through a plan."""
+    from reshard import tables
+    from reshard.capacity import explain_refusal
+    from reshard.layout import lay_out
+    from reshard.mesh import Mesh
+
+    root = Path(out)
+    known = manifest.load(root) if manifest.present(root) else None
+    if known is not None:
+        wanted = mesh or (known.mesh if known.mesh.world == world.size else Mesh(world.size))
+        if not reshard_on_load and (known.mesh != wanted or known.format != NATIVE):
+            have = f'{known.mesh.world} ranks ({known.mesh}) in format "{known.format}"'
+            raise ReshardError(
+                f'{root}: is for {have}; this job has {world.size} ranks ({wanted}) and wants format "{NATIVE}"',
+                f"start {known.mesh.world} processes, convert it for {wanted}, or allow reshard_on_load",
+            )
+    else:
+        wanted = mesh or Mesh(world.size)
+        if not reshard_on_load and root.is_dir():
+            raise ReshardError(f"{root}: has no manifest.json, so it is no shard directory for {world.size} ranks", "allow reshard_on_load")
+    if wanted.world != world.size:
+        raise ReshardError(f"the mesh {wanted} has {wanted.world} ranks, the job {world.size}", f"start {wanted.world} processes")
+    if known is not None and known.mesh == wanted and known.format == NATIVE:
+        config, layout = _open_rank(root, known, world.rank)
+        return Opened(root, config, layout, known, None)
+    source = open_out(root)
+    model = source.layout.model
+    table = tables.load("formats", NATIVE).for_family(model.family.name)
+    try:
+        layout = lay_out(table, model, wanted)
+    except ReshardError as error:
+        raise explain_refusal(error, table, model, wanted) from None
+    return Opened(root, source.config, layout, known, source)
+
+
+def _open_rank(root: Path, known: Manifest, rank: int) -> "tuple[Config, Layout]":
+    """The layout of a native directory, checked against what one rank needs of it: other ranks' files may be elsewhere."""
+    from reshard.checkpoint import Published, read_json, understood
+    from reshard.config import Config
+    from reshard.layout import lay_out
+    from reshard.shards import Shards
+    from reshard.source import _check_small_files, _original_tensors, _tables, check_prologue
+
+    _check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1]))
+    originals = manifest.load_originals(root)
+    config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
+    family, table = _tables(root, known)
+    published = Published(str(root), root, config, originals, _original_tensors(root, originals), origin=known.origin)
+    model, _ = understood(published, family)
+    layout = lay_out(table.for_family(family.name), model, known.mesh)
+    shards = Shards(layout)
+    if shards.digest != known.plan:
+        raise MismatchError(
+            f"{root}: the plan of manifest.json is {known.plan}, its tables and config.json make {shards.digest}",
+            "config.json or the manifest were edited: restore them, or convert again",
+        )
+    shard = shards.shard(rank)
+    check_prologue(root / known.ranks[rank][0].name, shard.prologue, shard.size)
+    return config, layout
+
+
+def _threads() -> int:
+    """Threads that read for this rank: its share of the CPUs of this machine, at most 4."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+class Cast:
+    """What becomes of a stored tensor before the model gets it: another dtype, another device."""
+
+    def __init__(self, layout: "Layout", rank: int, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        self.dtype, self.device = dtype, device
+        self.kept = _scales(layout, rank) if dtype is not None else set()
+        elements: Counter[str] = Counter()
+        for tensor in layout.model.tensors.values():
+            elements[tensor.dtypes[0]] += tensor.elements
+        floating = {name: count for name, count in elements.items() if name in ("F64", "F32", "F16", "BF16")}
+        self.main = DTYPES[max(floating, key=floating.__getitem__)] if floating else None
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype
+        if self.dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 and name not in self.kept:
+            # What a checkpoint keeps in float32 among 16-bit weights (a router's bias, a decay) would not be what it is in 16 bits.
+            wider = self.main is not None and dtype.itemsize > self.main.itemsize
+            dtype = torch.promote_types(dtype, self.dtype) if wider else self.dtype
+        return tensor.to(device=self.device, dtype=dtype)
+
+
+def _scales(layout: "Layout", rank: int) -> set[str]:
+    """Stored names that count blocks of another tensor: the scales of block-quantised weights."""
+    from reshard.tables import Row
+
+    return {
+        slot.name(point)
+        for slot in layout.by_rank[rank]
+        if isinstance(slot.template, Row) and any("/" in axis for path in slot.template.pattern.axes for axis in path)
+        for point in slot.points()
+    }
+
+
+# --- through the plan ------------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Reads the tensors of one rank of a layout from any source, straight into place, tensor by tensor; `read` counts bytes."""
+
+    def __init__(self, source: "Source", layout: "Layout", rank: int, cast: Cast) -> None:
+        from reshard.shards import Shards
+
+        self.source, self.layout, self.rank, self.cast = source, layout, rank, cast
+        self.shard = Shards(layout).shard(rank)
+        self.entries = self.shard.header.entries
+        self.read = 0
+        self._state: State = {}
+        self._lock = threading.Lock()
+        self._filled: dict[str, memoryview] = {}
+        self._memory: dict[str, mmap.mmap] = {}
+
+    def run(self, threads: int) -> State:
+        """Everything, by so many threads."""
+        from reshard.files import Pool
+        from reshard.join import plan
+
+        joined: Plan = plan(self.source.layout, self.layout, ranks=[self.rank])
+        self._pool: Pool = Pool()
+        self._own = threading.local()
+        stop = threading.Event()
+
+        def work(component: "Component", at: "Point") -> None:
+            if not stop.is_set():
+                try:
+                    self._job(list(component.copies(at)))
+                except BaseException:
+                    stop.set()
+                    raise
+
+        try:
+            with ThreadPoolExecutor(threads, "load") as executor:
+                jobs = [executor.submit(work, component, at) for component in joined.components for at in component.points()]
+                try:
+                    for job in jobs:
+                        job.result()
+                finally:
+                    stop.set()
+        finally:
+            self._pool.close()
+        self._finish(name for name, _, _ in self.shard.tensors if name not in self._state)  # padding alone, empty tensors
+        return {name: self._state[name] for name, _, _ in self.shard.tensors}
+
+    def _job(self, copies: "list[Copy]") -> None:
+        """All copies into some tensors: long runs directly, the rest through the engine's buffers."""
+        from reshard.engine import Worker
+
+        rest = [copy for copy in copies if not self._direct(copy)]
+        if rest:
+            worker = getattr(self._own, "worker", None)
+            if worker is None:
+                worker = self._own.worker = Worker(self.source, self, self, self._pool, self._count)
+            worker.job(rest)
+        self._finish(dict.fromkeys(copy.dst_name for copy in copies))
+
+    def _direct(self, copy: "Copy") -> bool:
+        from reshard.engine import in_items
+
+        path, entry = self.source.locate((copy.src.rank, copy.src_name))
+        start, to, dims, item = in_items(copy, entry, self.entries[copy.dst_name])
+        *outer, (run, src, dst) = dims or ((1, 1, 1),)
+        if (src, dst) != (1, 1) or (run * item < _DIRECT and outer):
+            return False
+        buffer = self._buffer(copy.dst_name)
+        for at in product(*(range(n) for n, _, _ in outer)):
+            offset = start + sum(i * s for i, (_, s, _) in zip(at, outer, strict=True))
+            place = (to + sum(i * d for i, (_, _, d) in zip(at, outer, strict=True))) * item
+            self._pool.read_into(path, entry.offset + offset * item, buffer[place : place + run * item])
+        self._count(math.prod(n for n, _, _ in dims) * item)
+        return True
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.read += nbytes
+
+    def _buffer(self, name: str) -> memoryview:
+        """Zeros to be filled: whole pages that the system gives when they are touched."""
+        with self._lock:
+            if name not in self._memory:
+                memory = self._memory[name] = mmap.mmap(-1, self.entries[name].nbytes)
+                if len(memory) >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+                self._filled[name] = memoryview(memory)
+            return self._filled[name]
+
+    def _finish(self, names: Iterable[str]) -> None:
+        for name in names:
+            entry = self.entries[name]
+            if entry.nbytes:
+                self._buffer(name)
+            with self._lock:
+                memory = self._memory.pop(name, None)
+                self._filled.pop(name, None)
+            self._state[name] = self.cast(name, _tensor(memory, entry, 0))
+
+    # What the engine's worker asks for.
+
+    def locate(self, key: "Key") -> tuple[Path, Entry]:
+        return Path(), self.entries[key[1]]
+
+    def put(self, key: "Key", offset: int, data: memoryview) -> None:
+        self._buffer(key[1])[offset : offset + len(data)] = data
+
+    def done(self, keys: Any) -> None:
+        """Tensors are finished by the job, when the direct reads are done too."""
