@@ -89,8 +89,7 @@ At run time on 24.00 GiB per device, 21.60 GiB of it usable (10 % in reserve),
 
 TP sizes this model allows: 1, 2, 4, 8, 16, 32, 64
 
-reshard convert org/model OUT --tp 16
-"""
+reshard convert org/model OUT --tp 16"""
 
 
 def test_the_text_for_people_is_this() -> None:
