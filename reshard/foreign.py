@@ -19,6 +19,7 @@ from pathlib import Path
 from . import header
 from .checkpoint import WEIGHTS, Original, Published, beside, family_table, index_map, natural, origin_of, read_json, understood
 from .config import Config
+from .digest import of
 from .engine import Key
 from .errors import Problems, ReshardError
 from .files import failed
@@ -32,6 +33,7 @@ from .sizes import axis_size
 from .tables import Constant, Table, load, shipped
 
 MAX_FILE_SIZE = 50 * 10**9  # bytes: what save_pretrained of transformers 5 splits by when nothing else is asked for
+NS = 10**9
 MOST_TENSORS = 1_000_000  # of one row: more can only be a config.json that is not this checkpoint's
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
@@ -84,7 +86,7 @@ def open_shards(root: Path, table: Table, family: Table | None = None) -> Foreig
         reading.check(reading.lay_out(model, mesh))
     except ReshardError as error:
         raise ReshardError(error.message, reading.advice(mesh) or error.hint) from None
-    originals, tensors, residues = _as_transformers_would(model, max(mtime for _, mtime in stamps.values()))
+    originals, tensors, residues = _as_transformers_would(model, _one_time(stamps))
     published = Published(where, root, config, originals, tensors, *beside(root, {path.name for path in stamps}), origin_of(root))
     model, originals = understood(published, family)
     return Foreign(replace(published, originals=originals), lay_out(reading.format, model, mesh), places, residues, stamps)
@@ -367,6 +369,13 @@ def _sized(model: Model, sizes: dict[str, int]) -> Model:
 
 
 # --- what it was -------------------------------------------------------------------------------------------------------------------
+
+
+def _one_time(stamps: Mapping[Path, Stamp]) -> int:
+    """One time for files made of many, in ns: the second of the newest; below it, whatever changes when any of them does."""
+    text = "".join(f"{path.name} {size} {mtime}\n" for path, (size, mtime) in sorted(stamps.items()))
+    second = max(mtime for _, mtime in stamps.values()) // NS
+    return second * NS + int(of(text.encode()), 16) % NS
 
 
 def _as_transformers_would(model: Model, mtime_ns: int) -> tuple[tuple[Original, ...], dict[str, tuple[int, Entry]], dict[str, bytes]]:
