@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -70,7 +70,7 @@ _NAMES = {
 }
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, spelling) for name, spelling in _NAMES.items() if hasattr(torch, spelling)}
 
-_DIRECT = 512  # bytes: the shortest run worth a system call of its own; shorter ones are read with what lies between them
+_DIRECT = 128  # bytes: the shortest run worth a system call of its own; shorter ones are read with what lies between them
 _HUGE = 2 << 20  # bytes
 # So that a shard larger than the machine's memory can be mapped writable; Python names the flag from 3.13 on.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().machine in ("x86_64", "aarch64") else 0)
@@ -239,8 +239,9 @@ def load_model(
         decoder = Decoder(
             Spec.of(opened.layout.model.family, opened.config, opened.layout.model), opened.layout.model, opened.layout, world.rank, world
         )
-        state = opened.state(world.rank, dtype, device, verify)
+        state = opened.state(world.rank, dtype, device, verify, world.check)
         decoder.load_state_dict(state, strict=True, assign=True)
+        world.meet("all ranks are loaded")
     return decoder.eval()
 
 
@@ -287,19 +288,25 @@ class Opened:
         }
 
     def state(
-        self, rank: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None, verify: str | None = None
+        self,
+        rank: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        verify: str | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> State:
-        """The rank's tensors: mapped, or read."""
+        """The rank's tensors: mapped, or read. `check` is called now and then, from any thread, and may raise."""
         cast = Cast(self.layout, rank, dtype, device)
         if self.source is None:
             state = load_shard(self.root, rank, verify)
             for name in state:
+                check()
                 state[name] = cast(name, state[name])
             return state
         if verify is not None and self.known is not None:
             for other in range(len(self.known.ranks)):
                 load_shard(self.root, other, verify)
-        reader = Reader(self.source, self.layout, rank, cast)
+        reader = Reader(self.source, self.layout, rank, cast, check)
         state = reader.run(_threads())
         self.read = reader.read
         return state
@@ -411,10 +418,10 @@ def _scales(layout: "Layout", rank: int) -> set[str]:
 class Reader:
     """Reads the tensors of one rank of a layout from any source, straight into place, tensor by tensor; `read` counts bytes."""
 
-    def __init__(self, source: "Source", layout: "Layout", rank: int, cast: Cast) -> None:
+    def __init__(self, source: "Source", layout: "Layout", rank: int, cast: Cast, check: Callable[[], None]) -> None:
         from reshard.shards import Shards
 
-        self.source, self.layout, self.rank, self.cast = source, layout, rank, cast
+        self.source, self.layout, self.rank, self.cast, self.check = source, layout, rank, cast, check
         self.shard = Shards(layout).shard(rank)
         self.entries = self.shard.header.entries
         self.read = 0
@@ -436,6 +443,7 @@ class Reader:
         def work(component: "Component", at: "Point") -> None:
             if not stop.is_set():
                 try:
+                    self.check()
                     self._job(list(component.copies(at)))
                 except BaseException:
                     stop.set()

@@ -30,6 +30,9 @@ Shape = Sequence[int]
 
 _FACT = 96  # bytes of a text on which ranks agree
 _HEAD = 16  # bytes before what is exchanged: what it is; as many as keep the rest aligned
+# Bytes that every message of a process has, so that what is larger goes in a second one, when the ranks know that they mean the same: gloo
+# aborts a process that is sent more than it expects. Up to here the size of a message costs next to nothing.
+_FRAME = 16 << 10
 
 
 class Lost(PlaceError):
@@ -120,15 +123,18 @@ class World(ABC):
             for rank, value in enumerate(said):
                 if value != usual:
                     words = f"its {fact} is {value}, that of rank {said.index(usual)} is {usual}"
-                    raise self._lost(f"rank {rank} diverged in {self.phase}: {words}", "all ranks need the same files and options")
+                    raise Lost(f"rank {rank} diverged in {self.phase}: {words}", "all ranks need the same files and options")
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks are here, as long as those that are not do something: they call `check` meanwhile."""
+        if self.size > 1:
+            self._meet(what)
 
     @contextmanager
     def failing(self) -> Iterator[None]:
         """What is raised inside is told to the other ranks, so that they end at once."""
         try:
             yield
-        except Lost:
-            raise
         except BaseException as error:
             self.fail(error)
             raise
@@ -144,11 +150,15 @@ class World(ABC):
         self.counts[label] += 1
         self.seconds += time.perf_counter() - began
 
-    def _lost(self, message: str, hint: str | None = None) -> Lost:
-        return Lost(message, hint)
-
     def _announce(self, phase: str) -> None:  # noqa: B027  threads have nobody to tell
         """A phase begins."""
+
+    @abstractmethod
+    def _meet(self, what: str) -> None: ...
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise Lost if another rank is known to be lost, and show that this one gets on: for work that takes long and needs no other."""
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:
@@ -207,6 +217,13 @@ class Threads(World):
         self._board, self._timeout = board, timeout
         self._turns: Counter[tuple[object, ...]] = Counter()
 
+    def _meet(self, what: str) -> None:
+        self._gathered(torch.empty(0), tuple(range(self.size)), [(0,)] * self.size, what)
+
+    def check(self) -> None:
+        if (failure := self._board.failure) is not None:
+            raise Lost(f"rank {failure[0]} failed in {failure[1]}: {failure[2]}")
+
     def fail(self, error: BaseException) -> None:
         self._board.end(self.rank, self.phase, error)
 
@@ -214,7 +231,8 @@ class Threads(World):
         turn = self._turns[ranks]
         self._turns[ranks] += 1
         mine = _text(what, () if _uneven(shapes) else x.shape, x.dtype)
-        parts = self._meet((ranks, turn), ranks, ranks, mine, x)
+        self._put((ranks, turn), ranks, mine, x)
+        parts = self._take((ranks, turn), ranks, len(ranks), mine)
         self._compare(ranks, [text for text, _ in parts])
         for rank, (_, part), shape in zip(ranks, parts, shapes, strict=True):
             if tuple(part.shape) != tuple(shape):
@@ -222,11 +240,11 @@ class Threads(World):
         return [part for _, part in parts]
 
     def _send(self, x: Tensor, to: int) -> None:
-        self._put((self.rank, to, self._turn("send", to)), (self.rank,), (to,), _text("send", x.shape, x.dtype), x)
+        self._put((self.rank, to, self._turn("send", to)), (self.rank,), _text("pass", x.shape, x.dtype), x)
 
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
-        key, wanted = (source, self.rank, self._turn("recv", source)), _text("send", shape, dtype)
-        ((text, part),) = self._take(key, (source,), (self.rank,), wanted)
+        key, wanted = (source, self.rank, self._turn("recv", source)), _text("pass", shape, dtype)
+        ((text, part),) = self._take(key, (source,), 1, wanted)
         self._compare((self.rank, source), [wanted, text])
         return part.to(device)
 
@@ -238,11 +256,7 @@ class Threads(World):
         if (odd := differing(dict(zip(ranks, texts, strict=True)))) is not None:
             raise Lost(f"rank {odd[0]} diverged in {self.phase}: {odd[1]}")
 
-    def _meet(self, key: tuple[object, ...], writers: Ranks, readers: Ranks, text: str, x: Tensor) -> list[tuple[str, Tensor]]:
-        self._put(key, writers, readers, text, x)
-        return self._take(key, writers, readers, text)
-
-    def _put(self, key: tuple[object, ...], writers: Ranks, readers: Ranks, text: str, x: Tensor) -> None:
+    def _put(self, key: tuple[object, ...], writers: Ranks, text: str, x: Tensor) -> None:
         board = self._board
         with board.lock:
             room = board.rooms.setdefault(key, _Room(board.lock))
@@ -250,7 +264,7 @@ class Threads(World):
             if len(room.parts) == len(writers):
                 room.full.notify_all()
 
-    def _take(self, key: tuple[object, ...], writers: Ranks, readers: Ranks, text: str) -> list[tuple[str, Tensor]]:
+    def _take(self, key: tuple[object, ...], writers: Ranks, readers: int, text: str) -> list[tuple[str, Tensor]]:
         board = self._board
         with board.lock:
             room = board.rooms.setdefault(key, _Room(board.lock))
@@ -270,15 +284,11 @@ class Threads(World):
                     raise Lost(f"rank {rank} failed in {phase}: {error}")
                 if missing in board.ended:
                     raise Lost(f"rank {missing} ended in {self.phase}, it was expected at: {text}")
-                raise Lost(f"rank {missing} did not come within {self.timeout_text} in {self.phase} to: {text}")
+                raise Lost(f"rank {missing} did not come within {self._timeout:g} s in {self.phase} to: {text}")
             room.left += 1
-            if room.left == len(readers):
+            if room.left == readers:
                 del board.rooms[key]
             return [room.parts[rank] for rank in writers]
-
-    @property
-    def timeout_text(self) -> str:
-        return f"{self._timeout:g} s"
 
 
 def _uneven(shapes: Sequence[Shape]) -> bool:
@@ -330,64 +340,129 @@ def alone() -> World:
 class Processes(World):
     """A rank that is a process: torch.distributed, which must be initialised.
 
-    `groups`: sets of ranks that will exchange; others are made when they first do. No collective takes longer than `timeout` seconds.
+    `groups`: sets of ranks that will exchange; others are made when they first do. The processes watch each other (`lifeline`): where one
+    is lost the others raise Lost or end with exit code 3, within `timeout` seconds. A collective waits for half of that.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]] = (), timeout: float = 60.0) -> None:
         from torch import distributed
+
+        from .lifeline import lifeline
 
         super().__init__(distributed.get_rank(), distributed.get_world_size())
         self._dist: Any = distributed
         self._timeout = timeout
         self._groups: dict[Ranks, Any] = {}
         self._turns: defaultdict[object, int] = defaultdict(int)
+        self._life = lifeline(self.rank, self.size, timeout)
         for ranks in sorted({tuple(ranks) for ranks in groups if len(ranks) > 1 and self.rank in ranks}):
-            self._group(ranks)
+            with self._inside(ranks, f"make the group of ranks {ranks}"):
+                self._group(ranks)
 
     def fail(self, error: BaseException) -> None:
-        pass
+        self._life.fail(error)
+
+    def check(self) -> None:
+        self._life.steps += 1
+        if (verdict := self._life.take()) is not None:
+            raise Lost(verdict)
+
+    def _meet(self, what: str) -> None:
+        if (verdict := self._life.meet(what)) is not None:
+            raise Lost(verdict)
+
+    def _announce(self, phase: str) -> None:
+        self._life.say(phase=phase)
 
     def _group(self, ranks: Ranks) -> Any:
         """The process group of some ranks; made by these alone, in the order in which they need it."""
         if ranks not in self._groups:
-            limit = timedelta(seconds=self._timeout)
+            from .lifeline import WAIT
+
+            limit = timedelta(seconds=self._timeout * WAIT)
             self._groups[ranks] = self._dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
         return self._groups[ranks]
 
-    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
-        uneven = _uneven(shapes)
-        text = _text(what, () if uneven else x.shape, x.dtype)
-        sizes = [torch.Size(shape).numel() * x.element_size() for shape in shapes]
-        mine = self._packed(x, text, ranks, max(sizes))
-        every = mine.new_empty(len(ranks), mine.numel())
-        self._dist.all_gather_into_tensor(every, mine, group=self._group(ranks))
-        heads = every[:, :_HEAD].cpu()
-        for rank, head in zip(ranks, heads, strict=True):
-            if not torch.equal(head, heads[ranks.index(self.rank)]):
-                raise Lost(f"rank {rank} diverged in {self.phase}: it brought something else than {text}")
-        return [
-            part[_HEAD : _HEAD + size].view(x.dtype).view(torch.Size(shape)) for part, size, shape in zip(every, sizes, shapes, strict=True)
-        ]
+    @contextmanager
+    def _inside(self, ranks: Ranks, text: str) -> Iterator[None]:
+        """A collective, watched: where it fails, or the job is lost anyway, Lost says whose fault it is."""
+        self.check()
+        self._life.enter(text)
+        try:
+            yield
+        except RuntimeError as error:
+            raise Lost(self._life.why(ranks, text, error)) from error
+        finally:
+            self._life.leave()
 
-    def _packed(self, x: Tensor, text: str, key: object, room: int) -> Tensor:
-        """A tensor as bytes behind the digest of what it is and of which turn, with room for the largest share."""
-        turn = self._turns[key]
+    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
+        sizes = [torch.Size(shape).numel() * x.element_size() for shape in shapes]
+        text = self._turn(ranks, _text(what, () if _uneven(shapes) else x.shape, x.dtype))
+        room, at = max(sizes), 0
+        with self._inside(ranks, text):
+            group = self._group(ranks)
+            if x.device.type != "cpu":  # NCCL: looking at what came would cost more than the exchange
+                every = _gather(group, _packed(x, room), len(ranks))
+            else:
+                small = _HEAD + room <= _FRAME
+                every = _gather(group, _packed(x if small else None, _FRAME, _head(text)), len(ranks))
+                heads = every[:, :8].contiguous().view(torch.int64).flatten().tolist()
+                if heads.count(heads[0]) != len(heads):
+                    raise RuntimeError("the ranks brought different things")
+                if small:
+                    at = _HEAD
+                else:
+                    every = _gather(group, _packed(x, room), len(ranks))
+        return [part[at : at + size].view(x.dtype).view(torch.Size(shape)) for part, size, shape in zip(every, sizes, shapes, strict=True)]
+
+    def _turn(self, key: object, text: str) -> str:
         self._turns[key] += 1
-        mine = torch.empty(_HEAD + room, dtype=torch.uint8, device=x.device)
-        head = zlib.crc32(text.encode()).to_bytes(8, "little") + turn.to_bytes(8, "little")
-        mine[:_HEAD] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        if x.numel():
-            mine[_HEAD : _HEAD + x.nbytes].view(x.dtype).copy_(x.reshape(-1))
-        return mine
+        return f"{text}, exchange {self._turns[key]} of {key}"
 
     def _send(self, x: Tensor, to: int) -> None:
-        mine = self._packed(x, _text("send", x.shape, x.dtype), (self.rank, to), x.nbytes)
-        self._dist.send(mine, to, group=self._group(tuple(range(self.size))))
+        text = self._turn((self.rank, to), _text("pass", x.shape, x.dtype))
+        with self._inside((self.rank, to), text):
+            group, small = self._group(tuple(range(self.size))), _HEAD + x.nbytes <= _FRAME
+            if x.device.type == "cpu":
+                self._dist.send(_packed(x if small else None, _FRAME, _head(text)), to, group=group)
+            if x.device.type != "cpu" or not small:
+                self._dist.send(x.contiguous(), to, group=group)
 
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
-        wanted = self._packed(torch.empty(shape, dtype=dtype, device=device), _text("send", shape, dtype), (source, self.rank), 0)
-        found = torch.empty(_HEAD + torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device=device)
-        self._dist.recv(found, source, group=self._group(tuple(range(self.size))))
-        if not torch.equal(found[:_HEAD], wanted[:_HEAD]):
-            raise Lost(f"rank {source} diverged in {self.phase}: it sent something else than {list(shape)} {dtype}")
-        return found[_HEAD:].view(dtype).view(shape)
+        text = self._turn((source, self.rank), _text("pass", shape, dtype))
+        found = torch.empty(shape, dtype=dtype, device=device)
+        with self._inside((source, self.rank), text):
+            group, small = self._group(tuple(range(self.size))), _HEAD + found.nbytes <= _FRAME
+            if device.type == "cpu":
+                frame = torch.empty(_FRAME, dtype=torch.uint8)
+                self._dist.recv(frame, source, group=group)
+                if not torch.equal(frame[:_HEAD], _head(text)):
+                    raise RuntimeError("something else was sent")
+                if small:
+                    return frame[_HEAD : _HEAD + found.nbytes].view(dtype).view(shape)
+            self._dist.recv(found, source, group=group)
+        return found
+
+
+def _gather(group: Any, mine: Tensor, count: int) -> Tensor:
+    """[count, bytes of `mine`]. The group's own method: the public one was renamed, and costs a logger's time per call."""
+    every = mine.new_empty(count, mine.numel())
+    group._allgather_base(every.view(-1), mine).wait()
+    return every
+
+
+def _head(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.crc32(text.encode()).to_bytes(_HEAD, "little")), dtype=torch.uint8)
+
+
+def _packed(x: Tensor | None, room: int, head: Tensor | None = None) -> Tensor:
+    """A tensor as bytes, behind a head if one is given, `room` bytes in all."""
+    if head is None and x is not None and x.nbytes == room and x.is_contiguous():
+        return x.view(-1).view(torch.uint8)
+    at = 0 if head is None else head.numel()
+    mine = torch.empty(room, dtype=torch.uint8, device=None if x is None else x.device)
+    if head is not None:
+        mine[:at] = head
+    if x is not None and x.numel():
+        mine[at : at + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+    return mine
