@@ -5,10 +5,11 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import xxhash
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
-from reshard import digest, engine
+from reshard import digest, engine, files
 from reshard.engine import Key, Worker, Writer, in_items, split
 from reshard.errors import PlaceError, ReshardError
 from reshard.files import Pool
@@ -162,7 +163,7 @@ def cases(draw: Any, folder: Path, dtypes: Sequence[str], views: bool = False) -
 def carry_out(case: Case, workers: int, tile: int, block: int) -> dict[Key, list[bytes]]:
     digests: dict[Key, list[bytes]] = {}
     with (
-        patch.multiple(engine, TILE=tile, RUN=max(8, tile // 8), NARROW=max(8, tile // 16)),
+        patch.multiple(engine, TILE=tile, RUN=max(8, tile // 8), NARROW=max(8, tile // 16), STRIPE=max(2, tile // 64)),
         patch.object(digest, "BLOCK", block),
     ):
         pool, reader = Pool(os.O_RDWR), Pool()
@@ -254,7 +255,7 @@ def test_a_strided_destination_gets_what_a_strided_source_has(
     to = tuple(steps[order.index(a)] for a in range(len(shape)))
     target.add((0, "d"), "BF16", shape, np.zeros(math.prod(wider), np.uint64), 5, to)
     copies = [copy_of((0, "s"), shape, [slice(0, n) for n in shape], range(len(shape)), (0, "d"), 0, row_major(shape))]
-    with patch.multiple(engine, TILE=tile, RUN=16, NARROW=8):
+    with patch.multiple(engine, TILE=tile, RUN=16, NARROW=8, STRIPE=4):
         pool, reader = Pool(os.O_RDWR), Pool()
         engine.run(as_plan(copies), source, target, lambda: Writer(target, pool, None), workers=1, pool=reader)
         pool.close()
@@ -295,7 +296,7 @@ def matrix(folder: Path, rows: int, columns: int) -> tuple[Store, Store, Array]:
 
 def move(source: Store, target: Store, copies: list[Copy]) -> tuple[Counted, Counted]:
     reader, writer = Counted(), Counted(os.O_RDWR)
-    with patch.multiple(engine, TILE=1024, RUN=256, NARROW=32):
+    with patch.multiple(engine, TILE=1024, RUN=256, NARROW=32, STRIPE=8):
         engine.run(as_plan(copies), source, target, lambda: Writer(target, writer, {}), workers=1, pool=reader)
     reader.close()
     writer.close()
@@ -316,6 +317,27 @@ def test_a_matrix_cut_by_columns_among_ranks_is_read_once(tmp_path: Path) -> Non
     for rank in range(10):
         want = values[:, rank % 8 * 10 :][:, :10]
         assert np.array_equal(np.frombuffer((tmp_path / f"{rank}-d").read_bytes()[:1920], "<u2").reshape(96, 10), want)
+
+
+def test_columns_that_go_to_one_rank_each_are_laid_apart_by_the_read_itself(tmp_path: Path) -> None:
+    """No gathering; also where ranks are unequal, where a call fills fewer buffers than there are pieces, and where it reads too little."""
+    source, target, values = matrix(tmp_path, 96, 80)
+    copies, starts = [], [0, 30, 50, 70, 80]
+    for rank, (a, b) in enumerate(pairwise(starts)):
+        target.add((rank, "d"), "BF16", (96, b - a), np.zeros(96 * (b - a), np.uint64), 0)
+        copies.append(copy_of((0, "s"), (96, 80), [slice(0, 96), slice(a, b)], (0, 1), (rank, "d"), 0, (b - a, 1)))
+    short = Mock(wraps=lambda descriptor, views, at, real=os.preadv: real(descriptor, [views[0][:7]] if at % 5 else views, at))
+    with (
+        patch.object(engine.Worker, "_gather", side_effect=AssertionError("gathered")),
+        patch.object(files, "VIEWS", 7),
+        patch.object(os, "preadv", short),
+    ):
+        reader, writer = move(source, target, copies)
+    assert short.called
+    assert reader.read_bytes == writer.written == 96 * 80 * 2
+    for rank, (a, b) in enumerate(pairwise(starts)):
+        found = np.frombuffer((tmp_path / f"{rank}-d").read_bytes()[: 96 * (b - a) * 2], "<u2").reshape(96, b - a)
+        assert np.array_equal(found, values[:, a:b])
 
 
 def test_a_transposed_matrix_is_read_once_and_written_in_long_runs(tmp_path: Path) -> None:

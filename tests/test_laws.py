@@ -104,7 +104,7 @@ def test_a_checkpoint_of_any_size_is_understood_as_it_was_made(invention: Invent
 def moved(source: Path, out: Path, mesh: Mesh | None, workers: int, tile: int = 4096) -> Path:
     """Convert to `mesh`, or back to the original files; with tiles so small that each tensor is many."""
     options = Options(workers=workers)
-    with patch.multiple(engine, TILE=tile, RUN=256, NARROW=64):
+    with patch.multiple(engine, TILE=tile, RUN=256, NARROW=64, STRIPE=16):
         convert(prepare(open_source(source), "native" if mesh else "hf", mesh or Mesh(), options), out, options)
     return out
 
