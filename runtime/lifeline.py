@@ -127,15 +127,18 @@ class Lifeline:
     def meet(self, what: str) -> str | None:
         """Wait until every rank has come as often as this one, as long as those that have not get on; else the verdict."""
         turn = self._facts["met"] + 1
-        self.say(met=turn)
+        self.say(met=turn, at=f"meeting: {what}")
         moved: dict[int, tuple[Any, float]] = dict.fromkeys(self.peers, (-1, time.monotonic()))
         with self._changed:
             while self.verdict is None:
                 away = [peer for peer in self.peers.values() if peer.said.get("met", 0) < turn]
                 if not away:
+                    self.leave()
                     return None
                 now = time.monotonic()
                 for peer in away:
+                    if peer.said.keys() & {"lost", "failed"}:
+                        continue  # the other thread is about to find that
                     if peer.said.get("steps") != moved[peer.rank][0]:
                         moved[peer.rank] = (peer.said.get("steps"), now)
                     elif now - moved[peer.rank][1] > self.timeout or peer.gone or peer.said.get("done"):
