@@ -51,10 +51,11 @@ def program(world: World) -> list[str]:
             world.send((results[-1] if rank else noise(9, *shape, dtype=torch.bfloat16)) + 1, rank + 1)
     world.agree({"manifest": "the same everywhere", "dtype": "None"})
     world.meet("the end")
-    return [
-        f"{x.dtype} {list(x.shape)} {hashlib.sha256(bytes(x.contiguous().view(-1).view(torch.uint8).tolist())).hexdigest()}"
-        for x in results
-    ]
+    return [f"{x.dtype} {list(x.shape)} {digest(x)}" for x in results]
+
+
+def digest(x: torch.Tensor) -> str:
+    return hashlib.sha256(bytes(x.contiguous().view(-1).view(torch.uint8).tolist())).hexdigest()
 
 
 COUNTS = [
@@ -224,7 +225,7 @@ def test_another_message_is_named() -> None:
         else:
             world.recv((2,), torch.float32, 0)
 
-    assert "diverged in decode: it brought pass [3] float32" in lost(2, work)
+    assert lost(2, work) == "rank 1 diverged in decode: it brought pass [2] float32; rank 0 brought pass [3] float32"
 
 
 def test_ranks_agree_or_the_one_that_does_not_is_named_with_both_values() -> None:
