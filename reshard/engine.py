@@ -25,7 +25,7 @@ from .join import Copy, Dim, Plan, collapse
 
 TILE = 4 << 20  # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own
-STRIPE = 512  # bytes: the shortest piece of a row that a system call should lay down by itself
+STRIPE = 256  # bytes: the shortest piece of a row that a system call should lay down by itself
 NARROW = 1 << 10  # bytes: the narrowest column window of a transposition
 
 Key = tuple[int, str]  # rank, stored name
