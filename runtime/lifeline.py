@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-GRACE = 0.2  # seconds in which the main thread may take a verdict before it is printed
+GRACE = 0.05  # seconds in which the main thread may take a verdict before it is printed: a launcher kills the others that soon
 STUCK = 0.5  # seconds after which a main thread that is stuck in a collective is given up
 SHARE = 0.2  # of the timeout: after which one that is somewhere else is given up
 WAIT = 0.5  # of the timeout: so long a collective waits, and so long a process may be silent; the rest is for ending

@@ -356,7 +356,13 @@ def _open_rank(root: Path, known: Manifest, rank: int) -> "tuple[Config, Layout]
     from reshard.shards import Shards
     from reshard.source import _check_small_files, _original_tensors, _tables, check_prologue
 
-    _check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1]))
+    mine = replace(known, ranks=known.ranks[rank : rank + 1])
+    if not (root / "source").exists():
+        from .described import described
+
+        _check_small_files(root, replace(mine, source=()))
+        return described(root, known, rank)
+    _check_small_files(root, mine)
     originals = manifest.load_originals(root)
     config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
     family, table = _tables(root, known)

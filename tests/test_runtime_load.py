@@ -344,6 +344,65 @@ def test_one_rank_at_its_own_mesh_needs_no_other_ranks_files(mine: Path) -> None
     same(opened.state(1), load_file(weights(mine, 1)))
 
 
+MESHES = [
+    ("llama", {"tp": 2}),
+    ("qwen3_tied", {"pp": 2}),
+    ("qwen3_tied_stored", {"tp": 2}),
+    ("deepseek_v3", {"tp": 2, "ep": 2, "pp": 2}),
+    ("deepseek_v3_fp8", {"tp": 2}),
+    ("gpt2", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), MESHES)
+def test_manifest_carried_files_and_ones_own_folder_are_enough_for_a_model(
+    checkpoint: Get, tmp_path: Path, name: str, mesh: dict[str, int]
+) -> None:
+    reshard.convert(checkpoint(name), out := tmp_path / "out", **mesh)  # type: ignore[arg-type]
+    size = math.prod(mesh.get(axis, 1) for axis in ("tp", "pp"))
+    whole = [load.open_for(out, None, Rank(rank, size)) for rank in range(size)]  # type: ignore[arg-type]
+    shutil.rmtree(out / "source")
+    for rank in range(size):
+        for other in range(size):
+            if other != rank:
+                (out / f"rank-{other:05}").rename(tmp_path / f"{other}")
+        alone = load.open_for(out, None, Rank(rank, size))  # type: ignore[arg-type]
+        assert alone.facts["manifest"] == whole[rank].facts["manifest"]
+        assert contents(alone, rank) == contents(whole[rank], rank)
+        same(alone.state(rank), load_file(weights(out, rank)))
+        for other in range(size):
+            if other != rank:
+                (tmp_path / f"{other}").rename(out / f"rank-{other:05}")
+
+
+def contents(opened: load.Opened, rank: int) -> dict[str, object]:
+    """What a layout says of each stored tensor of a rank, and of what lies in it."""
+    layout = opened.layout
+    pieces = {
+        (piece.slot.template.name.text, name): (
+            dict(zip(piece.tensor.axes, zip(piece.box, piece.strides, strict=True), strict=True)),
+            piece.offset,
+        )
+        for name, found in layout.pieces.items()
+        for piece in found
+        if piece.slot.rank == rank
+    }
+    slots = {slot.name(point): (slot.shape, layout.dtype(slot, point)) for slot in layout.by_rank[rank] for point in slot.points()}
+    return {
+        "pieces": pieces,
+        "slots": slots,
+        "alias": {name: other for name, other in layout.alias.items() if {name, other} & pieces.keys()},
+    }
+
+
+def test_other_tables_than_the_shipped_ones_are_noticed_without_the_folder_source(mine: Path) -> None:
+    shutil.rmtree(mine / "source")
+    text = (mine / "manifest.json").read_text()
+    (mine / "manifest.json").write_text(text.replace('"inter": 88', '"inter": 80'))
+    with pytest.raises(MismatchError, match="the shipped tables make it"):
+        load.open_for(mine, None, Rank(0, 2))  # type: ignore[arg-type]
+
+
 def test_a_digest_is_checked_on_the_way_to_another_mesh(mine: Path) -> None:
     data = bytearray(weights(mine, 1).read_bytes())
     data[-1] ^= 1

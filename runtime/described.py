@@ -1,0 +1,82 @@
+"""The model as one rank's own folder describes it: for a node that fetched the manifest, the carried files and its own rank, nothing else.
+
+Logical tensors, their axes and sizes stand in tensors.json, tables are the shipped ones. Layers of other stages are not known, and not
+asked for. Knows nothing about torch.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reshard import header, tables
+from reshard.checkpoint import read_json
+from reshard.config import Config
+from reshard.errors import MismatchError
+from reshard.layout import Layout, lay_out
+from reshard.manifest import NAME, Manifest
+from reshard.model import Model, Tensor
+from reshard.notation import evaluate, fold, parse_template
+from reshard.shards import Shards
+
+
+def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
+    """The config, and a layout that has this rank's tensors. Raises MismatchError where the rank's file holds others."""
+    about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
+    family = tables.load("families", known.family)
+    config = Config(read_json(root / "config.json")).with_defaults(family.defaults)
+    try:
+        tensors = _tensors(said, about["sizes"])
+        alias: dict[str, str] = {}
+        for name, other in about.get("tied", {}).items():
+            if (t := tensors.get(name) or tensors.get(other)) is not None:
+                alias[name] = other
+                tensors |= {each: Tensor(each, t.axes, t.sizes, t.dtypes, t.layers) for each in (name, other)}
+        main = evaluate(family.sizes.get("layer", "none"), config.get)
+        model = Model(family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise MismatchError(f"{root}: rank {rank} is described in a way that cannot be read: {error!r}", "fetch it again") from None
+    table, mesh = tables.load("formats", known.format).for_family(family.name), known.mesh
+    if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
+        mesh = replace(mesh, ep=1)  # a stage without experts: there is nothing that EP would cut
+    layout = replace(lay_out(table, model, mesh), mesh=known.mesh)
+    path = root / known.ranks[rank][0].name
+    with path.open("rb") as file:
+        found, _ = header.read(file.fileno(), known.ranks[rank][0].size, str(path))
+    wanted = Shards(layout).shard(rank).header
+    if found.entries != wanted.entries:
+        odd = min(name for name in found.entries.keys() | wanted.entries if found.entries.get(name) != wanted.entries.get(name))
+        raise MismatchError(
+            f"{path}: {odd} is {_shown(found.entries.get(odd))}, the shipped tables make it {_shown(wanted.entries.get(odd))}",
+            "the tables of the conversion may be others: fetch its folder `source` too",
+        )
+    return config, layout
+
+
+def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Logical tensors as far as a rank's rows and names tell."""
+    by_row: dict[int, dict[int, str]] = defaultdict(dict)  # row → layer (-1: belongs to none) → dtype
+    templates = [parse_template(row["name"]) for row in said["rows"]]
+    for tensor in said["tensors"]:
+        axes, numbers = templates[tensor["row"]].axes, fold(tensor["name"])[1]
+        by_row[tensor["row"]][numbers[axes.index("layer")] if "layer" in axes else -1] = tensor["dtype"]
+    found: dict[str, Tensor] = {}
+    for number, row in enumerate(said["rows"]):
+        layered = "layer" in templates[number].axes
+        dtypes = by_row[number]
+        kinds = tuple(dtypes[layer] for layer in sorted(dtypes))
+        for segment in row.get("segments", ()):
+            axes, extents = tuple(segment["of"]), tuple(segment["of"].values())
+            found[segment["tensor"]] = Tensor(
+                segment["tensor"],
+                ("layer", *axes) if layered else axes,
+                (sizes["layer"], *extents) if layered else extents,
+                kinds[:1] if len(set(kinds)) == 1 else kinds,
+                tuple(sorted(dtypes)) if layered else None,
+            )
+    return found
+
+
+def _shown(entry: header.Entry | None) -> str:
+    return "not there" if entry is None else json.dumps([entry.dtype, list(entry.shape), entry.offset])
