@@ -1,0 +1,151 @@
+"""Text: prompts to token ids and back, by the tokenizer.json and the chat template that came with a model. Knows nothing about tensors."""
+
+import json
+import re
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import ReshardError
+
+Message = dict[str, Any]
+
+NEEDS = "pip install 'reshard[runtime]'"
+
+
+def generation_config(root: Path) -> dict[str, Any]:
+    """generation_config.json of a model, {} where there is none."""
+    return _json(root / "generation_config.json")
+
+
+def stop_tokens(said: dict[str, Any], config: dict[str, Any]) -> frozenset[int]:
+    """The ids that end a text: `eos_token_id`, one or several, of generation_config.json, else of config.json."""
+    found = said.get("eos_token_id")
+    if found is None:
+        found = config.get("eos_token_id")
+    if found is None:
+        found = (config.get("text_config") or {}).get("eos_token_id")
+    return frozenset(map(int, found if isinstance(found, list) else [] if found is None else [found]))
+
+
+class Tokenizer:
+    """The tokenizer of a model directory. Raises ReshardError where there is none."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        path = root / "tokenizer.json"
+        if not path.is_file():
+            raise ReshardError(f"{path}: there is none, so text cannot be turned into tokens", '--tokens "1 2 3" gives ids instead of text')
+        try:
+            import tokenizers
+        except ImportError:
+            raise ReshardError("text needs the package tokenizers, which is not installed", NEEDS) from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ReshardError(f"{path}: cannot be read: {error}", "fetch the file again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._said = _json(root / "tokenizer_config.json")
+
+    def encode(self, text: str) -> list[int]:
+        """A text as a document begins: with what the tokenizer puts before it."""
+        ids = list(self._tokenizer.encode(text).ids)
+        bos = self.special("bos_token")
+        first = None if bos is None else self._tokenizer.token_to_id(bos)
+        if self._said.get("add_bos_token") and first is not None and ids[:1] != [first]:
+            ids.insert(0, first)
+        return ids or ([] if first is None else [first])
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """A conversation, by the template, up to where the answer begins."""
+        return list(self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def special(self, name: str) -> str | None:
+        """A special token such as `bos_token`, None where the model has none."""
+        value = self._said.get(name)
+        return value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template, None where there is none."""
+        path = self.root / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        found = self._said.get("chat_template") or _json(self.root / "chat_template.json").get("chat_template")
+        if isinstance(found, list):
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) else None
+
+    def render(self, messages: list[Message]) -> str:
+        """The text that a conversation is to the model. Templates are programs from strangers: they run in jinja2's sandbox."""
+        if self.template is None:
+            raise ReshardError(f"{self.root}: has no chat template", "--no-chat continues the prompt as it is")
+        try:
+            import jinja2
+            import jinja2.ext
+            import jinja2.sandbox
+        except ImportError:
+            raise ReshardError("a chat template needs the package jinja2, which is not installed", f"{NEEDS}, or --no-chat") from None
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        def tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+            return json.dumps(value, ensure_ascii=False, indent=indent)
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = tojson
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        # Marks what an assistant said, for training; not a tag of jinja2, and nothing to a text.
+        source = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{%\1 if true \2%}{% endif %}", self.template)
+        special = {name: value for name in self._said if name.endswith("_token") and (value := self.special(name)) is not None}
+        try:
+            return environment.from_string(source).render(messages=messages, tools=None, add_generation_prompt=True, **special)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise ReshardError(f"{self.root}: its chat template fails: {error}", "--no-chat continues the prompt as it is") from None
+
+
+class Stream:
+    """Text of tokens as they come: what is not yet a whole character is held back until it is."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._from = self._shown = 0  # decoded from here; what is before `_shown` was given out
+
+    def put(self, token: int) -> str:
+        """What can be shown now that this token is known."""
+        self._ids.append(token)
+        return self._new(hold=True)
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._new(hold=False)
+
+    def _new(self, hold: bool) -> str:
+        # What a token is depends on those before it (a space, say): some that were shown already are decoded with it.
+        shown = self._tokenizer.decode(self._ids[self._from : self._shown])
+        text = self._tokenizer.decode(self._ids[self._from :])
+        if len(text) <= len(shown) or (hold and text.endswith("�")):
+            return ""
+        self._from, self._shown = self._shown, len(self._ids)
+        return text[len(shown) :]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ReshardError(f"{path}: cannot be read: {error}", "fetch the file again") from None
+    return found if isinstance(found, dict) else {}
