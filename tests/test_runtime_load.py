@@ -378,21 +378,14 @@ def test_manifest_carried_files_and_ones_own_folder_are_enough_for_a_model(
 def contents(opened: load.Opened, rank: int) -> dict[str, object]:
     """What a layout says of each stored tensor of a rank, and of what lies in it."""
     layout = opened.layout
+    mine = [(name, piece) for name, found in layout.pieces.items() for piece in found if piece.slot.rank == rank]
     pieces = {
-        (piece.slot.template.name.text, name): (
-            dict(zip(piece.tensor.axes, zip(piece.box, piece.strides, strict=True), strict=True)),
-            piece.offset,
-        )
-        for name, found in layout.pieces.items()
-        for piece in found
-        if piece.slot.rank == rank
+        name: (piece.slot.template.name.text, piece.offset, sorted(zip(piece.tensor.axes, piece.box, piece.strides, strict=True)))
+        for name, piece in mine
     }
     slots = {slot.name(point): (slot.shape, layout.dtype(slot, point)) for slot in layout.by_rank[rank] for point in slot.points()}
-    return {
-        "pieces": pieces,
-        "slots": slots,
-        "alias": {name: other for name, other in layout.alias.items() if {name, other} & pieces.keys()},
-    }
+    alias = {name: other for name, other in layout.alias.items() if {name, other} & pieces.keys()}
+    return {"pieces": pieces, "slots": slots, "alias": alias}
 
 
 def test_other_tables_than_the_shipped_ones_are_noticed_without_the_folder_source(mine: Path) -> None:
