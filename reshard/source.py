@@ -165,7 +165,9 @@ def _open_shards(root: Path) -> Source:
             raise MismatchError(
                 f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors", "convert again"
             )
-    layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=known.tied)
+    pairs = family.tied.items() if isinstance(family.tied, dict) else ()
+    tied = {name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()}
+    layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=tied)
     shards = Shards(layout)
     if shards.digest != known.plan:
         raise MismatchError(
