@@ -1,0 +1,37 @@
+"""What decoding keeps of the tokens that went before: two tensors per layer, and which position stands in which column."""
+
+import torch
+from torch import Tensor
+
+from reshard.errors import ReshardError
+
+
+class Cache:
+    """Room for `length` columns in each of `batch` rows; a column is a token, or padding (position -1)."""
+
+    def __init__(self, batch: int, length: int, device: torch.device) -> None:
+        self.length, self.used = length, 0
+        self.positions = torch.full((batch, length), -1, dtype=torch.long, device=device)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, positions: Tensor) -> Tensor:
+        """Take columns for new tokens; the positions of all columns in use, [batch, columns]."""
+        batch, seq = positions.shape
+        if batch != self.positions.shape[0] or self.used + seq > self.length:
+            raise ReshardError(
+                f"the cache has room for {self.positions.shape[0]} × {self.length} tokens, {batch} × {self.used + seq} are needed",
+                "make a larger one: new_cache(batch, length)",
+            )
+        self.positions[:, self.used : self.used + seq] = positions
+        self.used += seq
+        return self.positions[:, : self.used]
+
+    def write(self, layer: int, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep [batch, heads, seq, features] of the newest tokens; everything kept of this layer so far."""
+        if layer not in self.kept:
+            self.kept[layer] = tuple(x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (one, other))  # type: ignore[assignment]
+        start = self.used - one.shape[2]
+        for room, x in zip(self.kept[layer], (one, other), strict=True):
+            room[:, :, start : self.used] = x
+        a, b = self.kept[layer]
+        return a[:, :, : self.used], b[:, :, : self.used]

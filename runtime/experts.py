@@ -1,0 +1,105 @@
+"""Feed-forward on one rank: dense, or experts chosen by a router. What comes out are partial sums, without the dense output's bias."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .spec import Routing, Spec
+from .weights import Weights
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which experts this rank has, [first, last), and whether it is the one of those that share them to add their output's bias."""
+
+    first: int
+    last: int
+    bias: bool
+
+
+def feed_forward(x: Tensor, weights: Weights, spec: Spec, share: Share | None) -> Tensor:
+    """x [batch, seq, hidden] → this rank's part of [batch, seq, hidden]."""
+    if "moe.router" in weights:
+        assert spec.routing is not None and share is not None
+        flat = x.flatten(0, 1)
+        out = _experts(flat, weights, spec, spec.routing, share)
+        if "shared.gate_up" in weights:
+            more = _dense(flat, weights, "shared", spec)
+            if "shared.router" in weights:
+                more = more * torch.sigmoid(weights.linear(flat, "shared.router"))
+            out = out + more
+        return out.view_as(x)
+    return _dense(x, weights, "mlp", spec)
+
+
+def _dense(x: Tensor, weights: Weights, part: str, spec: Spec) -> Tensor:
+    if f"{part}.gate_up" in weights:
+        rows = weights[f"{part}.gate_up"].shape[0] // 2
+        inner = _gated(weights.linear(x, f"{part}.gate_up", runs=(rows, rows)), spec)
+    else:
+        inner = ACTIVATIONS[spec.activation](weights.linear(x, f"{part}.up"))
+    return weights.linear(inner, f"{part}.down", bias=False)
+
+
+def _gated(x: Tensor, spec: Spec) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    if spec.gate_limit is None:
+        return ACTIVATIONS[spec.activation](gate) * up
+    gate, up = gate.clamp(max=spec.gate_limit), up.clamp(-spec.gate_limit, spec.gate_limit)
+    return (up + spec.up_offset) * (gate * torch.sigmoid(gate * spec.gate_alpha))
+
+
+def route(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
+    """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
+    logits = weights.linear(x.float() if routing.wide else x, "moe.router")
+    if routing.score == "chosen":
+        best, chosen = logits.topk(routing.top, -1)
+        return chosen, best.softmax(-1)
+    scores = logits.float().softmax(-1) if routing.score == "softmax" else logits.float().sigmoid()
+    choice = scores
+    if "moe.score_bias" in weights:
+        choice = scores + weights["moe.score_bias"].float()
+    if routing.groups > 1:
+        grouped = choice.view(len(choice), routing.groups, -1)
+        best = grouped.topk(2, -1)[0].sum(-1).topk(routing.group_top, -1)[1]
+        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+    chosen = choice.topk(routing.top, -1)[1]
+    shares = scores.gather(1, chosen)
+    if routing.renormalize:
+        shares = shares / (shares.sum(-1, keepdim=True) + (1e-20 if routing.score == "sigmoid" else 0.0))
+    return chosen, shares * routing.scale
+
+
+def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share) -> Tensor:
+    chosen, shares = route(x, weights, routing)
+    out = torch.zeros_like(x)
+    rows = weights["moe.gate_up"].shape[1] // 2
+    biases, last = weights.get("moe.gate_up_bias"), weights.get("moe.down_bias") if share.bias else None
+    for expert in torch.unique(chosen).tolist():
+        if not share.first <= expert < share.last:
+            continue
+        own = expert - share.first
+        token, place = torch.where(chosen == expert)
+        matrix = weights.matrix("moe.gate_up", x.dtype, (rows, rows), own)
+        inner = _gated(F.linear(x[token], matrix, None if biases is None else biases[own]), spec)
+        part = F.linear(inner, weights.matrix("moe.down", x.dtype, expert=own), None if last is None else last[own])
+        out.index_add_(0, token, (part * shares[token, place, None]).to(x.dtype))
+    return out

@@ -1,0 +1,82 @@
+"""Rotary positions: angles of every position, in each variant that config.json can name, and the rotation itself.
+
+The variants are those of transformers' modeling_rope_utils; some depend on how far a forward reaches.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .spec import Rope, mscale
+
+
+def angles(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [batch, seq, size/2] for positions [batch, seq]; computed in float32."""
+    reach = int(positions.max()) + 1 if rope.kind in ("dynamic", "longrope") else 0
+    frequencies, factor = _frequencies(rope, reach, positions.device)
+    turns = positions[..., None].float() * frequencies
+    return (turns.cos() * factor).to(dtype), (turns.sin() * factor).to(dtype)
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """The first features of every head rotated: x [batch, heads, seq, features]. Interleaved pairs come out as halves."""
+    cos, sin = (part[:, None] for part in turn)
+    size = 2 * cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+
+
+def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, float]:
+    """Frequencies [size/2], and what cosines and sines are multiplied by."""
+    said, size, base = rope.scaling, rope.size, rope.base
+    factor = float(said.get("factor") or rope.positions / rope.original)
+    if rope.kind == "dynamic":
+        base *= (factor * max(reach, rope.positions) / rope.positions - (factor - 1)) ** (size / (size - 2))
+    steps = base ** (torch.arange(0, size, 2, device=device).float() / size)
+    plain = 1.0 / steps
+    if rope.kind == "linear":
+        return plain / factor, 1.0
+    if rope.kind == "llama3":
+        return _llama3(plain, rope, factor), 1.0
+    if rope.kind == "yarn":
+        return _yarn(steps, rope, factor), _yarn_factor(rope, factor)
+    if rope.kind == "longrope":
+        stretch = said["long_factor" if reach > rope.original else "short_factor"]
+        correction = math.sqrt(1 + math.log(factor) / math.log(rope.original)) if factor > 1 else 1.0
+        return 1.0 / (torch.tensor(stretch, device=device).float() * steps), float(said.get("attention_factor") or correction)
+    return plain, 1.0
+
+
+def _llama3(plain: Tensor, rope: Rope, factor: float) -> Tensor:
+    """Long waves are stretched, short ones left alone, those between them blended."""
+    low, high = float(rope.scaling["low_freq_factor"]), float(rope.scaling["high_freq_factor"])
+    waves = 2 * math.pi / plain
+    blend = (rope.original / waves - low) / (high - low)
+    mixed = (1 - blend) * plain / factor + blend * plain
+    between = (waves >= rope.original / high) & (waves <= rope.original / low)
+    return torch.where(between, mixed, torch.where(waves > rope.original / low, plain / factor, plain))
+
+
+def _yarn(steps: Tensor, rope: Rope, factor: float) -> Tensor:
+    """A ramp between stretched and plain frequencies."""
+
+    def dimension(rotations: float) -> float:
+        return rope.size * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low, high = dimension(float(rope.scaling.get("beta_fast") or 32)), dimension(float(rope.scaling.get("beta_slow") or 1))
+    if rope.scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.size - 1)
+    ramp = ((torch.arange(rope.size // 2, device=steps.device).float() - low) / (high - low or 0.001)).clamp(0, 1)
+    return ramp / (factor * steps) + (1 - ramp) / steps
+
+
+def _yarn_factor(rope: Rope, factor: float) -> float:
+    said = rope.scaling
+    if said.get("attention_factor") is not None:
+        return float(said["attention_factor"])
+    if said.get("mscale") and said.get("mscale_all_dim"):
+        return mscale(factor, float(said["mscale"])) / mscale(factor, float(said["mscale_all_dim"]))
+    return mscale(factor, 1.0)

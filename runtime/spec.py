@@ -1,0 +1,212 @@
+"""What a decoder computes, as facts: read from a family table's `[model]` section and config.json. Knows no weights and no ranks.
+
+A value in `[model]` is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null
+counts: a number, `true`, `false`, `=word` (that word), or else a key of config.json. A list of texts is true if one of them is.
+
+    norm            "rms" (default) or "layer"
+    norm_offset     1 where norms multiply by 1 + weight
+    eps             default: the key that config.json has for it; eps_latent: of the norms inside latent attention
+    activation      default: hidden_act
+    gate_limit, gate_alpha, up_offset   of a gated unit that clamps: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
+    parallel        attention and feed-forward both start from the layer's input
+    alibi           positions are a bias on the scores
+    rope_fraction   part of a head that is rotated; rope_interleaved: pairs stand beside each other
+    embed_scale     embeddings are multiplied by its root
+    attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
+    attn_cap, logit_cap     soft caps
+    routing         experts per token (top), score ("softmax", "sigmoid" or "chosen": softmax over those chosen), renormalize, scale,
+                    groups and group_top (experts are chosen in the best groups), wide (float32 throughout)
+    cache, window, window_if, window_layers      see reshard.capacity
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reshard import capacity
+from reshard.config import Config
+from reshard.errors import ReshardError
+from reshard.model import Model
+from reshard.tables import Table
+
+EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: `size` features of a head are rotated; `scaling` is what config.json says of the variant `kind`."""
+
+    kind: str
+    size: int
+    base: float
+    positions: int
+    original: int
+    scaling: Mapping[str, Any]
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router chooses `top` experts per token, and weighs them."""
+
+    top: int
+    score: str
+    renormalize: bool
+    scale: float
+    groups: int
+    group_top: int
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All facts of one model that its decoder needs; see the module for the words. `positions`: None where there is no limit."""
+
+    norm: str
+    norm_offset: float
+    eps: float
+    eps_latent: float
+    activation: str
+    gate_limit: float | None
+    gate_alpha: float
+    up_offset: float
+    parallel: bool
+    alibi: bool
+    rope: Rope | None
+    embed_scale: float
+    attn_scale: float
+    scale_by_layer: bool
+    attn_cap: float | None
+    logit_cap: float | None
+    routing: Routing | None
+    window: int | None
+    windowed: frozenset[int]
+    positions: int | None
+
+    @classmethod
+    def of(cls, table: Table, config: Config, model: Model) -> "Spec":
+        """Raises ReshardError where config.json asks for what no fact describes."""
+        said = _Facts(table.model, config.with_defaults(table.defaults))
+        sizes = model.sizes
+        latent = "attn.kv_a" in model.tensors
+        head = sizes["qk_dim"] if latent else sizes["head_dim"]
+        alibi, learned = said.true("alibi"), "pos_embed" in model.tensors
+        rope = None if alibi or learned else _rope(said, sizes["rope_dim"] if latent else sizes["head_dim"])
+        scale = 1 / math.sqrt(said.number("attn_scale", float(head)))
+        if latent and rope is not None and rope.kind != "default":
+            scale *= mscale(float(rope.scaling.get("factor", 1)), float(rope.scaling.get("mscale_all_dim") or 0)) ** 2
+        window, windowed = capacity.window(model, config)
+        return cls(
+            norm=said.word("norm", "rms"),
+            norm_offset=said.number("norm_offset", 0.0),
+            eps=said.number("eps", EPS),
+            eps_latent=said.number("eps_latent", EPS),
+            activation=said.word("activation", "hidden_act | =silu"),
+            gate_limit=said.optional("gate_limit"),
+            gate_alpha=said.number("gate_alpha", 1.0),
+            up_offset=said.number("up_offset", 0.0),
+            parallel=said.true("parallel"),
+            alibi=alibi,
+            rope=rope,
+            embed_scale=math.sqrt(said.number("embed_scale", 1.0)),
+            attn_scale=scale,
+            scale_by_layer=said.true("scale_by_layer"),
+            attn_cap=said.optional("attn_cap"),
+            logit_cap=said.optional("logit_cap"),
+            routing=_routing(table, said) if "moe.router" in model.tensors else None,
+            window=window,
+            windowed=frozenset(windowed),
+            positions=sizes["pos"] if learned else None,
+        )
+
+
+def mscale(factor: float, weight: float) -> float:
+    """YaRN's correction of magnitudes."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+class _Facts:
+    """`[model]` of a table, answered by a config."""
+
+    def __init__(self, facts: Mapping[str, Any], config: Config) -> None:
+        self.facts, self.config = facts, config
+
+    def value(self, fact: str, default: Any = None) -> Any:
+        given = self.facts.get(fact, default)
+        if isinstance(given, list):
+            return any(self._first(text) for text in given)
+        return self._first(given) if isinstance(given, str) else given
+
+    def _first(self, text: str) -> Any:
+        for word in map(str.strip, text.split("|")):
+            found = self._one(word)
+            if found is not None:
+                return found
+        return None
+
+    def _one(self, word: str) -> Any:
+        if word in ("true", "false"):
+            return word == "true"
+        if word.startswith("="):
+            return word[1:]
+        try:
+            return float(word)
+        except ValueError:
+            return self.config.get(word)
+
+    def number(self, fact: str, default: Any) -> float:
+        found = self.value(fact, default)
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}, a number is needed for {fact}")
+        return float(found)
+
+    def optional(self, fact: str) -> float | None:
+        return None if self.value(fact) is None else self.number(fact, None)
+
+    def word(self, fact: str, default: str) -> str:
+        given = self.facts.get(fact, default)
+        return str(given if fact == "norm" else self.value(fact, default))
+
+    def true(self, fact: str) -> bool:
+        return bool(self.value(fact))
+
+
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_OLD = {"su": "longrope"}
+
+
+def _rope(said: _Facts, size: int) -> Rope:
+    get = said.config.get
+    scaling = dict(get("rope_scaling") or {}) | dict(get("rope_parameters") or {})
+    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    kind = _OLD.get(kind, kind)
+    if kind not in KINDS:
+        raise ReshardError(f'config.json: rope of type "{kind}"', f"the runtime knows {', '.join(KINDS)}")
+    positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
+    fraction = scaling.get("partial_rotary_factor")
+    return Rope(
+        kind=kind,
+        size=int(size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)),
+        base=float(scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or 10000.0),
+        positions=positions,
+        original=int(scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions),
+        scaling=scaling,
+        interleaved=said.true("rope_interleaved"),
+    )
+
+
+def _routing(table: Table, said: _Facts) -> Routing:
+    facts = table.model.get("routing")
+    if not isinstance(facts, dict):
+        raise ReshardError(f'family "{table.name}" has experts, its table does not say how they are chosen', "[model] routing is missing")
+    of = _Facts(facts, said.config)
+    return Routing(
+        top=int(of.number("top", "num_experts_per_tok")),
+        score=str(facts.get("score", "softmax")),
+        renormalize=of.true("renormalize"),
+        scale=of.number("scale", 1.0),
+        groups=int(of.number("groups", 1.0)),
+        group_top=int(of.number("group_top", 1.0)),
+        wide=of.true("wide"),
+    )

@@ -1,0 +1,65 @@
+"""One layer's weights on one rank, and what is done with a weight whatever it means: products, norms, block scales. Knows no layer."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 128  # rows and columns that share a scale in FP8 checkpoints
+
+
+class Weights:
+    """The stored tensors of a layer by their names in it: `attn.qkv`, `mlp.down` …"""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+    def matrix(self, name: str, dtype: torch.dtype, runs: Sequence[int] = (), expert: int | None = None) -> Tensor:
+        """A matrix ready to multiply: FP8 blocks are dequantized. `runs`: rows of the parts that it is fused of, each in blocks of its own."""
+        weight, scale = self.tensors[name], self.tensors.get(f"{name}_scale")
+        if expert is not None:
+            weight, scale = weight[expert], None if scale is None else scale[expert]
+        if scale is None:
+            return weight if weight.dtype == dtype else weight.to(dtype)
+        rows = _blocks(runs or [weight.shape[0]], weight.device)
+        columns = _blocks([weight.shape[1]], weight.device)
+        return (weight.float() * scale.float()[rows][:, columns]).to(dtype)
+
+    def linear(self, x: Tensor, name: str, runs: Sequence[int] = (), bias: bool = True) -> Tensor:
+        """x · weightᵀ, with the bias of the same name if there is one."""
+        return F.linear(x, self.matrix(name, x.dtype, runs), self.get(f"{name}_bias") if bias else None)
+
+
+def _blocks(runs: Sequence[int], device: torch.device) -> Tensor:
+    """The block of every row, where each run begins a new block."""
+    found, start = [], 0
+    for run in runs:
+        found.append(start + torch.arange(run, device=device) // BLOCK)
+        start += -(-run // BLOCK)
+    return torch.cat(found)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, mean: Tensor | None = None) -> Tensor:
+    """Root mean square norm over the last axis, in float32; `mean`: the mean of squares, where it spans more than this tensor."""
+    wide = x.float()
+    if mean is None:
+        mean = wide.pow(2).mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(mean + eps)
+    return (wide * (weight.float() + offset)).to(x.dtype) if offset else weight * wide.to(x.dtype)
+
+
+def norm(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None, eps: float, offset: float) -> Tensor:
+    """A norm of either kind over the last axis."""
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight + offset if offset else weight, bias, eps)
+    return rms_norm(x, weight, eps, offset)
