@@ -1,0 +1,183 @@
+"""Generating: prompts of token ids to token ids, all prompts in one batch with one KV cache. Knows nothing about text.
+
+    prompts    a b c          input_ids  . . a b c        positions  -1 -1  0  1  2      the last column gives every prompt's next token
+               d e f g h                 d e f g h                    0  1  2  3  4
+
+Every rank runs this and gets the same logits, so each chooses the same tokens by itself: none are sent.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from reshard.errors import ReshardError
+
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .model import Decoder
+
+_LOGITS = 1 << 26  # elements: longer prompts go through in parts, so that their logits do not take more
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to generate. `most`: new tokens per prompt; `positions`: those that the model has, None where there is no limit."""
+
+    most: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: frozenset[int] = frozenset()
+    positions: int | None = None
+
+
+@dataclass
+class Generated:
+    """New tokens per prompt (a stop token is not among them), why each ended ("stop" or "length"), and how long it took, in seconds.
+
+    `first`: until the first token was known; `steps` forwards of one token per prompt followed, in `decoding` seconds. `exchanging`: the
+    part of both that was spent in collectives. `cache`: bytes of this rank's KV cache.
+    """
+
+    tokens: list[list[int]]
+    reasons: list[str]
+    first: float = 0.0
+    decoding: float = 0.0
+    steps: int = 0
+    exchanging: float = 0.0
+    cache: int = 0
+    chosen: int = field(default=0, repr=False)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second while decoding, all prompts together; None where there was but one token each."""
+        return self.chosen / self.decoding if self.steps and self.decoding else None
+
+
+def check(prompts: Sequence[Sequence[int]], vocabulary: int | None, positions: int | None) -> None:
+    """Raises ReshardError for a prompt that is empty, too long, or has ids that the model does not know."""
+    if not prompts:
+        raise ReshardError("there is no prompt", 'give one: --prompt "…", or --prompts FILE')
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ReshardError(f"prompt {number} has no tokens, 1 is needed", "the model has no token to begin a text with: give some text")
+        if positions is not None and len(prompt) >= positions:
+            raise ReshardError(
+                f"prompt {number} has {len(prompt)} tokens, the model has {positions} positions for them and what follows",
+                f"shorten it to {positions - 1} tokens at most",
+            )
+        odd = [token for token in prompt if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if odd:
+            raise ReshardError(f"prompt {number} has token {odd[0]}, the model has tokens 0 to {(vocabulary or 1) - 1}")
+
+
+@torch.inference_mode()
+def generate(
+    decoder: "Decoder",
+    prompts: Sequence[Sequence[int]],
+    options: Options = Options(),
+    on_token: Callable[[int, int | None, str | None], None] | None = None,
+    on_phase: Callable[[str], None] | None = None,
+) -> Generated:
+    """New tokens for every prompt; called by all ranks with the same arguments.
+
+    `on_token(prompt, token, reason)`: a token, as soon as it is known, or None with the reason why a prompt has ended.
+    """
+    check(prompts, None, options.positions)
+    world, batch = decoder.world, len(prompts)
+    done = Generated([[] for _ in prompts], [""] * batch)
+    if options.most < 1:
+        done.reasons = ["length"] * batch
+        return done
+    device = next(iter(decoder.parameters())).device
+    longest, spent = max(map(len, prompts)), world.seconds
+    most = options.most if options.positions is None else min(options.most, options.positions - min(map(len, prompts)))
+    cache = decoder.new_cache(batch, longest + most)
+    done.cache = _bytes(cache)
+
+    def phase(name: str) -> None:
+        world.phase = name
+        if on_phase is not None:
+            on_phase(name)
+
+    def take(logits: torch.Tensor) -> list[int]:
+        """One more token for every prompt that has not ended: [batch, vocab] → what each goes on with."""
+        chosen = []
+        for number, tokens in enumerate(done.tokens):
+            if done.reasons[number]:
+                chosen.append(0)
+                continue
+            token = options.sampling.choose(logits[number], number, len(tokens))
+            chosen.append(token)
+            done.chosen += 1
+            reason = None
+            if token in options.stop:
+                reason = "stop"
+            else:
+                tokens.append(token)
+                if on_token is not None:
+                    on_token(number, token, None)
+                if len(tokens) == options.most or (
+                    options.positions is not None and len(prompts[number]) + len(tokens) >= options.positions
+                ):
+                    reason = "length"
+            if reason is not None:
+                done.reasons[number] = reason
+                if on_token is not None:
+                    on_token(number, None, reason)
+        return chosen
+
+    phase("prefill")
+    began = time.perf_counter()
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    positions = torch.tensor([[-1] * (longest - len(prompt)) + list(range(len(prompt))) for prompt in prompts], device=device)
+    part = max(1, _LOGITS // (batch * options_vocabulary(decoder)))
+    for at in range(0, longest, part):
+        last = at + part >= longest
+        logits = decoder(ids[:, at : at + part], positions[:, at : at + part], cache, all_ranks=last)
+    chosen = take(logits[:, -1])
+    done.first = time.perf_counter() - began
+
+    phase("decode")
+    done.chosen = 0
+    began = time.perf_counter()
+    while not all(done.reasons):
+        lengths = [
+            -1 if reason else len(prompt) + len(tokens) - 1
+            for prompt, tokens, reason in zip(prompts, done.tokens, done.reasons, strict=True)
+        ]
+        logits = decoder(torch.tensor(chosen, device=device)[:, None], torch.tensor(lengths, device=device)[:, None], cache, all_ranks=True)
+        chosen = take(logits[:, -1])
+        done.steps += 1
+    done.decoding = time.perf_counter() - began
+    done.exchanging = world.seconds - spent
+    return done
+
+
+def options_vocabulary(decoder: "Decoder") -> int:
+    """Columns of the logits."""
+    return int(decoder.model.sizes["vocab"])
+
+
+def _bytes(cache: object) -> int:
+    """Bytes of the distinct tensors of a cache."""
+    seen: dict[int, int] = {}
+
+    def look(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, list | tuple):
+            for part in value:
+                look(part)
+        elif isinstance(value, dict):
+            for part in value.values():
+                look(part)
+        elif hasattr(value, "__dict__"):
+            for part in vars(value).values():
+                look(part)
+
+    look(cache)
+    return sum(seen.values())

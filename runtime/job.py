@@ -1,0 +1,442 @@
+"""A job of `reshard generate`: what every rank does, from prompts to text, and the account of it that rank 0 gives.
+
+The only module that knows text, ranks and models at once. stdout carries the text, or one JSON object; stderr the account.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reshard.errors import ReshardError
+from reshard.mesh import Mesh
+from reshard.units import binary, decimal
+
+from .launch import Tell
+from .text import Stream, Tokenizer, generation_config, stop_tokens
+
+if TYPE_CHECKING:
+    from .generate import Generated
+    from .model import Decoder
+    from .parallel import World
+
+_READ = 256 << 20  # bytes that each rank reads at most, to learn how fast the machine is
+_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for. A prompt is text, or a list of token ids, or a list of messages; None: rank 0 reads `file` first."""
+
+    out: Path
+    prompts: tuple[Any, ...] | None
+    file: str | None = None
+    mesh: Mesh | None = None
+    most: int = 128
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    chat: bool | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    verify: str | None = None
+    timeout: float = 60.0
+    as_json: bool = False
+    quiet: bool = False
+    began: float = 0.0  # time.monotonic()
+
+    def ready(self) -> "Job":
+        """With the prompts read."""
+        return self if self.prompts is not None else replace(self, prompts=read_prompts(self.file or "-"))
+
+
+def read_prompts(file: str) -> tuple[Any, ...]:
+    """A prompt per line of a file, or of stdin for `-`.
+
+    A line that begins with `{` is JSON: {"prompt": …}, {"tokens": […]} or {"messages": […]}.
+    """
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReshardError(f"{file}: cannot be read: {error.strerror}", "give a file of prompts, one per line") from None
+    except UnicodeDecodeError as error:
+        raise ReshardError(f"{file}: is no text in UTF-8: {error.reason} at byte {error.start}") from None
+    found: list[Any] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.startswith("{"):
+            found.append(line)
+            continue
+        try:
+            data = json.loads(line)
+            found.append(data["prompt"] if "prompt" in data else data["tokens"] if "tokens" in data else data["messages"])
+        except (ValueError, KeyError):
+            raise ReshardError(f"{file}: line {number} is not understood", 'a JSON line has "prompt", "tokens" or "messages"') from None
+    if not found:
+        raise ReshardError(f"{file}: has no prompt", "one per line is needed")
+    return tuple(found)
+
+
+def ranks_wanted(job: Job) -> int:
+    """How many ranks a job on this machine has: as the mesh says, or the directory. Raises ReshardError where there is none."""
+    from reshard import hub, manifest
+
+    if not job.out.is_dir():
+        text = str(job.out)
+        if hub.is_id(text):
+            raise ReshardError(
+                f"{text}: there is no such directory, and a model on the Hub has to be converted first",
+                f"reshard convert {text} OUT --tp 2, then reshard generate OUT",
+            )
+        raise ReshardError(f"{text}: no such directory", "give a directory that `reshard convert` wrote, or a published checkpoint")
+    if any(not isinstance(prompt, list) or isinstance(prompt[0] if prompt else 0, dict) for prompt in job.prompts or ("",)):
+        Tokenizer(job.out)  # an error that need not wait
+    if job.mesh is not None:
+        return job.mesh.world
+    return manifest.load(job.out).mesh.world if manifest.present(job.out) else 1
+
+
+def start(job: Job) -> None:
+    """All ranks, on this machine; or this one rank, where torchrun started it."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        _torch()
+        one_rank(job, None, lambda _: None)
+        return
+    from .launch import launch
+
+    job = job.ready()
+    size = ranks_wanted(job)
+    _torch()
+    launch(size, lambda rank, tell: one_rank(job, size, tell), job.timeout)
+
+
+def _torch() -> None:
+    try:
+        import torch  # so that ranks find it imported when they are forked
+        import torch.distributed as distributed
+    except ImportError:
+        raise ReshardError("running a model needs PyTorch, which is not installed", "pip install 'reshard[runtime]'") from None
+
+
+def one_rank(job: Job, forked: int | None, tell: Tell) -> None:
+    """Everything that one rank does. `forked`: how many ranks there are, where they are forks of one process."""
+    import torch
+    from torch import distributed
+
+    from .parallel import Processes, World, alone
+
+    tell("start")
+    size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    device = _device(job.device, here)
+    world: World = alone()
+    if size > 1:
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", forked, job.timeout)
+        world = Processes(timeout=job.timeout)
+    try:
+        with world.failing():
+            _work(job, world, device, tell)
+    finally:
+        if size > 1:
+            with suppress(RuntimeError):
+                distributed.destroy_process_group()
+
+
+def _device(name: str, ranks: int) -> Any:
+    import torch
+
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ReshardError("--device cuda: PyTorch finds no GPU here", "--device cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if ranks > count:
+        raise ReshardError(f"--device cuda: {ranks} ranks on this machine, {count} GPUs", f"--tp {count} reshards on load")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def _join(backend: str, forked: int | None, timeout: float) -> None:
+    """Initialise torch.distributed."""
+    from datetime import timedelta
+
+    from torch import distributed
+
+    limit = timedelta(seconds=timeout)
+    try:
+        if forked is None:
+            distributed.init_process_group(backend, timeout=limit)
+            return
+        rank = int(os.environ["RANK"])
+        store = distributed.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
+    except RuntimeError as error:
+        from .parallel import Lost
+
+        raise Lost(
+            f"rank {os.environ['RANK']} cannot join the others: {str(error).splitlines()[0]}", "start all ranks at one time"
+        ) from None
+
+
+def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
+    import torch
+
+    from .generate import Options, check, generate
+    from .load import load_model
+    from .sampling import Sampling
+
+    said = generation_config(job.out)
+    sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed)
+    joined = time.monotonic()
+    talk = _Talk(job) if world.rank == 0 else None
+    prompts: list[list[int]] = _share(world, talk.encoded() if talk else None)
+    tell("load")
+    decoder = load_model(
+        job.out,
+        getattr(torch, job.dtype) if job.dtype else None,
+        device,
+        mesh=job.mesh,
+        world=world,
+        verify=job.verify,
+        timeout=job.timeout,
+    )
+    loaded = time.monotonic()
+    config = _config(job.out)
+    limit = decoder.spec.positions or next((int(config[key]) for key in _LIMITS if config.get(key)), None)
+    check(prompts, decoder.model.sizes["vocab"], limit)
+    options = Options(job.most, sampling, stop_tokens(said, config), limit)
+    try:
+        done = generate(decoder, prompts, options, talk.token if talk else None, tell)
+    except ReshardError:
+        if talk is not None:
+            talk.stop()
+        raise
+    ended = time.monotonic()
+    tell("report")
+    times = {
+        "start": joined - job.began,
+        "load": loaded - joined,
+        "first_token": done.first,
+        "decode": done.decoding,
+        "total": ended - job.began,
+    }
+    about = _account(decoder, world, done, prompts, times)
+    if talk is not None:
+        talk.end(prompts, done, sampling, about)
+
+
+def _config(root: Path) -> dict[str, Any]:
+    """config.json with what `text_config` has laid over it."""
+    from reshard.checkpoint import read_json
+
+    found = read_json(root / "config.json")
+    return found | (found.get("text_config") or {})
+
+
+def _share(world: "World", value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    import torch
+
+    if world.size == 1:
+        return value
+    data = bytearray(json.dumps(value).encode() if world.rank == 0 else b"")
+    ranks, rest = range(world.size), [0] * (world.size - 1)
+    length = int(world.all_gather(torch.tensor([len(data)]), ranks, [1] * world.size, 0, "prompts")[0])
+    mine = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return json.loads(bytes(world.all_gather(mine, ranks, [length, *rest], 0, "prompts").tolist()))
+
+
+class _Talk:
+    """What rank 0 says: prompts in, text out as it comes. The first text that has not ended is shown live, the next ones wait."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job.ready()
+        self.prompts: Sequence[Any] = self.job.prompts or ()
+        self.live, self.waiting = 0, [""] * len(self.prompts)
+        self.over = [False] * len(self.prompts)
+        self._tokenizer: Tokenizer | None = None
+        with suppress(ReshardError):
+            self._tokenizer = Tokenizer(job.out)
+        self._streams = [Stream(self._tokenizer) if self._tokenizer else None for _ in self.prompts]
+        template = self._tokenizer is not None and self._tokenizer.template is not None
+        self.chat = template if job.chat is None else job.chat
+        self._shown = False
+
+    def encoded(self) -> list[list[int]]:
+        """The token ids of every prompt."""
+        found = []
+        for number, prompt in enumerate(self.prompts):
+            if isinstance(prompt, list) and not any(isinstance(part, dict) for part in prompt):
+                found.append([int(token) for token in prompt])
+                continue
+            tokenizer = self._tokenizer or Tokenizer(self.job.out)  # which says why there is none
+            if isinstance(prompt, list):
+                found.append(tokenizer.chat(prompt))
+            elif self.chat:
+                found.append(tokenizer.chat([{"role": "user", "content": prompt}]))
+            else:
+                found.append(tokenizer.encode(prompt))
+                self.waiting[number] = prompt  # a text is shown from its beginning
+        return found
+
+    def token(self, prompt: int, token: int | None, reason: str | None) -> None:
+        if self.job.as_json:
+            return
+        stream = self._streams[prompt]
+        if token is None:
+            self.over[prompt] = True
+            self.waiting[prompt] += stream.end() if stream else ""
+        else:
+            self.waiting[prompt] += stream.put(token) if stream else f"{token} "
+        self._show()
+
+    def _show(self) -> None:
+        while self.live < len(self.prompts):
+            if not self._shown and len(self.prompts) > 1:
+                print(f"--- {self.live + 1}", flush=True)
+            self._shown = True
+            text, self.waiting[self.live] = self.waiting[self.live], ""
+            sys.stdout.write(text)
+            if not self.over[self.live]:
+                break
+            sys.stdout.write("\n")
+            self.live, self._shown = self.live + 1, False
+        sys.stdout.flush()
+
+    def stop(self) -> None:
+        """What was shown is all that there will be: what is said next begins a line."""
+        if self._shown:
+            with suppress(OSError):
+                print(flush=True)
+
+    def end(self, prompts: Sequence[Sequence[int]], done: "Generated", sampling: Any, about: dict[str, Any]) -> None:
+        if self.job.as_json:
+            texts = [
+                {
+                    "prompt": prompt if isinstance(prompt, str) else None,
+                    "prompt_tokens": ids,
+                    "text": self._tokenizer.decode(tokens) if self._tokenizer else None,
+                    "tokens": tokens,
+                    "finish": reason,
+                }
+                for prompt, ids, tokens, reason in zip(self.prompts, prompts, done.tokens, done.reasons, strict=True)
+            ]
+            drawn = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p", "seed")}
+            print(
+                json.dumps({"model": str(self.job.out), "texts": texts, "sampling": drawn} | about, indent=1, ensure_ascii=False),
+                flush=True,
+            )
+        elif not self.job.quiet:
+            print("\n" + "\n".join(_lines(about)), file=sys.stderr, flush=True)
+
+
+# --- the account -----------------------------------------------------------------------------------------------------------------
+
+
+def _account(
+    decoder: "Decoder", world: "World", done: "Generated", prompts: Sequence[Sequence[int]], times: dict[str, float]
+) -> dict[str, Any]:
+    """Rates, memory, and what the machine can do, over all ranks; called by all of them."""
+    import torch
+
+    tensors = list({parameter.data_ptr(): parameter for parameter in decoder.parameters()}.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mine = [sum(t.nbytes for t in tensors), done.cache, touched(decoder, len(prompts)), peak, done.exchanging, *_reading(tensors, world)]
+    every = world.all_gather(torch.tensor([mine], dtype=torch.float64), range(world.size), [1] * world.size, 0, "account").tolist()
+    weights, caches, per_step, peaks, exchanging, read, seconds = (list(column) for column in zip(*every, strict=True))
+    machine = sum(read) / max(*seconds, 1e-9) if any(seconds) else None
+    rate = done.steps / done.decoding if done.steps else None
+    spent = done.first + done.decoding
+    return {
+        "mesh": str(decoder.layout.mesh),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "device": str(tensors[0].device.type),
+        "seconds": {name: round(value, 6) for name, value in times.items()},
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": sum(map(len, done.tokens)),
+        "tokens_per_second": done.rate,
+        "steps": done.steps,
+        "bytes_per_step": int(sum(per_step)),
+        "bandwidth": rate and sum(per_step) * rate,
+        "machine_bandwidth": machine,
+        "share_of_machine": rate and machine and sum(per_step) * rate / machine,
+        "share_in_collectives": max(exchanging) / spent if spent else 0.0,
+        "memory": {"weights": list(map(int, weights)), "cache": list(map(int, caches)), "peak": list(map(int, peaks))},
+        "balance": max(weights) / (sum(weights) / len(weights)),
+    }
+
+
+def touched(decoder: "Decoder", batch: int) -> int:
+    """Bytes of this rank's weights that one step reads: all, but a row per text of the embedding, and the experts that can be chosen."""
+    state = dict(decoder.named_parameters())
+    sizes, total = decoder.model.sizes, 0.0
+    routing = decoder.spec.routing
+    for name, tensor in state.items():
+        share = 1.0
+        if name in ("embed", "pos_embed") and (name != "embed" or "head" in state or "head" not in decoder.model.alias):
+            share = min(1.0, batch / max(1, tensor.shape[0]))
+        elif ".moe." in name and tensor.dim() == 3 and routing is not None:
+            share = min(1.0, batch * routing.top / sizes["experts"])
+        total += tensor.nbytes * share
+    return int(total)
+
+
+def _reading(tensors: Sequence[Any], world: "World") -> tuple[float, float]:
+    """Bytes that this rank read of its weights while all others did so too, and the seconds that it took."""
+    import torch
+
+    parts, left = [], _READ
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)[: left // tensor.element_size()] if tensor.is_contiguous() else None
+        if flat is not None and flat.nbytes >= 4096:
+            flat = flat[: flat.numel() // 8 * 8].view(torch.int64)
+            parts.append(flat)
+            left -= flat.nbytes
+    if not parts:
+        return 0.0, 0.0
+    world.meet("measuring the machine")
+    synchronize = torch.cuda.synchronize if parts[0].is_cuda else lambda: None
+    synchronize()
+    size, read, began = sum(part.nbytes for part in parts), 0, time.perf_counter()
+    while read == 0 or time.perf_counter() - began < 0.05:
+        for part in parts:
+            part.sum()
+        read += size
+    synchronize()
+    return float(read), time.perf_counter() - began
+
+
+def _lines(about: dict[str, Any]) -> list[str]:
+    """The account, for people."""
+    seconds, memory = about["seconds"], about["memory"]
+    ranks = f"{about['ranks']} process{'es' if about['ranks'] > 1 else ''} on {about['device']}"
+    lines = [
+        f"job          {about['mesh']}: {ranks}, {about['threads']} thread{'s' if about['threads'] > 1 else ''} each",
+        f"start        {seconds['start']:.2f} s, load {seconds['load']:.2f} s",
+        f"first token  {seconds['first_token'] * 1000:.1f} ms for {about['prompt_tokens']} tokens of prompts",
+    ]
+    if about["tokens_per_second"]:
+        lines.append(f"decode       {about['tokens_per_second']:,.1f} tokens/s ({about['new_tokens']} tokens, {about['steps']} steps)")
+        machine = ""
+        if about["machine_bandwidth"]:
+            machine = f", {about['share_of_machine']:.0%} of the {decimal(int(about['machine_bandwidth']))}/s that these ranks can read"
+        lines.append(f"bandwidth    {decimal(int(about['bandwidth']))}/s of weights{machine}")
+    lines.append(f"collectives  {about['share_in_collectives']:.0%} of the time")
+    kinds = [f"{name} {_folded(memory[name])}" for name in ("weights", "cache", "peak")]
+    lines.append(f"memory       {', '.join(kinds)} per rank; balance {about['balance']:.3f} (largest over mean)")
+    return lines
+
+
+def _folded(sizes: Sequence[int]) -> str:
+    low, high = binary(min(sizes)), binary(max(sizes))
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,197 @@
+"""Launching: one process per rank on this machine, watched until all have ended. Knows nothing about models.
+
+torch is imported once and the ranks are forked, so that N ranks start as quickly as one, and so that nothing that lies in the user's
+current folder is imported in its place. The parent computes nothing and keeps no thread. Whatever happens, no rank outlives it.
+"""
+
+import atexit
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from mmap import mmap
+from typing import Any
+
+from reshard.errors import PlaceError, ReshardError
+
+Tell = Callable[[str], None]
+Work = Callable[[int, Tell], None]
+
+PHASES = ("start", "load", "prefill", "decode", "report", "end")
+_DEATH_SIGNAL = 1  # prctl: the signal that a process gets when its parent is gone
+_REPORT = 4000  # bytes
+_GRACE = 5.0  # seconds in which the others may say what they know of a rank that is lost
+GONE = 141  # exit code: whoever read stdout has gone away
+
+
+@dataclass
+class _Child:
+    """A rank's process: where its last words come from, and how it ended."""
+
+    rank: int
+    pid: int
+    pipe: int
+    words: bytes = b""
+    code: int | None = None
+    said: dict[str, Any] = field(default_factory=dict)
+
+
+def launch(size: int, work: Work, timeout: float) -> None:
+    """Run `work(rank, tell)` in a process per rank; in these RANK, WORLD_SIZE and MASTER_ADDR, MASTER_PORT are set as torchrun does it.
+
+    `tell` is told of each phase. Raises what the first rank to fail raised, or PlaceError for one that was killed, with its phase; the
+    others are ended then.
+    """
+    phases = mmap(-1, size)
+    children: list[_Child] = []
+    doors = os.pipe()  # the port goes through here, once there is one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        children.extend(_fork(rank, size, work, phases, doors) for rank in range(size))
+        os.close(doors[0])
+        store = _store(size, timeout) if size > 1 else None
+        with suppress(BrokenPipeError):
+            os.write(doors[1], (store.port if store else 0).to_bytes(8, "little") * size)
+        os.close(doors[1])
+        _watch(children)
+    finally:
+        for child in children:
+            if child.code is None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+                _reap(child)
+            os.close(child.pipe)
+    _judge(children, [PHASES[number] for number in phases[:]])
+
+
+def _store(size: int, timeout: float) -> Any:
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+
+
+def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]) -> _Child:
+    reading, writing = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid:
+        os.close(writing)
+        return _Child(rank, pid, reading)
+    code = 70
+    try:
+        os.close(reading)
+        os.close(doors[1])
+        _follow(parent)
+        code = _run(rank, size, work, phases, doors[0], writing)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _follow(parent: int) -> None:
+    """Die with the parent, leave Ctrl-C to it, and forget what it would do at its end."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    atexit._clear()
+
+
+def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int) -> int:
+    """The life of one rank; its exit code. Its last words, if it fails, go into the pipe."""
+    from .parallel import Lost
+
+    def tell(phase: str) -> None:
+        phases[rank] = PHASES.index(phase)
+
+    def say(**words: Any) -> int:
+        line = json.dumps({"time": time.monotonic()} | words).encode()
+        os.write(report, line if len(line) <= _REPORT else json.dumps({"time": 0.0, "message": str(words["message"])[:500]}).encode())
+        return int(words["code"])
+
+    port = int.from_bytes(os.read(door, 8), "little")
+    os.close(door)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the name of this machine resolves to
+    if rank:
+        os.dup2(2, 1)  # stdout is rank 0's
+    code = 0
+    try:
+        work(rank, tell)
+        sys.stdout.flush()
+        tell("end")
+    except BrokenPipeError:
+        code = GONE
+    except ReshardError as error:
+        code = say(message=error.message, hint=error.hint, code=error.exit_code, lost=isinstance(error, Lost))
+    except BaseException as error:
+        if not isinstance(error, MemoryError):
+            traceback.print_exc()
+        words = f"rank {rank} failed in {PHASES[phases[rank]]}: {type(error).__name__}: {error}"
+        code = say(message=words, hint=None, code=3, lost=False)
+    threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    if not threads:
+        atexit._run_exitfuncs()
+    sys.stderr.flush()
+    return code
+
+
+def _watch(children: list[_Child]) -> None:
+    """Wait until all have ended; when one fails, the others have a moment to say why."""
+    deadline: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.pipe, selectors.EVENT_READ, child)
+        while selector.get_map():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            for key, _ in selector.select(left):
+                child = key.data
+                if data := os.read(child.pipe, 65536):
+                    child.words += data
+                    continue
+                selector.unregister(child.pipe)
+                _reap(child)
+                if child.code:
+                    deadline = min(deadline or float("inf"), time.monotonic() + (0 if child.code == GONE else _GRACE))
+
+
+def _reap(child: _Child) -> None:
+    with suppress(ChildProcessError):
+        child.code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+    with suppress(ValueError):
+        child.said = json.loads(child.words)
+
+
+def _judge(children: list[_Child], phases: list[str]) -> None:
+    """Raise what the job died of: a rank's own error, else what the others say of one, else what its end looked like."""
+    if any(child.code == GONE for child in children):
+        raise BrokenPipeError
+    said = sorted((child.said for child in children if child.said), key=lambda words: words["time"])
+    for words in [*(words for words in said if not words.get("lost")), *said]:
+        error: type[ReshardError] = PlaceError if words.get("code", 3) == 3 else ReshardError
+        raised = error(words["message"], words.get("hint"))
+        raised.exit_code = words.get("code", 3)
+        raise raised
+    for child in children:
+        if child.code:
+            how = f"was ended by {signal.Signals(-child.code).name}" if child.code < 0 else f"ended with code {child.code}"
+            hint = "the kernel ends processes so where memory runs out" if child.code == -signal.SIGKILL else None
+            raise PlaceError(f"rank {child.rank} {how} in {phases[child.rank]}", hint)
