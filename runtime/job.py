@@ -120,11 +120,13 @@ def start(job: Job) -> None:
 
 
 def _torch() -> None:
+    """Import it, so that ranks which are forked need not. Raises ReshardError where it is missing."""
     try:
-        import torch  # so that ranks find it imported when they are forked
-        import torch.distributed as distributed
+        import torch.distributed
     except ImportError:
         raise ReshardError("running a model needs PyTorch, which is not installed", "pip install 'reshard[runtime]'") from None
+    if not torch.distributed.is_available():
+        raise ReshardError("this PyTorch was built without torch.distributed", "pip install 'reshard[runtime]'")
 
 
 def one_rank(job: Job, forked: int | None, tell: Tell) -> None:
