@@ -25,7 +25,7 @@ class Weights:
         return self.tensors.get(name)
 
     def matrix(self, name: str, dtype: torch.dtype, runs: Sequence[int] = (), expert: int | None = None) -> Tensor:
-        """A matrix ready to multiply: FP8 blocks are dequantized. `runs`: rows of the parts that it is fused of, each in blocks of its own."""
+        """A matrix ready to multiply: FP8 blocks are dequantized. `runs`: rows of its fused parts, each in blocks of its own."""
         weight, scale = self.tensors[name], self.tensors.get(f"{name}_scale")
         if expert is not None:
             weight, scale = weight[expert], None if scale is None else scale[expert]
