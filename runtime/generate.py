@@ -18,6 +18,7 @@ from reshard.errors import ReshardError
 from .sampling import Sampling
 
 if TYPE_CHECKING:
+    from .cache import Cache
     from .model import Decoder
 
 _LOGITS = 1 << 26  # elements: longer prompts go through in parts, so that their logits do not take more
@@ -95,7 +96,6 @@ def generate(
     longest, spent = max(map(len, prompts)), world.seconds
     most = options.most if options.positions is None else min(options.most, options.positions - min(map(len, prompts)))
     cache = decoder.new_cache(batch, longest + most)
-    done.cache = _bytes(cache)
 
     def phase(name: str) -> None:
         world.phase = name
@@ -133,7 +133,7 @@ def generate(
     began = time.perf_counter()
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     positions = torch.tensor([[-1] * (longest - len(prompt)) + list(range(len(prompt))) for prompt in prompts], device=device)
-    part = max(1, _LOGITS // (batch * options_vocabulary(decoder)))
+    part = max(1, _LOGITS // (batch * decoder.model.sizes["vocab"]))
     for at in range(0, longest, part):
         last = at + part >= longest
         logits = decoder(ids[:, at : at + part], positions[:, at : at + part], cache, all_ranks=last)
@@ -153,31 +153,9 @@ def generate(
         done.steps += 1
     done.decoding = time.perf_counter() - began
     done.exchanging = world.seconds - spent
+    done.cache = _bytes(cache)
     return done
 
 
-def options_vocabulary(decoder: "Decoder") -> int:
-    """Columns of the logits."""
-    return int(decoder.model.sizes["vocab"])
-
-
-def _bytes(cache: object) -> int:
-    """Bytes of the distinct tensors of a cache."""
-    seen: dict[int, int] = {}
-
-    def look(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, list | tuple):
-            for part in value:
-                look(part)
-        elif isinstance(value, dict):
-            for part in value.values():
-                look(part)
-        elif hasattr(value, "__dict__"):
-            for part in vars(value).values():
-                look(part)
-
-    look(cache)
-    return sum(seen.values())
+def _bytes(cache: "Cache") -> int:
+    return sum(part.nbytes for kept in cache.kept.values() for part in kept)

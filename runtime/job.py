@@ -138,7 +138,7 @@ def one_rank(job: Job, forked: int | None, tell: Tell) -> None:
 
     tell("start")
     size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, len(os.sched_getaffinity(0)) // here))
     device = _device(job.device, here)
     world: World = alone()
     if size > 1:
