@@ -17,9 +17,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,6 +94,8 @@ class Lifeline:
         self.verdict: str | None = None
         self.taken = False
         self.inside: float | None = None  # since when the main thread is in a collective
+        self.store, self.job = store, job
+        self.numbers: defaultdict[object, Iterator[int]] = defaultdict(count)  # of what was made of some ranks
         self.steps = 0  # counted by the main thread while it gets on
         self._facts: Facts = {"phase": "start", "at": None, "met": 0}
         self._changed = threading.Condition()
@@ -107,6 +111,10 @@ class Lifeline:
         sys.excepthook = self._uncaught
 
     # What the main thread does.
+
+    def near(self, ranks: Sequence[int]) -> bool:
+        """Whether all of these are on this machine."""
+        return all(self.peers[rank].process >= 0 for rank in ranks if rank != self.rank)
 
     def say(self, **facts: Any) -> None:
         """Tell the others at once."""
@@ -127,7 +135,7 @@ class Lifeline:
     def meet(self, what: str) -> str | None:
         """Wait until every rank has come as often as this one, as long as those that have not get on; else the verdict."""
         turn = self._facts["met"] + 1
-        self.say(met=turn, at=f"meeting: {what}")
+        self.say(met=turn, at=[f"meet: {what}", turn])
         moved: dict[int, tuple[Any, float]] = dict.fromkeys(self.peers, (-1, time.monotonic()))
         with self._changed:
             while self.verdict is None:
@@ -151,9 +159,9 @@ class Lifeline:
         self.taken = True
         return self.verdict
 
-    def enter(self, what: str) -> None:
-        """The main thread goes into a collective."""
-        self._facts["at"] = what
+    def enter(self, what: str, turn: int) -> None:
+        """The main thread goes into a collective, the `turn`-th of its ranks."""
+        self._facts["at"] = [what, turn]
         self.inside = time.monotonic()
 
     def leave(self) -> None:
@@ -166,9 +174,9 @@ class Lifeline:
             self.taken = True
         return self.verdict
 
-    def why(self, ranks: Sequence[int], what: str, error: BaseException | None) -> str:
+    def why(self, ranks: Sequence[int], what: str, turn: int, error: BaseException | None) -> str:
         """Why a collective of `ranks` failed: the verdict, once it is known, or what the others say that they are doing."""
-        self.say(at=what, broken=True)
+        self.say(at=[what, turn], broken=True)
         waits = time.monotonic() + min(1.0, self.timeout * SHARE)
         others = [peer for peer in self.peers.values() if peer.rank in ranks]
         with self._changed:
@@ -177,19 +185,20 @@ class Lifeline:
                     break
                 self._changed.wait(left)
         if self.verdict is None:
-            self._settle(self._guess(others, what, error))
+            self._settle(self._guess(others, what, turn, error))
         self.taken = True
         return str(self.verdict)
 
-    def _guess(self, others: Sequence[Peer], what: str, error: BaseException | None) -> str:
+    def _guess(self, others: Sequence[Peer], what: str, turn: int, error: BaseException | None) -> str:
         from .parallel import differing
 
         phase = self._facts["phase"]
         for peer in others:
             if peer.gone or peer.said.get("done"):
                 return f"rank {peer.rank} ended in {peer.phase}, it was expected at: {what}"
-        at = {self.rank: what} | {peer.rank: str(peer.said["at"]) for peer in others if peer.said.get("at")}
-        if (odd := differing(at)) is not None:
+        at = {self.rank: (what, turn)} | {peer.rank: tuple(peer.said["at"]) for peer in others if peer.said.get("at")}
+        turns = len({number for _, number in at.values()}) > 1
+        if (odd := differing({rank: f"{text} as exchange {number}" if turns else text for rank, (text, number) in at.items()})) is not None:
             return f"rank {odd[0]} diverged in {phase}: {odd[1]}"
         for peer in others:
             if peer.rank not in at:

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from reshard.errors import PlaceError
 
+from .lifeline import WAIT, lifeline
+from .shared import ROOM, Exchange, Sent, Shared, shared
+
 if TYPE_CHECKING:
     from reshard.mesh import Mesh
 
@@ -29,10 +32,8 @@ Ranks = tuple[int, ...]
 Shape = Sequence[int]
 
 _FACT = 96  # bytes of a text on which ranks agree
-_HEAD = 16  # bytes before what is exchanged: what it is; as many as keep the rest aligned
-# Bytes that every message of a process has, so that what is larger goes in a second one, when the ranks know that they mean the same: gloo
-# aborts a process that is sent more than it expects. Up to here the size of a message costs next to nothing.
-_FRAME = 16 << 10
+_HEAD = 16  # bytes before a message: what it is and which
+_KINDS = 256  # kinds of exchange whose views are kept
 
 
 class Lost(PlaceError):
@@ -83,8 +84,8 @@ class World(ABC):
         """The sum of the ranks' tensors, in float32 on the way where they have 16 bits; `x` itself where the rank is alone."""
         if len(ranks) == 1:
             return x
-        wide = x.float() if x.is_floating_point() and x.element_size() < 4 else x
-        first, second, *rest = self._exchange(wide, ranks, label, "sum")
+        wide = torch.float32 if x.is_floating_point() and x.element_size() < 4 else x.dtype
+        first, second, *rest = self._exchange(x, wide, ranks, label, "sum")
         total = first + second
         for part in rest:
             total += part
@@ -96,7 +97,7 @@ class World(ABC):
             return x
         dim %= x.dim()
         shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-        return torch.cat(self._exchange(x, ranks, label, "gather", shapes), dim)
+        return torch.cat(self._exchange(x, x.dtype, ranks, label, "gather", shapes), dim)
 
     def send(self, x: Tensor, to: int, label: str = "send") -> None:
         """Give a tensor to a rank that receives it; returns when it is under way."""
@@ -116,7 +117,7 @@ class World(ABC):
         for row, value in zip(mine, facts.values(), strict=True):
             data = value.encode()[:_FACT]
             row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
-        parts = self._gathered(mine, tuple(range(self.size)), [mine.shape] * self.size, f"agree on {', '.join(facts)}")
+        parts = self._gathered(mine, mine.dtype, tuple(range(self.size)), [mine.shape] * self.size, f"agree on {', '.join(facts)}")
         for at, fact in enumerate(facts):
             said = [bytes(part[at].tolist()).rstrip(b"\0").decode(errors="replace") for part in parts]
             usual = max(said, key=said.count)  # the first of the most frequent: of two ranks, rank 0 is right
@@ -139,9 +140,11 @@ class World(ABC):
             self.fail(error)
             raise
 
-    def _exchange(self, x: Tensor, ranks: Sequence[int], label: str, kind: str, shapes: Sequence[Shape] | None = None) -> list[Tensor]:
+    def _exchange(
+        self, x: Tensor, dtype: torch.dtype, ranks: Sequence[int], label: str, kind: str, shapes: Sequence[Shape] | None = None
+    ) -> list[Tensor]:
         with self._timed(label):
-            return self._gathered(x, tuple(ranks), shapes or [x.shape] * len(ranks), f"{kind} {label}")
+            return self._gathered(x, dtype, tuple(ranks), shapes or [x.shape] * len(ranks), f"{kind} {label}")
 
     @contextmanager
     def _timed(self, label: str) -> Iterator[None]:
@@ -165,8 +168,8 @@ class World(ABC):
         """Tell the others that this rank cannot go on."""
 
     @abstractmethod
-    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
-        """Every given rank's tensor, in the order of the ranks; called by all of them."""
+    def _gathered(self, x: Tensor, dtype: torch.dtype, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
+        """Every given rank's tensor as `dtype`, in the order of the ranks; called by all of them. Good until the next exchange."""
 
     @abstractmethod
     def _send(self, x: Tensor, to: int) -> None: ...
@@ -218,7 +221,7 @@ class Threads(World):
         self._turns: Counter[tuple[object, ...]] = Counter()
 
     def _meet(self, what: str) -> None:
-        self._gathered(torch.empty(0), tuple(range(self.size)), [(0,)] * self.size, what)
+        self._gathered(torch.empty(0), torch.float32, tuple(range(self.size)), [(0,)] * self.size, what)
 
     def check(self) -> None:
         if (failure := self._board.failure) is not None:
@@ -227,10 +230,11 @@ class Threads(World):
     def fail(self, error: BaseException) -> None:
         self._board.end(self.rank, self.phase, error)
 
-    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
+    def _gathered(self, x: Tensor, dtype: torch.dtype, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
         turn = self._turns[ranks]
         self._turns[ranks] += 1
-        mine = _text(what, () if _uneven(shapes) else x.shape, x.dtype)
+        x = x.to(dtype)
+        mine = _text(what, () if _uneven(shapes) else x.shape, dtype)
         self._put((ranks, turn), ranks, mine, x)
         parts = self._take((ranks, turn), ranks, len(ranks), mine)
         self._compare(ranks, [text for text, _ in parts])
@@ -347,12 +351,12 @@ class Processes(World):
     def __init__(self, groups: Sequence[Sequence[int]] = (), timeout: float = 60.0) -> None:
         from torch import distributed
 
-        from .lifeline import lifeline
-
         super().__init__(distributed.get_rank(), distributed.get_world_size())
         self._dist: Any = distributed
         self._timeout = timeout
         self._groups: dict[Ranks, Any] = {}
+        self._frames: dict[Ranks, Sent | Shared] = {}
+        self._kinds: dict[Any, tuple[Exchange | None, str, int]] = {}
         self._turns: defaultdict[object, int] = defaultdict(int)
         self._life = lifeline(self.rank, self.size, timeout)
         for ranks in sorted({tuple(ranks) for ranks in groups if len(ranks) > 1 and self.rank in ranks}):
@@ -374,95 +378,119 @@ class Processes(World):
     def _announce(self, phase: str) -> None:
         self._life.say(phase=phase)
 
-    def _group(self, ranks: Ranks) -> Any:
-        """The process group of some ranks; made by these alone, in the order in which they need it."""
-        if ranks not in self._groups:
-            from .lifeline import WAIT
+    def _group(self, ranks: Ranks) -> "Sent | Shared":
+        """The frames of some ranks, and their process group; made by these alone, in the order in which they need it."""
+        if ranks not in self._frames:
+            wait, me = self._timeout * WAIT, ranks.index(self.rank)
+            group = self._dist.new_group(list(ranks), timeout=timedelta(seconds=wait), use_local_synchronization=True)
+            found: Sent | Shared | None = None
+            if group.name() == "gloo" and self._life.near(ranks):
+                name = f"reshard/frames/{self._life.job}/{next(self._life.numbers[ranks])}/{ranks}"
+                found = shared(self._life.store, name, group, me, len(ranks), wait, self._look)
+            self._groups[ranks], self._frames[ranks] = group, found or Sent(group, me, len(ranks))
+        return self._frames[ranks]
 
-            limit = timedelta(seconds=self._timeout * WAIT)
-            self._groups[ranks] = self._dist.new_group(list(ranks), timeout=limit, use_local_synchronization=True)
-        return self._groups[ranks]
+    def _look(self) -> None:
+        if self._life.verdict is not None:
+            raise RuntimeError("the job is lost")
 
     @contextmanager
-    def _inside(self, ranks: Ranks, text: str) -> Iterator[None]:
+    def _inside(self, ranks: Ranks, text: str, turn: int = 0) -> Iterator[None]:
         """A collective, watched: where it fails, or the job is lost anyway, Lost says whose fault it is."""
         self.check()
-        self._life.enter(text)
+        self._life.enter(text, turn)
         try:
             yield
         except RuntimeError as error:
-            raise Lost(self._life.why(ranks, text, error)) from error
+            raise Lost(self._life.why(ranks, text, turn, error)) from error
         finally:
             self._life.leave()
 
-    def _gathered(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
-        sizes = [torch.Size(shape).numel() * x.element_size() for shape in shapes]
-        text = self._turn(ranks, _text(what, () if _uneven(shapes) else x.shape, x.dtype))
-        room, at = max(sizes), 0
-        with self._inside(ranks, text):
-            group = self._group(ranks)
-            if x.device.type != "cpu":  # NCCL: looking at what came would cost more than the exchange
-                every = _gather(group, _packed(x, room), len(ranks))
-            else:
-                small = _HEAD + room <= _FRAME
-                every = _gather(group, _packed(x if small else None, _FRAME, _head(text)), len(ranks))
-                heads = every[:, :8].contiguous().view(torch.int64).flatten().tolist()
-                if heads.count(heads[0]) != len(heads):
+    def _gathered(self, x: Tensor, dtype: torch.dtype, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
+        if x.device.type != "cpu":
+            return self._gathered_elsewhere(x.to(dtype), ranks, shapes, what)
+        kind = (ranks, what, dtype, tuple(map(tuple, shapes)))
+        exchange, text, code = self._kinds.get(kind) or self._kind(kind)
+        turn = self._turns[ranks] = self._turns[ranks] + 1
+        with self._inside(ranks, text, turn):
+            if x.shape != torch.Size(shapes[ranks.index(self.rank)]):
+                raise RuntimeError(f"rank {self.rank} brought {list(x.shape)}")
+            frames = self._frames[ranks]
+            if exchange is None:  # too large for a frame: once they know that they mean the same, the ranks exchange it apart
+                if not frames.swap(turn, code):
                     raise RuntimeError("the ranks brought different things")
-                if small:
-                    at = _HEAD
-                else:
-                    every = _gather(group, _packed(x, room), len(ranks))
-        return [part[at : at + size].view(x.dtype).view(torch.Size(shape)) for part, size, shape in zip(every, sizes, shapes, strict=True)]
+                return self._gathered_elsewhere(x.to(dtype), ranks, shapes, what)
+            parity = turn % frames.parities
+            exchange.mine[parity].copy_(x)
+            if not frames.swap(turn, code):
+                raise RuntimeError("the ranks brought different things")
+            return exchange.every[parity]
 
-    def _turn(self, key: object, text: str) -> str:
-        self._turns[key] += 1
-        return f"{text}, exchange {self._turns[key]} of {key}"
+    def _kind(self, kind: tuple[Ranks, str, torch.dtype, tuple[tuple[int, ...], ...]]) -> "tuple[Exchange | None, str, int]":
+        """The views of a kind of exchange that is new, its text, and a number that stands for that."""
+        ranks, what, dtype, shapes = kind
+        text = _text(what, () if _uneven(shapes) else shapes[0], dtype)
+        with self._inside(ranks, f"make the group of ranks {ranks}"):
+            frames = self._group(ranks)
+        small = max(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize <= frames.room
+        if len(self._kinds) >= _KINDS:
+            self._kinds.clear()
+        code = zlib.crc32(f"{text} {shapes}".encode())
+        found = self._kinds[kind] = (Exchange(frames, dtype, shapes) if small else None, text, code)
+        return found
+
+    def _gathered_elsewhere(self, x: Tensor, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
+        """What is large, or on a GPU (where looking at what came would cost more than the exchange): as bytes, all of the largest size."""
+        sizes = [torch.Size(shape).numel() * x.element_size() for shape in shapes]
+        mine = torch.empty(max(sizes), dtype=torch.uint8, device=x.device)
+        if x.numel():
+            mine[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        every = mine.new_empty(len(ranks), mine.numel())
+        if x.device.type == "cpu":
+            self._groups[ranks]._allgather_base(every.view(-1), mine).wait()
+        else:
+            with self._inside(ranks, _text(what, x.shape, x.dtype)):
+                self._group(ranks)
+                self._groups[ranks]._allgather_base(every.view(-1), mine).wait()
+        return [part[:size].view(x.dtype).view(torch.Size(shape)) for part, size, shape in zip(every, sizes, shapes, strict=True)]
 
     def _send(self, x: Tensor, to: int) -> None:
-        text = self._turn((self.rank, to), _text("pass", x.shape, x.dtype))
-        with self._inside((self.rank, to), text):
-            group, small = self._group(tuple(range(self.size))), _HEAD + x.nbytes <= _FRAME
+        text, turn = _text("pass", x.shape, x.dtype), self._next(self.rank, to)
+        with self._inside((self.rank, to), text, turn):
+            group, small = self._all(), _HEAD + x.nbytes <= ROOM
             if x.device.type == "cpu":
-                self._dist.send(_packed(x if small else None, _FRAME, _head(text)), to, group=group)
+                frame = torch.empty(ROOM, dtype=torch.uint8)
+                frame[:_HEAD] = _head(text, turn)
+                if small and x.numel():
+                    frame[_HEAD : _HEAD + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+                self._dist.send(frame, to, group=group)
             if x.device.type != "cpu" or not small:
                 self._dist.send(x.contiguous(), to, group=group)
 
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor:
-        text = self._turn((source, self.rank), _text("pass", shape, dtype))
+        text, turn = _text("pass", shape, dtype), self._next(source, self.rank)
         found = torch.empty(shape, dtype=dtype, device=device)
-        with self._inside((source, self.rank), text):
-            group, small = self._group(tuple(range(self.size))), _HEAD + found.nbytes <= _FRAME
+        with self._inside((source, self.rank), text, turn):
+            group, small = self._all(), _HEAD + found.nbytes <= ROOM
             if device.type == "cpu":
-                frame = torch.empty(_FRAME, dtype=torch.uint8)
+                frame = torch.empty(ROOM, dtype=torch.uint8)
                 self._dist.recv(frame, source, group=group)
-                if not torch.equal(frame[:_HEAD], _head(text)):
+                if not torch.equal(frame[:_HEAD], _head(text, turn)):
                     raise RuntimeError("something else was sent")
                 if small:
                     return frame[_HEAD : _HEAD + found.nbytes].view(dtype).view(shape)
             self._dist.recv(found, source, group=group)
         return found
 
+    def _all(self) -> Any:
+        every = tuple(range(self.size))
+        self._group(every)
+        return self._groups[every]
 
-def _gather(group: Any, mine: Tensor, count: int) -> Tensor:
-    """[count, bytes of `mine`]. The group's own method: the public one was renamed, and costs a logger's time per call."""
-    every = mine.new_empty(count, mine.numel())
-    group._allgather_base(every.view(-1), mine).wait()
-    return every
-
-
-def _head(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(zlib.crc32(text.encode()).to_bytes(_HEAD, "little")), dtype=torch.uint8)
+    def _next(self, source: int, to: int) -> int:
+        self._turns[source, to, "pass"] += 1
+        return self._turns[source, to, "pass"]
 
 
-def _packed(x: Tensor | None, room: int, head: Tensor | None = None) -> Tensor:
-    """A tensor as bytes, behind a head if one is given, `room` bytes in all."""
-    if head is None and x is not None and x.nbytes == room and x.is_contiguous():
-        return x.view(-1).view(torch.uint8)
-    at = 0 if head is None else head.numel()
-    mine = torch.empty(room, dtype=torch.uint8, device=None if x is None else x.device)
-    if head is not None:
-        mine[:at] = head
-    if x is not None and x.numel():
-        mine[at : at + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-    return mine
+def _head(text: str, turn: int) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.crc32(text.encode()).to_bytes(8, "little") + turn.to_bytes(8, "little")), dtype=torch.uint8)
