@@ -130,6 +130,10 @@ _KEYS: dict[str, Any] = {
     "family": {"": {"": object}},
 }
 MESH = ("tp", "ep", "pp")
+_FACTS = frozenset(  # the keys of [model]
+    "cache window window_if window_layers norm norm_offset eps eps_latent activation gate_limit gate_alpha up_offset parallel alibi"
+    " rope_fraction rope_interleaved embed_scale attn_scale scale_by_layer attn_cap logit_cap routing".split()
+)
 
 
 def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
@@ -140,6 +144,8 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in data.items():
         if not _fits(value, _KEYS[key]):
             raise ReshardError(f"{where}: {key} = {value!r} is not of the form {_form(_KEYS[key])}")
+    if odd := sorted(set(data.get("model", ())) - _FACTS):
+        raise ReshardError(f"{where}: unknown key {odd[0]} in [model]", f"keys are {', '.join(sorted(_FACTS))}")
     for row in data.get("rows", ()):
         if not 3 <= len(row) <= 4:
             raise ReshardError(f'{where}: row {row!r} is not ["stored name", "pattern", "logical names", "words"]')

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +172,7 @@ def _join(backend: str, forked: int | None, timeout: float) -> None:
     from datetime import timedelta
 
     from torch import distributed
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     limit = timedelta(seconds=timeout)
     try:
@@ -179,7 +180,7 @@ def _join(backend: str, forked: int | None, timeout: float) -> None:
             distributed.init_process_group(backend, timeout=limit)
             return
         rank = int(os.environ["RANK"])
-        store = distributed.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
+        store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
     except RuntimeError as error:
         from .parallel import Lost
@@ -407,7 +408,7 @@ def _reading(tensors: Sequence[Any], world: "World") -> tuple[float, float]:
     if not parts:
         return 0.0, 0.0
     world.meet("measuring the machine")
-    synchronize = torch.cuda.synchronize if parts[0].is_cuda else lambda: None
+    synchronize: Callable[[], object] = torch.cuda.synchronize if parts[0].is_cuda else lambda: None
     synchronize()
     size, read, began = sum(part.nbytes for part in parts), 0, time.perf_counter()
     while read == 0 or time.perf_counter() - began < 0.05:

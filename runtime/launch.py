@@ -77,7 +77,7 @@ def launch(size: int, work: Work, timeout: float) -> None:
 def _store(size: int, timeout: float) -> Any:
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     return TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
 

@@ -98,7 +98,7 @@ class Lifeline:
         self.numbers: defaultdict[object, Iterator[int]] = defaultdict(count)  # of what was made of some ranks
         self.steps = 0  # counted by the main thread while it gets on
         self._facts: Facts = {"phase": "start", "at": None, "met": 0}
-        self._changed = threading.Condition()
+        self._changed, self._telling = threading.Condition(), threading.Lock()
         self._over, self._printed, self._settled = False, False, 0.0
         self._beat = min(1.0, timeout / 10)
         self._wake, self._woken = socket.socketpair()
@@ -117,8 +117,9 @@ class Lifeline:
         return all(self.peers[rank].process >= 0 for rank in ranks if rank != self.rank)
 
     def say(self, **facts: Any) -> None:
-        """Tell the others at once."""
+        """Tell the others, before anything else can happen to this process."""
         self._facts = self._facts | facts
+        self._tell()
         with suppress(OSError):
             self._wake.send(b"!")
 
@@ -257,10 +258,11 @@ class Lifeline:
             peer.connection.close()
 
     def _tell(self) -> None:
-        line = json.dumps(self._facts | {"steps": self.steps}).encode()[: MOST // 2] + b"\n"
-        for peer in self.peers.values():
-            if not peer.gone:
-                peer.send(line)
+        with self._telling:
+            line = json.dumps(self._facts | {"steps": self.steps}).encode()[: MOST // 2] + b"\n"
+            for peer in self.peers.values():
+                if not peer.gone:
+                    peer.send(line)
 
     def _judge(self, now: float) -> None:
         with self._changed:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from reshard.layout import Layout, Point
     from reshard.mesh import Mesh
     from reshard.source import Source
+    from reshard.tables import Table
 
     from .model import Decoder
     from .parallel import World
@@ -236,13 +237,19 @@ def load_model(
     with world.failing():
         opened = open_for(out, mesh, world, reshard_on_load)
         world.agree(opened.facts | {"dtype": str(dtype)})
-        decoder = Decoder(
-            Spec.of(opened.layout.model.family, opened.config, opened.layout.model), opened.layout.model, opened.layout, world.rank, world
-        )
+        model = opened.layout.model
+        decoder = Decoder(Spec.of(_with_facts(model.family), opened.config, model), model, opened.layout, world.rank, world)
         state = opened.state(world.rank, dtype, device, verify, world.check)
         decoder.load_state_dict(state, strict=True, assign=True)
         world.meet("all ranks are loaded")
     return decoder.eval()
+
+
+def _with_facts(family: "Table") -> "Table":
+    """A family table that says how to run the model: the shipped one where a directory was converted by one that did not say."""
+    from reshard import tables
+
+    return family if family.model or family.name not in tables.shipped("families") else tables.load("families", family.name)
 
 
 def _world(timeout: float) -> "World":

@@ -72,9 +72,9 @@ class Decoder(nn.Module):
         self.__dict__.pop("_by_layer", None)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _apply(self, *arguments: Any, **more: Any) -> "Decoder":
+    def _apply(self, *arguments: Any, **more: Any) -> Any:
         self.__dict__.pop("_by_layer", None)
-        return super()._apply(*arguments, **more)
+        return super()._apply(*arguments, **more)  # type: ignore[no-untyped-call]
 
     # What this rank has of each axis
 

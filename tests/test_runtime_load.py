@@ -12,11 +12,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from reshard.runtime import load, load_shard
+from reshard.runtime import load, load_model, load_shard
 from reshard.runtime.parallel import Lost, World, run_threads
 from running import big_llama, environment, llama, save, sign
 from safetensors.torch import load_file
@@ -485,3 +486,63 @@ def test_a_rank_with_another_manifest_is_named(tmp_path: Path) -> None:
 
     theirs, ours = (json.loads((tmp_path / f"out{seed}" / "manifest.json").read_text())["root"] for seed in (1, 0))
     assert set(run_threads(4, work)) == {f"rank 2 diverged in load: its manifest is {theirs}, that of rank 0 is {ours}"}
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------------------
+
+
+TOKENS = torch.tensor([[5, 17, 200, 3, 44, 8]])
+
+
+def logits(out: Path, size: int = 1, **options: Any) -> torch.Tensor:
+    """What a job of threads makes of some tokens; every rank's answer is the same."""
+
+    def work(world: World) -> torch.Tensor:
+        decoder = load_model(out, world=world, **options)
+        assert not any(parameter.is_meta for parameter in decoder.parameters())
+        found = decoder(TOKENS, all_ranks=True)
+        assert found is not None
+        return found.float()
+
+    first, *rest = run_threads(size, work)
+    assert all(torch.equal(first, other) for other in rest)
+    return first
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_tied", "mixtral"])
+def test_a_model_is_the_same_from_any_directory_at_any_mesh(checkpoint: Get, tmp_path: Path, name: str) -> None:
+    reshard.convert(checkpoint(name), tmp_path / "tp4", tp=4)
+    reshard.convert(checkpoint(name), tmp_path / "vllm", tp=2, to="vllm")
+    expected = logits(checkpoint(name), dtype=torch.float64)
+    ways: list[tuple[Path, int, Mesh | None]] = [
+        (tmp_path / "tp4", 4, None),
+        (tmp_path / "tp4", 2, None),
+        (tmp_path / "tp4", 4, Mesh(tp=2, pp=2)),
+        (checkpoint(name), 2, None),
+        (tmp_path / "vllm", 2, None),
+    ]
+    for out, size, mesh in ways:
+        torch.testing.assert_close(logits(out, size, mesh=mesh, dtype=torch.float64), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_process_alone_loads_without_a_process_group(shards: Path) -> None:
+    decoder = load_model(shards, dtype=torch.float32)
+    assert decoder(TOKENS).shape == (1, 6, 331)  # type: ignore[union-attr]
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
+
+
+def test_a_job_without_a_process_group_is_told_to_make_one(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ReshardError, match="WORLD_SIZE is 2, but no process group is initialised"):
+        load_model(shards)
+
+
+def test_a_rank_that_cannot_load_ends_the_job_with_its_own_error(mine: Path) -> None:
+    weights(mine, 1).unlink()
+    with pytest.raises(MismatchError, match="is missing"):
+        run_threads(2, lambda world: load_model(mine, world=world))
+
+
+def test_ranks_that_want_other_dtypes_are_told_apart(shards: Path) -> None:
+    with pytest.raises(Lost, match=r"rank 1 diverged in load: its dtype is torch.float16, that of rank 0 is torch.float32"):
+        run_threads(2, lambda world: load_model(shards, dtype=(torch.float32, torch.float16)[world.rank], world=world))
