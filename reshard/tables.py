@@ -130,10 +130,10 @@ _KEYS: dict[str, Any] = {
     "family": {"": {"": object}},
 }
 MESH = ("tp", "ep", "pp")
-_FACTS = frozenset(  # the keys of [model]
-    "cache window window_if window_layers norm norm_offset eps eps_latent activation gate_limit gate_alpha up_offset parallel alibi"
-    " rope_fraction rope_interleaved embed_scale attn_scale scale_by_layer attn_cap logit_cap routing".split()
-)
+# The keys of [model].
+_FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
+_FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "rope_fraction", "rope_interleaved", "embed_scale"}
+_FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap"}
 
 
 def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:

@@ -433,7 +433,6 @@ def test_patterns_shown_are_patterns() -> None:
 
 def test_every_key_and_word_is_described() -> None:
     """The keys of tables and the words of rows on the notation page are those that the parser knows."""
-    text = _text("docs/notation.md")
     family, form = (set(_first_column("docs/notation.md", f"Keys of a {kind} table")) for kind in ("family", "format"))
     keys = {re.sub(r"^\[?(\w+)[\].\w]*$", r"\1", key) for key in family | form}
     words = {"first", "last", "every", "whole", "cut=AXIS", "zero"}

@@ -116,7 +116,7 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (FAMILY, "name", "a b", "name = 'a b' is no name"),
         (FAMILY, "name", "../x", "name = '../x' is no name"),
         (FAMILY, "colour", "red", "unknown key colour"),
-        (FAMILY, "model", {"atention": 1}, r"unknown key atention in \[model\]"),
+        (FAMILY, "model", {"atention": 1}, "unknown key atention in [model]"),
         (FAMILY, "rows", "x", "rows = 'x' is not of the form [[text, …], …]"),
         (FAMILY, "rows/0", ["embed", "vocab hidden"], 'is not ["stored name", "pattern", "logical names", "words"]'),
         (FAMILY, "rows/0", ["a", "b", "c", "d", "e"], 'is not ["stored name"'),
