@@ -73,17 +73,35 @@ def read_prompts(file: str) -> tuple[Any, ...]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        if not line.startswith("{"):
-            found.append(line)
-            continue
-        try:
-            data = json.loads(line)
-            found.append(data["prompt"] if "prompt" in data else data["tokens"] if "tokens" in data else data["messages"])
-        except (ValueError, KeyError):
-            raise ReshardError(f"{file}: line {number} is not understood", 'a JSON line has "prompt", "tokens" or "messages"') from None
+        found.append(_from_json(line, f"{file}: line {number}") if line.startswith("{") else line)
     if not found:
         raise ReshardError(f"{file}: has no prompt", "one per line is needed")
     return tuple(found)
+
+
+def _from_json(line: str, where: str) -> Any:
+    hint = 'a JSON line is {"prompt": "…"}, {"tokens": [1, 2, …]} or {"messages": [{"role": "user", "content": "…"}, …]}'
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise ReshardError(f"{where} begins like JSON and is none: {error}", hint) from None
+    for key, fits in _FORMS.items():
+        if key in data:
+            if not fits(data[key]):
+                raise ReshardError(f"{where}: {key} is not of the right form: {json.dumps(data[key])[:100]}", hint)
+            return data[key]
+    raise ReshardError(f"{where} has none of {', '.join(_FORMS)}", hint)
+
+
+def _every(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(kind, value))
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    "prompt": lambda value: isinstance(value, str),
+    "tokens": _every(lambda token: type(token) is int),
+    "messages": _every(lambda message: isinstance(message, dict) and "role" in message and "content" in message),
+}
 
 
 def ranks_wanted(job: Job) -> int:
@@ -279,7 +297,7 @@ class _Talk:
         found = []
         for number, prompt in enumerate(self.prompts):
             if isinstance(prompt, list) and not any(isinstance(part, dict) for part in prompt):
-                found.append([int(token) for token in prompt])
+                found.append(prompt)
                 continue
             tokenizer = self._tokenizer or Tokenizer(self.job.out)  # which says why there is none
             if isinstance(prompt, list):

@@ -28,7 +28,7 @@ Work = Callable[[int, Tell], None]
 
 PHASES = ("start", "load", "prefill", "decode", "report", "end")
 _DEATH_SIGNAL = 1  # prctl: the signal that a process gets when its parent is gone
-_REPORT = 4000  # bytes
+_REPORT = 1000  # characters of a rank's last words: they fit into a pipe at once
 _GRACE = 5.0  # seconds in which the others may say what they know of a rank that is lost
 GONE = 141  # exit code: whoever read stdout has gone away
 
@@ -113,15 +113,18 @@ def _follow(parent: int) -> None:
 
 def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int) -> int:
     """The life of one rank; its exit code. Its last words, if it fails, go into the pipe."""
+    from . import lifeline
     from .parallel import Lost
 
     def tell(phase: str) -> None:
         phases[rank] = PHASES.index(phase)
 
     def say(**words: Any) -> int:
-        line = json.dumps({"time": time.monotonic()} | words).encode()
-        os.write(report, line if len(line) <= _REPORT else json.dumps({"time": 0.0, "message": str(words["message"])[:500]}).encode())
+        line = json.dumps({"time": time.monotonic()} | words | {"message": str(words["message"])[:_REPORT]})
+        os.write(report, line.encode() + b"\n")
         return int(words["code"])
+
+    lifeline.report = lambda rank, verdict: say(message=verdict, hint=None, code=3, lost=True)
 
     port = int.from_bytes(os.read(door, 8), "little")
     os.close(door)
@@ -176,8 +179,8 @@ def _watch(children: list[_Child]) -> None:
 def _reap(child: _Child) -> None:
     with suppress(ChildProcessError):
         child.code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
-    with suppress(ValueError):
-        child.said = json.loads(child.words)
+    said = [json.loads(line) for line in child.words.splitlines()]
+    child.said = min(said, key=lambda words: (bool(words["lost"]), words["time"]), default={})
 
 
 def _judge(children: list[_Child], phases: list[str]) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from itertools import count
@@ -276,7 +276,7 @@ class Lifeline:
             return
         if not self._printed:
             self._printed = True
-            _print(f"error: rank {self.rank}: {self.verdict}\n")
+            report(self.rank, self.verdict)
         stuck = self.inside is not None and now - max(self.inside, self._settled) > STUCK
         if stuck or since > self.timeout * SHARE:
             self._tell()
@@ -317,9 +317,12 @@ def describe(error: BaseException) -> str:
     return text[:2000]
 
 
-def _print(text: str) -> None:
+def _print(rank: int, verdict: str) -> None:
     with suppress(OSError):
-        os.write(2, text.encode(errors="replace"))
+        os.write(2, f"error: rank {rank}: {verdict}\n".encode(errors="replace"))
+
+
+report: Callable[[int, str], object] = _print  # what is done with a verdict that a stuck main thread cannot raise; a launcher sets its own
 
 
 def machine() -> str:
