@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .spec import Routing, Spec
-from .weights import Weights
+from .weights import Weights, multiply
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -99,7 +99,7 @@ def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: S
         own = expert - share.first
         token, place = torch.where(chosen == expert)
         matrix = weights.matrix("moe.gate_up", x.dtype, (rows, rows), own)
-        inner = _gated(F.linear(x[token], matrix, None if biases is None else biases[own]), spec)
-        part = F.linear(inner, weights.matrix("moe.down", x.dtype, expert=own), None if last is None else last[own])
+        inner = _gated(multiply(x[token], matrix, None if biases is None else biases[own]), spec)
+        part = multiply(inner, weights.matrix("moe.down", x.dtype, expert=own), None if last is None else last[own])
         out.index_add_(0, token, (part * shares[token, place, None]).to(x.dtype))
     return out

@@ -21,7 +21,7 @@ from .experts import Share, feed_forward
 from .parallel import World
 from .rope import angles
 from .spec import Spec
-from .weights import Weights, norm
+from .weights import Weights, multiply, norm
 
 DTYPES = {
     "F64": torch.float64,
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
             outside, _ = self._by_layer
             x = self._norm(x, Weights(outside), "norm")
             name = "head" if "head" in outside else "embed"
-            logits = nn.functional.linear(x, outside[name], outside.get("head_bias"))
+            logits = multiply(x, outside[name], outside.get("head_bias"))
             logits = self.world.all_gather(logits, self.ranks, self._rows, -1, "logits")[..., :vocab]
             if (cap := self.spec.logit_cap) is not None:
                 logits = torch.tanh(logits / cap) * cap

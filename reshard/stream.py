@@ -1,0 +1,174 @@
+"""Streams: the files that a conversion would write, byte after byte, without writing them. So they can be hashed in order.
+
+    window of the file  ←  for each stored tensor in it the copies of the plan, clipped to the window; the rest from the residue
+
+Memory is two windows per stream, whatever the size of a tensor. Knows files and offsets, nothing about models.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .checkpoint import extent
+from .engine import Key, Place, in_items
+from .errors import MismatchError
+from .files import Pool
+from .header import Entry
+from .join import Copy, Dim, Plan, collapse
+from .layout import Point
+from .output import Output
+
+WINDOW = 8 << 20  # bytes
+SPARSE = 4  # a stretch of a source is read at once if no more than this many times the bytes wanted lie in it
+
+NEAR = 64 << 10  # bytes of a source that are read at once anyway
+
+Box = tuple[int, int, tuple[Dim, ...]]  # offset in the source's file, offset in the destination's, dims; all in bytes
+
+
+class Streams:
+    """The files of an output. `plan` leads from `source` to it; safe among threads, each with a file of its own."""
+
+    def __init__(self, plan: Plan, source: Place, output: Output, pool: Pool) -> None:
+        self.plan, self.source, self.output, self.pool = plan, source, output, pool
+        self._jobs: dict[Key, tuple[int, Point]] = {}
+        for number, component in enumerate(plan.components):
+            for point in component.points():
+                for copy in component.copies(point):
+                    self._jobs[copy.dst.rank, copy.dst_name] = number, point
+        self._entries: dict[str, list[tuple[int, int, Key, Entry]]] = defaultdict(list)
+        for key, (name, entry) in output.entries.items():
+            if entry.nbytes:
+                self._entries[name].append((entry.offset, entry.offset + extent(entry), key, entry))
+        for entries in self._entries.values():
+            entries.sort(key=lambda known: known[0])
+
+    def windows(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one file, in order; each window is good until the next is asked for."""
+        size = self.output.sizes[name]
+        buffer = bytearray(min(WINDOW, size))
+        entries, at = self._entries.get(name, []), 0
+        active: list[_Stored] = []
+        for low in range(0, size, WINDOW):
+            high = min(low + WINDOW, size)
+            window = memoryview(buffer)[: high - low]
+            covered = self._beside(name, window, low, high)
+            while at < len(entries) and entries[at][0] < high:
+                active.append(_Stored(self, *entries[at]))
+                at += 1
+            for stored in active:
+                stored.fill(window, low, high)
+            covered += _union([(max(stored.low, low), min(stored.high, high)) for stored in active])
+            if covered != high - low:
+                raise MismatchError(f"{name}: {covered} of the bytes {low} to {high} are known", "convert again")
+            active = [stored for stored in active if stored.high > high]
+            yield window
+
+    def copies(self, key: Key) -> list[Copy]:
+        """Those that make up one stored tensor."""
+        number, point = self._jobs[key]
+        return [copy for copy in self.plan.components[number].copies(point) if (copy.dst.rank, copy.dst_name) == key]
+
+    def _beside(self, name: str, window: memoryview, low: int, high: int) -> int:
+        """Lay what is no tensor into a window; how many bytes that were."""
+        covered = 0
+        for offset, data in self.output.literals.get(name, ()):
+            covered += _lay(window, low, high, offset, data)
+        for offset, length, place, at in self.output.moved.get(name, ()):
+            start, stop = max(offset, low), min(offset + length, high)
+            if start >= stop:
+                continue
+            if isinstance(place, Path):
+                self.pool.read_into(place, at + start - offset, window[start - low : stop - low])
+            else:
+                window[start - low : stop - low] = place[at + start - offset : at + stop - offset]
+            covered += stop - start
+        return covered
+
+
+def _lay(window: memoryview, low: int, high: int, offset: int, data: bytes) -> int:
+    start, stop = max(offset, low), min(offset + len(data), high)
+    if start < stop:
+        window[start - low : stop - low] = data[start - offset : stop - offset]
+    return max(0, stop - start)
+
+
+def _union(ranges: Sequence[tuple[int, int]]) -> int:
+    """Numbers in at least one of some ranges: tensors of a `.bin` file may share a storage."""
+    total, reach = 0, -1
+    for low, high in sorted(ranges):
+        total += max(0, high - max(low, reach))
+        reach = max(reach, high)
+    return total
+
+
+class _Stored:
+    """One stored tensor of a file, between bytes `low` and `high` of it, and the boxes that it is made of."""
+
+    def __init__(self, streams: Streams, low: int, high: int, key: Key, entry: Entry) -> None:
+        self.low, self.high, self.pool = low, high, streams.pool
+        self.boxes: list[tuple[Path, Box]] = []
+        for copy in streams.copies(key):
+            path, source = streams.source.locate((copy.src.rank, copy.src_name))
+            offset, to, dims, item = in_items(copy, source, entry)
+            scaled = collapse([*((n, s * item, d * item) for n, s, d in dims), (item, 1, 1)])
+            self.boxes.append((path, (source.offset + offset * item, low + to * item, scaled)))
+
+    def fill(self, window: memoryview, low: int, high: int) -> None:
+        for path, box in self.boxes:
+            for part in clip(box, low, high):
+                self._read(path, part, window, low)
+
+    def _read(self, path: Path, box: Box, window: memoryview, low: int) -> None:
+        """One box into the window: by one read where its bytes stand near each other, else part by part of its widest source dimension."""
+        offset, to, dims = box
+        count = math.prod(n for n, _, _ in dims)
+        if len(dims) == 1 and dims[0][1:] == (1, 1):
+            self.pool.read_into(path, offset, window[to - low : to - low + count])
+            return
+        span = sum((n - 1) * s for n, s, _ in dims) + 1
+        if span > max(SPARSE * count, NEAR) or span > WINDOW:
+            at = max(range(len(dims)), key=lambda level: dims[level][1])
+            n, s, d = dims[at]
+            step = max(1, min(n // 2, WINDOW // s)) if span <= SPARSE * count else 1
+            for i in range(0, n, step):
+                taken = min(step, n - i)
+                rest = (*dims[:at], *([(taken, s, d)] if taken > 1 else []), *dims[at + 1 :])
+                self._read(path, (offset + i * s, to + i * d, rest), window, low)
+            return
+        import numpy as np
+
+        *outer, (run, step, _) = dims
+        unit = math.gcd(run, 8) if step == 1 else 1
+        kind = np.dtype(f"u{unit}")
+        view = [*outer, (run // unit, step * unit, dims[-1][2] * unit)]
+        data = self.pool.read(path, offset, span)
+        shape = tuple(n for n, _, _ in view)
+        found = np.ndarray(shape, kind, data, 0, tuple(s for _, s, _ in view))
+        np.copyto(np.ndarray(shape, kind, window, to - low, tuple(d for _, _, d in view)), found)
+
+
+def clip(box: Box, low: int, high: int) -> Iterator[Box]:
+    """The parts of a box whose destination lies in [low, high), as few boxes as may be.
+
+    >>> list(clip((0, 0, ((4, 10, 3), (3, 1, 1))), 4, 9))
+    [(11, 4, ((2, 1, 1),)), (20, 6, ((3, 1, 1),))]
+    """
+    offset, to, dims = box
+    span = sum((n - 1) * d for n, _, d in dims) + 1
+    if to >= high or to + span <= low:
+        return
+    if low <= to and to + span <= high:
+        yield box
+        return
+    (n, s, d), inner = dims[0], dims[1:]
+    width = sum((m - 1) * e for m, _, e in inner) + 1
+    reach = max(0, -(-(low - width + 1 - to) // d)), min(n, -(-(high - to) // d))  # those that reach into the window
+    start, stop = max(reach[0], -(-(low - to) // d)), min(reach[1], (high - width - to) // d + 1)  # those that lie in it
+    if start >= stop:
+        start = stop = reach[1]
+    for i in (*range(reach[0], start), *range(stop, reach[1])):
+        yield from clip((offset + i * s, to + i * d, inner), low, high)
+    if stop > start:
+        yield offset + start * s, to + start * d, ((stop - start, s, d), *inner) if stop - start > 1 else inner or ((1, 1, 1),)
