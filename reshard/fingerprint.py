@@ -182,7 +182,7 @@ class Summer:
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
         self.bytes = np.empty(TILE + 64, np.uint8)
-        self._floats = np.empty(ROWS * BLOCK)
+        self._floats, self._sums = np.empty(ROWS * BLOCK), np.empty((ROWS, LANES))
 
     def tile(self, dtype: str, boxes: Sequence[Box], read: Read) -> Iterator[tuple[int, Array]]:
         """(into, [LANES] sum of K·v) of each box of a tile; c is not in it."""
@@ -220,20 +220,25 @@ class Summer:
             n = len(here)
             for block in range(0, whole, blocks):
                 m = min(blocks, whole - block)
-                floats = self._floats[: n * m * BLOCK].reshape(n, m, BLOCK)
-                np.copyto(floats, here[:, block * BLOCK : (block + m) * BLOCK].reshape(n, m, BLOCK))
+                part = here[:, block * BLOCK : (block + m) * BLOCK]
                 if m == 1:
-                    sums += np.matmul(floats[:, 0], panel[block]).astype(np.int64)
+                    sums += self._product(part, panel[block])
                 else:
+                    floats = self._floats[: n * m * BLOCK].reshape(n, m, BLOCK)
+                    np.copyto(floats, part.reshape(n, m, BLOCK))
                     sums += np.matmul(floats.transpose(1, 0, 2), panel[block : block + m]).astype(np.int64).sum(axis=0)
                 if m > 1 or block % BLOCK == BLOCK - 1:  # 2^53 a block: far from 2^63 until then
                     sums %= P
             if rest:
-                last = self._floats[: n * rest].reshape(n, rest)
-                np.copyto(last, here[:, whole * BLOCK :])
-                sums += np.matmul(last, panel[whole, :rest]).astype(np.int64)
+                sums += self._product(here[:, whole * BLOCK :], panel[whole, :rest])
         total %= P
         return total
+
+    def _product(self, part: Array, panel: Array) -> Array:
+        n, width = part.shape
+        floats = self._floats[: n * width].reshape(n, width)
+        np.copyto(floats, part)
+        return np.matmul(floats, panel, out=self._sums[:n]).astype(np.int64)
 
 
 def _values(data: Array, bits: int) -> Array:
@@ -527,8 +532,8 @@ def of_tensors(layout: Layout | Path | str, rank: int, tensors: Mapping[str, Any
     """The share of one rank from tensors in memory: `tensors` maps stored names to numpy arrays, torch tensors or buffers of bytes.
 
     `layout` may be a directory that reshard wrote for as many ranks. Tensors that the layout does not know are left alone,
-    those of which the rank counts nothing may be missing. Tensors on a device are copied to the host one at a time. Raises ReshardError for one that is
-    missing, or of another shape, size or dtype.
+    those of which the rank counts nothing may be missing. Tensors on a device are copied to the host one at a time.
+    Raises ReshardError for one that is missing, or of another shape, size or dtype.
     """
     if not isinstance(layout, Layout):
         path = Path(layout)
