@@ -61,7 +61,8 @@ from .verification import _each
 VERSION = "1"
 P = 2**31 - 1
 LANES = 4
-TILE = 2 << 20  # bytes read at a time
+TILE = 4 << 20  # bytes read at a time
+FLOATS = 1 << 18  # elements turned into float64 at a time
 BLOCK = 256  # products of 15 and 30 bits that a float64 adds up exactly
 ROWS = 128  # rows that go through BLAS together: small enough that it starts no threads of its own
 NARROW = 64  # elements: inner axes are joined until they are as long
@@ -182,7 +183,7 @@ class Summer:
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
         self.bytes = np.empty(TILE + 64, np.uint8)
-        self._floats, self._sums = np.empty(ROWS * BLOCK), np.empty((ROWS, LANES))
+        self._floats = np.empty(FLOATS)
 
     def tile(self, dtype: str, boxes: Sequence[Box], read: Read) -> Iterator[tuple[int, Array]]:
         """(into, [LANES] sum of K·v) of each box of a tile; c is not in it."""
@@ -214,31 +215,22 @@ class Summer:
         total = np.zeros((count, LANES), np.int64)
         whole, rest = divmod(width, BLOCK)
         step = min(count, ROWS)
-        blocks = ROWS // step
+        most = min(FLOATS // (step * BLOCK), BLOCK)  # blocks: their sums are 2^53 each, far from 2^63
         for row in range(0, count, step):
             here, sums = matrix[row : row + step], total[row : row + step]
             n = len(here)
-            for block in range(0, whole, blocks):
-                m = min(blocks, whole - block)
-                part = here[:, block * BLOCK : (block + m) * BLOCK]
-                if m == 1:
-                    sums += self._product(part, panel[block])
-                else:
-                    floats = self._floats[: n * m * BLOCK].reshape(n, m, BLOCK)
-                    np.copyto(floats, part.reshape(n, m, BLOCK))
-                    sums += np.matmul(floats.transpose(1, 0, 2), panel[block : block + m]).astype(np.int64).sum(axis=0)
-                if m > 1 or block % BLOCK == BLOCK - 1:  # 2^53 a block: far from 2^63 until then
-                    sums %= P
+            for block in range(0, whole, most):
+                m = min(most, whole - block)
+                floats = self._floats[: n * m * BLOCK].reshape(n, m, BLOCK)
+                np.copyto(floats, here[:, block * BLOCK : (block + m) * BLOCK].reshape(n, m, BLOCK))
+                sums += np.matmul(floats.transpose(1, 0, 2), panel[block : block + m]).astype(np.int64).sum(axis=0)
+                sums %= P
             if rest:
-                sums += self._product(here[:, whole * BLOCK :], panel[whole, :rest])
+                last = self._floats[: n * rest].reshape(n, rest)
+                np.copyto(last, here[:, whole * BLOCK :])
+                sums += np.matmul(last, panel[whole, :rest]).astype(np.int64)
         total %= P
         return total
-
-    def _product(self, part: Array, panel: Array) -> Array:
-        n, width = part.shape
-        floats = self._floats[: n * width].reshape(n, width)
-        np.copyto(floats, part)
-        return np.matmul(floats, panel, out=self._sums[:n]).astype(np.int64)
 
 
 def _values(data: Array, bits: int) -> Array:
