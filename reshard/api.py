@@ -5,6 +5,7 @@ there: starting up is a quarter of converting a small checkpoint.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,10 @@ from .source import Source, open_source
 from .tables import Table
 
 if TYPE_CHECKING:
+    from .digest import FileDigest
     from .report import Report, SourceFacts
     from .verification import Report as Verdict
+    from .verification import Rung
 
 __all__ = ["convert", "open_any", "plan", "verify"]
 
@@ -145,18 +148,60 @@ def verify(
     against: str | Path | None = None,
     revision: str | None = None,
     family: str | None = None,
+    sha256: bool = False,
+    hub: str | None = None,
+    only: str | None = None,
+    numerics: bool | None = None,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Verdict":
-    """Check a directory: integrity by its manifest, and bit-exact weights `against` the original. `Report.ok` is the verdict."""
+    """Check a directory, rung by rung; `Report.ok` is the verdict, `Report.proven` that nothing was skipped.
+
+    integrity    by its manifest
+    weights      bit-exact `against` the original
+    sha256       the files that merging would write have the digests that were recorded, or those that the Hub publishes of the model `hub`;
+                 `sha256`: it is an error if none is known
+    numerics     the model computes what the original does; None: where it can be run here
+
+    `only` names one rung.
+    """
+    from .verification import RUNGS, Wish
     from .verification import verify as verify_directory
 
     path = Path(out)
     if not str(out) or not path.is_dir():
         what = "is a file" if str(out) and path.exists() else "no such directory"
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
+    if only is not None and only not in RUNGS:
+        raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
-    return verify_directory(path, source, Options(workers=workers).threads, progress)
+    published = _published(path, hub) if hub is not None else None
+    wish = Wish(only, sha256, published, _numerics(numerics, only))
+    return verify_directory(path, source, Options(workers=workers).threads, progress, wish)
+
+
+def _numerics(wanted: bool | None, only: str | None) -> "Callable[[Path, Source | None, Progress], Rung] | None":
+    """The numeric rung, which is the runtime's; imported when it is climbed."""
+    if wanted is False and only != "numerics":
+        return None
+
+    def climb(out: Path, source: Source | None, progress: Progress) -> "Rung":
+        from importlib import import_module
+
+        rung: Rung = import_module("reshard.runtime.check").numerics(out, source, progress, must=bool(wanted) or only == "numerics")
+        return rung
+
+    return climb
+
+
+def _published(out: Path, text: str) -> "dict[str, FileDigest]":
+    """The digests that the Hub publishes of a model, at the commit that a directory remembers, or that the text names."""
+    from . import hub, manifest
+
+    origin = manifest.load(out).origin if manifest.present(out) else None
+    ref = hub.ref(text, None)
+    commit = origin.commit if origin is not None and origin.id == ref.id and ref.revision is None else None
+    return hub.digests(text, commit)[1]
 
 
 def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None) -> Job:

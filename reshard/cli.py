@@ -166,11 +166,22 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 @cli.command(short_help="Check OUT by its manifest, and against the original.")
 @click.argument("out", metavar="OUT")
 @click.option("--against", metavar="SRC", help="Compare every element with the original, bit by bit.")
+@click.option("--sha256", is_flag=True, help="Hash the files that merging would write; an error where no digest of them is known.")
+@click.option("--hub", metavar="ID", help="Compare these hashes with those that the Hub publishes; downloads no file.")
+@click.option("--only", metavar="RUNG", help="One of integrity, weights, sha256, numerics.")
+@click.option("--numerics/--no-numerics", default=None, help="Run the model against the original (default: where it can be run here).")
 @_source
 @_workers
 @_talk
 def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
-    """Check OUT: sizes and digests against its manifest; with --against bit-exact weights. Exit 1 on a mismatch."""
+    """Check OUT, rung by rung; "proven" only where none was skipped. Exit 1 on a mismatch.
+
+    \b
+    integrity  sizes and digests, by the manifest
+    weights    every element is the original's    --against SRC
+    sha256     merging makes the published files  digests recorded, or --hub ID
+    numerics   the model computes the same        --against SRC, PyTorch
+    """
     from . import api
     from .conversion import usage
 

@@ -414,7 +414,7 @@ def _with_sha256(job: Job, threads: int, progress: Progress) -> Job:
     if source.root is None or source.manifest is not None or source.residues:
         return job
     root, stop = source.root, threading.Event()
-    unknown = [original for original in source.originals if not original.sha256 and original.container != "plain"]
+    unknown = [original for original in source.originals if not original.sha256]
 
     def digest(original: Original) -> str:
         state = hashlib.sha256()

@@ -4,8 +4,13 @@ Blocks can be hashed by whoever completes them, checked in parallel and repaired
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import xxhash
+
+if TYPE_CHECKING:
+    import hashlib
 
 BLOCK = 8 << 20
 
@@ -69,3 +74,18 @@ class BlockHasher:
                 size = min(BLOCK, self.nbytes - number * BLOCK)
                 self._blocks[number] = xxhash.xxh3_128_digest(read(number * BLOCK, size))
         return [digest for digest in self._blocks if digest is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What the digest of a file must be. `kind`: "sha256", or "git" for the id that git gives a file; `by`: who says so, in words."""
+
+    kind: str
+    value: str
+    by: str
+
+    def state(self, size: int) -> "hashlib._Hash":
+        """A hash of the kind, ready for the `size` bytes of the file."""
+        import hashlib
+
+        return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ from .checkpoint import (
     open_published,
     parse_json,
 )
+from .digest import FileDigest
 from .errors import PlaceError, ReshardError
 from .files import failed
 from .header import Entry
@@ -74,12 +75,16 @@ class Ref:
 
 @dataclass(frozen=True)
 class Repo:
-    """What the Hub says of a model at one commit. `files`: every path in it → size in bytes, and SHA-256 where it is kept in LFS."""
+    """What the Hub says of a model at one commit. `files`: every path in it → size in bytes, and SHA-256 where it is kept in LFS.
+
+    `blobs`: path → the id that git gives the file, or its LFS pointer.
+    """
 
     id: str
     commit: str
     license: str | None
     files: dict[str, tuple[int, str | None]]
+    blobs: dict[str, str] = field(default_factory=dict)
 
     def url(self, name: str) -> str:
         return hf_hub_url(self.id, name, revision=self.commit)
@@ -139,6 +144,20 @@ def published(text: str, revision: str | None) -> Published:
     return Published(repo.id, None, config, tuple(originals), tensors, along, left, Origin(repo.id, repo.commit, repo.license))
 
 
+def digests(text: str, revision: str | None) -> tuple[str, dict[str, FileDigest]]:
+    """The commit that a text names, and what the Hub publishes of every file: the SHA-256 of those in LFS, the git id of the others.
+
+    Only metadata is asked for. Raises ReshardError where the Hub refuses or says nothing; PlaceError where it cannot be reached.
+    """
+    where = ref(text, revision)
+    repo = _listing(where)
+    if repo is None:
+        raise ReshardError(f"{text}: HF_HUB_OFFLINE forbids to ask the Hub for its digests", "unset it, or leave out --hub")
+    found = {name: FileDigest("sha256", digest, "is published") for name, (_, digest) in repo.files.items() if digest}
+    found |= {name: FileDigest("git", blob, "is published") for name, blob in repo.blobs.items() if name not in found}
+    return repo.commit, found
+
+
 def fetch(text: str, revision: str | None, progress: Progress | None = None) -> Path:
     """The directory of a snapshot in the Hub's cache that has everything a conversion needs, downloaded as far as it is not there.
 
@@ -183,6 +202,8 @@ def _listing(where: Ref) -> Repo | None:
             if size is None:  # mirrors may leave it out
                 unknown.append(file.rfilename)
             repo.files[file.rfilename] = size or 0, file.lfs.sha256 if file.lfs else None
+            if file.blob_id:
+                repo.blobs[file.rfilename] = file.blob_id
         with ThreadPoolExecutor(PARALLEL) as pool:
             metadata = pool.map(lambda name: _patiently(lambda: get_hf_file_metadata(repo.url(name), timeout=timeout)), unknown)
             for name, found in zip(unknown, metadata, strict=True):

@@ -3,15 +3,14 @@
 What merging would write is streamed and hashed; nothing is written, nothing but metadata is downloaded.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import Carried
+from .digest import FileDigest
 from .errors import ReshardError
 from .files import CHUNK, Pool, failed
 from .join import plan
@@ -22,25 +21,12 @@ from .stream import Streams
 from .verification import Rung
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """What a file's digest must be. `kind`: "sha256", or "git" for the id that git gives a file; `by`: who says so, in words."""
-
-    kind: str
-    value: str
-    by: str
-
-    def state(self, size: int) -> "hashlib._Hash":
-        """A hash of the kind, ready for the `size` bytes of the file."""
-        return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
-
-def recorded(out: Source) -> dict[str, Digest]:
+def recorded(out: Source) -> dict[str, FileDigest]:
     """The digests that a directory remembers of the published files: those of the Hub, or of `convert --sha256`."""
-    return {original.name: Digest("sha256", original.sha256, "was recorded") for original in out.originals if original.sha256}
+    return {original.name: FileDigest("sha256", original.sha256, "was recorded") for original in out.originals if original.sha256}
 
 
-def sha256(out: Source, wanted: Mapping[str, Digest], threads: int, progress: Progress | None = None) -> Rung:
+def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress: Progress | None = None) -> Rung:
     """Every published file that merging would write, and every file carried along, has the digest that is wanted of it.
 
     Raises ReshardError where no digest is known of any weights.
@@ -57,7 +43,7 @@ def sha256(out: Source, wanted: Mapping[str, Digest], threads: int, progress: Pr
     missing = len(out.originals) - len(known)
     if missing:
         rung.notes.append(f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}")
-    progress.start("hashing what merging would write", sum(file.size for file in (*known, *along)))
+    progress.start("hashing what merging would write", sum(file.size for file in known) + sum(file.size for file in along))
     lock, stop = threading.Lock(), threading.Event()
     with closing(Pool()) as pool:
         streams = Streams(plan(out.layout, restored_files.layout), out, restored_files, pool)
@@ -95,7 +81,7 @@ def sha256(out: Source, wanted: Mapping[str, Digest], threads: int, progress: Pr
     return rung
 
 
-def _first(out: Source, wanted: Mapping[str, Digest]) -> str:
+def _first(out: Source, wanted: Mapping[str, FileDigest]) -> str:
     names = [original.name for original in out.originals if original.name not in wanted]
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 

@@ -1,8 +1,12 @@
-"""Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing instead of writing."""
+"""Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing instead of writing.
+
+Four rungs: integrity, weights, sha256 (originals) and numerics (the runtime); the verdict is "proven" only where none was skipped.
+"""
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -15,7 +19,7 @@ import xxhash
 from . import engine, manifest
 from .capacity import logical_bytes
 from .checkpoint import Carried
-from .digest import BLOCK, of_blocks
+from .digest import BLOCK, FileDigest, of_blocks
 from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
 from .files import Pool, failed
@@ -31,6 +35,7 @@ from .units import decimal
 T = TypeVar("T")
 
 MOST = 20  # failures told one by one
+RUNGS = ("integrity", "weights", "sha256", "numerics")
 
 # file, tensor, offset, bytes, digest, whether the tensor is this one block (then its own digest is meant), name of the file
 Task = tuple[Path, str, int, int, str, bool, str]
@@ -38,27 +43,50 @@ Task = tuple[Path, str, int, int, str, bool, str]
 
 @dataclass
 class Rung:
-    """One check: what was compared, and what was found wrong."""
+    """One check: what was compared, what was found wrong, and what could not be compared. `skipped`: why nothing was."""
 
     name: str
     bytes: int = 0
     tensors: int = 0
     files: int = 0
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: str | None = None
+    seconds: float = 0.0
+    numbers: dict[str, Any] = field(default_factory=dict)
+    words: str = ""
 
     @property
     def ok(self) -> bool:
         return not self.failures
 
+    @property
+    def whole(self) -> bool:
+        """Whether it was climbed, and nothing left out."""
+        return self.ok and self.skipped is None and not self.notes
+
+    def lines(self) -> Iterator[str]:
+        verdict = "skipped" if self.skipped is not None else "ok" if self.ok else f"{len(self.failures)} FAILED"
+        done = self.skipped or self.words or f"{self.tensors} tensors, {self.files} files, {decimal(self.bytes)}"
+        yield f"{self.name:<10} {verdict:<10} {done}" + (f", {self.seconds:.1f} s" if self.skipped is None else "")
+        yield from (f"  {failure}" for failure in self.failures[:MOST])
+        if len(self.failures) > MOST:
+            yield f"  … and {len(self.failures) - MOST} more"
+        yield from (f"  unproven: {note}" for note in self.notes)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "rung": self.name,
             "ok": self.ok,
+            "skipped": self.skipped,
             "bytes": self.bytes,
             "tensors": self.tensors,
             "files": self.files,
+            "seconds": round(self.seconds, 3),
             "failures": self.failures[:MOST],
             "failed": len(self.failures),
+            "unproven": self.notes,
+            **({"numbers": self.numbers} if self.numbers else {}),
         }
 
 
@@ -77,23 +105,36 @@ class Report:
     def failures(self) -> list[str]:
         return [failure for rung in self.rungs for failure in rung.failures]
 
+    @property
+    def proven(self) -> bool:
+        """Whether every rung was climbed and left nothing out."""
+        return {rung.name for rung in self.rungs if rung.whole} == set(RUNGS)
+
+    @property
+    def verdict(self) -> str:
+        """In a line."""
+        if not self.ok:
+            return "FAILED: " + ", ".join(rung.name for rung in self.rungs if not rung.ok)
+        if self.proven:
+            return "proven: the files are whole, hold the original's bits, make its files again, and compute what it computes"
+        said = {
+            "integrity": "the directory is whole",
+            "weights": "every element is the source's, bit by bit",
+            "sha256": "merging makes the published files",
+            "numerics": "the shards compute what the original does",
+        }
+        done = [said[rung.name] for rung in self.rungs if rung.skipped is None]
+        if [rung.name for rung in self.rungs if rung.skipped is None] == ["integrity"] and len(self.rungs) > 1:
+            done.append("--against SRC compares every element with the original")
+        return "; ".join(done)
+
     def lines(self) -> list[str]:
         """What a person wants to know."""
-        lines = []
-        for rung in self.rungs:
-            verdict = "ok" if rung.ok else f"{len(rung.failures)} FAILED"
-            lines.append(f"{rung.name:<10} {verdict:<10} {rung.tensors} tensors, {rung.files} files, {decimal(rung.bytes)}")
-            lines += [f"  {failure}" for failure in rung.failures[:MOST]]
-            if len(rung.failures) > MOST:
-                lines.append(f"  … and {len(rung.failures) - MOST} more")
-        if self.ok and self.rungs[-1].name == "integrity":
-            lines.append("the directory is whole; --against SRC compares every element with the original")
-        elif self.ok:
-            lines.append("every element is the source's, bit by bit")
-        return lines
+        return [*(line for rung in self.rungs for line in rung.lines()), self.verdict]
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "ok": self.ok, "rungs": [rung.to_json() for rung in self.rungs]}
+        rungs = [rung.to_json() for rung in self.rungs]
+        return {"out": str(self.out), "ok": self.ok, "proven": self.proven, "verdict": self.verdict, "rungs": rungs}
 
 
 # --- integrity ---------------------------------------------------------------------------------------------------------------------
@@ -445,20 +486,73 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
     return Report(out, (weights(open_source(out), source, threads, progress),))
 
 
-def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None) -> Report:
-    """Integrity, and with a source bit-exact weights. A later rung is not climbed when an earlier one fails."""
-    rungs = []
-    if manifest.present(out):
-        rungs.append(integrity(out, threads, progress))
-    elif source is None:
+@dataclass(frozen=True)
+class Wish:
+    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known."""
+
+    only: str | None = None
+    sha256: bool = False
+    published: Mapping[str, FileDigest] | None = None
+    numerics: Callable[[Path, Source | None, Progress], Rung] | None = None
+
+
+def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
+    """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails."""
+    progress, shards = progress or Silent(), manifest.present(out)
+    if not shards and source is None and wish.published is None:
         raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
-    if source is not None and all(rung.ok for rung in rungs):
+    opened: list[Source] = []
+
+    def open_out() -> Source:
+        if not opened:
+            opened.append(open_source(out, source.layout.model.family if source is not None else None))
+        return opened[0]
+
+    def weigh() -> Rung:
+        assert source is not None
+        return weights(open_out(), source, threads, progress)
+
+    def restore() -> Rung:
+        from . import originals
+
+        known = wish.published if wish.published is not None else originals.recorded(open_out())
+        if not known and not wish.sha256 and wish.only is None:
+            return Rung("sha256", skipped="no digest of the original files is known (convert --sha256, or --hub ID)")
+        return originals.sha256(open_out(), known, threads, progress)
+
+    def compute() -> Rung:
+        if wish.numerics is None:
+            return Rung("numerics", skipped="not asked for: --numerics, --only numerics")
+        return wish.numerics(out, source, progress)
+
+    no_manifest = None if shards else "no manifest"
+    climbs: dict[str, tuple[str | None, Callable[[], Rung]]] = {
+        "integrity": (no_manifest, lambda: integrity(out, threads, progress)),
+        "weights": (None if source is not None else "there is nothing to compare with: --against SRC", weigh),
+        "sha256": (None, restore),
+        "numerics": (None, compute),
+    }
+    rungs: list[Rung] = []
+    for name, (missing, climb) in climbs.items():
+        if wish.only not in (None, name):
+            continue
+        if missing is not None:
+            if wish.only == name:
+                raise ReshardError(f"{out}: --only {name}: {missing}")
+            rungs.append(Rung(name, skipped=missing))
+            continue
+        if not all(rung.ok for rung in rungs):
+            rungs.append(Rung(name, skipped="an earlier rung failed"))
+            continue
+        began = time.monotonic()
         try:
-            rungs.append(weights(open_source(out, source.layout.model.family), source, threads, progress))
+            rung = climb()
         except PlaceError:
             raise
         except ReshardError as error:
-            if not (out / "config.json").is_file():  # no damage, but no checkpoint
+            if name != "weights" or not (out / "config.json").is_file():  # no damage, but no checkpoint
                 raise
-            rungs.append(Rung("weights", failures=[error.message]))
+            rung = Rung(name, failures=[error.message])
+        rung.seconds = time.monotonic() - began
+        rungs.append(rung)
     return Report(out, tuple(rungs))

@@ -69,23 +69,30 @@ def _gated(x: Tensor, spec: Spec) -> Tensor:
 def route(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
     """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
     logits = weights.linear(x.float() if routing.wide else x, "moe.router")
-    if routing.score == "chosen":
-        best, chosen = logits.topk(routing.top, -1)
-        return chosen, best.softmax(-1)
-    scores = logits.float().softmax(-1) if routing.score == "softmax" else logits.float().sigmoid()
-    choice = scores
-    if "moe.score_bias" in weights:
-        choice = scores + weights["moe.score_bias"].float()
-    if routing.groups > 1:
-        grouped = choice.view(len(choice), routing.groups, -1)
-        best = grouped.topk(2, -1)[0].sum(-1).topk(routing.group_top, -1)[1]
-        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
-        choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-    chosen = choice.topk(routing.top, -1)[1]
+    scores = logits
+    if routing.score != "chosen":
+        scores = logits.float().softmax(-1) if routing.score == "softmax" else logits.float().sigmoid()
+    chosen = next(weights.imposed) if weights.imposed is not None else _choice(scores, weights, routing)
+    if weights.routes is not None:
+        weights.routes.append(chosen)
     shares = scores.gather(1, chosen)
+    if routing.score == "chosen":
+        return chosen, shares.softmax(-1)
     if routing.renormalize:
         shares = shares / (shares.sum(-1, keepdim=True) + (1e-20 if routing.score == "sigmoid" else 0.0))
     return chosen, shares * routing.scale
+
+
+def _choice(scores: Tensor, weights: Weights, routing: Routing) -> Tensor:
+    """The best experts of each token, [tokens, top]; where there are groups, of its best groups."""
+    if "moe.score_bias" in weights:
+        scores = scores + weights["moe.score_bias"].float()
+    if routing.groups > 1:
+        grouped = scores.view(len(scores), routing.groups, -1)
+        best = grouped.topk(2, -1)[0].sum(-1).topk(routing.group_top, -1)[1]
+        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+    return scores.topk(routing.top, -1)[1]
 
 
 def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share) -> Tensor:
@@ -93,7 +100,9 @@ def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: S
     out = torch.zeros_like(x)
     rows = weights["moe.gate_up"].shape[1] // 2
     biases, last = weights.get("moe.gate_up_bias"), weights.get("moe.down_bias") if share.bias else None
-    for expert in torch.unique(chosen).tolist():
+    used = torch.unique(chosen).tolist()
+    weights.routed.update(used)
+    for expert in used:
         if not share.first <= expert < share.last:
             continue
         own = expert - share.first

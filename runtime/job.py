@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .parallel import World
 
 _READ = 256 << 20  # bytes that each rank reads at most, to learn how fast the machine is
+_PIECE = 4 << 10  # bytes of a tensor that are worth reading for that
 _LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -413,25 +415,34 @@ def touched(decoder: "Decoder", batch: int) -> int:
 
 
 def _reading(tensors: Sequence[Any], world: "World") -> tuple[float, float]:
-    """Bytes that this rank read of its weights while all others did so too, and the seconds that it took."""
+    """Bytes that this rank read of its weights while all others did so too, and the seconds that it took.
+
+    Matrices are multiplied with a vector, which reads as quickly as anything; what has other types is added up.
+    """
     import torch
 
-    parts, left = [], _READ
+    parts: list[tuple[int, Callable[[], Any]]] = []
+    left = _READ
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)[: left // tensor.element_size()] if tensor.is_contiguous() else None
-        if flat is not None and flat.nbytes >= 4096:
+        if not tensor.is_contiguous() or min(tensor.nbytes, left) < _PIECE:
+            continue
+        if tensor.dim() == 2 and tensor.dtype in (torch.bfloat16, torch.float32):
+            matrix = tensor.detach()[: max(1, left // tensor[0].nbytes)]
+            parts.append((matrix.nbytes, partial(torch.mv, matrix, torch.ones_like(matrix[0]))))
+        else:
+            flat = tensor.detach().reshape(-1)[: left // tensor.element_size()]
             flat = flat[: flat.numel() // 8 * 8].view(torch.int64)
-            parts.append(flat)
-            left -= flat.nbytes
+            parts.append((flat.nbytes, flat.sum))
+        left -= parts[-1][0]
     if not parts:
         return 0.0, 0.0
     world.meet("measuring the machine")
-    synchronize: Callable[[], object] = torch.cuda.synchronize if parts[0].is_cuda else lambda: None
+    synchronize: Callable[[], object] = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
     synchronize()
-    size, read, began = sum(part.nbytes for part in parts), 0, time.perf_counter()
+    size, read, began = sum(nbytes for nbytes, _ in parts), 0, time.perf_counter()
     while read == 0 or time.perf_counter() - began < 0.05:
-        for part in parts:
-            part.sum()
+        for _, look in parts:
+            look()
         read += size
     synchronize()
     return float(read), time.perf_counter() - began

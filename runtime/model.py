@@ -4,8 +4,8 @@ A rank holds its own heads, its part of each feed-forward, its experts, its rows
 partial sums meet twice, once where attention and feed-forward start from the same place; hidden states pass from stage to stage.
 """
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -156,7 +156,8 @@ class Decoder(nn.Module):
         else:
             x = self.world.recv((batch, seq, self.model.sizes["hidden"]), self.dtype, self.rank - len(self.ranks), "stage", self.device)
         for layer in self.mine:
-            x = self._layer(layer, x, context)
+            for step in self.steps(layer).values():
+                x = step(x, context)
         if not self.last:
             self.world.send(x, self.rank + len(self.ranks), "stage")
         return self._logits(x, batch, seq, all_ranks)
@@ -185,27 +186,68 @@ class Decoder(nn.Module):
             x = self._norm(x, Weights(outside), "embed_norm")
         return x + outside["pos_embed"][positions.clamp(min=0)] if "pos_embed" in outside else x
 
-    def _layer(self, layer: int, x: Tensor, context: Context) -> Tensor:
-        """One layer: attention and feed-forward, after each other or beside each other, each with what norms and biases there are."""
-        weights, spec = self._by_layer[1][layer], self.spec
+    def steps(self, layer: int) -> dict[str, Callable[[Tensor, Context], Tensor]]:
+        """What a layer does, one after another, each time from [batch, seq, hidden] to the same."""
+        if self.spec.parallel:
+            return {"attention and feed-forward": partial(self._both, layer)}
+        return {"attention": partial(self._attend, layer), "feed-forward": partial(self._feed, layer)}
 
-        def attend(h: Tensor) -> Tensor:
-            return attention(h, weights, layer, spec, self.heads, self.latent, context, lambda squares: self._sum(squares, "norm"))
-
-        def biased(h: Tensor, name: str) -> Tensor:
-            bias = weights.get(name)
-            return h if bias is None else h + bias
-
+    def _both(self, layer: int, x: Tensor, context: Context) -> Tensor:
+        weights = self._by_layer[1][layer]
         h = self._norm(x, weights, "attn_norm")
-        if spec.parallel:
-            beside = self._norm(x, weights, "mlp_norm") if "mlp_norm" in weights else h
-            both = self._sum(attend(h) + feed_forward(beside, weights, spec, self.share), "hidden")
-            return x + biased(biased(both, "attn.o_bias"), "mlp.down_bias")
-        h = biased(self._sum(attend(h), "hidden"), "attn.o_bias")
-        x = x + self._norm(h, weights, "post_attn_norm")
-        h = feed_forward(self._norm(x, weights, "mlp_norm"), weights, spec, self.share)
-        h = biased(self._sum(h, "hidden"), "mlp.down_bias")
-        return x + self._norm(h, weights, "post_mlp_norm")
+        beside = self._norm(x, weights, "mlp_norm") if "mlp_norm" in weights else h
+        both = self._sum(self._heads(layer, h, context) + feed_forward(beside, weights, self.spec, self.share), "hidden")
+        return x + _biased(_biased(both, weights, "attn.o_bias"), weights, "mlp.down_bias")
+
+    def _attend(self, layer: int, x: Tensor, context: Context) -> Tensor:
+        weights = self._by_layer[1][layer]
+        h = self._sum(self._heads(layer, self._norm(x, weights, "attn_norm"), context), "hidden")
+        return x + self._norm(_biased(h, weights, "attn.o_bias"), weights, "post_attn_norm")
+
+    def _feed(self, layer: int, x: Tensor, context: Context) -> Tensor:
+        weights = self._by_layer[1][layer]
+        h = self._sum(feed_forward(self._norm(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
+        return x + self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm")
+
+    def _heads(self, layer: int, h: Tensor, context: Context) -> Tensor:
+        weights = self._by_layer[1][layer]
+        return attention(h, weights, layer, self.spec, self.heads, self.latent, context, lambda squares: self._sum(squares, "norm"))
+
+    # Looking at it
+
+    def routers(self) -> dict[int, Weights]:
+        """The layers of this rank that have experts."""
+        return {layer: weights for layer, weights in self._by_layer[1].items() if "moe.router" in weights}
+
+    def trace(self, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What goes into each step of a forward of tokens [batch, seq], and what comes out, by a name in words; on a rank alone."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
+        context = self._context(positions, None)
+        outputs["the embedding"] = x = self._embed(ids, positions)
+        for layer in self.mine:
+            for name, step in self.steps(layer).items():
+                inputs[f"layer {layer}, {name}"] = x
+                outputs[f"layer {layer}, {name}"] = x = step(x, context)
+        inputs["the head"], logits = x, self._logits(x, ids.shape[0], ids.shape[1], all_ranks=False)
+        assert logits is not None
+        outputs["the head"] = logits
+        return inputs, outputs
+
+    def retrace(self, ids: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the steps of this rank make of given inputs; see `trace`."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
+        context = self._context(positions, None)
+        found = {"the embedding": self._embed(ids, positions)} if self.first else {}
+        for layer in self.mine:
+            for name, step in self.steps(layer).items():
+                found[f"layer {layer}, {name}"] = step(inputs[f"layer {layer}, {name}"], context)
+        if self.last:
+            logits = self._logits(inputs["the head"], ids.shape[0], ids.shape[1], all_ranks=False)
+            assert logits is not None
+            found["the head"] = logits
+        return found
 
     def _logits(self, x: Tensor, batch: int, seq: int, all_ranks: bool) -> Tensor | None:
         vocab, pp, tp = self.model.sizes["vocab"], self.layout.mesh.pp, len(self.ranks)
@@ -243,6 +285,11 @@ class Decoder(nn.Module):
 
     def _sum(self, x: Tensor, label: str) -> Tensor:
         return self.world.all_reduce(x, self.ranks, label)
+
+
+def _biased(h: Tensor, weights: Weights, name: str) -> Tensor:
+    bias = weights.get(name)
+    return h if bias is None else h + bias
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

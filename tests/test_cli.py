@@ -106,7 +106,10 @@ def test_json_of_each_command_has_what_a_program_needs(source: Path, tmp_path: P
     assert inspect["family"] == "llama" and inspect["layout"] == "native, TP 2" and inspect["root"] == convert.json["root"]
     assert reshard("inspect", source, "--json").json["parameters"] == inspect["parameters"] == 122136
     verify = reshard("verify", out, "--against", source, "--json")
-    assert verify.json["ok"] is True and [rung["rung"] for rung in verify.json["rungs"]] == ["integrity", "weights"]
+    assert verify.json["ok"] is True and [rung["rung"] for rung in verify.json["rungs"] if rung["skipped"] is None] == [
+        "integrity",
+        "weights",
+    ]
 
 
 def test_json_of_a_failed_verification_says_what_failed_and_exits_1(source: Path, tmp_path: Path) -> None:
@@ -130,6 +133,7 @@ def test_the_next_command_can_be_pasted_whatever_the_names(source: Path, tmp_pat
     out = tmp_path / 'it\'s "a" name; $HOME `x`'
     done = process("convert", source, out, "--tp", "2")
     line = done.out.splitlines()[-1].removeprefix("next: reshard ")
+    line += " --no-numerics"
     ran = subprocess.run(f"{shlex.quote(sys.executable)} -m reshard {line}", shell=True, capture_output=True, env=environment(), text=True)
     assert ran.returncode == 0, ran.stderr
 

@@ -420,7 +420,7 @@ def test_example_table_works(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "starcoder2.toml").write_text(_example(), encoding="utf-8")
     reshard.convert(tmp_path / "model", tmp_path / "out", tp=4, pp=2, family=str(tmp_path / "starcoder2.toml"))
-    assert reshard.verify(tmp_path / "out", against=tmp_path / "model", family=str(tmp_path / "starcoder2.toml")).ok
+    assert reshard.verify(tmp_path / "out", against=tmp_path / "model", family=str(tmp_path / "starcoder2.toml"), numerics=False).ok
     reshard.convert(tmp_path / "out", tmp_path / "back", to="hf")
     for path in (tmp_path / "model").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()

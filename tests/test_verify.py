@@ -70,7 +70,7 @@ def test_a_whole_directory_passes(source: Path, shards: Path) -> None:
     assert done.out.startswith("integrity  ok         42 tensors, 10 files")
     done = reshard("verify", shards, "--against", source)
     assert done.code == 0
-    assert done.out.splitlines()[-1] == "every element is the source's, bit by bit"
+    assert done.out.splitlines()[-1] == "the directory is whole; every element is the source's, bit by bit"
 
 
 def test_a_flipped_bit_is_found_in_every_file(shards: Path, out: Path) -> None:

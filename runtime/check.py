@@ -1,0 +1,421 @@
+"""The numeric proof: the shards, run at their own mesh, compute what the original does. Tolerances are derived, never chosen.
+
+    float32        at most 4 × what the reference itself changes between float32 and float64 on the same tokens, whole and token by token;
+                   and the same tokens when both go on by themselves
+    stored dtype   rms distance from the float32 reference at most 1.5 × the reference's own
+
+The reference is transformers, an independent implementation, run from the original files; where it is not installed or does not know the
+model (block-scaled FP8), this runtime at TP 1, from the original files too. Ranks are threads of this process.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reshard.errors import PlaceError, ReshardError
+from reshard.progress import Progress
+from reshard.verification import Rung
+
+if TYPE_CHECKING:
+    import torch
+
+    from reshard.source import Source
+
+    from .model import Decoder
+
+Routes = dict[int, "list[torch.Tensor]"]  # layer → the experts of every token, [tokens, top], of one forward after another
+
+TIMES, RMS = 4.0, 1.5  # × the reference's own error: in float32, and in the stored dtype
+LENGTH, MOST = 48, 32  # tokens of a prompt; prompts
+NEW, DISTINCT = 32, 16  # tokens that both go on with by themselves, and how many of them must be distinct
+MEMORY = 20  # bytes per parameter that the rung takes: the reference in float64 and float32, the shards in float32
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What was measured in one dtype. Distances of logits from the reference in float32; `own`: that of the reference itself."""
+
+    max: float
+    rms: float
+    own_max: float
+    own_rms: float
+    kl: float
+    agreed: float
+
+    def to_json(self) -> dict[str, float]:
+        return {name: float(f"{getattr(self, name):.6g}") for name in ("max", "rms", "own_max", "own_rms", "kl", "agreed")}
+
+
+def numerics(out: Path, source: "Source | None", progress: Progress, must: bool = False, exhaustive: bool = False) -> Rung:
+    """Climb the rung. What stands against it makes it skipped, or, where it `must` be climbed, an error."""
+
+    def skipped(why: str, hint: str) -> Rung:
+        if must:
+            raise ReshardError(f"numerics: {why}", hint)
+        return Rung("numerics", skipped=f"{why}: {hint}")
+
+    if source is None:
+        return skipped("there is nothing to compare with", "--against SRC")
+    if source.root is None or source.manifest is not None:
+        return skipped(f"{source.where} is no published checkpoint", "--against the original")
+    try:
+        import torch
+    except ImportError:
+        return skipped("PyTorch is not installed", "pip install 'reshard[runtime]'")
+    needed = MEMORY * sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
+    if needed > _free() and not must:
+        return Rung("numerics", skipped=f"takes {needed / 2**30:.1f} GiB of memory, {_free() / 2**30:.1f} GiB are free")
+    try:
+        with torch.inference_mode():
+            return _Check(out, source, progress, exhaustive).climb()
+    except PlaceError:
+        raise
+    except ReshardError as error:
+        if must:
+            raise
+        return Rung("numerics", skipped=f"the runtime cannot run it: {error.message}")
+
+
+class _Check:
+    """One climb: prompts, reference, shards."""
+
+    def __init__(self, out: Path, source: "Source", progress: Progress, exhaustive: bool) -> None:
+        import torch
+
+        assert source.root is not None
+        self.out, self.source, self.progress, self.rung = out, source, progress, Rung("numerics")
+        model = source.layout.model
+        self.vocab, self.stored = model.sizes["vocab"], getattr(torch, _dtype(model.tensors["embed"].dtypes[0]))
+        self.reference: _Reference = _reference(source.root, source.layout.model.family.quantization != () and _quantized(source))
+        self.prompts = _prompts(self.vocab, _positions(source), exhaustive)
+        self.routed: dict[int, set[int]] = {}
+
+    def climb(self) -> Rung:
+        import torch
+
+        rung, narrow = self.rung, self.stored in (torch.bfloat16, torch.float16)
+        self.progress.start("running the model", 5 if narrow else 3)
+        wide = self.reference.logits(self.prompts, torch.float32)
+        self.progress.advance(1)
+        if not bool(wide.isfinite().all()):
+            self.progress.finish()
+            return Rung("numerics", skipped=f"the logits of the reference, {self.reference.name}, are not finite")
+        exact = self.reference.logits(self.prompts, torch.float64)
+        self.progress.advance(1)
+        whole, stepwise, tokens = self._shards(torch.float32, generate=True)
+        self.progress.advance(1)
+        numbers = _numbers(whole, wide, exact)
+        rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json()}
+        limit = TIMES * numbers.own_max
+        if not numbers.max <= limit:
+            where = self._first_to_differ()
+            rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, {limit:.3g} is the bound{where}")
+        if not (off := _distance(stepwise, whole)) <= limit:
+            words = f"logits differ by {off:.3g} from those of the whole prompt, {limit:.3g} is the bound"
+            rung.failures.append(f"float32: token by token, {words}")
+        self._continuations(tokens, limit)
+        if narrow:
+            name = str(self.stored).removeprefix("torch.")
+            routes, more = None, {}
+            if self.routed:
+                wide, own, routes, share = self._routed()
+                more = {"routing": "that of float32 imposed", "would_differ": share}
+            else:
+                own = self.reference.logits(self.prompts, self.stored)
+            self.progress.advance(1)
+            ours, _, _ = self._shards(self.stored, routes=routes)
+            self.progress.advance(1)
+            numbers = _numbers(ours.float(), wide, own.float())
+            rung.numbers[name] = numbers.to_json() | more
+            if not numbers.rms <= RMS * numbers.own_rms:
+                words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
+                rung.failures.append(f"{name}: rms distance of logits {words}")
+        self._coverage()
+        self.progress.finish()
+        return rung
+
+    def _shards(
+        self, dtype: "torch.dtype", generate: bool = False, routes: "Routes | None" = None
+    ) -> "tuple[torch.Tensor, torch.Tensor, list[list[int]]]":
+        """Logits of the shards: of whole prompts, and token by token from the middle on; and how they go on by themselves."""
+        import torch
+
+        from .generate import Options
+        from .generate import generate as go_on
+        from .load import load_model
+        from .parallel import World, run_threads
+
+        def work(world: World) -> tuple[torch.Tensor, torch.Tensor, list[list[int]], dict[int, set[int]]]:
+            with torch.inference_mode():
+                decoder = load_model(self.out, dtype, mesh=mesh, world=world)
+                for layer, weights in decoder.routers().items():
+                    weights.imposed = iter(routes[layer]) if routes else None
+                parts: list[torch.Tensor] = []
+                steps: list[torch.Tensor] = []
+                for ids in self.prompts.split(8):
+                    whole = decoder(ids, all_ranks=True)
+                    parts.append(whole)
+                    if generate and not steps:
+                        cache, half = decoder.new_cache(*ids.shape), ids.shape[1] // 2
+                        pieces = [ids[:, :half], *ids[:, half:].split(1, 1)]
+                        steps.append(torch.cat([decoder(piece, cache=cache, all_ranks=True) for piece in pieces], 1))
+                routed = {layer: weights.routed for layer, weights in decoder.routers().items()}
+                tokens = go_on(decoder, self._starts(), Options(NEW)).tokens if generate else []
+                return torch.cat(parts), steps[0] if steps else parts[0], tokens, routed
+
+        mesh = self._opened().layout.mesh
+        found = run_threads(mesh.world, work, timeout=3600)
+        for _, _, _, routed in found:
+            for layer, experts in routed.items():
+                self.routed.setdefault(layer, set()).update(experts)
+        whole, steps, tokens, _ = found[0]
+        return whole, steps, tokens
+
+    def _routed(self) -> "tuple[torch.Tensor, torch.Tensor, Routes, float]":
+        """Of a mixture in 16 bits, where a token may go to another expert by a rounding: this runtime at TP 1 with the choices of float32.
+
+        Logits in float32 and in the stored dtype, the choices, and the part of them that would have been others. That this runtime is the
+        reference in float32 has been seen before.
+        """
+        import torch
+
+        from .load import load_model
+        from .parallel import alone
+
+        logits: list[torch.Tensor] = []
+        taken: list[Routes] = []
+        for dtype, imposed in ((torch.float32, False), (self.stored, True), (self.stored, False)):
+            decoder = load_model(self.source.root or self.out, dtype, world=alone())
+            for layer, weights in decoder.routers().items():
+                weights.routes = []
+                weights.imposed = iter(taken[0][layer]) if imposed else None
+            logits.append(torch.cat([decoder(ids) for ids in self.prompts.split(8)]))
+            taken.append({layer: weights.routes or [] for layer, weights in decoder.routers().items()})
+        odd = [a.sort(-1)[0] != b.sort(-1)[0] for layer in taken[0] for a, b in zip(taken[0][layer], taken[2][layer], strict=True)]
+        return logits[0], logits[1], taken[0], float(torch.cat([part.any(-1) for part in odd]).double().mean())
+
+    def _opened(self) -> "Source":
+        from reshard.source import open_source
+
+        return open_source(self.out, self.source.layout.model.family)
+
+    def _starts(self) -> list[list[int]]:
+        return [prompt[: LENGTH // 4].tolist() for prompt in self.prompts[:4]]
+
+    def _continuations(self, tokens: Sequence[Sequence[int]], limit: float) -> None:
+        """The same tokens as the reference's, where it is surer of them than the bound."""
+        agreed, distinct = 0, set()
+        for number, (start, ours) in enumerate(zip(self._starts(), tokens, strict=True), 1):
+            theirs, margins = self.reference.greedy(start, len(ours))
+            for at, (one, other, margin) in enumerate(zip(ours, theirs, margins, strict=True)):
+                if one != other:
+                    if margin > 2 * limit:
+                        words = f"the reference {other}, surer of it by {margin:.3g} than of any other"
+                        self.rung.failures.append(f"float32: text {number}: token {at + 1} is {one}, that of {words}")
+                    break  # from here on they go different ways
+                agreed += 1
+                distinct.add(one)
+        self.rung.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
+        if len(distinct) < DISTINCT and not self.rung.failures:
+            self.rung.notes.append(f"the model went on with {len(distinct)} distinct tokens, {DISTINCT} would say more")
+
+    def _coverage(self) -> None:
+        rung, model = self.rung, self.source.layout.model
+        rows = len(set(self.prompts.flatten().tolist()))
+        covered: dict[str, Any] = {"rows": rows, "vocabulary": self.vocab}
+        if rows < self.vocab:
+            rung.notes.append(f"{self.vocab - rows} of {self.vocab} rows of the vocabulary were not embedded")
+        if self.routed:
+            experts = model.sizes["experts"]
+            reached = sum(map(len, self.routed.values()))
+            covered |= {"experts": reached, "of": experts * len(self.routed)}
+            if reached < experts * len(self.routed):
+                rung.notes.append(f"{experts * len(self.routed) - reached} of {experts * len(self.routed)} experts were not routed to")
+        if (beyond := model.sizes.get("layer", 0) - model.main_layers) > 0 and model.main_layers:
+            rung.notes.append(f"{beyond} layers beyond the decoder's (multi-token prediction) are not run")
+        rung.numbers["coverage"] = covered
+        worst = rung.numbers["float32"]
+        share = worst["max"] / worst["own_max"] if worst["own_max"] else math.inf if worst["max"] else 0.0
+        done = rung.numbers["continuations"]
+        rung.words = f"{self.reference.name}; logits off by {share:.2f} × its own error; {done['tokens']} tokens agreed"
+
+    def _first_to_differ(self) -> str:
+        """Which step is the first to compute something else from the same input, and which tensors of it are not the original's."""
+        import torch
+
+        from reshard import verification
+
+        from .load import load_model
+        from .parallel import World, alone, run_threads
+
+        ids = self.prompts[:2]
+        inputs, outputs = load_model(self.source.root or self.out, torch.float32, world=alone()).trace(ids)
+        opened = self._opened()
+
+        def work(world: World) -> dict[str, torch.Tensor]:
+            with torch.inference_mode():
+                return load_model(self.out, torch.float32, mesh=opened.layout.mesh, world=world).retrace(ids, inputs)
+
+        merged: dict[str, torch.Tensor] = {}
+        for found in run_threads(opened.layout.mesh.world, work, timeout=3600):
+            merged |= found
+        for name, output in outputs.items():
+            scale = float(output.abs().max())
+            if name in merged and not _distance(merged[name], output) <= 1e-4 * scale:
+                layer = name.partition(",")[0].replace("layer ", "layers.") + "." if name.startswith("layer ") else ""
+                odd = [failure for failure in verification.weights(opened, self.source, 2).failures if layer in failure]
+                return f"; the first step to differ is {name}" + (f": {odd[0]}" if odd else "")
+        return ""
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------------------
+
+
+class _Reference:
+    """The unsharded model, in any dtype. `run`: ids → logits, made anew for each dtype."""
+
+    def __init__(self, name: str, load: "Callable[[torch.dtype], Callable[[torch.Tensor], torch.Tensor]]") -> None:
+        self.name, self.load = name, load
+        self._kept: tuple[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] | None = None
+
+    def prepare(self) -> None:
+        """Load it in float32, which stays loaded."""
+        import torch
+
+        if self._kept is None:
+            self._kept = torch.float32, self.load(torch.float32)
+
+    def logits(self, ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+        import torch
+
+        self.prepare()
+        run = self._kept[1] if self._kept and dtype is torch.float32 else self.load(dtype)
+        return torch.cat([run(part) for part in ids.split(8)])
+
+    def greedy(self, start: Sequence[int], most: int) -> tuple[list[int], list[float]]:
+        """What the model goes on with, in float32, and by how much it preferred each token to the second."""
+        import torch
+
+        assert self._kept is not None
+        ids, margins = list(start), []
+        for _ in range(most):
+            best = self._kept[1](torch.tensor([ids]))[0, -1].topk(2)
+            ids.append(int(best.indices[0]))
+            margins.append(float(best.values[0] - best.values[1]))
+        return ids[len(start) :], margins
+
+
+def _reference(root: Path, quantized: bool) -> _Reference:
+    """transformers where it is installed and can run the model, else this runtime at TP 1; the name says which, and why."""
+    try:
+        import transformers
+    except ImportError:
+        return _Reference("this runtime at TP 1 (transformers is not installed)", _ours(root))
+    if quantized:
+        return _Reference("this runtime at TP 1 (transformers runs these weights on GPUs only)", _ours(root))
+
+    def load(dtype: "torch.dtype") -> "Callable[[torch.Tensor], torch.Tensor]":
+        with _quiet():
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                root, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True
+            )
+        model = loaded.eval()
+        return lambda ids: model(ids, use_cache=False).logits
+
+    found = _Reference(f"transformers {transformers.__version__}", load)
+    try:
+        found.prepare()
+    except Exception as error:  # whatever it stumbles over in a checkpoint that it does not know
+        words = str(error).strip().partition("\n")[0][:80]
+        return _Reference(f"this runtime at TP 1 (transformers: {type(error).__name__}: {words})", _ours(root))
+    return found
+
+
+def _ours(root: Path) -> "Callable[[torch.dtype], Callable[[torch.Tensor], torch.Tensor]]":
+    from .load import load_model
+    from .parallel import alone
+
+    def load(dtype: "torch.dtype") -> "Callable[[torch.Tensor], torch.Tensor]":
+        decoder: Decoder = load_model(root, dtype, world=alone())
+        return decoder
+
+    return load
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of transformers."""
+    from transformers.utils import logging as theirs
+
+    logging: Any = theirs
+    was, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(was)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- prompts and distances -------------------------------------------------------------------------------------------------------
+
+
+def _prompts(vocab: int, positions: int, exhaustive: bool) -> "torch.Tensor":
+    """[prompts, tokens]: every row of a small vocabulary, so many of a large one, in an order that is no order."""
+    import torch
+
+    length = max(2, min(LENGTH, positions - NEW))
+    count = -(-vocab // length)
+    count = max(4, count if exhaustive else min(count, MOST))
+    order = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))
+    return order.repeat(-(-count * length // vocab))[: count * length].view(count, length)
+
+
+def _positions(source: "Source") -> int:
+    keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+    return next((int(source.config.get(key)) for key in keys if source.config.get(key)), 1 << 30)
+
+
+def _quantized(source: "Source") -> bool:
+    return source.config.get("quantization_config") is not None
+
+
+def _dtype(stored: str) -> str:
+    return {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}.get(stored, "float32")
+
+
+def _distance(a: "torch.Tensor", b: "torch.Tensor") -> float:
+    """The largest difference; NaN where one is not finite."""
+    a = a[: len(b)]
+    return float((a.double() - b[: len(a)].double()).abs().max())
+
+
+def _numbers(ours: "torch.Tensor", wide: "torch.Tensor", own: "torch.Tensor") -> Numbers:
+    import torch
+
+    def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+        return math.sqrt(float((a.double() - b.double()).pow(2).mean()))
+
+    p, q = wide.double().log_softmax(-1), ours.double().log_softmax(-1)
+    return Numbers(
+        max=_distance(ours, wide),
+        rms=rms(ours, wide),
+        own_max=_distance(own, wide),
+        own_rms=rms(own, wide),
+        kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        agreed=float((wide.argmax(-1) == ours.argmax(-1)).double().mean()),
+    )
+
+
+def _free() -> int:
+    """Bytes of memory that can be had without swapping."""
+    text = Path("/proc/meminfo").read_text()
+    return next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("MemAvailable:"))
