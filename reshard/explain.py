@@ -116,7 +116,7 @@ class Holding:
     def text(self) -> str:
         """As `explain` takes it."""
         prefix = "" if self.rank is None else f"{self.rank}:"
-        return f"{prefix}{self.tensor}{_bracketed(self.first)}"
+        return f"{prefix}{self.tensor}{bracketed(self.first)}"
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
@@ -196,23 +196,23 @@ class Explanation:
 
     def lines(self) -> list[str]:
         """What a person wants to know, in at most 80 columns."""
-        found = list(_wrapped(f"{self.asked}{self._worth()}"))
-        found += _wrapped(f"{self.dtype} tensor of shape {list(self.shape)}" if self.shape else f"{self.dtype} scalar", 2)
+        found = list(wrapped(f"{self.asked}{self._worth()}"))
+        found += wrapped(f"{self.dtype} tensor of shape {list(self.shape)}" if self.shape else f"{self.dtype} scalar", 2)
         if self.here is not None:
             found += self._place(self.here)
         if self.constant is not None:
-            found += _wrapped(f"is the constant {self.constant}: the engine wants it, no checkpoint has it")
+            found += wrapped(f"is the constant {self.constant}: the engine wants it, no checkpoint has it")
         if self.kind == "buffer":
-            found += _wrapped("is a buffer that an engine recomputes: no rank gets it, it is kept aside")
+            found += wrapped("is a buffer that an engine recomputes: no rank gets it, it is kept aside")
             if self.kept is not None and self.here is not None and self.kept.file != self.here.file:
-                found += _wrapped(f"its bytes are in the residue: byte {self.kept.byte} of {self.kept.file}", 2)
+                found += wrapped(f"its bytes are in the residue: byte {self.kept.byte} of {self.kept.file}", 2)
         if self.padding:
             what = "is padding" if self.padding == self.elements else f"{self.padding} of its {self.elements} elements are padding"
-            found += _wrapped(f"{what}: no logical tensor has an element there")
+            found += wrapped(f"{what}: no logical tensor has an element there")
         for part in self.parts:
             found += self._part(part)
         for note in self.notes:
-            found += _wrapped(note)
+            found += wrapped(note)
         return found
 
     def _worth(self) -> str:
@@ -224,11 +224,11 @@ class Explanation:
 
     def _place(self, here: Holding) -> Iterator[str]:
         whose = "the original" if here.rank is None else f"rank {here.rank}"
-        count = "" if self.single else f"{here.elements} elements, from {_bracketed(here.first)} to {_bracketed(here.last)}, "
-        yield from _wrapped(f"{whose}: {count}byte {here.byte} of {here.file}", 2)
+        count = "" if self.single else f"{here.elements} elements, from {bracketed(here.first)} to {bracketed(here.last)}, "
+        yield from wrapped(f"{whose}: {count}byte {here.byte} of {here.file}", 2)
 
     def _part(self, part: Part) -> Iterator[str]:
-        yield from _wrapped(f"{'is' if self.single else 'holds'} {part.tensor}: {_axes(part.box, part.sizes)}")
+        yield from wrapped(f"{'is' if self.single else 'holds'} {part.tensor}: {in_words(part.box, part.sizes)}")
         if part.origins and not (self.here is not None and self.here.rank is None):
             yield "came from"
             yield from self._holdings(part, part.origins)
@@ -240,20 +240,20 @@ class Explanation:
 
     def _holdings(self, part: Part, holdings: Sequence[Holding]) -> Iterator[str]:
         for holding in holdings[:MOST]:
-            to = "" if holding.elements == 1 or holding.tensors > 1 else f" to {_bracketed(holding.last)}"
+            to = "" if holding.elements == 1 or holding.tensors > 1 else f" to {bracketed(holding.last)}"
             more = f" to {holding.last_tensor} ({holding.tensors} tensors)" if holding.tensors > 1 else ""
-            yield from _wrapped(f"{holding.text}{to}{more}", 2)
+            yield from wrapped(f"{holding.text}{to}{more}", 2)
             less = {axis: span for axis, span in holding.box.items() if span != part.box[axis]}
-            yield from _wrapped(f"byte {holding.byte} of {holding.file}{f': {_axes(less)}' if less else ''}", 4)
+            yield from wrapped(f"byte {holding.byte} of {holding.file}{f': {in_words(less)}' if less else ''}", 4)
         if len(holdings) > MOST:
             yield f"  … and {len(holdings) - MOST} more; --json has all"
 
 
-def _bracketed(indices: Sequence[int]) -> str:
+def bracketed(indices: Sequence[int]) -> str:
     return f"[{','.join(map(str, indices))}]" if indices else ""
 
 
-def _axes(box: Mapping[str, Range], sizes: Mapping[str, int] | None = None) -> str:
+def in_words(box: Mapping[str, Range], sizes: Mapping[str, int] | None = None) -> str:
     """`layer 7, kv 0-3 of 4`: inclusive, as people count; the size where it says more than the range."""
 
     def word(axis: str, low: int, high: int) -> str:
@@ -263,7 +263,7 @@ def _axes(box: Mapping[str, Range], sizes: Mapping[str, int] | None = None) -> s
     return ", ".join(word(axis, low, high) for axis, (low, high) in box.items()) or "a scalar"
 
 
-def _wrapped(text: str, indent: int = 0) -> list[str]:
+def wrapped(text: str, indent: int = 0) -> list[str]:
     """Lines of at most 80 columns; a name that is longer is broken."""
     first, rest = " " * indent, " " * (indent + 2)
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]
@@ -408,7 +408,7 @@ class _Asking:
         box |= {axis: (at, at + 1) for axis, at in zip(tensor.axes, indices, strict=False)}
         low, high = box.get("layer", (0, 0))
         if "layer" in box and tensor.layers is not None and not any(low <= at < high for at in tensor.layers):
-            there = ", ".join(_axes({"layer": span}) for span in _runs(tensor.layers))
+            there = ", ".join(in_words({"layer": span}) for span in runs(tensor.layers))
             raise ReshardError(f"{self.asked}: {name} does not exist in layer {low}", f"it exists in {there}")
         dtypes = tensor.dtypes if "layer" not in box or not indices else (tensor.dtype({"layer": indices[tensor.axes.index("layer")]}),)
         part = self._part(name, box, count == 1)
@@ -527,7 +527,7 @@ class _Asking:
         layout = self.source.layout
         ranks = [other for other in range(layout.mesh.world) if _find(layout.by_rank[other], name) is not None]
         if ranks:
-            said = ", ".join(str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in _runs(ranks))
+            said = ", ".join(str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in runs(ranks))
             who = f"rank {said} has it" if len(ranks) == 1 else f"ranks {said} have it"
             return ReshardError(f"{self.asked}: rank {rank} has no {name}", who)
         names = [slot.name(point) for slot in layout.by_rank[rank] for point in slot.points()]
@@ -604,7 +604,7 @@ def _points(piece: Piece, box: Box) -> Iterator[Point]:
         yield dict(zip(axes, numbers, strict=True))
 
 
-def _runs(numbers: Sequence[int]) -> list[Range]:
+def runs(numbers: Sequence[int]) -> list[Range]:
     """Rising numbers as ranges."""
     found: list[Range] = []
     for number in numbers:
