@@ -36,9 +36,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Row:
     """One logical tensor in one layer (None: it has no layers), or one buffer that is kept aside.
 
-    `status`: "equal", "differs", "shape", "dtype", "only in A" or "only in B"; `a` and `b` say what it is there. `differing`: elements whose
-    bits differ; `odd`: those of them that are infinite or no number on either side. `largest`: the largest difference of the others, and
-    `rms` over all `elements`, the odd ones left out; both None unless floating point.
+    `status`: "equal", "differs", "shape", "dtype", "only in A" or "only in B"; `a` and `b` say what it is there.
+    `differing`: elements whose bits differ; `odd`: those of them that are infinite or no number on either side. `largest`: the largest
+    difference of the others, and `rms` over all `elements`, the odd ones left out; both None unless floating point.
     `side`, `worst`: in which checkpoint, and where, the largest difference is, as `explain` takes it.
     """
 
@@ -265,7 +265,7 @@ class _Count:
         """Bytes of the same elements on both sides, the first of them at byte `offset` of the stored tensor."""
         bits = BITS[dtype]
         if bits < 8:  # several elements a byte, little-endian
-            places = np.flatnonzero(np.unpackbits(one ^ other, bitorder="little"))
+            places = np.flatnonzero(np.unpackbits(np.bitwise_xor(one, other).view(np.uint8), bitorder="little"))
             elements = np.unique((offset * 8 + places) // bits)
             if len(elements) and not self.differing:
                 self.at = int(elements[0])

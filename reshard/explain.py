@@ -393,7 +393,7 @@ class _Asking:
         file, kept = self.source.originals[at].name, None
         here = Holding(None, name, first, name, last, 1, count, file, byte_of(entry, first))
         _, (begin, _, place, start) = self.source.buffer(name)
-        if isinstance(place, Path):
+        if isinstance(place, Path) and self.source.root is not None:
             kept = replace(here, file=self._relative(place), byte=here.byte - begin + start)
             kept = self._read(kept, place, entry.dtype)
         return self._explanation(
