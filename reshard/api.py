@@ -23,8 +23,8 @@ from .tables import Table
 if TYPE_CHECKING:
     from .digest import FileDigest
     from .report import Report, SourceFacts
-    from .verification import Report as Verdict
-    from .verification import Rung
+    from .verdict import Report as Verdict
+    from .verdict import Rung
 
 __all__ = ["convert", "open_any", "plan", "verify"]
 
@@ -165,7 +165,8 @@ def verify(
 
     `only` names one rung.
     """
-    from .verification import RUNGS, Wish
+    from .verdict import RUNGS
+    from .verification import Wish
     from .verification import verify as verify_directory
 
     path = Path(out)

@@ -18,7 +18,7 @@ from .output import restored
 from .progress import Progress, Silent
 from .source import Source
 from .stream import Streams
-from .verification import Rung
+from .verdict import Rung
 
 
 def recorded(out: Source) -> dict[str, FileDigest]:

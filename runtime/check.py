@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reshard.errors import PlaceError, ReshardError
 from reshard.progress import Progress
-from reshard.verification import Rung
+from reshard.verdict import Rung
 
 if TYPE_CHECKING:
     import torch

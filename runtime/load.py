@@ -167,7 +167,8 @@ def _check_digests(root: Path, known: Manifest, rank: int, memory: mmap.mmap) ->
     import xxhash
 
     from reshard.digest import of, of_blocks
-    from reshard.verification import Rung, _blocks
+    from reshard.verdict import Rung
+    from reshard.verification import _blocks
 
     weights, tensors = known.ranks[rank]
     try:
