@@ -39,7 +39,7 @@ class Row:
     `status`: "equal", "differs", "shape", "dtype", "only in A" or "only in B"; `a` and `b` say what it is there.
     `differing`: elements whose bits differ; `odd`: those of them that are infinite or no number on either side. `largest`: the largest
     difference of the others, and `rms` over all `elements`, the odd ones left out; both None unless floating point.
-    `side`, `worst`: in which checkpoint, and where, the largest difference is, as `explain` takes it.
+    `side`, `worst`: in which checkpoint, and where, the first odd element or else the largest difference is, as `explain` takes it.
     """
 
     tensor: str

@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 import torch
 from fixtures import FIXTURES
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Joint, fitting, hold, joints, law, numbered
 from test_foreign import saved
 
-from reshard import api
+from reshard import api, tables
 from reshard.errors import ReshardError
-from reshard.explain import Explanation, Holding, _parse, byte_of, decode, explain, floating
+from reshard.explain import Explanation, Holding, _parse, byte_of, decode, explain, floating, inside
 from reshard.header import BITS
+from reshard.layout import lay_out
+from reshard.mesh import Mesh
 from reshard.source import Source, open_source
 
 # One mesh of each kind: plain, KV repeated, stages, experts, uneven.
@@ -163,6 +168,39 @@ def test_rows_and_whole_tensors_of_a_rank_are_what_their_elements_are(name: str,
             )
         assert sum(part.elements for part in row.parts) + row.padding == row.elements == shape[-1]
         assert row.here is not None and row.here.first == (*leading, 0) and row.here.last == (*leading, shape[-1] - 1)
+
+
+@given(joint=joints(), data=st.data())
+@law(60)
+def test_each_element_of_any_layout_is_told_by_arithmetic(joint: Joint, data: st.DataObject) -> None:
+    """With numbers in place of elements, for random tables on random meshes: fused, nested, transposed, stacked, padded, repeated.
+
+    Each stored number is found in the one logical tensor that has it, at its indices; and rows hold as many as are in them.
+    """
+    model = joint.model()
+    values = numbered(model)
+    layouts = [lay_out(model.family, model, Mesh(), model.active)]
+    layouts += [data.draw(st.sampled_from(fitting(tables.parse(text, "format"), model))) for text in joint.formats]
+    for layout in layouts:
+        stored = hold(layout, values)
+        for slot in layout.slots:
+            pieces = [piece for leaf in slot.template.leaves for piece in layout.pieces.get(leaf, ()) if piece.slot is slot]  # type: ignore[union-attr]
+            for point in slot.points():
+                array = stored[slot.rank, slot.name(point)]
+                for at in np.linspace(0, array.size - 1, min(array.size, 50), dtype=int) if array.size else ():
+                    told = [(piece, box) for piece in pieces if (box := inside(piece, int(at))) is not None]
+                    indices = [(piece, box | whole(point)) for piece, box in told]
+                    numbers = [values[piece.tensor.name][tuple(box[axis][0] for axis in piece.tensor.axes)] for piece, box in indices]
+                    assert numbers == [number for number in [array.flat[at]] if number]
+                for depth in range(array.ndim):
+                    pitch = math.prod(array.shape[depth:])
+                    for row, part in enumerate(array.reshape(-1, pitch)[:8] if pitch else ()):
+                        boxes = [box for piece in pieces if (box := inside(piece, row * pitch, pitch)) is not None]
+                        assert sum(math.prod(high - low for low, high in box.values()) for box in boxes) == np.count_nonzero(part)
+
+
+def whole(point: dict[str, int]) -> dict[str, tuple[int, int]]:
+    return {axis: (at, at + 1) for axis, at in point.items()}
 
 
 # Directories of other kinds
