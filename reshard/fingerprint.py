@@ -397,6 +397,7 @@ class _Owned:
         self.into: dict[str, int] = {}  # logical tensor → its sum; tied names that are stored once share one
         self.by_slot: dict[Slot, list[tuple[int, tuple[str, ...], Piece]]] = defaultdict(list)
         found: dict[tuple[int, tuple[str, ...]], int] = {}
+        mine = set(self.ranks)
         for name, tensor in sorted(layout.model.tensors.items()):
             key = (id(layout.holding(name)), tensor.axes) if layout.holding(name) else (len(found), tensor.axes)
             if key in found:
@@ -404,7 +405,7 @@ class _Owned:
                 continue
             into = self.into[name] = found[key] = len(found)
             for piece in layout.distinct(name):
-                if piece.slot.rank in set(self.ranks):
+                if piece.slot.rank in mine:
                     self.by_slot[piece.slot].append((into, tensor.axes, piece))
         self.sums = np.zeros((len(found), LANES), np.int64)  # of K·v, added by whoever is done with a tile
         self.constants = np.zeros((len(found), LANES), np.int64)  # of K·c, by whoever draws the next tensor
