@@ -167,7 +167,8 @@ def session() -> str:
         )
         if done.returncode:
             raise RuntimeError(f"scripts/demo failed:\n{done.stdout}")
-        text = re.sub(r"\n{3,}", "\n\n", done.stdout.replace(str(work), SHOWN_AS).strip())
+        said = re.sub(r"^[a-z ]+: .* of .* \(\d+ %\).*\n", "", done.stdout, flags=re.M)  # the heartbeat of what takes long
+        text = re.sub(r"\n{3,}", "\n\n", said.replace(str(work), SHOWN_AS).strip())
     return f"```console\n{text}\n```"
 
 

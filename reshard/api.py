@@ -22,6 +22,7 @@ from .tables import Table
 
 if TYPE_CHECKING:
     from .digest import FileDigest
+    from .fingerprint import Fingerprint, Share
     from .report import Report, SourceFacts
     from .verdict import Report as Verdict
     from .verdict import Rung
@@ -179,6 +180,27 @@ def verify(
     published = _published(path, hub) if hub is not None else None
     wish = Wish(only, sha256, published, _numerics(numerics, only))
     return verify_directory(path, source, Options(workers=workers).threads, progress, wish)
+
+
+def fingerprint(
+    src: str | Path,
+    *,
+    rank: int | None = None,
+    seed: str = "",
+    revision: str | None = None,
+    family: str | None = None,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> "Fingerprint | Share":
+    """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.fingerprint.combine`."""
+    from . import fingerprint as prints
+
+    threads = Options(workers=workers).threads
+    if rank is not None and Path(src).is_dir() and family is None and revision is None:
+        return prints.of_rank(Path(src), rank, seed=seed, threads=threads, progress=progress)
+    source = open_any(src, revision, family, headers_only=False, progress=progress)
+    share = prints.of_source(source, None if rank is None else [rank], seed=seed, threads=threads, progress=progress)
+    return share if rank is not None else prints.combine([share])
 
 
 def _numerics(wanted: bool | None, only: str | None) -> "Callable[[Path, Source | None, Progress], Rung] | None":

@@ -195,6 +195,54 @@ def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: An
         sys.exit(1)
 
 
+@cli.command(short_help="A line per tensor, equal in every layout of the same weights.")
+@click.argument("paths", metavar="PATH…", nargs=-1, required=True)
+@click.option("--rank", type=int, metavar="N", help="Only this rank's share, as JSON.")
+@click.option("--combine", is_flag=True, help="PATHs are the shares of all ranks: add them up.")
+@click.option("--seed", default="", metavar="TEXT", help="Other multipliers; fingerprints of one seed compare.")
+@_source
+@_workers
+@_talk
+def fingerprint(
+    paths: tuple[str, ...],
+    rank: int | None,
+    combine: bool,
+    seed: str,
+    revision: str | None,
+    family: str | None,
+    workers: int | None,
+    as_json: bool,
+    progress_kind: str,
+    quiet: bool,
+) -> None:
+    """A line per logical tensor and one for the model: equal for every layout of the same weights. Not cryptographic.
+
+    Each rank's node can hash its own files, and the shares add up:
+
+    \b
+    reshard fingerprint OUT --rank 3 > share-3.json
+    reshard fingerprint --combine share-*.json
+    """
+    from pathlib import Path
+
+    from . import api
+    from . import fingerprint as prints
+
+    found: prints.Fingerprint | prints.Share
+    if combine:
+        if rank is not None or seed:
+            raise ReshardError("--combine adds up shares that are there; --rank and --seed make one", "leave them out")
+        found = prints.combine(prints.read_share(Path(path)) for path in paths)
+    elif len(paths) != 1:
+        raise ReshardError(f"{len(paths)} paths are given, one is fingerprinted at a time", "to add up shares: --combine FILE…")
+    else:
+        with _Talk(progress_kind, quiet) as progress:
+            found = api.fingerprint(
+                paths[0], rank=rank, seed=seed, revision=revision, family=family, workers=workers or 0, progress=progress
+            )
+    _show(found.to_json() if as_json or isinstance(found, prints.Share) else found.text())
+
+
 @cli.command(short_help="Run the model from its shards.")
 @click.argument("out", metavar="OUT")
 @click.option("--prompt", "-p", "texts", multiple=True, metavar="TEXT", help="A prompt; several are run together.")

@@ -98,16 +98,16 @@ class _Check:
         import torch
 
         rung, narrow = self.rung, self.stored in (torch.bfloat16, torch.float16)
-        self.progress.start("running the model", 5 if narrow else 3)
+        self.progress.start("running the model", (5 if narrow else 3) * self.source.bytes)
         wide = self.reference.logits(self.prompts, torch.float32)
-        self.progress.advance(1)
+        self.progress.advance(self.source.bytes)
         if not bool(wide.isfinite().all()):
             self.progress.finish()
             return Rung("numerics", skipped=f"the logits of the reference, {self.reference.name}, are not finite")
         exact = self.reference.logits(self.prompts, torch.float64)
-        self.progress.advance(1)
+        self.progress.advance(self.source.bytes)
         whole, stepwise, tokens = self._shards(torch.float32, generate=True)
-        self.progress.advance(1)
+        self.progress.advance(self.source.bytes)
         numbers = _numbers(whole, wide, exact)
         rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json()}
         limit = TIMES * numbers.own_max
@@ -126,9 +126,9 @@ class _Check:
                 more = {"routing": "that of float32 imposed", "would_differ": share}
             else:
                 own = self.reference.logits(self.prompts, self.stored)
-            self.progress.advance(1)
+            self.progress.advance(self.source.bytes)
             ours, _, _ = self._shards(self.stored, routes=routes)
-            self.progress.advance(1)
+            self.progress.advance(self.source.bytes)
             numbers = _numbers(ours.float(), wide, own.float())
             rung.numbers[name] = numbers.to_json() | more
             if not numbers.rms <= RMS * numbers.own_rms:

@@ -465,7 +465,8 @@ def _lines(about: dict[str, Any]) -> list[str]:
         lines.append(f"bandwidth    {decimal(int(about['bandwidth']))}/s of weights{machine}")
     lines.append(f"collectives  {about['share_in_collectives']:.0%} of the time")
     kinds = [f"{name} {_folded(memory[name])}" for name in ("weights", "cache", "peak")]
-    lines.append(f"memory       {', '.join(kinds)} per rank; balance {about['balance']:.3f} (largest over mean)")
+    lines.append(f"memory       {', '.join(kinds)} per rank")
+    lines.append(f"balance      {about['balance']:.3f} (largest over mean)")
     return lines
 
 
