@@ -21,7 +21,9 @@ from .source import Source, open_source
 from .tables import Table
 
 if TYPE_CHECKING:
+    from .difference import Difference
     from .digest import FileDigest
+    from .explain import Explanation
     from .fingerprint import Fingerprint, Share
     from .report import Report, SourceFacts
     from .verdict import Report as Verdict
@@ -153,6 +155,8 @@ def verify(
     hub: str | None = None,
     only: str | None = None,
     numerics: bool | None = None,
+    exhaustive: bool = False,
+    layers: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Verdict":
@@ -162,7 +166,8 @@ def verify(
     weights      bit-exact `against` the original
     sha256       the files that merging would write have the digests that were recorded, or those that the Hub publishes of the model `hub`;
                  `sha256`: it is an error if none is known
-    numerics     the model computes what the original does; None: where it can be run here
+    numerics     the model computes what the original does; None: where it can be run here; `exhaustive`: with prompts for every row of
+                 the vocabulary; `layers`: layer by layer, in the memory of one
 
     `only` names one rung.
     """
@@ -178,8 +183,23 @@ def verify(
         raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None else None
-    wish = Wish(only, sha256, published, _numerics(numerics, only))
+    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers))
     return verify_directory(path, source, Options(workers=workers).threads, progress, wish)
+
+
+def explain(out: str | Path, element: str, *, revision: str | None = None, family: str | None = None) -> "Explanation":
+    """What an element is, where it came from, and everything that holds it; see `reshard.explain` for how it is named."""
+    from .explain import explain as explain_element
+
+    return explain_element(open_any(out, revision, family), element)
+
+
+def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: int = 0, progress: Progress | None = None) -> "Difference":
+    """Two checkpoints of any layouts, tensor by tensor. `Difference.equal`: every bit is."""
+    from .difference import difference
+
+    one, other = (open_any(path, None, family, headers_only=False, progress=progress) for path in (a, b))
+    return difference(one, other, Options(workers=workers).threads, progress)
 
 
 def fingerprint(
@@ -203,7 +223,9 @@ def fingerprint(
     return share if rank is not None else prints.combine([share])
 
 
-def _numerics(wanted: bool | None, only: str | None) -> "Callable[[Path, Source | None, Progress], Rung] | None":
+def _numerics(
+    wanted: bool | None, only: str | None, exhaustive: bool, layers: bool
+) -> "Callable[[Path, Source | None, Progress], Rung] | None":
     """The numeric rung, which is the runtime's; imported when it is climbed."""
     if wanted is False and only != "numerics":
         return None
@@ -211,7 +233,8 @@ def _numerics(wanted: bool | None, only: str | None) -> "Callable[[Path, Source 
     def climb(out: Path, source: Source | None, progress: Progress) -> "Rung":
         from importlib import import_module
 
-        rung: Rung = import_module("reshard.runtime.check").numerics(out, source, progress, must=bool(wanted) or only == "numerics")
+        must = bool(wanted) or only == "numerics" or exhaustive or layers
+        rung: Rung = import_module("reshard.runtime.check").numerics(out, source, progress, must, exhaustive, layers)
         return rung
 
     return climb

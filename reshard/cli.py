@@ -170,6 +170,8 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 @click.option("--hub", metavar="ID", help="Compare these hashes with those that the Hub publishes; downloads no file.")
 @click.option("--only", metavar="RUNG", help="One of integrity, weights, sha256, numerics.")
 @click.option("--numerics/--no-numerics", default=None, help="Run the model against the original (default: where it can be run here).")
+@click.option("--exhaustive", is_flag=True, help="Run it on every row of the vocabulary.")
+@click.option("--layers", is_flag=True, help="Run it layer by layer, in the memory of one, if it is larger than the machine's.")
 @_source
 @_workers
 @_talk
@@ -241,6 +243,45 @@ def fingerprint(
                 paths[0], rank=rank, seed=seed, revision=revision, family=family, workers=workers or 0, progress=progress
             )
     _show(found.to_json() if as_json or isinstance(found, prints.Share) else found.text())
+
+
+@cli.command("explain", short_help="Which element is this, and where did it come from?")
+@click.argument("out", metavar="OUT")
+@click.argument("element", metavar="ELEMENT")
+@_source
+@_talk
+def explain_command(
+    out: str, element: str, revision: str | None, family: str | None, as_json: bool, progress_kind: str, quiet: bool
+) -> None:
+    """Say where ELEMENT is, which logical element it is, and where it came from; or where an element of the original went.
+
+    \b
+    3:layers.7.attn.qkv[700,12]                  of a stored tensor of rank 3
+    model.layers.7.self_attn.k_proj.weight[3,4]  of a tensor of the original
+    attn.k[7,0,3,4]                              of a logical tensor
+    model.norm.weight                            all of it
+    """
+    from . import api
+
+    found = api.explain(out, element, revision=revision, family=family)
+    _show(found.to_json() if as_json else "\n".join(found.lines()))
+
+
+@cli.command("diff", short_help="Compare two checkpoints of any layouts, tensor by tensor.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--family", metavar="NAME|FILE", help="Family table to use, for both.")
+@_workers
+@_talk
+def diff_command(a: str, b: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
+    """Compare the tensors of A and B, whatever their layouts: bits, and how large the differences are. Exit 1 if any differ."""
+    from . import api
+
+    with _Talk(progress_kind, quiet) as progress:
+        found = api.diff(a, b, **_arguments(given), progress=progress)
+    _show(found.to_json() if as_json else "\n".join(found.lines()), quiet and found.equal and not as_json)
+    if not found.equal:
+        sys.exit(1)
 
 
 @cli.command(short_help="Run the model from its shards.")

@@ -1,5 +1,6 @@
 """Verdicts: what a verification did, rung by rung, and what that proves. Does nothing itself."""
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from .units import decimal
 
 MOST = 20  # failures told one by one
+WIDTH = 80  # columns
 RUNGS = ("integrity", "weights", "sha256", "numerics")
 
 
@@ -38,11 +40,13 @@ class Rung:
     def lines(self) -> Iterator[str]:
         verdict = "skipped" if self.skipped is not None else "ok" if self.ok else f"{len(self.failures)} FAILED"
         done = self.skipped or self.words or f"{self.tensors} tensors, {self.files} files, {decimal(self.bytes)}"
-        yield f"{self.name:<10} {verdict:<10} {done}" + (f", {self.seconds:.1f} s" if self.skipped is None else "")
+        done += f", {self.seconds:.1f} s" if self.skipped is None else ""
+        yield from textwrap.wrap(f"{self.name:<10} {verdict:<10} {done}", WIDTH, subsequent_indent=" " * 22, break_on_hyphens=False)
         yield from (f"  {failure}" for failure in self.failures[:MOST])
         if len(self.failures) > MOST:
             yield f"  … and {len(self.failures) - MOST} more"
-        yield from (f"  unproven: {note}" for note in self.notes)
+        for note in self.notes:
+            yield from textwrap.wrap(f"  unproven: {note}", WIDTH, subsequent_indent=" " * 12)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -100,7 +104,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """What a person wants to know."""
-        return [*(line for rung in self.rungs for line in rung.lines()), self.verdict]
+        return [*(line for rung in self.rungs for line in rung.lines()), *textwrap.wrap(self.verdict, WIDTH)]
 
     def to_json(self) -> dict[str, Any]:
         rungs = [rung.to_json() for rung in self.rungs]

@@ -418,7 +418,7 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
 
         known = wish.published if wish.published is not None else originals.recorded(open_out())
         if not known and not wish.sha256 and wish.only is None:
-            return Rung("sha256", skipped="no digest of the original files is known (convert --sha256, or --hub ID)")
+            return Rung("sha256", skipped="no digest of the original files is known: convert --sha256, or --hub ID")
         return originals.sha256(open_out(), known, threads, progress)
 
     def compute() -> Rung:

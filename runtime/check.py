@@ -50,8 +50,13 @@ class Numbers:
         return {name: float(f"{getattr(self, name):.6g}") for name in ("max", "rms", "own_max", "own_rms", "kl", "agreed")}
 
 
-def numerics(out: Path, source: "Source | None", progress: Progress, must: bool = False, exhaustive: bool = False) -> Rung:
-    """Climb the rung. What stands against it makes it skipped, or, where it `must` be climbed, an error."""
+def numerics(
+    out: Path, source: "Source | None", progress: Progress, must: bool = False, exhaustive: bool = False, layers: bool = False
+) -> Rung:
+    """Climb the rung. What stands against it makes it skipped, or, where it `must` be climbed, an error.
+
+    `exhaustive`: as many prompts as the vocabulary has rows for; `layers`: layer by layer, in the memory of one.
+    """
 
     def skipped(why: str, hint: str) -> Rung:
         if must:
@@ -66,9 +71,15 @@ def numerics(out: Path, source: "Source | None", progress: Progress, must: bool 
         import torch
     except ImportError:
         return skipped("PyTorch is not installed", "pip install 'reshard[runtime]'")
+    if layers:
+        from reshard.source import open_source
+
+        from .layers import layer_by_layer
+
+        return layer_by_layer(out, source, open_source(out, source.layout.model.family), progress)
     needed = MEMORY * sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
     if needed > _free() and not must:
-        return Rung("numerics", skipped=f"takes {needed / 2**30:.1f} GiB of memory, {_free() / 2**30:.1f} GiB are free")
+        return Rung("numerics", skipped=f"takes {needed / 2**30:.1f} GiB of memory, {_free() / 2**30:.1f} GiB are free: --layers")
     try:
         with torch.inference_mode():
             return _Check(out, source, progress, exhaustive).climb()
@@ -91,7 +102,7 @@ class _Check:
         model = source.layout.model
         self.vocab, self.stored = model.sizes["vocab"], getattr(torch, _dtype(model.tensors["embed"].dtypes[0]))
         self.reference: _Reference = _reference(source.root, source.layout.model.family.quantization != () and _quantized(source))
-        self.prompts = _prompts(self.vocab, _positions(source), exhaustive)
+        self.prompts = prompts_for(source, exhaustive)
         self.routed: dict[int, set[int]] = {}
 
     def climb(self) -> Rung:
@@ -247,29 +258,37 @@ class _Check:
         """Which step is the first to compute something else from the same input, and which tensors of it are not the original's."""
         import torch
 
-        from reshard import verification
-
         from .load import load_model
         from .parallel import World, alone, run_threads
 
-        ids = self.prompts[:2]
-        inputs, outputs = load_model(self.source.root or self.out, torch.float32, world=alone()).trace(ids)
-        opened = self._opened()
+        ids, opened = self.prompts[:2], self._opened()
+        inputs: dict[str, torch.Tensor | None] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        x: torch.Tensor | None = None
+        for name, step in load_model(self.source.root or self.out, torch.float32, world=alone()).walk(ids):
+            inputs[name], outputs[name] = x, (x := step(x))
 
         def work(world: World) -> dict[str, torch.Tensor]:
             with torch.inference_mode():
-                return load_model(self.out, torch.float32, mesh=opened.layout.mesh, world=world).retrace(ids, inputs)
+                decoder = load_model(self.out, torch.float32, mesh=opened.layout.mesh, world=world)
+                return {name: step(inputs[name]) for name, step in decoder.walk(ids)}
 
         merged: dict[str, torch.Tensor] = {}
         for found in run_threads(opened.layout.mesh.world, work, timeout=3600):
             merged |= found
         for name, output in outputs.items():
-            scale = float(output.abs().max())
-            if name in merged and not _distance(merged[name], output) <= 1e-4 * scale:
-                layer = name.partition(",")[0].replace("layer ", "layers.") + "." if name.startswith("layer ") else ""
-                odd = [failure for failure in verification.weights(opened, self.source, 2).failures if layer in failure]
-                return f"; the first step to differ is {name}" + (f": {odd[0]}" if odd else "")
+            if not _distance(merged[name], output) <= 1e-4 * float(output.abs().max()):
+                return f"; the first step to differ is {name}{culprit(name, opened, self.source)}"
         return ""
+
+
+def culprit(step: str, out: "Source", source: "Source") -> str:
+    """Which tensor of a step is not the original's, in words; nothing where all are."""
+    from reshard import verification
+
+    layer = step.partition(",")[0].replace("layer ", "layers.") + "." if step.startswith("layer ") else ""
+    odd = [failure for failure in verification.weights(out, source, 2).failures if layer in failure]
+    return f": {odd[0]}" if odd else ""
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------------------
@@ -368,11 +387,12 @@ def _quiet() -> Iterator[None]:
 # --- prompts and distances -------------------------------------------------------------------------------------------------------
 
 
-def _prompts(vocab: int, positions: int, exhaustive: bool) -> "torch.Tensor":
+def prompts_for(source: "Source", exhaustive: bool = False) -> "torch.Tensor":
     """[prompts, tokens]: every row of a small vocabulary, so many of a large one, in an order that is no order."""
     import torch
 
-    length = max(2, min(LENGTH, positions - NEW))
+    vocab = source.layout.model.sizes["vocab"]
+    length = max(2, min(LENGTH, _positions(source) - NEW))
     count = -(-vocab // length)
     count = max(4, count if exhaustive else min(count, MOST))
     order = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))

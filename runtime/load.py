@@ -302,19 +302,22 @@ class Opened:
         device: torch.device | str | None = None,
         verify: str | None = None,
         check: Callable[[], None] = lambda: None,
+        only: Callable[[str], bool] | None = None,
     ) -> State:
-        """The rank's tensors: mapped, or read. `check` is called now and then, from any thread, and may raise."""
+        """The rank's tensors, or some `only`: mapped, or read. `check` is called now and then, from any thread, and may raise."""
         cast = Cast(self.layout, rank, dtype, device)
         if self.source is None:
             state = load_shard(self.root, rank, verify)
-            for name in state:
+            for name in list(state):
                 check()
-                state[name] = cast(name, state[name])
+                tensor = state.pop(name)
+                if only is None or only(name):
+                    state[name] = cast(name, tensor)
             return state
         if verify is not None and self.known is not None:
             for other in range(len(self.known.ranks)):
                 load_shard(self.root, other, verify)
-        reader = Reader(self.source, self.layout, rank, cast, check)
+        reader = Reader(self.source, self.layout, rank, cast, check, only or (lambda _: True))
         state = reader.run(_threads())
         self.read = reader.read
         return state
@@ -432,10 +435,12 @@ def _scales(layout: "Layout", rank: int) -> set[str]:
 class Reader:
     """Reads the tensors of one rank of a layout from any source, straight into place, tensor by tensor; `read` counts bytes."""
 
-    def __init__(self, source: "Source", layout: "Layout", rank: int, cast: Cast, check: Callable[[], None]) -> None:
+    def __init__(
+        self, source: "Source", layout: "Layout", rank: int, cast: Cast, check: Callable[[], None], only: Callable[[str], bool]
+    ) -> None:
         from reshard.shards import Shards
 
-        self.source, self.layout, self.rank, self.cast, self.check = source, layout, rank, cast, check
+        self.source, self.layout, self.rank, self.cast, self.check, self.only = source, layout, rank, cast, check, only
         self.shard = Shards(layout).shard(rank)
         self.entries = self.shard.header.entries
         self.read = 0
@@ -458,7 +463,7 @@ class Reader:
             if not stop.is_set():
                 try:
                     self.check()
-                    self._job(list(component.copies(at)))
+                    self._job([copy for copy in component.copies(at) if self.only(copy.dst_name)])
                 except BaseException:
                     stop.set()
                     raise
@@ -473,8 +478,9 @@ class Reader:
                     stop.set()
         finally:
             self._pool.close()
-        self._finish(name for name, _, _ in self.shard.tensors if name not in self._state)  # padding alone, empty tensors
-        return {name: self._state[name] for name, _, _ in self.shard.tensors}
+        names = [name for name, _, _ in self.shard.tensors if self.only(name)]
+        self._finish(name for name in names if name not in self._state)  # padding alone, empty tensors
+        return {name: self._state[name] for name in names}
 
     def _job(self, copies: "list[Copy]") -> None:
         """All copies into some tensors: long runs directly, the rest through the engine's buffers."""

@@ -4,7 +4,7 @@ A rank holds its own heads, its part of each feed-forward, its experts, its rows
 partial sums meet twice, once where attention and feed-forward start from the same place; hidden states pass from stage to stage.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from .parallel import World
 from .rope import angles
 from .spec import Spec
 from .weights import Weights, multiply, norm
+
+EMBEDDING, HEAD = "the embedding", "the head"  # steps, see Decoder.walk
 
 DTYPES = {
     "F64": torch.float64,
@@ -219,35 +221,22 @@ class Decoder(nn.Module):
         """The layers of this rank that have experts."""
         return {layer: weights for layer, weights in self._by_layer[1].items() if "moe.router" in weights}
 
-    def trace(self, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What goes into each step of a forward of tokens [batch, seq], and what comes out, by a name in words; on a rank alone."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
-        context = self._context(positions, None)
-        outputs["the embedding"] = x = self._embed(ids, positions)
-        for layer in self.mine:
-            for name, step in self.steps(layer).items():
-                inputs[f"layer {layer}, {name}"] = x
-                outputs[f"layer {layer}, {name}"] = x = step(x, context)
-        inputs["the head"], logits = x, self._logits(x, ids.shape[0], ids.shape[1], all_ranks=False)
-        assert logits is not None
-        outputs["the head"] = logits
-        return inputs, outputs
+    def walk(self, ids: Tensor) -> Iterator[tuple[str, Callable[[Tensor | None], Tensor]]]:
+        """The steps of a forward of tokens [batch, seq] that this rank has a part in, each by a name in words and as a function.
 
-    def retrace(self, ids: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the steps of this rank make of given inputs; see `trace`."""
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
+        What the functions take is what the step before gave: tokens are embedded from nothing, the head gives logits. A step's weights are
+        needed when it is called.
+        """
+        batch, seq = ids.shape
+        positions = torch.arange(seq, device=ids.device).expand(batch, seq)
         context = self._context(positions, None)
-        found = {"the embedding": self._embed(ids, positions)} if self.first else {}
+        if self.first:
+            yield EMBEDDING, lambda _: self._embed(ids, positions)
         for layer in self.mine:
             for name, step in self.steps(layer).items():
-                found[f"layer {layer}, {name}"] = step(inputs[f"layer {layer}, {name}"], context)
+                yield f"layer {layer}, {name}", lambda x, step=step: step(x, context)  # type: ignore[misc]
         if self.last:
-            logits = self._logits(inputs["the head"], ids.shape[0], ids.shape[1], all_ranks=False)
-            assert logits is not None
-            found["the head"] = logits
-        return found
+            yield HEAD, lambda x: self._logits(x, batch, seq, all_ranks=False)  # type: ignore[arg-type, misc, return-value]
 
     def _logits(self, x: Tensor, batch: int, seq: int, all_ranks: bool) -> Tensor | None:
         vocab, pp, tp = self.model.sizes["vocab"], self.layout.mesh.pp, len(self.ranks)

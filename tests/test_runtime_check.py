@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from fixtures import copy
-from running import reshard, sign
+from fixtures import FIXTURES, copy
+from running import big_llama, environment, reshard, sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +90,59 @@ def test_a_fault_that_every_digest_hides_is_found_and_named(checkpoint: Get, tmp
     done = reshard("verify", out, "--against", checkpoint("llama"), "--only", "numerics")
     assert done.code == 1
     assert f"the first step to differ is {step}: rank-00001/model.safetensors: {name} differs" in done.out, done.out
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_layer_by_layer_finds_the_same(checkpoint: Get, tmp_path: Path, name: str) -> None:
+    api.convert(checkpoint(name), tmp_path / "out", **SAMPLE[name])
+    (rung,) = api.verify(tmp_path / "out", against=checkpoint(name), only="numerics", layers=True).rungs
+    assert rung.ok, rung.failures
+    assert rung.numbers["worst"] <= 4
+    assert rung.notes
+
+
+def test_layer_by_layer_names_the_step_and_the_tensor(checkpoint: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.convert(checkpoint("llama"), out, tp=2, pp=2)
+    exchanged(out, f"layers.{FIXTURES['llama'].layers - 1}.attn.o", slice(0, 3), slice(3, 6), rank=3)
+    done = reshard("verify", out, "--against", checkpoint("llama"), "--only", "numerics", "--layers")
+    assert done.code == 1
+    assert re.search(r"float32: layer \d, attention differs by .*rank-00003/model.safetensors: layers.\d.attn.o differs", done.out), (
+        done.out
+    )
+
+
+LIMITED = """
+import sys, threading, time
+from pathlib import Path
+import torch, reshard
+from reshard.runtime import check, layers, load_model  # what is imported counts for nobody
+torch.set_num_threads(1)
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+before, most, over = anonymous(), 0.0, threading.Event()
+def watch():
+    global most
+    while not over.is_set():
+        most = max(most, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch); thread.start()
+report = reshard.verify(sys.argv[1], against=sys.argv[2], only="numerics", layers=True)
+over.set(); thread.join()
+assert report.ok, report.failures
+print(most - before)
+"""
+
+
+def test_layer_by_layer_takes_the_memory_of_one_layer(tmp_path: Path) -> None:
+    """A model of 500 MB in 16 bits, 1 GB in float32: what is in memory is a part of a layer, in float64, however many layers there are."""
+    source = big_llama(tmp_path / "model", 500, sparse=True)
+    api.convert(source, tmp_path / "out", tp=2)
+    line = [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(source)]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    whole = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**20
+    assert float(done.stdout) < whole * 0.4
 
 
 def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,126 @@
+"""The numeric proof layer by layer, of a model that is larger than the memory: every step gets the same input on both sides.
+
+The reference is this runtime at TP 1, from the original files. In float32 a step of the shards may differ from it by at most 4 × what the
+step itself changes between float32 and float64. Memory: one layer at a time, in float64 at most.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reshard.progress import Progress
+from reshard.verdict import Rung
+
+from .check import TIMES, culprit, prompts_for
+from .load import open_for
+from .model import EMBEDDING, Decoder
+from .parallel import World, alone, run_threads
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from reshard.source import Source
+
+
+class _Part:
+    """One rank's part of a model, of which only the weights of the step at hand are in memory."""
+
+    def __init__(self, root: Path, world: World, dtype: torch.dtype, mesh: object = None) -> None:
+        self.opened = open_for(root, mesh, world)  # type: ignore[arg-type]
+        model = self.opened.layout.model
+        self.tied = not self.opened.layout.pieces.get("head")
+        self.rank, self.dtype = world.rank, dtype
+        self.decoder = Decoder(Spec.of(model.family, self.opened.config, model), model, self.opened.layout, world.rank, world).to(dtype)
+
+    def hold(self, step: str) -> None:
+        """Have the weights of a step, and no others."""
+        self.drop()
+        state = self.opened.state(self.rank, self.dtype, only=lambda name: _belongs(name, step, self.tied))
+        self.decoder.load_state_dict(state, strict=False, assign=True)
+
+    def drop(self) -> None:
+        empty = {name: tensor.to("meta") for name, tensor in self.decoder.named_parameters() if not tensor.is_meta}
+        self.decoder.load_state_dict(empty, strict=False, assign=True)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, for each thread
+
+    def steps(self, ids: Tensor) -> Iterator[str]:
+        for name, _ in self.decoder.walk(ids):
+            yield name
+
+    def run(self, step: str, ids: Tensor, x: Tensor | None) -> Tensor:
+        self.hold(step)
+        call = next(call for name, call in self.decoder.walk(ids) if name == step)
+        return call(None if x is None else x.to(self.dtype))
+
+
+def _belongs(name: str, step: str, tied: bool) -> bool:
+    """Whether a stored tensor is needed in a step, by their names."""
+    if step.startswith("layer "):
+        layer, _, part = step.removeprefix("layer ").partition(", ")
+        inside = name.removeprefix(f"layers.{layer}.")
+        return inside != name and (part not in ("attention", "feed-forward") or ("attn" in inside) == (part == "attention"))
+    embeds = name in ("embed", "pos_embed") or name.startswith("embed_norm")
+    return not name.startswith("layers.") and (embeds if step == EMBEDDING else not embeds or (tied and name == "embed"))
+
+
+@contextmanager
+def _once(part: _Part) -> Iterator[_Part]:
+    try:
+        yield part
+    finally:
+        part.drop()
+
+
+def layer_by_layer(out: Path, source: "Source", opened: "Source", progress: Progress) -> Rung:
+    """The rung. `opened` is `out`; its mesh is that of the ranks, which are threads."""
+    assert source.root is not None
+    root, rung, mesh = source.root, Rung("numerics"), opened.layout.mesh
+    ids = prompts_for(source)[:2]
+    x: Tensor | None = None
+    output, own, worst, count = torch.empty(0), 0.0, 0.0, 0
+    differ: dict[int, float] = {}
+
+    def reference(step: str, narrow: _Part, wide: _Part) -> None:
+        nonlocal output, own
+        with _once(wide):
+            exact = wide.run(step, ids, x)
+        with _once(narrow):
+            output = narrow.run(step, ids, x)
+        own = float((output.double() - exact).abs().max())
+
+    def work(world: World) -> None:
+        nonlocal x, worst, count
+        with torch.inference_mode():
+            mine = _Part(out, world, torch.float32, mesh)
+            narrow, wide = (_Part(root, alone(), dtype) for dtype in (torch.float32, torch.float64))
+            steps, ours = list(narrow.steps(ids)), set(mine.steps(ids))
+            for step in steps:
+                if world.rank == 0:
+                    differ.clear()
+                    reference(step, narrow, wide)
+                world.meet(f"the reference of {step}")
+                if step in ours:
+                    differ[world.rank] = float((mine.run(step, ids, x).double() - output.double()).abs().max())
+                    mine.drop()
+                world.meet(f"the shards of {step}")
+                if world.rank == 0:
+                    largest, limit = max(differ.values(), key=lambda value: (value != value, value)), TIMES * own
+                    if not largest <= limit and not rung.failures:
+                        words = f"differs by {largest:.3g}, {limit:.3g} is the bound{culprit(step, opened, source)}"
+                        rung.failures.append(f"float32: {step} {words}")
+                    worst, count, x = max(worst, largest / own if own else 0.0), count + 1, output
+                    progress.advance(opened.bytes // len(steps))
+                world.meet(f"the comparison of {step}")
+
+    progress.start("running the model layer by layer", opened.bytes)
+    run_threads(mesh.world, work, timeout=3600)
+    progress.finish()
+    rung.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
+    rung.words = f"{count} steps, each from the same input; off by {worst:.2f} × its own error at most"
+    rung.notes.append("layer by layer: tokens that the model goes on with, and what transformers computes, were not compared")
+    return rung
