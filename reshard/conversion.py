@@ -313,6 +313,8 @@ def _keep_source(job: Job, reader: Pool) -> list[Listed]:
     texts = {f"source/families/{name}.toml": text for name, text in out.layout.model.family.texts.items()}
     texts |= {f"source/formats/{name}.toml": text for name, text in out.layout.table.texts.items()}
     data = {name: text.encode() for name, text in texts.items()} | {manifest.FILES: manifest.dump_originals(source.originals)}
+    if source.sums:
+        data[manifest.SUMS] = manifest.dump_sums(source.sums)
     for name, content in data.items():
         _write(out.root / name, content)
         kept.append(Listed(name, len(content), of(content)))
@@ -406,36 +408,38 @@ def _sync_path(path: Path, flags: int) -> None:
 
 
 def _with_sha256(job: Job, threads: int, progress: Progress) -> Job:
-    """The same job with the SHA-256 of every published file that is not known yet."""
+    """The same job with the SHA-256 of every published file, and of every one carried along, that is not known yet."""
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
 
     source = job.source
     if source.root is None or source.manifest is not None or source.residues:
         return job
-    root, stop = source.root, threading.Event()
-    unknown = [original for original in source.originals if not original.sha256]
+    stop = threading.Event()
+    files = {original.name: (source.root / original.name, original.size) for original in source.originals if not original.sha256}
+    files |= {file.name: (file.path, file.size) for file in source.carried}
 
-    def digest(original: Original) -> str:
+    def digest(path: Path) -> str:
         state = hashlib.sha256()
-        with (root / original.name).open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             while not stop.is_set() and (piece := file.read(CHUNK)):
                 state.update(piece)
                 progress.advance(len(piece))
         return state.hexdigest()
 
-    progress.start("computing SHA-256", sum(original.size for original in unknown))
+    progress.start("computing SHA-256", sum(size for _, size in files.values()))
     try:
         with ThreadPoolExecutor(threads) as executor:
             try:
-                found = dict(zip((original.name for original in unknown), executor.map(digest, unknown), strict=True))
+                found = dict(zip(files, executor.map(digest, (path for path, _ in files.values())), strict=True))
             finally:
                 stop.set()  # the executor waits for what is under way
     except OSError as error:
-        raise failed("reading", root, error) from error
+        raise failed("reading", source.root, error) from error
     progress.finish()
     originals = tuple(replace(original, sha256=found.get(original.name, original.sha256)) for original in source.originals)
-    return replace(job, source=replace(source, originals=originals))
+    sums = {file.name: found[file.name] for file in source.carried}
+    return replace(job, source=replace(source, originals=originals, sums=sums))
 
 
 def _root(out: Path) -> str | None:

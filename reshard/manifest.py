@@ -20,6 +20,7 @@ from .shards import FORMAT_VERSION
 
 NAME = "manifest.json"
 FILES = "source/files.json"
+SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked for; as sha256sum writes and checks it
 NOTATION = 1
 
 
@@ -239,6 +240,22 @@ def _original(directory: Path, entry: Mapping[str, Any]) -> Original:
     if residue.st_size != (kept := sum(high - low for low, high in original.residue())):
         raise ValueError(f"{name}: {kept} bytes are outside of its holes, its residue has {residue.st_size}")
     return original
+
+
+def dump_sums(sums: Mapping[str, str]) -> bytes:
+    """The text of source/SHA256SUMS: file → SHA-256."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
+
+
+def load_sums(directory: Path, known: Manifest) -> dict[str, str]:
+    """Read source/SHA256SUMS, if there is one."""
+    if SUMS not in {file.name for file in known.source}:
+        return {}
+    try:
+        lines = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in (directory / SUMS).read_text(encoding="utf-8").splitlines()]
+        return {line[2]: line[1] for line in lines if line is not None}
+    except (OSError, ValueError) as error:
+        raise MismatchError(f"{directory / SUMS}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
 
 
 def residue_path(directory: Path, name: str) -> Path:

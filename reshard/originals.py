@@ -23,7 +23,8 @@ from .verdict import Rung
 
 def recorded(out: Source) -> dict[str, FileDigest]:
     """The digests that a directory remembers of the published files: those of the Hub, or of `convert --sha256`."""
-    return {original.name: FileDigest("sha256", original.sha256, "was recorded") for original in out.originals if original.sha256}
+    known = {original.name: original.sha256 for original in out.originals if original.sha256} | out.sums
+    return {name: FileDigest("sha256", digest, "was recorded") for name, digest in known.items()}
 
 
 def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress: Progress | None = None) -> Rung:

@@ -83,7 +83,7 @@ def _same_shards(job: "Job", out: Path, options: "Options", progress: Progress) 
         if other.sha256 and original.sha256 and other.sha256 != original.sha256:
             return f"{original.name} has SHA-256 {original.sha256}, it was made from {other.sha256}"
         known_only_there = source.manifest is not None or source.residues  # nothing that this job could add
-        if options.sha256 and not other.sha256 and original.container != "plain" and not known_only_there:
+        if options.sha256 and not other.sha256 and not known_only_there:
             return f"it was made without --sha256, so that it does not know that of {original.name}"
         if other.mtime_ns != original.mtime_ns:
             return f"{original.name} was modified at another time than the file that it was made from (--checksum compares contents)"

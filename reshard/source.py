@@ -48,6 +48,7 @@ class Source:
     manifest: Manifest | None = None
     residues: dict[str, bytes] = field(default_factory=dict)
     stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)  # SHA-256 of files carried along, as far as they are known
 
     def locate(self, key: Key) -> tuple[Path, Entry]:
         return self.places[key]
@@ -183,7 +184,8 @@ def _open_shards(root: Path) -> Source:
     for file in known.carried:
         status = (root / file.name).stat()
         carried.append(Carried(file.name, root / file.name, status.st_size, status.st_mtime_ns))
-    return Source(where, root, config, layout, places, originals, tensors, tuple(carried), (), known.origin, known)
+    sums = manifest.load_sums(root, known)
+    return Source(where, root, config, layout, places, originals, tensors, tuple(carried), (), known.origin, known, sums=sums)
 
 
 def check_prologue(path: Path, prologue: bytes, size: int) -> None:

@@ -146,6 +146,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         if not _says(json.loads((out / tensors.name).read_bytes()), said):
             found.append(f"{tensors.name}: is not what the tables and config.json make of this rank")
     kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
+    kept |= {manifest.SUMS} if source.sums else set()
     kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
     kept |= {f"source/formats/{name}.toml" for name in layout.table.texts}
     odd = sorted(kept ^ {file.name for file in known.source})
@@ -334,6 +335,37 @@ def doubles(out: Source, source: Source, threads: int, progress: Progress | None
     return rung
 
 
+class _Copy(Comparer):
+    than = "the copy of a lower rank"
+
+
+def replicas(out: Source, threads: int, progress: Progress | None = None) -> Rung:
+    """What several ranks hold is the same on all of them."""
+    progress = progress or Silent()
+    rung, lock, halt, layout = Rung("replicas"), threading.Lock(), threading.Event(), out.layout
+    first = {name: set(map(id, layout.distinct(name))) for name in layout.pieces}
+    again = {name: tuple(piece for piece in held if id(piece) not in first[name]) for name, held in layout.pieces.items()}
+    again = {name: held for name, held in again.items() if held}
+    if not again:
+        return rung
+    joined = plan(layout, replace(layout, pieces=again), range(layout.mesh.world))
+    sizes = logical_bytes(layout)
+    progress.start("comparing replicas", sum(sizes.get(name, 0) for name in again))
+    with closing(Pool()) as pool:
+        engine.run(
+            joined,
+            out,
+            out,
+            lambda: _Copy(out, pool, rung, lock, padded=False),
+            workers=threads,
+            pool=pool,
+            progress=until(halt, progress.advance),
+            stop=halt,
+        )
+    progress.finish()
+    return rung
+
+
 def _same_model(out: Source, source: Source) -> None:
     mine, theirs = out.layout.model.tensors, source.layout.model.tensors
     for name in sorted(mine.keys() | theirs.keys()):
@@ -419,7 +451,9 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
         known = wish.published if wish.published is not None else originals.recorded(open_out())
         if not known and not wish.sha256 and wish.only is None:
             return Rung("sha256", skipped="no digest of the original files is known: convert --sha256, or --hub ID")
-        return originals.sha256(open_out(), known, threads, progress)
+        rung = originals.sha256(open_out(), known, threads, progress)
+        rung.failures += replicas(open_out(), threads, progress).failures  # files are made of the lowest rank's
+        return rung
 
     def compute() -> Rung:
         if wish.numerics is None:

@@ -84,7 +84,10 @@ def test_recorded_digests_are_compared_and_a_flipped_bit_is_found(source: Path, 
     found = json.loads(reshard("verify", out, "--only", "sha256", "--json").out)
     assert found["ok"] and not found["proven"]
     assert [rung["rung"] for rung in found["rungs"]] == ["sha256"]
-    assert found["rungs"][0]["files"] == len(list(source.glob("*.safetensors")))
+    assert found["rungs"][0]["files"] == len(list(source.iterdir()))
+    assert subprocess.run(["sha256sum", "-c", "source/SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
+    assert reshard("convert", out, tmp_path / "other", "--tp", "1").code == 0
+    assert (tmp_path / "other/source/SHA256SUMS").read_bytes() == (out / "source/SHA256SUMS").read_bytes()
     weights = out / "rank-00001/model.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1

@@ -1,0 +1,84 @@
+"""Planting every fault in the shards of a family, and asking every rung; for scripts/plant_faults and its test."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from faults import FAULTS, plant
+from fixtures import FIXTURES, checkpoint
+from reshard.runtime import check
+from running import sign
+
+import reshard
+from reshard.errors import ReshardError
+from reshard.verdict import RUNGS
+
+FAMILIES = {  # fixture → mesh: with repeated KV heads where there are some
+    name: {"tp": max((tp for tp in about.tp if tp % max(about.kv, 1) == 0), default=2)} | ({"ep": 2} if 2 in about.ep else {})
+    for name, about in FIXTURES.items()
+}
+ADD = {  # (fault, whether digests were made right) → the rungs that must find it
+    (name, signed): {"weights", "sha256", "numerics"} | (set() if signed else {"integrity"}) for name in FAULTS for signed in (False, True)
+}
+
+
+class Remembered(check._Reference):
+    """The reference, asked the same question once."""
+
+    def __init__(self, known: check._Reference) -> None:
+        super().__init__(known.name, known.load)
+        self._kept, self._said = known._kept, {}
+
+    def logits(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        key = dtype, ids.numpy().tobytes()
+        if key not in self._said:
+            self._said[key] = super().logits(ids, dtype)
+        return self._said[key]
+
+    def greedy(self, start: list[int], most: int) -> tuple[list[int], list[float]]:
+        key = tuple(start), most
+        if key not in self._said:
+            self._said[key] = super().greedy(start, most)
+        return self._said[key]
+
+
+REFERENCE = cache(lambda root, quantized: Remembered(ORIGINAL(root, quantized)))
+ORIGINAL = check._reference
+
+
+def one_each() -> list[str]:
+    """A fixture of each family."""
+    return list({about.family: name for name, about in reversed(FIXTURES.items())}.values())[::-1]
+
+
+def planted(name: str, folder: Path, faults: list[str] | None = None) -> Iterator[tuple[str, bool, str, bool]]:
+    """(fault, signed, rung, found) of each."""
+    torch.set_num_threads(1)
+    check._reference = REFERENCE
+    source, good, out = checkpoint(name), folder / "good", folder / "out"
+    reshard.convert(source, good, **FAMILIES[name], sha256=True)
+    reshard.convert(checkpoint("gpt2" if name != "gpt2" else "llama"), folder / "other", tp=2)
+    for fault in faults or FAULTS:
+        for signed in (False, True):
+            shutil.copytree(good, out)
+            possible = plant(fault, out)
+            if possible and signed:
+                try:
+                    sign(out)
+                except (OSError, KeyError, ValueError):
+                    possible = False  # nothing to make right
+            if possible:
+                for rung in RUNGS:
+                    yield fault, signed, rung, _found(out, source, rung)
+            shutil.rmtree(out)
+
+
+def _found(out: Path, source: Path, rung: str) -> bool:
+    try:
+        return not reshard.verify(out, against=source, only=rung).ok
+    except ReshardError:
+        return True
