@@ -101,7 +101,7 @@ def cli() -> None:
     SRC: a checkpoint directory, a Hub id (org/name), or what convert wrote.
       reshard plan    SRC --tp 8         what would be written, and what it needs
       reshard convert SRC OUT --tp 8     write one directory per rank
-      reshard verify  OUT --against SRC  prove it, bit by bit
+      reshard verify  OUT --against SRC  prove it
       reshard convert OUT BACK --to hf   the original files again, byte for byte
       reshard generate OUT --prompt "…"  run the model
     """
@@ -245,7 +245,7 @@ def fingerprint(
     _show(found.to_json() if as_json or isinstance(found, prints.Share) else found.text())
 
 
-@cli.command("explain", short_help="Which element is this, and where did it come from?")
+@cli.command("explain", short_help="Say what an element is, and where it came from.")
 @click.argument("out", metavar="OUT")
 @click.argument("element", metavar="ELEMENT")
 @_source
