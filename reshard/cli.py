@@ -107,7 +107,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="What is this: family, sizes, dtypes, files, layout.")
 @click.argument("src", metavar="SRC")
 @_source
 @_talk

@@ -7,7 +7,8 @@ A wrong table that fits is consistent: what it converts, it merges back, so that
 It is caught only where it does not fit a checkpoint, or where the model is run. Checkpoints are a given one, and random ones made up
 from the table itself: no matrix square, no two axes of one size, unless the table forces it; one for each set of optional rows.
 
-The true table at one rank is what a damaged one is compared with. Whether the true one is right is for `verify --numerics` to say.
+The table as it is, on one rank, is what a damaged one is compared with; a given checkpoint is also run by transformers, which says
+whether the table itself is right.
 """
 
 import itertools
@@ -58,6 +59,7 @@ EQUIVALENT, MISSED, OPEN = "equivalent", "NOT CAUGHT", "not climbed"
 LARGEST = 30_000_000  # elements of a given checkpoint that is run, in float64, for every damage
 MESHES = (Mesh(), Mesh(2), Mesh(3), Mesh(4), Mesh(8), Mesh(2, 2), Mesh(4, ep=2), Mesh(3, weights=(2, 1, 1)))
 TIMES, FLOOR = 16.0, 1e-7  # × the rounding between one rank and two; × the largest logit
+TRUE = 4.0  # × what transformers changes between float32 and float64: the bound of verify --numerics
 PROMPTS, LENGTH = 2, 24
 SHOWN = 40  # damages that are not caught, told one by one
 
@@ -86,6 +88,8 @@ class TableCheck:
     trials: tuple[Trial, ...]
     uncovered: tuple[str, ...] = ()
     rounding: float | None = None
+    itself: str = ""  # the given checkpoint by the table as it is, against transformers
+    wrong: bool = False
     skipped: str | None = None  # why nothing was run
 
     @property
@@ -98,8 +102,8 @@ class TableCheck:
 
     @property
     def ok(self) -> bool:
-        """Nothing escaped, and every row stands in a checkpoint. What was not tried for want of PyTorch does not count."""
-        return not self.missed and not self.uncovered
+        """The table is not known to be wrong, nothing escaped, and every row stands in a checkpoint; what could not be run does not count."""
+        return not self.missed and not self.uncovered and not self.wrong
 
     @property
     def proven(self) -> bool:
@@ -112,6 +116,7 @@ class TableCheck:
         caught = sum(count[rung] for rung in RUNGS)
         share = "all" if caught == wrong else f"{caught} of {wrong}"
         found = [f"{self.family}: {share} caught: {wrong} damages of {self.rows} rows and {self.axes} axes"]
+        found += _wrapped(self.itself, 2) if self.itself else []
         found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []
         for trial in self.missed[:SHOWN]:
             found += _wrapped(f"{trial.name}: {trial.words}" if trial.words else trial.name, 4)
@@ -143,6 +148,8 @@ class TableCheck:
             "checkpoints": list(self.checkpoints),
             "uncovered": list(self.uncovered),
             "rounding": self.rounding,
+            "itself": self.itself or None,
+            "wrong": self.wrong,
             "skipped": self.skipped,
             "count": dict(self.count),
             "mutations": [
@@ -162,7 +169,10 @@ def _wrapped(text: str, indent: int, more: int | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A damage, in words: the table as TOML would have it, or one axis of one logical tensor displaced by one. `rows`: those it touches."""
+    """A damage, in words: the table as TOML would have it, or an axis of a logical tensor (of a row's name: "") displaced by one.
+
+    `rows`: those that it touches.
+    """
 
     name: str
     rows: tuple[int, ...]
@@ -179,7 +189,7 @@ def mutations(table: Table) -> Iterator[Mutation]:
     """Every damage of every row and axis, each once."""
     data = written(table)
     seen = {_key(data)}
-    for mutation in itertools.chain(_rows(data), _patterns(table, data), _axes(table, data), _shifts(table)):
+    for mutation in itertools.chain(_rows(data), _patterns(table, data), _axes(table, data), _shifts(table, data)):
         if mutation.data is not None:
             if (key := _key(mutation.data)) in seen:
                 continue
@@ -202,16 +212,20 @@ def _at(at: int) -> str:
     return f"_{at}"
 
 
-def _called(row: Sequence[str]) -> str:
-    return "+".join(row[2].split())
+def _names(data: Data) -> tuple[list[str], list[list[str]]]:
+    """What to call each row, and each of its leaves: by the stored name, too, where a logical tensor stands in several rows."""
+    count = Counter(leaf for row in data["rows"] for leaf in row[2].split())
+    leaves = [[leaf if count[leaf] == 1 else f"{leaf} ({row[0].lstrip('~')})" for leaf in row[2].split()] for row in data["rows"]]
+    return ["+".join(names) for names in leaves], leaves
 
 
 def _rows(data: Data) -> Iterator[Mutation]:
     rows: list[list[str]] = data["rows"]
+    called, named = _names(data)
     everything = tuple(range(len(rows)))
     yield Mutation("rows in the opposite order", everything, data | {"rows": rows[::-1]})
     for at, row in enumerate(rows):
-        yield Mutation(f"row {_called(row)} dropped", (at,), _changed(data, **{_at(at): None}))
+        yield Mutation(f"row {called[at]} dropped", (at,), _changed(data, **{_at(at): None}))
     leaves = [(at, n, leaf) for at, row in enumerate(rows) for n, leaf in enumerate(row[2].split())]
     for (at, n, one), (to, m, other) in itertools.combinations(leaves, 2):
         if one == other:
@@ -219,33 +233,34 @@ def _rows(data: Data) -> Iterator[Mutation]:
         texts = {at: rows[at][2].split(), to: rows[to][2].split()}
         texts[at][n], texts[to][m] = other, one
         new = {_at(row): [*rows[row][:2], " ".join(names), *rows[row][3:]] for row, names in texts.items()}
-        words = f"leaves {one} and {other} of {_called(rows[at])} exchanged" if at == to else f"rows {one} and {other} exchanged"
+        one, other = named[at][n], named[to][m]
+        words = f"leaves {one} and {other} of {called[at]} exchanged" if at == to else f"rows {one} and {other} exchanged"
         yield Mutation(words, tuple({at, to}), _changed(data, **new))
     for at, to in itertools.combinations(everything, 2):
         new = {_at(at): [rows[at][0], *rows[to][1:]], _at(to): [rows[to][0], *rows[at][1:]]}
-        words = f"stored names of {_called(rows[at])} and {_called(rows[to])} exchanged"
+        words = f"stored names of {called[at]} and {called[to]} exchanged"
         yield Mutation(words, (at, to), _changed(data, **new))
     for at, row in enumerate(rows):
         names = row[2].split()
         if len(names) > 1:
             for words, order in (("reversed", names[::-1]), ("shifted by one", [*names[1:], names[0]])):
                 new = {_at(at): [*row[:2], " ".join(order), *row[3:]]}
-                yield Mutation(f"leaves of fused row {_called(row)} {words}", (at,), _changed(data, **new))
+                yield Mutation(f"leaves of fused row {called[at]} {words}", (at,), _changed(data, **new))
         for hole in re.findall(r"\.?\{[a-z_0-9:]+\}", row[0]):
             new = {_at(at): [row[0].replace(hole, "", 1), *row[1:]]}
-            yield Mutation(f"placeholder {hole.lstrip('.')} of {_called(row)} dropped", (at,), _changed(data, **new))
+            yield Mutation(f"placeholder {hole.lstrip('.')} of {called[at]} dropped", (at,), _changed(data, **new))
         holes = re.findall(r"\{[a-z_0-9:]+\}", row[0])
         for one, other in itertools.combinations(holes, 2):
             text = row[0].replace(one, "\0").replace(other, one).replace("\0", other)
-            words = f"placeholders {one} and {other} of {_called(row)} exchanged"
+            words = f"placeholders {one} and {other} of {called[at]} exchanged"
             yield Mutation(words, (at,), _changed(data, **{_at(at): [text, *row[1:]]}))
 
 
 def _patterns(table: Table, data: Data) -> Iterator[Mutation]:
     """Within one pattern: dimensions and factors exchanged, terms of a sum exchanged, an axis dropped or called by another's name."""
     every = sorted({axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"})
-    for at, row in enumerate(data["rows"]):
-        called, dims = _called(row), parse_pattern(row[1], table.axes).dims
+    for at, (row, called) in enumerate(zip(data["rows"], _names(data)[0], strict=True)):
+        dims = parse_pattern(row[1], table.axes).dims
 
         def with_(dims: tuple[Product, ...], names: str | None = None, at: int = at, row: list[str] = row) -> Data:
             return _changed(data, **{_at(at): [row[0], _text(dims), names or row[2], *row[3:]]})
@@ -338,10 +353,13 @@ def _axes(table: Table, data: Data) -> Iterator[Mutation]:
             yield Mutation(f"parts {one} and {other} of axis {axis} exchanged", using(axis), data | {"axes": {**compounds, axis: text}})
 
 
-def _shifts(table: Table) -> Iterator[Mutation]:
-    """Every axis of every logical tensor displaced by one, around: no table says so, but a wrong reading of one may."""
+def _shifts(table: Table, data: Data) -> Iterator[Mutation]:
+    """Every axis of every logical tensor displaced by one, around: no table can say so, but code that reads one can do it."""
     done = set()
+    called, _ = _names(data)
     for at, row in enumerate(table.rows):
+        for axis in row.name.axes:
+            yield Mutation(f"axis {axis} in the name of {called[at]} shifted by one", (at,), shift=("", axis))
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
             for axis in path:
                 if (leaf, axis) not in done:
@@ -411,12 +429,11 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     rows = [(at, row) for at, row in enumerate(table.rows) if row.tags <= tags]
     kinds = _kinds(table)
     extra = 1 if table.extra else 0
-    config, sizes = _sized(table, [row for _, row in rows], truths, len(kinds) - extra)
-    kinds = [*(kinds[: len(kinds) - extra] or [[]]), *kinds[len(kinds) - extra :]] if table.one_of else []
+    config, sizes = _sized(table, [row for _, row in rows], truths, 2 * (len(kinds) - extra))
     main = sizes["layer"]
-    if kinds:
+    if table.one_of:
         head = kinds[: len(kinds) - extra]
-        kinds = [*head, *[head[-1]] * (main - len(head)), *kinds[len(kinds) - extra :]]
+        kinds = [*itertools.islice(itertools.cycle(head), main), *kinds[len(kinds) - extra :]]
     for key in table.extra.values():
         config[_first(key)] = extra
     shapes: Shaped = []
@@ -438,7 +455,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
 
 
 def _kinds(table: Table) -> list[list[str]]:
-    """Kinds of layers so that each combination stands once, and the extra one last."""
+    """Kinds of layers: each combination, and the extra one last."""
     special = set(table.extra)
     plain = [[kind for kind in group if kind not in special] for group in table.one_of]
     found = [list(kinds) for kinds in itertools.product(*plain)]
@@ -683,6 +700,22 @@ class Bench:
         if not own < largest / 1000:
             raise ReshardError(f"two ranks compute other logits than one: they differ by {own:.3g}, the largest is {largest:.3g}")
 
+    def against_transformers(self) -> tuple[str, bool]:
+        """What an independent implementation says of the table as it is, and whether that is that it is wrong."""
+        import torch
+
+        if self.why or self.published.root is None:
+            return "", False
+        quantized = self.published.config.get("quantization_config") is not None
+        with torch.inference_mode():
+            reference = import_module("reshard.runtime.check")._reference(self.published.root, quantized)
+            if not reference.name.startswith("transformers"):
+                return f"the table as it is: nothing independent to compare with, but {reference.name}", False
+            exact, own = (reference.logits(self.ids, dtype) for dtype in (torch.float64, torch.float32))
+        off, bound = _distance(self.wanted, exact), TRUE * _distance(own, exact)
+        words = f"the table as it is: logits differ from those of {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
+        return (f"WRONG: {words}", True) if off > bound else (words, False)
+
     def open(self, table: Table) -> Source:
         """The checkpoint by another table. Raises ReshardError where it does not fit."""
         return from_published(self.published, table)
@@ -703,6 +736,21 @@ class Bench:
             copies = ((c.src_name, c.src_offset, c.dst.rank, c.dst_name, c.dst_offset, c.dims) for c in joined.copies())
             found.append(sorted(copies))
         return found
+
+    def renumbered(self, at: int, axis: str) -> Source | None:
+        """The checkpoint with every tensor of a row taken for its neighbour along an axis of its name; None where there is none."""
+        places = dict(self.source.places)
+        for slot in self.source.layout.slots:
+            if slot.row != at:
+                continue
+            points = list(slot.points())
+            order = sorted({point[axis] for point in points})
+            if len(order) < 2:
+                return None
+            for point in points:
+                after = order[(order.index(point[axis]) + 1) % len(order)]
+                places[0, slot.name(point)] = self.source.places[0, slot.name(point | {axis: after})]
+        return replace(self.source, places=places)
 
     def displaced(self, leaf: str, axis: str) -> Source | None:
         """The checkpoint with a tensor read one further along an axis, around; None where there is nothing to displace."""
@@ -783,6 +831,7 @@ def check_table(
                         f'family "{table.name}": the checkpoint made up from its table does not fit it: {error.message}',
                         "the table contradicts itself, or needs a config key that nobody can guess: give a checkpoint, --with PATH",
                     ) from None
+        itself, wrong = benches[0].against_transformers() if given is not None else ("", False)
         todo = _spread(list(mutations(table)), sample)
         trials = []
         for done, mutation in enumerate(todo, 1):
@@ -799,6 +848,8 @@ def check_table(
         tuple(trials),
         tuple(row.name.text for at, row in enumerate(table.rows) if at not in active),
         max((bench.rounding for bench in benches if not bench.why), default=None),
+        itself,
+        wrong,
         next((bench.why for bench in benches if bench.why), None),
     )
 
@@ -845,9 +896,10 @@ def _on(bench: "Bench", mutation: Mutation, damaged: Table | None) -> Trial:
     name = mutation.name
     if damaged is None:
         assert mutation.shift is not None
-        displaced = bench.displaced(*mutation.shift)
+        leaf, axis = mutation.shift
+        displaced = bench.displaced(leaf, axis) if leaf else bench.renumbered(mutation.rows[0], axis)
         if displaced is None:
-            return Trial(name, EQUIVALENT, "an axis of one element, or one tensor each", bench.name)
+            return Trial(name, EQUIVALENT, "nothing to displace: an axis of one", bench.name)
         source = displaced
     else:
         try:
@@ -861,7 +913,7 @@ def _on(bench: "Bench", mutation: Mutation, damaged: Table | None) -> Trial:
     except ReshardError as error:
         return Trial(name, "planning", _line(error), bench.name)
     trial = Trial(name, OPEN, bench.why, bench.name) if bench.why else bench.judge(source, name)
-    if trial.by not in RUNGS and bench.shards(source) == bench.shards():
+    if trial.by not in RUNGS and damaged is not None and bench.shards(source) == bench.shards():
         return Trial(name, EQUIVALENT, "makes the same shards on every mesh", bench.name)
     return trial
 
