@@ -102,7 +102,7 @@ class TableCheck:
 
     @property
     def ok(self) -> bool:
-        """The table is not known to be wrong, nothing escaped, and every row stands in a checkpoint; what could not be run does not count."""
+        """The table is not known to be wrong, nothing escaped, and every row stands in a checkpoint; what was not run does not count."""
         return not self.missed and not self.uncovered and not self.wrong
 
     @property
@@ -224,7 +224,7 @@ def _rows(data: Data) -> Iterator[Mutation]:
     called, named = _names(data)
     everything = tuple(range(len(rows)))
     yield Mutation("rows in the opposite order", everything, data | {"rows": rows[::-1]})
-    for at, row in enumerate(rows):
+    for at in everything:
         yield Mutation(f"row {called[at]} dropped", (at,), _changed(data, **{_at(at): None}))
     leaves = [(at, n, leaf) for at, row in enumerate(rows) for n, leaf in enumerate(row[2].split())]
     for (at, n, one), (to, m, other) in itertools.combinations(leaves, 2):
@@ -431,9 +431,8 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     extra = 1 if table.extra else 0
     config, sizes = _sized(table, [row for _, row in rows], truths, 2 * (len(kinds) - extra))
     main = sizes["layer"]
-    if table.one_of:
-        head = kinds[: len(kinds) - extra]
-        kinds = [*itertools.islice(itertools.cycle(head), main), *kinds[len(kinds) - extra :]]
+    plain = len(kinds) - extra
+    kinds = [*itertools.islice(itertools.cycle(kinds[:plain]), main), *kinds[plain:]]
     for key in table.extra.values():
         config[_first(key)] = extra
     shapes: Shaped = []
@@ -445,7 +444,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
         ranges: list[Iterable[int]] = []
         for axis in row.name.axes:
             if axis == "layer":
-                ranges.append([n for n in range(main + extra) if row.kinds <= set(kinds[n] if kinds else ())])
+                ranges.append([n for n in range(main + extra) if row.kinds <= set(kinds[n])])
             else:
                 ranges.append(range(sizes[axis]))
         names = [row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)]
