@@ -124,12 +124,12 @@ class TableCheck:
         for rung, what in RUNGS.items():
             words = what
             if rung == "numerics" and self.rounding is not None:
-                words += f" (by more than {self.rounding:.1g}, 16 × rounding)"
+                words += f" (by more than {self.rounding:.1g})"
             found += _wrapped(f"{rung:<11} {count[rung]:>5}  {words}", 2, 21)
         found += _wrapped(f"{EQUIVALENT:<11} {count[EQUIVALENT]:>5}  the same layout in other words", 2, 21)
         if count[OPEN]:
             found += _wrapped(f"{OPEN:<11} {count[OPEN]:>5}  fits, and the model was not run: {self.skipped}", 2, 21)
-        found += _wrapped("integrity, weights and sha256 see none: a wrong table merges back what it split.", 0)
+        found += _wrapped("What fits passes integrity, weights and sha256: a wrong table merges back what it split.", 0)
         for name in self.uncovered:
             found += _wrapped(f"no checkpoint has the row {name}: bring one, --with PATH", 0)
         found += [line for name in self.checkpoints for line in _wrapped(f"checkpoint: {name}", 0, 2)]
