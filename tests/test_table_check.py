@@ -15,14 +15,13 @@ import reshard
 from reshard import table_check, tables
 from reshard.checkpoint import open_published
 from reshard.errors import ReshardError
-from reshard.notation import block_of
 from reshard.table_check import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Mutation, TableCheck, Trial, check_table, made_up, mutations
 from reshard.tables import Table
 from reshard.verification import verify
 
 Get = Callable[[str], Path]
 FAMILIES = tables.shipped("families")
-SAMPLE = {"llama": 250, "gpt_neox": 250, "mixtral": 250, "deepseek_v3": 250}
+SAMPLE = {"llama": 200, "gpt_neox": 200, "mixtral": 200, "deepseek_v3": 200}
 
 
 def family(name: str) -> Table:
@@ -56,7 +55,7 @@ def tried(name: str, words: str, benches: Callable[[str], list[Bench]]) -> Trial
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sample_of_the_damages_of_every_family_is_caught(name: str) -> None:
     """Whole families take up to a minute: `reshard check-table FAMILY` tries all."""
-    found = check_table(family(name), sample=SAMPLE.get(name, 60))
+    found = check_table(family(name), sample=SAMPLE.get(name, 40))
     assert found.skipped is None, "every family is run"
     assert found.uncovered == ()
     assert [trial for trial in found.trials if trial.by == MISSED] == []
@@ -67,14 +66,13 @@ def test_a_sample_of_the_damages_of_every_family_is_caught(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_fits_and_is_wrong_is_caught_by_running(name: str, benches: Callable[[str], list[Bench]]) -> None:
-    """A tensor read one further along an axis fits always: a dozen of them, in every family."""
+    """A tensor read one further along an axis fits always: some of them, in every family."""
     shifts = [mutation for mutation in damages(name).values() if mutation.shift is not None]
-    for mutation in shifts[:: max(1, len(shifts) // 12)]:
+    for mutation in shifts[:: max(1, len(shifts) // 6)]:
         trial = table_check._tried(mutation, family(name), benches(name))
         axis = mutation.shift[1] if mutation.shift else ""
-        one = all(bench.source.layout.model.sizes.get(axis, 1) == 1 for bench in benches(name)) or block_of(axis) is not None
-        mtp = trial.name.startswith("axis layer in the name of mtp")  # there is one such layer
-        assert trial.by in ("numerics", "beyond") or (trial.by == EQUIVALENT and (one or mtp)), trial
+        one = all(bench.source.layout.model.sizes.get(axis) == 1 for bench in benches(name))
+        assert trial.by in ("numerics", "beyond") or (trial.by == EQUIVALENT and one), trial
 
 
 @pytest.mark.parametrize("name", FAMILIES)
