@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .explain import Explanation
     from .fingerprint import Fingerprint, Share
     from .report import Report, SourceFacts
+    from .table_check import TableCheck
     from .verdict import Report as Verdict
     from .verdict import Rung
 

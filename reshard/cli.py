@@ -284,6 +284,25 @@ def diff_command(a: str, b: str, as_json: bool, progress_kind: str, quiet: bool,
         sys.exit(1)
 
 
+@cli.command("check-table", short_help="Damage a family table in every way: is it noticed?")
+@click.argument("family", metavar="FAMILY")
+@click.option("--with", "given", metavar="PATH", help="A checkpoint of the family to try it on, beside made-up ones.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Only so many damages, spread over all.")
+@click.option("--all", "each", is_flag=True, help="List every damage, and what noticed it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check_table(family: str, given: str | None, sample: int | None, each: bool, as_json: bool) -> None:
+    """Exchange, transpose, shift and drop every row and axis of a table, and say what notices each damage.
+
+    FAMILY is the name of a shipped table, or a TOML file of your own: what is not noticed in it, nothing protects. Exit 1 if there is any.
+    """
+    from . import api
+
+    found = api.check_table(family, given=given, sample=sample)
+    _show(found.to_json() if as_json else "\n".join(found.lines(each)))
+    if not found.ok:
+        sys.exit(1)
+
+
 @cli.command(short_help="Run the model from its shards.")
 @click.argument("out", metavar="OUT")
 @click.option("--prompt", "-p", "texts", multiple=True, metavar="TEXT", help="A prompt; several are run together.")

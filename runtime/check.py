@@ -32,6 +32,7 @@ Routes = dict[int, "list[torch.Tensor]"]  # layer → the experts of every token
 TIMES, RMS = 4.0, 1.5  # × the reference's own error: in float32, and in the stored dtype
 LENGTH, MOST = 48, 32  # tokens of a prompt; prompts
 NEW, DISTINCT = 32, 16  # tokens that both go on with by themselves, and how many of them must be distinct
+UNASKED = 1 << 30  # bytes of memory that it may take where nobody asked for it
 MEMORY = 20  # bytes per parameter that the rung takes: the reference in float64 and float32, the shards in float32
 
 
@@ -67,6 +68,9 @@ def numerics(
         return skipped("there is nothing to compare with", "--against SRC")
     if source.root is None or source.manifest is not None:
         return skipped(f"{source.where} is no published checkpoint", "--against the original")
+    needed = MEMORY * sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
+    if needed > UNASKED and not must:
+        return Rung("numerics", skipped=f"takes {needed / 2**30:.1f} GiB of memory: ask for it by --numerics, or --layers for less")
     try:
         import torch
     except ImportError:
@@ -77,9 +81,6 @@ def numerics(
         from .layers import layer_by_layer
 
         return layer_by_layer(out, source, open_source(out, source.layout.model.family), progress)
-    needed = MEMORY * sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
-    if needed > _free() and not must:
-        return Rung("numerics", skipped=f"takes {needed / 2**30:.1f} GiB of memory, {_free() / 2**30:.1f} GiB are free: --layers")
     try:
         with torch.inference_mode():
             return _Check(out, source, progress, exhaustive).climb()
@@ -433,9 +434,3 @@ def _numbers(ours: "torch.Tensor", wide: "torch.Tensor", own: "torch.Tensor") ->
         kl=float((p.exp() * (p - q)).sum(-1).mean()),
         agreed=float((wide.argmax(-1) == ours.argmax(-1)).double().mean()),
     )
-
-
-def _free() -> int:
-    """Bytes of memory that can be had without swapping."""
-    text = Path("/proc/meminfo").read_text()
-    return next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("MemAvailable:"))

@@ -193,6 +193,8 @@ class Lifeline:
     def _guess(self, others: Sequence[Peer], what: str, turn: int, error: BaseException | None) -> str:
         from .parallel import differing
 
+        if (found := self._finding(time.monotonic())) is not None:  # a rank that knows more may have said so and gone
+            return found
         phase = self._facts["phase"]
         for peer in others:
             if peer.gone or peer.said.get("done"):

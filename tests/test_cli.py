@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from running import command, environment, llama, names, process, refused, reshard
 
-COMMANDS = ("inspect", "plan", "convert", "verify", "generate", "fingerprint", "explain", "diff")
+COMMANDS = ("inspect", "plan", "convert", "verify", "generate", "fingerprint", "explain", "diff", "check-table")
 
 # `python -m reshard` on storage that needs `SLOW` seconds for each transfer, and with the intervals of a heartbeat in `BEAT`.
 SLOW = """

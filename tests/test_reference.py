@@ -51,7 +51,7 @@ def test_each_rank_stores_what_the_reference_says_and_every_way_back_is_exact(
         stored = [load_file(out / f"rank-{rank:05}" / "model.safetensors") for rank in range(mesh.world)]
         assert differences(expected(original, family, **arguments), stored) == [], arguments
         report = verification.verify(out, open_source(original))
-        assert report.ok and len(report.rungs) == 2, (arguments, report.failures)
+        assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (arguments, report)
         merged = tmp_path / f"{number}-merged"
         convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)
         assert differing(original, merged) == [], arguments
