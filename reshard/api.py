@@ -188,6 +188,17 @@ def verify(
     return verify_directory(path, source, Options(workers=workers).threads, progress, wish)
 
 
+def check_table(
+    family: str, *, given: str | Path | None = None, sample: int | None = None, advance: Callable[[int, int], None] | None = None
+) -> "TableCheck":
+    """Damage a family table in every way and say what notices each damage; see `reshard.table_check`."""
+    from .table_check import check_table as check
+
+    table = family_table(family)
+    assert table is not None
+    return check(table, Path(given) if given is not None else None, sample, advance)
+
+
 def explain(out: str | Path, element: str, *, revision: str | None = None, family: str | None = None) -> "Explanation":
     """What an element is, where it came from, and everything that holds it; see `reshard.explain` for how it is named."""
     from .explain import explain as explain_element
