@@ -284,7 +284,7 @@ def diff_command(a: str, b: str, as_json: bool, progress_kind: str, quiet: bool,
         sys.exit(1)
 
 
-@cli.command("check-table", short_help="Damage a family table in every way: is it noticed?")
+@cli.command("check-table", short_help="Damage a family table in every way, and see what notices.")
 @click.argument("family", metavar="FAMILY")
 @click.option("--with", "given", metavar="PATH", help="A checkpoint of the family to try it on, beside made-up ones.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only so many damages, spread over all.")
