@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import xxhash
 
 from . import engine, manifest
@@ -31,6 +30,9 @@ from .shards import Shards, scalar, shard_digest, tensors_json
 from .source import Source, open_source
 from .tables import Constant
 from .verdict import Report, Rung
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 
@@ -219,11 +221,15 @@ class Comparer:
 
     def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock, padded: bool = True) -> None:
         self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
+        import numpy as np  # which digests do without
+
         self._buffer = np.empty(engine.TILE, np.uint8)
         self._seen: dict[Key, int] = {}
         self._bad: set[Key] = set()
 
     def put(self, key: Key, offset: int, data: memoryview) -> None:
+        import numpy as np
+
         path, entry = self.place.locate(key)
         found = self._buffer[: len(data)]
         self.pool.read_into(path, entry.offset + offset, found.data)
@@ -255,8 +261,10 @@ class Comparer:
             self.rung.failures.append(failure)
 
 
-def _equal(a: np.ndarray[Any, np.dtype[np.uint8]], b: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
+def _equal(a: "np.ndarray[Any, np.dtype[np.uint8]]", b: "np.ndarray[Any, np.dtype[np.uint8]]") -> bool:
     """Bytes compared eight at a time."""
+    import numpy as np
+
     whole = len(a) // 8 * 8
     return np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(a[whole:], b[whole:])
 
