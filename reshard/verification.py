@@ -23,7 +23,7 @@ from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
 from .files import Pool, failed
 from .header import MAX_LENGTH
-from .join import plan
+from .join import Plan, plan
 from .manifest import Listed, Manifest
 from .progress import Progress, Silent, until
 from .shards import Shards, scalar, shard_digest, tensors_json
@@ -321,25 +321,14 @@ class _Tied(Comparer):
 def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
     """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit."""
     progress = progress or Silent()
-    rung, lock, halt = Rung("tied"), threading.Lock(), threading.Event()
+    rung, lock = Rung("tied"), threading.Lock()
     once = source.layout.beyond(out.layout)
     if not once:
         return rung
     joined = plan(out.layout, replace(source.layout, pieces=once))
     sizes = logical_bytes(source.layout)
     progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
-    with closing(Pool()) as pool:
-        engine.run(
-            joined,
-            out,
-            source,
-            lambda: _Tied(source, pool, rung, lock),
-            workers=threads,
-            pool=pool,
-            progress=until(halt, progress.advance),
-            stop=halt,
-        )
-    progress.finish()
+    _hold_against(joined, out, source, lambda pool: _Tied(source, pool, rung, lock), threads, progress)
     return rung
 
 
@@ -350,7 +339,7 @@ class _Copy(Comparer):
 def replicas(out: Source, threads: int, progress: Progress | None = None) -> Rung:
     """What several ranks hold is the same on all of them."""
     progress = progress or Silent()
-    rung, lock, halt, layout = Rung("replicas"), threading.Lock(), threading.Event(), out.layout
+    rung, lock, layout = Rung("replicas"), threading.Lock(), out.layout
     first = {name: set(map(id, layout.distinct(name))) for name in layout.pieces}
     again = {name: tuple(piece for piece in held if id(piece) not in first[name]) for name, held in layout.pieces.items()}
     again = {name: held for name, held in again.items() if held}
@@ -359,19 +348,17 @@ def replicas(out: Source, threads: int, progress: Progress | None = None) -> Run
     joined = plan(layout, replace(layout, pieces=again), range(layout.mesh.world))
     sizes = logical_bytes(layout)
     progress.start("comparing replicas", sum(sizes.get(name, 0) for name in again))
-    with closing(Pool()) as pool:
-        engine.run(
-            joined,
-            out,
-            out,
-            lambda: _Copy(out, pool, rung, lock, padded=False),
-            workers=threads,
-            pool=pool,
-            progress=until(halt, progress.advance),
-            stop=halt,
-        )
-    progress.finish()
+    _hold_against(joined, out, out, lambda pool: _Copy(out, pool, rung, lock, padded=False), threads, progress)
     return rung
+
+
+def _hold_against(joined: Plan, a: Source, b: Source, sink: Callable[[Pool], Comparer], threads: int, progress: Progress) -> None:
+    """Carry out a plan, with comparing in the place of writing."""
+    halt = threading.Event()
+    with closing(Pool()) as pool:
+        advance = until(halt, progress.advance)
+        engine.run(joined, a, b, lambda: sink(pool), workers=threads, pool=pool, progress=advance, stop=halt)
+    progress.finish()
 
 
 def _same_model(out: Source, source: Source) -> None:
