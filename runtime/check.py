@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,7 @@ class _Check:
                 tokens = go_on(decoder, self._starts(), Options(NEW)).tokens if generate else []
                 return torch.cat(parts), steps[0] if steps else parts[0], tokens, routed
 
-        mesh = self._opened().layout.mesh
+        mesh = self._opened.layout.mesh
         found = run_threads(mesh.world, work, timeout=3600)
         for _, _, _, routed in found:
             for layer, experts in routed.items():
@@ -210,6 +211,7 @@ class _Check:
         odd = [a.sort(-1)[0] != b.sort(-1)[0] for layer in taken[0] for a, b in zip(taken[0][layer], taken[2][layer], strict=True)]
         return logits[0], logits[1], taken[0], float(torch.cat([part.any(-1) for part in odd]).double().mean())
 
+    @cached_property
     def _opened(self) -> "Source":
         from reshard.source import open_source
 
@@ -262,7 +264,7 @@ class _Check:
         from .load import load_model
         from .parallel import World, alone, run_threads
 
-        ids, opened = self.prompts[:2], self._opened()
+        ids, opened = self.prompts[:2], self._opened
         inputs: dict[str, torch.Tensor | None] = {}
         outputs: dict[str, torch.Tensor] = {}
         x: torch.Tensor | None = None
@@ -401,8 +403,9 @@ def prompts_for(source: "Source", exhaustive: bool = False) -> "torch.Tensor":
 
 
 def _positions(source: "Source") -> int:
-    keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
-    return next((int(source.config.get(key)) for key in keys if source.config.get(key)), 1 << 30)
+    from .spec import POSITIONS
+
+    return next((int(source.config.get(key)) for key in POSITIONS if source.config.get(key)), 1 << 30)
 
 
 def _quantized(source: "Source") -> bool:

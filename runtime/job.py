@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _READ = 256 << 20  # bytes that each rank reads at most, to learn how fast the machine is
 _PIECE = 4 << 10  # bytes of a tensor that are worth reading for that
-_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -216,6 +215,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     from .generate import Options, check, generate
     from .load import load_model
     from .sampling import Sampling
+    from .spec import POSITIONS
 
     said = generation_config(job.out)
     sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed)
@@ -234,7 +234,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     )
     loaded = time.monotonic()
     config = _config(job.out)
-    limit = decoder.spec.positions or next((int(config[key]) for key in _LIMITS if config.get(key)), None)
+    limit = decoder.spec.positions or next((int(config[key]) for key in POSITIONS if config.get(key)), None)
     check(prompts, decoder.model.sizes["vocab"], limit)
     options = Options(job.most, sampling, stop_tokens(said, config), limit)
     try:

@@ -18,9 +18,8 @@ from reshard.verdict import Rung
 
 from .check import TIMES, culprit, prompts_for
 from .load import open_for
-from .model import EMBEDDING, Decoder
+from .model import EMBEDDING
 from .parallel import World, alone, run_threads
-from .spec import Spec
 
 if TYPE_CHECKING:
     from reshard.source import Source
@@ -31,10 +30,9 @@ class _Part:
 
     def __init__(self, root: Path, world: World, dtype: torch.dtype, mesh: object = None) -> None:
         self.opened = open_for(root, mesh, world)  # type: ignore[arg-type]
-        model = self.opened.layout.model
         self.tied = not self.opened.layout.pieces.get("head")
         self.rank, self.dtype = world.rank, dtype
-        self.decoder = Decoder(Spec.of(model.family, self.opened.config, model), model, self.opened.layout, world.rank, world).to(dtype)
+        self.decoder = self.opened.decoder(world).to(dtype)
 
     def hold(self, step: str) -> None:
         """Have the weights of a step, and no others."""

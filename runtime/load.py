@@ -229,17 +229,13 @@ def load_model(
     `reshard_on_load=False`. `dtype` casts floating weights, one tensor at a time; block-scaled FP8 and its scales stay as they are, and
     what is stored wider than the weights stays as wide. Raises ReshardError, and Lost where another rank fails or has another checkpoint.
     """
-    from .model import Decoder
-    from .spec import Spec
-
     _known(verify)
     world = world or _world(timeout)
     world.phase = "load"
     with world.failing():
         opened = open_for(out, mesh, world, reshard_on_load)
         world.agree(opened.facts | {"dtype": str(dtype)})
-        model = opened.layout.model
-        decoder = Decoder(Spec.of(_with_facts(model.family), opened.config, model), model, opened.layout, world.rank, world)
+        decoder = opened.decoder(world)
         state = opened.state(world.rank, dtype, device, verify, world.check)
         decoder.load_state_dict(state, strict=True, assign=True)
         world.meet("all ranks are loaded")
@@ -294,6 +290,14 @@ class Opened:
             "mesh": str(layout.mesh),
             "plan": Shards(layout).digest,
         }
+
+    def decoder(self, world: "World") -> "Decoder":
+        """This rank's part of the model, without its weights."""
+        from .model import Decoder
+        from .spec import Spec
+
+        model = self.layout.model
+        return Decoder(Spec.of(_with_facts(model.family), self.config, model), model, self.layout, world.rank, world)
 
     def state(
         self,

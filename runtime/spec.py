@@ -30,6 +30,7 @@ from reshard.errors import ReshardError
 from reshard.model import Model
 from reshard.tables import Table
 
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # keys for how many there are
 EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
 
 
