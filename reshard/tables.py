@@ -74,6 +74,11 @@ class Table:
     families: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def runs(self) -> bool:
+        """Whether the facts that a decoder needs are there."""
+        return "cache" in self.model and self.model.get("runs") is not False
+
     def for_family(self, family: str) -> "Table":
         """This format as it stands for one family: the rows and words of `[family.X]` are tried before the common ones."""
         if self.families and family not in self.families:
@@ -133,7 +138,7 @@ MESH = ("tp", "ep", "pp")
 # The keys of [model].
 _FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
 _FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "rope_fraction", "rope_interleaved", "embed_scale"}
-_FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap"}
+_FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs"}
 
 
 def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:

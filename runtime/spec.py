@@ -17,6 +17,7 @@ counts: a number, `true`, `false`, `=word` (that word), or else a key of config.
     routing         experts per token (top), score ("softmax", "sigmoid" or "chosen": softmax over those chosen), renormalize, scale,
                     groups and group_top (experts are chosen in the best groups), wide (float32 throughout)
     cache, window, window_if, window_layers      see reshard.capacity
+    runs            false: these facts are not enough, the family converts and does not run
 """
 
 import math
@@ -87,7 +88,12 @@ class Spec:
 
     @classmethod
     def of(cls, table: Table, config: Config, model: Model) -> "Spec":
-        """Raises ReshardError where config.json asks for what no fact describes."""
+        """Raises ReshardError for a family that does not run, and where config.json asks for what no fact describes."""
+        if not table.runs:
+            raise ReshardError(
+                f'family "{table.name}" converts and merges, it does not run: its table has no [model] facts for a decoder',
+                "verify proves its weights by rungs 1 to 3; docs/notation.md lists the facts",
+            )
         said = _Facts(table.model, config.with_defaults(table.defaults))
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors

@@ -9,11 +9,13 @@ that for a written directory, and names what an architecture forces.
     checkpoint("llama")        the directory, built once per machine and version of this file; never write into it
     copy("llama", directory)   a private copy, to damage
     FIXTURES["llama"]          what is in it, and on which meshes it can lie
+    ZOO["gptj"]                those of all further families, which fewer tests go through; defined in tests/zoo_*.py
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -64,6 +66,8 @@ class Fixture:
     square: tuple[str, ...] = ()
     equal: tuple[tuple[str, str], ...] = ()
     notes: str = ""
+    runs: bool = True  # of a family that runs, this one too: transformers has it
+    file: Path = Path(__file__)
 
     def meshes(self) -> Iterator[dict[str, Any]]:
         """Arguments of `torch_reference.expected`: each TP, with EP, PP 2 with each TP, PP of all layers, and uneven weights."""
@@ -80,6 +84,7 @@ class Fixture:
 
 
 FIXTURES: dict[str, Fixture] = {}
+ZOO: dict[str, Fixture] = {}
 
 
 # Writing
@@ -209,11 +214,15 @@ def check(directory: Path, fixture: Fixture) -> None:
 
 
 def define(family: str, name: str = "", **facts: Any) -> Callable[[Callable[[Path, str], None]], None]:
-    """Register the decorated builder, which takes the directory and a seed, under its own name."""
+    """Register the decorated builder, which takes the directory and a seed, under its own name; outside this file, in the zoo."""
 
     def register(builder: Callable[[Path, str], None]) -> None:
         key = name or builder.__name__
-        FIXTURES[key] = Fixture(key, family, lambda directory: builder(directory, key), notes=(builder.__doc__ or "").strip(), **facts)
+        file = Path(builder.__code__.co_filename)
+        assert key not in FIXTURES.keys() | ZOO.keys(), key
+        registry = FIXTURES if file.name == Path(__file__).name else ZOO
+        notes = (builder.__doc__ or "").strip()
+        registry[key] = Fixture(key, family, lambda directory: builder(directory, key), notes=notes, file=file, **facts)
 
     return register
 
@@ -644,23 +653,38 @@ def deepseek_v3_fp8(directory: Path, seed: str) -> None:
 
 
 @cache
-def root() -> Path:
-    """The folder of this version of the fixtures: of this file and of the libraries that write them."""
+def root(file: Path = Path(__file__)) -> Path:
+    """The folder of this version of the fixtures: of this file, of the one that defines them, and of the libraries that write them."""
     text = Path(__file__).read_bytes() + "".join(version(package) for package in ("torch", "transformers", "safetensors")).encode()
+    text += b"" if file.name == Path(__file__).name else file.read_bytes()
     user = os.getuid() if hasattr(os, "getuid") else 0
     path = Path(tempfile.gettempdir()) / f"reshard-fixtures-{user}-{hashlib.sha256(text).hexdigest()[:16]}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
+@cache
+def zoo() -> dict[str, Fixture]:
+    """All fixtures of tests/zoo_*.py, by name."""
+    for path in sorted(Path(__file__).parent.glob("zoo_*.py")):
+        importlib.import_module(path.stem)
+    return ZOO
+
+
+def fixture(name: str) -> Fixture:
+    return FIXTURES[name] if name in FIXTURES else zoo()[name]
+
+
 def checkpoint(name: str) -> Path:
     """The directory of a fixture, built and checked if this is its first use on this machine. Shared by all tests: do not write into it."""
-    final = root() / name
+    about = fixture(name)
+    place = root(about.file)
+    final = place / name
     if not final.exists():
-        work = Path(tempfile.mkdtemp(dir=root(), prefix=f".{name}-"))
+        work = Path(tempfile.mkdtemp(dir=place, prefix=f".{name}-"))
         try:
-            FIXTURES[name].build(work)
-            check(work, FIXTURES[name])
+            about.build(work)
+            check(work, about)
             work.rename(final)
         except OSError:
             if not final.exists():  # else another process was faster, with the same content

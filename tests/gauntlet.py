@@ -1,0 +1,89 @@
+"""What each family must get through, as functions of a directory and of meshes; `transformers` is the reference. Knows no family."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from reshard.runtime.load import load_model
+from reshard.runtime.parallel import World, run_threads
+from strategies import differing
+from torch import Tensor
+
+from reshard import verification
+from reshard.conversion import Options, convert, prepare
+from reshard.mesh import Mesh
+from reshard.source import open_source
+
+OPTIONS = Options(workers=2)
+TIMES = 4  # the reference's own change between float32 and float64
+SEQ, SPLIT, MORE = 23, 9, 8  # tokens; those of them that go through at once before the rest follow one by one; tokens generated
+
+
+def convert_and_back(original: Path, meshes: Iterable[Mapping[str, Any]], scratch: Path) -> None:
+    """Convert to every mesh, verify, merge, and reshape from the mesh before: the merge is the original, the reshape the conversion."""
+    before: Path | None = None
+    for number, arguments in enumerate(meshes):
+        mesh, out = Mesh(**arguments), scratch / str(number)
+        convert(prepare(open_source(original), "native", mesh, OPTIONS), out, OPTIONS)
+        report = verification.verify(out, open_source(original))
+        assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (arguments, report)
+        merged = scratch / f"{number}-merged"
+        convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)
+        assert differing(original, merged) == [], arguments
+        if before is not None:
+            reshaped = scratch / f"{number}-reshaped"
+            convert(prepare(open_source(before), "native", mesh, OPTIONS), reshaped, OPTIONS)
+            assert differing(out, reshaped) == [], arguments
+        before = out
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Tokens [2, seq], transformers' logits of them in float32, its greedy tokens [2, more] after them, and its own change to float64."""
+
+    ids: Tensor
+    logits: Tensor
+    tokens: Tensor
+    own: float
+
+
+def reference(directory: Path) -> Reference:
+    """What transformers makes of a checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    logits = {}
+    for dtype in (torch.float64, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
+        ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            logits[dtype] = model.eval()(ids).logits
+    longer = ids
+    with torch.no_grad():
+        for _ in range(MORE):
+            longer = torch.cat((longer, model(longer).logits[:, -1:].argmax(-1)), 1)
+    own = (logits[torch.float32].double() - logits[torch.float64]).abs().max().item()
+    return Reference(ids, logits[torch.float32], longer[:, SEQ:], own)
+
+
+def run_like(directory: Path, mesh: Mesh, wanted: Reference) -> None:
+    """Logits whole and token by token within four times the reference's own change, and its greedy tokens, on a mesh of threads."""
+
+    def work(world: World) -> tuple[Tensor, Tensor, Tensor]:
+        decoder = load_model(directory, torch.float32, mesh=mesh, world=world)
+        whole = decoder(wanted.ids, all_ranks=True)
+        kept = decoder.new_cache(2, SEQ + MORE)
+        parts = [wanted.ids[:, :SPLIT], *wanted.ids[:, SPLIT:].split(1, 1)]
+        stepwise = torch.cat([decoder(part, cache=kept, all_ranks=True) for part in parts], 1)
+        tokens = [stepwise[:, -1:].argmax(-1)]
+        for _ in range(MORE - 1):
+            tokens.append(decoder(tokens[-1], cache=kept, all_ranks=True).argmax(-1))
+        return whole, stepwise, torch.cat(tokens, 1)
+
+    for whole, stepwise, tokens in run_threads(mesh.world, work, 120):
+        off = (whole - wanted.logits).abs().max().item()
+        assert off <= TIMES * wanted.own, (mesh, f"{off / wanted.own:.1f} × the reference's own change")
+        again = (stepwise - whole).abs().max().item()
+        assert again <= TIMES * wanted.own, (mesh, f"token by token: {again / wanted.own:.1f} × the reference's own change")
+        assert torch.equal(tokens, wanted.tokens), mesh

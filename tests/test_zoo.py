@@ -1,0 +1,59 @@
+"""Every further family goes through one gauntlet: it converts, comes back byte for byte, and runs as `transformers` runs it.
+
+What runs always is a mesh or two of each; all of them with RESHARD_ALL_MESHES=1. A family whose table says that it does not run
+converts all the same.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures import Fixture, checkpoint, zoo
+from gauntlet import Reference, convert_and_back, reference, run_like
+
+from reshard import tables
+from reshard.mesh import Mesh
+
+ALL = bool(os.environ.get("RESHARD_ALL_MESHES"))
+
+
+def meshes(fixture: Fixture) -> list[dict[str, Any]]:
+    """All, or the one that asks for most: stages, repeated key-value heads, experts on several ranks."""
+    if ALL:
+        return list(fixture.meshes())
+    if 2 in fixture.ep and 4 in fixture.tp:
+        return [{"tp": 4, "ep": 2, "pp": 2}]
+    return [{"tp": max(fixture.tp), "pp": 2}]
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_it_converts_verifies_and_comes_back_byte_for_byte(name: str, tmp_path: Path) -> None:
+    convert_and_back(checkpoint(name), meshes(zoo()[name]), tmp_path)
+
+
+def runs() -> list[str]:
+    """Fixtures of the families whose tables say how to run them."""
+    return [name for name, fixture in zoo().items() if fixture.runs and tables.load("families", fixture.family).runs]
+
+
+def run_meshes(fixture: Fixture) -> list[Mesh]:
+    if not ALL:
+        return [Mesh(tp=2, ep=2)] if 2 in fixture.ep else [Mesh(tp=2, pp=2)]
+    found = [Mesh(tp=tp) for tp in fixture.tp] + [Mesh(pp=2), Mesh(tp=2, pp=2)]
+    found += [Mesh(tp=3, weights=(2, 1, 1))] if fixture.weights else []
+    return found + ([Mesh(tp=2, ep=2), Mesh(tp=4, ep=2)] if 2 in fixture.ep else [])
+
+
+@cache
+def wanted(name: str) -> Reference:
+    return reference(checkpoint(name))
+
+
+@pytest.mark.parametrize("name", runs())
+def test_logits_and_tokens_are_those_of_transformers(name: str) -> None:
+    torch.set_num_threads(1)
+    for mesh in run_meshes(zoo()[name]):
+        run_like(checkpoint(name), mesh, wanted(name))
