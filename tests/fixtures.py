@@ -118,7 +118,7 @@ def write(directory: Path, seed: str, config: Any, dtype: torch.dtype = torch.bf
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    centre = 0.0 if config.model_type == "gemma2" else 1.0  # Gemma multiplies by 1 + weight
+    centre = 0.0 if config.model_type in ("gemma", "gemma2", "gemma3_text", "nemotron") else 1.0  # these multiply by 1 + weight
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             if name.endswith("e_score_correction_bias"):

@@ -30,6 +30,8 @@ CONFIGS = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "gemma": LLAMA,
     "gemma2": LLAMA,
     "olmo2": LLAMA,
     "phi3": LLAMA,
@@ -127,5 +129,7 @@ def test_published_names_plan_without_error(entry: dict) -> None:
 
 
 def test_every_family_with_published_names_is_covered() -> None:
-    """Of the shipped families only olmo2 has no published names at hand."""
-    assert set(tables.shipped("families")) - {entry["family"] for entry in ENTRIES} == {"olmo2"}
+    """Of the shipped families only these have no published names at hand; what `transformers` writes of them is in the zoo."""
+    nameless = {"olmo2"}
+    nameless |= {"ministral", "seed_oss", "glm", "glm4", "helium", "ernie4_5"}
+    assert set(tables.shipped("families")) - {entry["family"] for entry in ENTRIES} == nameless
