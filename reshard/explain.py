@@ -544,7 +544,7 @@ class _Asking:
             return ReshardError(words, f"for example {ranks[0]}:{self.asked.strip()}")
         for tied, same in self.same.items():  # a tied name that the original does not store
             row = next((row for row in layout.model.family.rows if row.leaves == (tied,)), None)
-            if row is not None and row.name.text.replace("~", layout.model.prefix, 1) == name and len(same) > 1:
+            if row is not None and row.name.text == name and len(same) > 1:
                 return ReshardError(f"{self.asked}: the original does not store {name}", f"it is tied to {same[1]}: ask for {same[1]}")
         stored = {f"{slot.rank}:{slot.name(point)}" for slot in layout.by_rank[0] for point in slot.points()}
         hint = _nearest(name, [*self.source.tensors, *self.tensors]) or _nearest(f"0:{name}", sorted(stored))
@@ -555,7 +555,6 @@ def _find(slots: Sequence[Slot], name: str) -> tuple[Slot, Point] | None:
     """The slot and the point of a stored name."""
     for slot in slots:
         text = slot.template.name.text
-        text = slot.prefix + text[1:] if text.startswith("~") else text
         if name.startswith(text.split("{")[0]) and name.endswith(text.split("}")[-1]):
             for point in slot.points():
                 if slot.name(point) == name:

@@ -263,7 +263,7 @@ class _Reading:
             if (row.tags or {*tied, *tied.values()} & {*row.leaves}) and not all(held.get(leaf) for leaf in row.leaves):
                 continue
             dtypes = {-1: usual} | held.get(row.leaves[0], {})
-            layers = [layer for layer, kind in enumerate(kinds) if row.kinds <= kind] if "layer" in row.name.axes else []
+            layers = [layer for layer, kind in enumerate(kinds) if row.within(kind)] if "layer" in row.name.axes else []
             ranges = [layers if axis == "layer" else range(sizes[axis]) for axis in row.name.axes]
             if (count := math.prod(map(len, ranges))) > MOST_TENSORS:
                 raise ReshardError(f"{self.where}: config.json promises {count} tensors {row.name.text}", "is it this checkpoint's?")

@@ -10,7 +10,7 @@ and sizes in elements: no file is known, let alone opened.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from types import MappingProxyType
@@ -34,7 +34,6 @@ class Slot:
     shape: tuple[int, ...]
     box: dict[str, Range]
     layers: tuple[int, ...] | None
-    prefix: str
 
     def points(self) -> Iterator[Point]:
         """The points of the enumerated axes, layer by layer."""
@@ -50,8 +49,7 @@ class Slot:
         template = self.template.name
         if template.local:
             point = {axis: at - self.box[axis][0] if axis in template.local else at for axis, at in point.items()}
-        text = template.name(point)
-        return self.prefix + text[1:] if text.startswith("~") else text
+        return template.name(point)
 
     @property
     def elements(self) -> int:
@@ -166,7 +164,7 @@ def lay_out(
     must know. Raises ReshardError listing everything that does not divide or has no row.
     """
     problems = Problems()
-    table = table.refined(model.family)
+    table = _with_towers(table.refined(model.family), model)
     chosen = _choose(table, model, active, problems)
     cutter = _Cutter(table, model, mesh, problems)
     stored_once = _tied_rows(table, model.alias | dict(tied))
@@ -180,7 +178,7 @@ def lay_out(
         for at, row, layers in chosen:
             if at not in here or stored_once.get(at, at) in here - {at}:
                 continue
-            found = cutter.place(at, row, layers, rank, model.prefix)
+            found = cutter.place(at, row, layers, rank)
             if found is not None:
                 slots.append(found[0])
                 for piece in found[1]:
@@ -204,6 +202,14 @@ def lay_out(
         cutter.stages,
         {name: other for name, other in tied.items() if not {name, other} & model.alias.keys()},
     )
+
+
+def _with_towers(table: Table, model: Model) -> Table:
+    """A format that stores other towers has them under the names of the original, whole, on the stages that it says."""
+    if not table.towers:
+        return table
+    rows = tuple(replace(row, stage=table.towers[0]) for row in model.family.rows if row.tower)
+    return replace(table, rows=table.rows + rows) if rows and table.cut else table
 
 
 def _in_stage(row: Row, stage: int, stages: int) -> bool:
@@ -247,7 +253,7 @@ def _tied_rows(table: Table, alias: Mapping[str, str]) -> dict[int, int]:
 
 def _constants(table: Table, slots: Sequence[Slot]) -> tuple[Slot, ...]:
     return tuple(
-        Slot(len(table.rows) + number, slot.rank, constant, (), slot.box, slot.layers, slot.prefix)
+        Slot(len(table.rows) + number, slot.rank, constant, (), slot.box, slot.layers)
         for number, constant in enumerate(table.constants)
         for slot in slots
         if isinstance(slot.template, Row) and constant.beside in slot.template.leaves
@@ -288,7 +294,7 @@ class _Cutter:
         stages[-1] = (stages[-1][0], main + extra)  # extra layers stand on the last stage
         return tuple(stages)
 
-    def place(self, at: int, row: Row, layers: tuple[int, ...] | None, rank: int, prefix: str) -> tuple[Slot, list[Piece]] | None:
+    def place(self, at: int, row: Row, layers: tuple[int, ...] | None, rank: int) -> tuple[Slot, list[Piece]] | None:
         """The slot of a row on a rank and its pieces; None where the rank has none of its layers."""
         tensors = [self.model.tensors[leaf] for leaf in row.leaves]
         for tensor, path in zip(tensors, row.pattern.axes, strict=True):
@@ -305,7 +311,7 @@ class _Cutter:
             self.problems.add(error.message, row.name.text)
             return None
         enumerated = {axis: stored[0][axis] for axis in row.name.axes}
-        slot = Slot(at, rank, row, shape, enumerated, layers, prefix)
+        slot = Slot(at, rank, row, shape, enumerated, layers)
         if not slot.count():
             return None
         if any(tensor.dtypes != tensors[0].dtypes for tensor in tensors):

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any, Protocol
 
 from .config import Config as Config
+from .dialect import settle
 from .errors import Problems as Problems
 from .errors import ReshardError
 from .notation import block_of, evaluate, fold
@@ -59,7 +60,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """All logical tensors of a checkpoint. `active`: the family rows in use and the layers of each. `alias`: tied names."""
+    """All logical tensors of a checkpoint. `family`: as this checkpoint spells it; `active`: the rows in use and the layers of each;
+    `alias`: tied names."""
 
     family: Table
     tensors: dict[str, Tensor]
@@ -68,7 +70,6 @@ class Model:
     alias: dict[str, str] = field(default_factory=dict)
     main_layers: int = 0
     aside: tuple[str, ...] = ()
-    prefix: str = ""
 
     @property
     def units(self) -> dict[str, int]:
@@ -89,13 +90,16 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     """
     config = config.with_defaults(table.defaults)
     problems = Problems()
-    prefix, points, aside = _claim(table, stored, problems, where)
+    main = evaluate(table.sizes["layer"], config.get) if "layer" in table.sizes else None
+    table = settle(table, stored, main)
+    points, aside = _claim(table, stored, problems)
     check_quantization(table, config)
     sizes = _from_config(table, config)
     layers = _layers(table, config, sizes, points)
+    sizes |= {axis: int(axis[1:]) for row in table.rows if row.tower for axis in (*row.name.axes, *row.pattern.axes[0])}
     tags = _tags(table, config, points, problems)
     active = _presence(table, sizes, points, layers, tags, problems)
-    alias = _tied(table, config, active, problems, prefix)
+    alias = _tied(table, config, active, problems)
     if not active and not stored:
         raise ReshardError(f"{where}: holds no tensors", "is this the directory with the weights?")
     solve(table, stored, sizes, {row: points[row] for row in active}, problems)
@@ -105,7 +109,7 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     )
     tensors = _tensors(table, stored, sizes, points, active, alias, problems)
     problems.raise_if_any(f'{where}: does not fit the table of family "{table.name}":')
-    return Model(table, tensors, sizes, active, alias, layers.main, tuple(aside), prefix)
+    return Model(table, tensors, sizes, active, alias, layers.main, tuple(aside))
 
 
 def check_quantization(table: Table, config: Config) -> None:
@@ -131,31 +135,23 @@ def check_quantization(table: Table, config: Config) -> None:
 Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored name
 
 
-def _claim(table: Table, stored: Mapping[str, Stored], problems: Problems, where: str) -> tuple[str, dict[int, Points], list[str]]:
-    folded = {name: fold(name) for name in stored}
-    kinds = {key for key, _ in folded.values()}
-    prefix = next(
-        (p for p in table.prefixes if any(row.name.text[0] == "~" and p + row.name.folded[1:] in kinds for row in table.rows)),
-        table.prefixes[0] if table.prefixes else "",
-    )
-    rows = {_full(row.name.folded, prefix): index for index, row in enumerate(table.rows)}
-    beside = {_full(template.folded, prefix) for template in table.aside}
+def _claim(table: Table, stored: Mapping[str, Stored], problems: Problems) -> tuple[dict[int, Points], list[str]]:
+    rows = {row.name.folded: index for index, row in enumerate(table.rows)}
+    beside = {template.folded for template in table.aside}
     points: dict[int, Points] = defaultdict(dict)
     aside = []
-    for name, (key, numbers) in folded.items():
+    for name in stored:
+        key, numbers = fold(name)
         at = rows.get(name, rows.get(key))
         found = numbers if name not in rows else ()
-        if at is not None and len(found) == len(table.rows[at].name.axes):
-            points[at][found] = name
+        if at is not None and len(found) == len(axes := table.rows[at].name.axes):
+            base = table.rows[at].name.base
+            points[at][tuple(n + base if axis == "layer" else n for axis, n in zip(axes, found, strict=True)) if base else found] = name
         elif key in beside or name in beside:
             aside.append(name)
         else:
             problems.add(f"no row claims {key}", f"{name} {list(stored[name].shape)}")
-    return prefix, points, aside
-
-
-def _full(text: str, prefix: str) -> str:
-    return prefix + text[1:] if text.startswith("~") else text
+    return points, aside
 
 
 def _from_config(table: Table, config: Config) -> dict[str, int]:
@@ -220,7 +216,7 @@ def _presence(
             mine: tuple[int, ...] | None = None
             wanted_layers: tuple[int, ...] = (0,)
         else:
-            mine = tuple(layer for layer in range(layers.total) if row.kinds <= kind_of[layer])
+            mine = tuple(layer for layer in range(layers.total) if row.within(kind_of[layer]))
             wanted_layers = mine
         if mine == () and not have:
             continue
@@ -280,7 +276,7 @@ def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, problems
     return result
 
 
-def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Problems, prefix: str) -> dict[str, str]:
+def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Problems) -> dict[str, str]:
     """Tied names: either may be missing if config says that they are one; where both are stored they are two tensors."""
     if not isinstance(table.tied, dict):
         return {}
@@ -296,7 +292,7 @@ def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Pro
         for name in missing:
             row = next((row for row in table.rows if name in row.leaves), None)
             said = config.get("tie_word_embeddings")
-            text = _full(row.name.text, prefix) if row else name
+            text = row.name.text if row else name
             problems.add(f"missing {text}: config.json says tie_word_embeddings = {said!r}")
     return alias
 

@@ -226,7 +226,7 @@ def block_of(axis: str) -> tuple[tuple[str, ...], int] | None:
 
 # --- names ---------------------------------------------------------------------------------------------------------------
 
-_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local)?\}")
+_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra)?\}")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole path segment
 
 
@@ -238,10 +238,14 @@ class Template:
     axes: tuple[str, ...]  # one per hole, left to right
     local: frozenset[str]  # axes counted from 0 inside the rank
     form: str  # the text as str.format takes it
+    extra: bool = False  # layers are counted from 0 beyond the main ones, which are `base`
+    base: int = 0
 
     def name(self, point: Mapping[str, int]) -> str:
         """The stored name at a point of the enumerated axes."""
-        return self.form.format_map(point) if self.axes else self.text
+        if not self.axes:
+            return self.text
+        return self.form.format_map({**point, "layer": point["layer"] - self.base} if self.base else point)
 
     @property
     def folded(self) -> str:
@@ -254,11 +258,15 @@ def parse_template(text: str) -> Template:
     holes = list(_HOLE.finditer(text))
     rest = _HOLE.sub("", text)
     if "{" in rest or "}" in rest:
-        raise ReshardError(f'stored name "{text}": a brace that is no placeholder', "write {axis} or {axis:local}")
+        raise ReshardError(f'stored name "{text}": a brace that is no placeholder', "write {axis}, {axis:local} or {layer:extra}")
     axes = tuple(hole[1] for hole in holes)
     if len(set(axes)) < len(axes):
         raise ReshardError(f'stored name "{text}": a placeholder occurs twice')
-    return Template(text, axes, frozenset(hole[1] for hole in holes if hole[2]), _HOLE.sub(r"{\1}", text))
+    extra = [hole[1] for hole in holes if hole[2] == ":extra"]
+    if extra not in ([], ["layer"]):
+        raise ReshardError(f'stored name "{text}": {extra[0]} cannot be extra', "only layers are: write {layer:extra}")
+    local = frozenset(hole[1] for hole in holes if hole[2] == ":local")
+    return Template(text, axes, local, _HOLE.sub(r"{\1}", text), bool(extra))
 
 
 def fold(name: str) -> tuple[str, tuple[int, ...]]:

@@ -343,10 +343,10 @@ def _stored_as(dst: Layout, slots: Sequence[Slot], pieces: Mapping[Slot, list[Pi
                 cut[_how(dst, row, named[axis])] = None
         repeated |= {axis: n for axis, n in dst.repeats.items() if named.get(axis) == axis}
         padded |= {axis: to for axis, (_, to) in dst.padding.items() if axis in named}
-    text, shapes = slot.template.name.text, [each.shape for each in slots]
+    shapes = [each.shape for each in slots]
     count = max(math.prod(high - low for axis, (low, high) in each.box.items() if axis != "layer") for each in slots)
     return StoredAs(
-        name=slot.prefix + text[1:] if text.startswith("~") else text,
+        name=slot.template.name.text,
         logical=row.leaves if row else (),
         least=tuple(map(min, zip(*shapes, strict=True))),
         shape=tuple(map(max, zip(*shapes, strict=True))),

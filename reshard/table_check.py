@@ -444,7 +444,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
         ranges: list[Iterable[int]] = []
         for axis in row.name.axes:
             if axis == "layer":
-                ranges.append([n for n in range(main + extra) if row.kinds <= set(kinds[n])])
+                ranges.append([n for n in range(main + extra) if row.within(set(kinds[n]))])
             else:
                 ranges.append(range(sizes[axis]))
         names = [row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)]
@@ -798,7 +798,7 @@ def meaning(layout: Layout) -> dict[str, Any]:
         for piece in layout.holding(name):
             own = {a: (box, s) for a, box, s in zip(tensor.axes, piece.box, piece.strides, strict=True) if box[1] - box[0] > 1 or s is None}
             slot = piece.slot
-            pieces.append((slot.template.name.text, slot.prefix, slot.shape, slot.layers, piece.offset, tuple(sorted(own.items()))))
+            pieces.append((slot.template.name.text, slot.shape, slot.layers, piece.offset, tuple(sorted(own.items()))))
         axes = sorted(zip(tensor.axes, tensor.sizes, strict=True))
         found[name] = (axes, tensor.dtypes, tensor.layers, sorted(pieces, key=repr))
     model = layout.model

@@ -5,7 +5,7 @@ Reads TOML (docs/notation.md) into frozen rows. Knows nothing about checkpoints,
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -25,12 +25,19 @@ class Row:
     name: Template
     pattern: Pattern
     leaves: tuple[str, ...]
+    others: tuple[Template, ...] = ()  # other spellings of the name
     kinds: frozenset[str] = frozenset()  # of `one_of`
+    either: tuple[frozenset[str], ...] = ()  # of each of these, one kind
     tags: frozenset[str] = frozenset()  # ending in ?
     stage: str = "every"
     whole: bool = False  # ignores tensor parallelism
     zero: bool = False  # content on coordinate 0, zeros elsewhere
     cut: str | None = None  # cut this axis instead
+    tower: bool = False  # not of the language model: carried whole
+
+    def within(self, kinds: Set[str]) -> bool:
+        """Whether a layer of these kinds has this row."""
+        return self.kinds <= kinds and all(one & kinds for one in self.either)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,7 @@ class Table:
     optional: dict[str, str] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)  # kind of the layers beyond `layer` → config key with their number
     tied: dict[str, str] | str = field(default_factory=dict)
+    towers: tuple[str, ...] = ()  # a family: what the names of other towers begin with; a format: the stage that stores them whole
     quantization: tuple[dict[str, Any], ...] = ()
     # formats only
     cut: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -122,6 +130,7 @@ _KEYS: dict[str, Any] = {
     "optional": {"": str},
     "extra": {"": str},
     "tied": (str, {"": str}),
+    "towers": [str],
     "quantization": [{"": object}],
     "cut": {"": [str]},
     "replicate": [str],
@@ -191,7 +200,7 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
                     twice = next(row[0] for at, row in enumerate(value) if row[0] in (other[0] for other in value[:at]))
                     raise ReshardError(f'table "{child.get("name")}": {twice} has two rows')
                 merged[key] = [own.pop(row[0], row) for row in parent.get("rows", ())] + list(own.values())
-            elif key in ("aside", "one_of"):
+            elif key in ("aside", "one_of", "towers"):
                 merged[key] = [*parent.get(key, ()), *value]
             else:
                 merged[key] = value
@@ -225,7 +234,7 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
         if missing := sorted(set(extra) - kinds):
             raise ReshardError(f"{where}: extra layers of kind {missing[0]}, which no set of one_of has")
         rows = tuple(_row(row, compounds, kinds, where) for row in data.get("rows", ()))
-        names = [row.name.folded for row in rows]
+        names = [name.folded for row in rows for name in (row.name, *row.others)]
         twice = sorted({text for text in names if names.count(text) > 1})
         if twice:
             raise ReshardError(f"{where}: {twice[0]} has two rows")
@@ -245,6 +254,7 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
             optional=dict(data.get("optional", {})),
             extra=extra,
             tied=data.get("tied", {}),
+            towers=tuple(data.get("towers", ())),
             quantization=tuple(data.get("quantization", ())),
             cut={mesh: tuple(named) for mesh, named in data.get("cut", {}).items()},
             replicate=tuple(data.get("replicate", ())),
@@ -265,7 +275,8 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     text, pattern_text, leaves_text, *rest = entry
     words = rest[0].split() if rest else []
     try:
-        name, pattern = parse_template(text), parse_pattern(pattern_text, compounds)
+        name, *others = [parse_template(one) for one in text.split(" | ")]
+        pattern = parse_pattern(pattern_text, compounds)
     except ReshardError as error:
         raise ReshardError(f"{where}: {error.message}", error.hint) from None
     leaves = tuple(leaves_text.split())
@@ -275,6 +286,8 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         )
     if len(set(leaves)) < len(leaves):
         raise ReshardError(f"{where}: {text}: a logical tensor is named twice")
+    if odd := next((other for other in others if sorted(other.axes) != sorted(name.axes)), None):
+        raise ReshardError(f"{where}: {odd.text} has other placeholders than {name.text}")
     both = [axis for axis in name.axes for path in pattern.axes if axis in path]
     if both:
         raise ReshardError(f"{where}: {text}: axis {both[0]} stands both in the name and in the pattern")
@@ -286,7 +299,8 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     if len(stages := [word for word in plain if word in STAGES]) > 1:
         raise ReshardError(f"{where}: {text}: {' and '.join(stages)}: one word says the stage")
     known = kinds | set(STAGES) | {"whole", "zero"}
-    bad = [word for word in plain if word not in known and not word.endswith("?")]
+    either = tuple(frozenset(word.split("|")) for word in plain if "|" in word)
+    bad = [word for word in plain if word not in known and not word.endswith("?") and not ("|" in word and set(word.split("|")) <= kinds)]
     if bad:
         raise ReshardError(
             f'{where}: {text}: unknown word "{bad[0]}"', f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?"
@@ -295,7 +309,9 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         name,
         pattern,
         leaves,
+        tuple(others),
         kinds=frozenset(kinds & set(plain)),
+        either=either,
         tags=frozenset(word for word in plain if word.endswith("?")),
         stage=next(iter(stages), "every"),
         whole="whole" in plain,

@@ -122,7 +122,7 @@ def invented(
         shape = row.pattern.measure(lambda _, axis: size_of(axis, known))[0]
         ranges = []
         for axis in row.name.axes:
-            layers = [at for at in range(max(known["layer"], len(kinds))) if row.kinds <= set(kinds[at] if kinds else ())]
+            layers = [at for at in range(max(known["layer"], len(kinds))) if row.within(set(kinds[at] if kinds else ()))]
             ranges.append(layers if axis == "layer" else range(known[axis]))
         for numbers in itertools.product(*ranges):
             text = row.name.name(dict(zip(row.name.axes, numbers, strict=True)))

@@ -214,7 +214,7 @@ def rows_in_use(name: str) -> list[Row]:
 
 
 def stored_names(name: str, rows: list[Row]) -> set[str]:
-    kinds = {row.name.folded.replace("~", model_of(name).prefix) for row in rows}
+    kinds = {row.name.folded for row in rows}
     return {key for key in weights(name) if fold(key)[0] in kinds or key in kinds}
 
 
@@ -332,11 +332,11 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
     assert found == []
 
 
-@pytest.mark.parametrize("family", tables.shipped("families"))
-def test_every_row_of_every_family_is_in_use_in_some_fixture(family: str) -> None:
+@pytest.mark.parametrize("family", sorted({fixture.family for fixture in FIXTURES.values()}))
+def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else the tests say nothing about it. Rows taken over by `like` are tested where they were written."""
     table = tables.load("families", family)
-    used = {row.name.text for name, fixture in FIXTURES.items() if fixture.family == family for row in rows_in_use(name)}
+    used = {table.rows[at].name.text for name, fixture in FIXTURES.items() if fixture.family == family for at in model_of(name).active}
     like = {row.name.text for parent in table.texts if parent != family for row in tables.load("families", parent).rows}
     unused = {row.name.text for row in table.rows} - used - like
     # A tied model may store its head; without a low rank for q there is no published FP8 checkpoint.
@@ -354,7 +354,7 @@ def test_a_doubled_row_is_refused_when_the_table_is_read(family: str) -> None:
         doubled = "\n".join([*lines[: at + 1], lines[at], *lines[at + 1 :]])
         with pytest.raises(ReshardError, match="has two rows"):
             tables.parse(doubled, family, lambda name: (tables.HOME / "families" / f"{name}.toml").read_text())
-    assert rows or family in ("mistral", "qwen2")
+    assert rows or "\nlike = " in text
 
 
 @each_table

@@ -16,7 +16,10 @@ from gauntlet import Reference, convert_and_back, reference, run_like
 
 from reshard import tables
 from reshard.mesh import Mesh
+from reshard.source import open_source
 
+# Rows that no checkpoint of ours has, and why.
+UNSEEN: dict[str, set[str]] = {}
 ALL = bool(os.environ.get("RESHARD_ALL_MESHES"))
 
 
@@ -32,6 +35,18 @@ def meshes(fixture: Fixture) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", zoo())
 def test_it_converts_verifies_and_comes_back_byte_for_byte(name: str, tmp_path: Path) -> None:
     convert_and_back(checkpoint(name), meshes(zoo()[name]), tmp_path)
+
+
+@pytest.mark.parametrize("family", sorted({fixture.family for fixture in zoo().values()}))
+def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
+    """Else nothing is known about it. Rows taken over by `like` are tested where they were written."""
+    table = tables.load("families", family)
+    used: set[str] = set()
+    for name, fixture in zoo().items():
+        if fixture.family == family:
+            used |= {table.rows[at].name.text for at in open_source(checkpoint(name)).layout.model.active if at < len(table.rows)}
+    like = {row.name.text for parent in table.texts if parent != family for row in tables.load("families", parent).rows}
+    assert {row.name.text for row in table.rows} - used - like - UNSEEN.get(family, set()) == set()
 
 
 def runs() -> list[str]:

@@ -1,0 +1,87 @@
+"""How one checkpoint spells what its family table says: which of several names, which prefix, where extra layers are counted from, and
+what other towers stand beside the language model. Out comes the same table with nothing left open. Knows nothing of sizes or files.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Protocol
+
+from .notation import Pattern, Template, fold
+from .tables import Row, Table
+
+
+class Shaped(Protocol):
+    """What this module needs of a stored tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def settle(table: Table, stored: Mapping[str, Shaped], main: int | None) -> Table:
+    """The table as this checkpoint spells it. `main`: layers by config.json, or None: as many as there are.
+
+    Of alternative names, and of prefixes, the first that occurs counts, and the first where none does. Numbers of `{layer:extra}` count
+    from `main` on. Every tensor below a tower's name that no row claims gets a row of its own.
+    """
+    kinds = {kind for name in stored for kind in (name, fold(name)[0])}
+    prefix = next(
+        (p for p in table.prefixes if any(p + row.name.folded[1:] in kinds for row in table.rows if row.name.text[0] == "~")),
+        table.prefixes[0] if table.prefixes else "",
+    )
+    rows = [_spelled(row, kinds, prefix) for row in table.rows]
+    if any(row.name.extra for row in rows):
+        counted = main if main is not None else _layers(rows, stored)
+        rows = [replace(row, name=replace(row.name, base=counted)) if row.name.extra else row for row in rows]
+    aside = tuple(_prefixed(template, prefix) for template in table.aside)
+    if table.towers:
+        known = {template.folded for template in (*(row.name for row in rows), *aside)}
+        beside = {name: each.shape for name, each in stored.items() if _within(name, table.towers) and not {name, fold(name)[0]} & known}
+        rows += _tower_rows(beside)
+    return replace(table, rows=tuple(rows), aside=aside, prefixes=())
+
+
+def _spelled(row: Row, kinds: Collection[str], prefix: str) -> Row:
+    names = [_prefixed(name, prefix) for name in (row.name, *row.others)]
+    return replace(row, name=next((name for name in names if name.folded in kinds), names[0]), others=())
+
+
+def _prefixed(template: Template, prefix: str) -> Template:
+    if not template.text.startswith("~"):
+        return template
+    form = prefix.replace("{", "{{").replace("}", "}}") + template.form[1:]
+    return replace(template, text=prefix + template.text[1:], form=form)
+
+
+def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:
+    """As many as the highest number of a layer that is not extra."""
+    at = {row.name.folded: row.name.axes.index("layer") for row in rows if "layer" in row.name.axes and not row.name.extra}
+    seen = [numbers[at[kind]] for kind, numbers in map(fold, stored) if kind in at]
+    return max(seen, default=-1) + 1
+
+
+def _within(name: str, towers: Iterable[str]) -> bool:
+    return any(name == tower or name.startswith(f"{tower}.") for tower in towers)
+
+
+def _tower_rows(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
+    """One row for each regular set of tensors, with axes that are named for their sizes: nothing ever cuts them."""
+    groups: dict[tuple[str, tuple[int, ...]], list[tuple[tuple[int, ...], str]]] = defaultdict(list)
+    for name, shape in shapes.items():
+        kind, numbers = fold(name)
+        groups[kind, shape].append((numbers, name))
+    rows = []
+    for (kind, shape), members in groups.items():
+        counts = tuple(1 + max(column) for column in zip(*(numbers for numbers, _ in members), strict=True))
+        alone = sum(other == kind for other, _ in groups) > 1 or prod(counts) != len(members) or not counts
+        rows += [_tower_row(name, (), shape) for _, name in members] if alone else [_tower_row(kind, counts, shape)]
+    return rows
+
+
+def _tower_row(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> Row:
+    axes = [f"{chr(ord('a') + at)}{size}" for at, size in enumerate((*counts, *shape))]
+    over, own = tuple(axes[: len(counts)]), tuple(axes[len(counts) :])
+    form = name.replace("{}", "{{{}}}").format(*over) if over else name
+    row = Row(Template(form, over, frozenset(), form), Pattern(tuple((axis,) for axis in own), (own,)), (name.replace("{}", "*"),))
+    return replace(row, stage="first", whole=True, tower=True)
