@@ -86,3 +86,91 @@ def ernie4_5_bias(directory: Path, seed: str) -> None:
     from transformers import Ernie4_5Config
 
     write(directory, seed, Ernie4_5Config(**sizes(8, 4, 14, 72, 88, 331, 3), use_bias=True, tie_word_embeddings=False))
+
+
+@define("gemma3_text", heads=8, kv=2, layers=7, weights=False)
+def gemma3_text(directory: Path, seed: str) -> None:
+    """Norms on q and k, a window in five layers of six, two sets of rotary angles."""
+    from transformers import Gemma3TextConfig
+
+    write(directory, seed, Gemma3TextConfig(**sizes(8, 2, 14, 72, 88, 331, 7), sliding_window=5))
+
+
+@define("gemma3_text", heads=8, kv=4, layers=3)
+def gemma3_text_old(directory: Path, seed: str) -> None:
+    """As Google published it: the angles and the window's layers under the keys of transformers 4."""
+    from transformers import Gemma3TextConfig
+
+    write(directory, seed, Gemma3TextConfig(**sizes(8, 4, 10, 72, 88, 317, 3), sliding_window=5, sliding_window_pattern=2))
+    rope = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    configure(directory, "rope_parameters", "layer_types", "_sliding_window_pattern", sliding_window_pattern=2, **rope)
+
+
+@define("olmo", heads=8, kv=4, layers=3)
+def olmo(directory: Path, seed: str) -> None:
+    """Norms without weights; q, k and v are clipped."""
+    from transformers import OlmoConfig
+
+    write(directory, seed, OlmoConfig(**sizes(8, 4, 14, 72, 88, 331, 3), clip_qkv=0.7))
+
+
+@define("olmo", heads=8, kv=8, layers=3)
+def olmo_tied(directory: Path, seed: str) -> None:
+    """Tied, not clipped, as OLMo 1B was published: as many key heads as query heads, said by null."""
+    from transformers import OlmoConfig
+
+    write(directory, seed, OlmoConfig(**sizes(8, 4, 14, 72, 88, 331, 3) | {"num_key_value_heads": 8}, tie_word_embeddings=True))
+    configure(directory, num_key_value_heads=None, clip_qkv=None)
+
+
+@define("olmo3", heads=8, kv=4, layers=5)
+def olmo3(directory: Path, seed: str) -> None:
+    """Windows in three layers of four."""
+    from transformers import Olmo3Config
+
+    write(directory, seed, Olmo3Config(**sizes(8, 4, 14, 72, 88, 331, 5), sliding_window=5))
+
+
+@define("olmo3", heads=8, kv=2, layers=5, weights=False)
+def olmo3_yarn(directory: Path, seed: str) -> None:
+    """The layers without a window have stretched angles, under the keys of transformers 4, as published."""
+    from transformers import Olmo3Config
+
+    write(directory, seed, Olmo3Config(**sizes(8, 2, 14, 72, 88, 331, 5), sliding_window=5))
+    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0}
+    rope |= {"attention_factor": 1.2079441541679836}
+    configure(directory, "rope_parameters", rope_theta=500000.0, rope_scaling=rope)
+
+
+@define("granite", heads=8, kv=4, layers=3)
+def granite(directory: Path, seed: str) -> None:
+    """Embeddings, scores, what layers add, and logits are scaled by numbers of config.json."""
+    from transformers import GraniteConfig
+
+    scales = {"embedding_multiplier": 12.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+    write(directory, seed, GraniteConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **scales))
+
+
+@define("cohere", heads=8, kv=4, layers=3)
+def cohere(directory: Path, seed: str) -> None:
+    """One norm, without bias, feeds attention and feed-forward; tied; logits are scaled."""
+    from transformers import CohereConfig
+
+    write(directory, seed, CohereConfig(**sizes(8, 4, 14, 72, 88, 331, 3), logit_scale=0.8))
+
+
+@define("cohere", heads=8, kv=2, layers=3, weights=False)
+def cohere_norms(directory: Path, seed: str) -> None:
+    """use_qk_norm: each head has a norm of its own, as in Command R+; the head is stored."""
+    from transformers import CohereConfig
+
+    facts = {"use_qk_norm": True, "tie_word_embeddings": False}
+    write(directory, seed, CohereConfig(**sizes(8, 2, 14, 72, 88, 331, 3), **facts))
+
+
+@define("cohere2", heads=8, kv=4, layers=5, square=(r".*\.[qo]_proj\.weight",))
+def cohere2(directory: Path, seed: str) -> None:
+    """Three layers of four have a window, and the others no positions. Heads times head_dim is hidden, by definition."""
+    from transformers import Cohere2Config
+
+    write(directory, seed, Cohere2Config(**sizes(8, 4, 12, 72, 88, 331, 5) | {"hidden_size": 96}, sliding_window=5))
