@@ -37,8 +37,9 @@ def settle(table: Table, stored: Mapping[str, Shaped], main: int | None) -> Tabl
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
     if table.towers:
         known = {template.folded for template in (*(row.name for row in rows), *aside)}
-        beside = {name: each.shape for name, each in stored.items() if _within(name, table.towers) and not {name, fold(name)[0]} & known}
-        rows += _tower_rows(beside)
+        for tower in table.towers:
+            beside = {name: each.shape for name, each in stored.items() if _within(name, tower) and not {name, fold(name)[0]} & known}
+            rows += _tower_rows(tower, beside)
     return replace(table, rows=tuple(rows), aside=aside, prefixes=())
 
 
@@ -61,11 +62,11 @@ def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:
     return max(seen, default=-1) + 1
 
 
-def _within(name: str, towers: Iterable[str]) -> bool:
-    return any(name == tower or name.startswith(f"{tower}.") for tower in towers)
+def _within(name: str, tower: str) -> bool:
+    return name == tower or name.startswith(f"{tower}.")
 
 
-def _tower_rows(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
+def _tower_rows(tower: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
     """One row for each regular set of tensors, with axes that are named for their sizes: nothing ever cuts them."""
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[tuple[int, ...], str]]] = defaultdict(list)
     for name, shape in shapes.items():
@@ -76,7 +77,7 @@ def _tower_rows(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
         counts = tuple(1 + max(column) for column in zip(*(numbers for numbers, _ in members), strict=True))
         alone = sum(other == kind for other, _ in groups) > 1 or prod(counts) != len(members) or not counts
         rows += [_tower_row(name, (), shape) for _, name in members] if alone else [_tower_row(kind, counts, shape)]
-    return rows
+    return [replace(row, tower=tower) for row in rows]
 
 
 def _tower_row(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> Row:
@@ -84,4 +85,4 @@ def _tower_row(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> Ro
     over, own = tuple(axes[: len(counts)]), tuple(axes[len(counts) :])
     form = name.replace("{}", "{{{}}}").format(*over) if over else name
     row = Row(Template(form, over, frozenset(), form), Pattern(tuple((axis,) for axis in own), (own,)), (name.replace("{}", "*"),))
-    return replace(row, stage="first", whole=True, tower=True)
+    return replace(row, stage="first", whole=True)

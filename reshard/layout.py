@@ -164,7 +164,9 @@ def lay_out(
     must know. Raises ReshardError listing everything that does not divide or has no row.
     """
     problems = Problems()
-    table = _with_towers(table.refined(model.family), model)
+    table = table.refined(model.family)
+    if active is None:
+        table = _with_towers(table.varied({name: tensor.axes for name, tensor in model.tensors.items()}), model)
     chosen = _choose(table, model, active, problems)
     cutter = _Cutter(table, model, mesh, problems)
     stored_once = _tied_rows(table, model.alias | dict(tied))
@@ -206,10 +208,8 @@ def lay_out(
 
 def _with_towers(table: Table, model: Model) -> Table:
     """A format that stores other towers has them under the names of the original, whole, on the stages that it says."""
-    if not table.towers:
-        return table
-    rows = tuple(replace(row, stage=table.towers[0]) for row in model.family.rows if row.tower)
-    return replace(table, rows=table.rows + rows) if rows and table.cut else table
+    rows = tuple(replace(row, stage=stage) for stage in table.towers for row in model.family.rows if row.tower)
+    return replace(table, rows=table.rows + rows) if rows else table
 
 
 def _in_stage(row: Row, stage: int, stages: int) -> bool:

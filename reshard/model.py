@@ -19,7 +19,7 @@ from .errors import ReshardError
 from .notation import block_of, evaluate, fold
 from .sizes import axis_size as axis_size
 from .sizes import dotted, solve
-from .tables import Table
+from .tables import Row, Table
 
 
 class Stored(Protocol):
@@ -169,6 +169,12 @@ class _Layers:
     total: int
     extra: str | None  # the kind of the layers from `main` on
 
+    def of(self, row: Row, table: Table) -> range:
+        """The layers that a row's name can mean: where a table counts the extra ones apart, no name means both."""
+        if row.name.extra:
+            return range(self.main, self.total)
+        return range(self.main if table.counts_apart else self.total)
+
 
 def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping[int, Points]) -> _Layers:
     seen = [
@@ -216,7 +222,7 @@ def _presence(
             mine: tuple[int, ...] | None = None
             wanted_layers: tuple[int, ...] = (0,)
         else:
-            mine = tuple(layer for layer in range(layers.total) if row.within(kind_of[layer]))
+            mine = tuple(layer for layer in layers.of(row, table) if row.within(kind_of[layer]))
             wanted_layers = mine
         if mine == () and not have:
             continue

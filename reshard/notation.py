@@ -8,7 +8,7 @@ Knows nothing about files, meshes or models.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import ReshardError
@@ -53,6 +53,23 @@ class Pattern:
         """The same pattern with further compound axes written out."""
         dims = tuple(_written_out(dim, compounds) for dim in self.dims)
         return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+
+    def renamed(self, name: Callable[[str], str]) -> "Pattern":
+        """The same pattern with other names for axes."""
+        dims = tuple(_renamed(dim, name) for dim in self.dims)
+        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+
+
+def _renamed(product: Product, name: Callable[[str], str]) -> Product:
+    nodes: list[str | Sum] = []
+    for node in product:
+        if isinstance(node, Sum):
+            nodes.append(Sum(tuple(_renamed(term, name) for term in node.terms)))
+        elif block := block_of(node):
+            nodes.append(derived(tuple(map(name, block[0])), block[1]))
+        else:
+            nodes.append(name(node))
+    return tuple(nodes)
 
 
 def _written_out(product: Product, compounds: Mapping[str, tuple[str, ...]]) -> Product:
@@ -115,7 +132,7 @@ def _place(product: Product, leaves: range, offset: int, stride: int, size: Call
 # --- parsing -----------------------------------------------------------------------------------------------------------
 
 LONGEST = 250  # characters of a pattern; tables in a manifest come from strangers
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|\d+|[()+/])")
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*(?:@[a-z_][a-z0-9_]*)?|\d+|[()+/])")
 
 
 def parse_pattern(text: str, compounds: Mapping[str, Sequence[str]]) -> Pattern:
@@ -166,7 +183,8 @@ def _factor(tokens: list[str], text: str, compounds: Mapping[str, Sequence[str]]
     elif token == "1":
         product = ()
     elif token[0].isalpha() or token[0] == "_":
-        product = tuple(compounds.get(token, (token,)))
+        base, _, variant = token.partition("@")
+        product = tuple(varied(axis, variant) for axis in compounds.get(base, (base,)))
     else:
         raise ReshardError(f'pattern "{text}": unexpected "{token}"')
     if tokens and tokens[-1] == "/":
@@ -222,6 +240,28 @@ def block_of(axis: str) -> tuple[tuple[str, ...], int] | None:
     """The inverse of `derived`: the axes counted and the block size, or None for a plain axis."""
     base, slash, unit = axis.partition("/")
     return (tuple(base.split()), int(unit)) if slash else None
+
+
+def bases(axes: Iterable[str]) -> set[str]:
+    """Plain axes; of those that count blocks, the axes counted."""
+    found: set[str] = set()
+    for axis in axes:
+        block = block_of(axis)
+        found.update(block[0] if block else (axis,))
+    return found
+
+
+# --- variants ------------------------------------------------------------------------------------------------------------
+
+
+def varied(name: str, variant: str) -> str:
+    """The name of an axis or a logical tensor in layers of other sizes: head_dim@full."""
+    return f"{name}@{variant}" if variant else name
+
+
+def variant_of(name: str) -> str:
+    """The inverse of `varied`: "full" of head_dim@full, "" of a plain name."""
+    return name.partition("@")[2]
 
 
 # --- names ---------------------------------------------------------------------------------------------------------------

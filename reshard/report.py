@@ -76,6 +76,7 @@ class StoredAs:
     gathered: bool  # transposed or interleaved on the way
     stage: str  # pipeline stages that have it: "first", "last" or "every"
     zero: bool  # content on the first tensor parallel rank, zeros on the others
+    tower: str = ""  # which other tower it belongs to: not of the language model
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +360,7 @@ def _stored_as(dst: Layout, slots: Sequence[Slot], pieces: Mapping[Slot, list[Pi
         gathered=gathered,
         stage=row.stage if row and "layer" not in slot.box and dst.mesh.pp > 1 else "every",
         zero=row is not None and row.zero,
+        tower=row.tower if row else "",
     )
 
 
@@ -469,7 +471,7 @@ def _rows(report: Report, width: int) -> Iterator[str]:
             yield from _wrapped(f"{title}{kinds}, {decimal(kind.nbytes)}{each}: {beside}{start}…", width)
         else:
             yield "  outside the layers" + (f", {decimal(kind.nbytes)}" if report.mesh.pp == 1 else "")
-        rows = [row for row in kind.rows if like is None or row not in like.rows]
+        rows = [row for row in kind.rows if not row.tower and (like is None or row not in like.rows)]
         names = [row.name.removeprefix(start) for row in rows]
         shapes = [_shape(row) for row in rows]
         one, two = min(max(map(len, names)), 26), min(max(map(len, shapes)), 22)
@@ -482,6 +484,22 @@ def _rows(report: Report, width: int) -> Iterator[str]:
                 name = ""
             yield f"    {name:<{one}}  {shape:>{two}}  {row.dtype:<{types}}  {words[0]}"
             yield from (" " * left + more for more in words[1:])
+        yield from _towers(kind, report.mesh, width)
+
+
+def _towers(kind: LayerKind, mesh: Mesh, width: int) -> Iterator[str]:
+    """What is carried along whole, a line for each tower."""
+    towers: dict[str, list[StoredAs]] = defaultdict(list)
+    for row in kind.rows:
+        if row.tower:
+            towers[row.tower].append(row)
+    if towers:
+        where = "on the first stage" if mesh.pp > 1 else "as it was" if mesh.world == 1 else "on every rank"
+        yield ""
+        yield from _wrapped(f"other towers, which are not cut, whole {where}", width)
+    for name, rows in towers.items():
+        count = sum(row.count for row in rows)
+        yield f"    {name}  {count} tensor{'s' * (count > 1)}, {decimal(sum(row.nbytes for row in rows))}"
 
 
 def _words(row: StoredAs, name: str, alone: bool) -> str:

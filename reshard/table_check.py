@@ -33,6 +33,7 @@ import numpy as np
 from . import header, tables
 from .checkpoint import Published, open_published
 from .config import Config
+from .dialect import settle
 from .errors import ReshardError
 from .join import plan
 from .layout import Layout, Piece, lay_out
@@ -431,25 +432,29 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     extra = 2 if table.extra else 0
     config, sizes = _sized(table, [row for _, row in rows], truths, 2 * (len(kinds) - extra))
     main = sizes["layer"]
+    table = settle(table, {}, main)
+    rows = [(at, table.rows[at]) for at, _ in rows]
     plain = len(kinds) - extra
     kinds = [*itertools.islice(itertools.cycle(kinds[:plain]), main), *kinds[plain:]]
     for key in table.extra.values():
         config[_first(key)] = extra
     shapes: Shaped = []
     leaves = {leaf for _, row in rows for leaf in row.leaves}
-    prefix = table.prefixes[0] if table.prefixes else ""
     for at, row in rows:
         shape = row.pattern.measure(lambda _, axis: axis_size(axis, sizes))[0]
         dtype = "F8_E4M3" if any(f"{leaf}_scale" in leaves for leaf in row.leaves) else "F32"
         ranges: list[Iterable[int]] = []
         for axis in row.name.axes:
             if axis == "layer":
-                ranges.append([n for n in range(main + extra) if row.within(set(kinds[n]))])
+                apart = table.counts_apart
+                ranges.append(
+                    [n for n in range(main + extra) if row.within(set(kinds[n])) and (not apart or row.name.extra == (n >= main))]
+                )
             else:
                 ranges.append(range(sizes[axis]))
         names = [row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)]
         if names:
-            shapes.append((at, row, [(prefix + name[1:] if name.startswith("~") else name, dtype, shape) for name in names]))
+            shapes.append((at, row, [(name, dtype, shape) for name in names]))
     return config, shapes
 
 

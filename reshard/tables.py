@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ReshardError
-from .notation import Pattern, Template, block_of, parse_pattern, parse_template
+from .notation import Pattern, Template, bases, parse_pattern, parse_template, variant_of, varied
 
 STAGES = ("first", "last", "every")
 HOME = Path(__file__).parent
@@ -33,7 +33,7 @@ class Row:
     whole: bool = False  # ignores tensor parallelism
     zero: bool = False  # content on coordinate 0, zeros elsewhere
     cut: str | None = None  # cut this axis instead
-    tower: bool = False  # not of the language model: carried whole
+    tower: str = ""  # which other tower it belongs to: not of the language model, carried whole
 
     def within(self, kinds: Set[str]) -> bool:
         """Whether a layer of these kinds has this row."""
@@ -87,6 +87,11 @@ class Table:
         """Whether the facts that a decoder needs are there."""
         return "cache" in self.model and self.model.get("runs") is not False
 
+    @property
+    def counts_apart(self) -> bool:
+        """Whether extra layers have names of their own."""
+        return any(row.name.extra for row in self.rows)
+
     def for_family(self, family: str) -> "Table":
         """This format as it stands for one family: the rows and words of `[family.X]` are tried before the common ones."""
         if self.families and family not in self.families:
@@ -112,6 +117,42 @@ class Table:
             return self
         rows = tuple(replace(row, pattern=row.pattern.refined(new)) for row in self.rows)
         return replace(self, rows=rows, axes=self.axes | new, sizes=other.sizes | self.sizes)
+
+    def varied(self, tensors: Mapping[str, tuple[str, ...]]) -> "Table":
+        """This format with every row, and every word about axes, once more for each variant among `tensors` (name → axes)."""
+        variants = sorted({variant_of(name) for name in tensors} - {""})
+        if not variants:
+            return self
+        there = {axis for axes in tensors.values() for axis in axes}
+        there = bases(there)
+
+        def also(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(name for base in names for name in (base, *(varied(base, variant) for variant in variants)))
+
+        rows = [other for row in self.rows for other in (row, *(_varied_row(row, variant, tensors) for variant in variants))]
+        axes = {varied(name, v): tuple(varied(atom, v) for atom in atoms) for name, atoms in self.axes.items() for v in ("", *variants)}
+        return replace(
+            self,
+            rows=tuple(row for row in rows if row is not None),
+            axes={name: atoms for name, atoms in axes.items() if name in self.axes or set(atoms) <= there},
+            cut={mesh: also(named) for mesh, named in self.cut.items()},
+            replicate=also(self.replicate),
+            uneven=also(self.uneven),
+            pad={name: unit for axis, unit in self.pad.items() for name in also([axis])},
+        )
+
+
+def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) -> Row | None:
+    """A format's row for the tensors of a variant, which may have axes of their own; None where there are no such tensors."""
+    leaves = tuple(varied(leaf, variant) for leaf in row.leaves)
+    if not all(leaf in tensors for leaf in leaves):
+        return None
+    own = bases(axis for leaf in leaves for axis in tensors[leaf])
+
+    def name(axis: str) -> str:
+        return varied(axis, variant) if varied(axis, variant) in own else axis
+
+    return replace(row, pattern=row.pattern.renamed(name), leaves=leaves)
 
 
 # The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".
@@ -234,6 +275,11 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
         if missing := sorted(set(extra) - kinds):
             raise ReshardError(f"{where}: extra layers of kind {missing[0]}, which no set of one_of has")
         rows = tuple(_row(row, compounds, kinds, where) for row in data.get("rows", ()))
+        compounds |= {
+            varied(name, variant): tuple(varied(atom, variant) for atom in atoms)
+            for variant in sorted({variant_of(axis) for axis in _bases(rows)} - {""})
+            for name, atoms in tuple(compounds.items())
+        }
         names = [name.folded for row in rows for name in (row.name, *row.others)]
         twice = sorted({text for text in names if names.count(text) > 1})
         if twice:
@@ -269,6 +315,10 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ReshardError(f"{where}: malformed: {error}", "docs/notation.md shows the form of every key") from None
+
+
+def _bases(rows: Iterable[Row]) -> set[str]:
+    return bases(axis for row in rows for path in row.pattern.axes for axis in (*row.name.axes, *path))
 
 
 def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[str], where: str) -> Row:
@@ -330,8 +380,7 @@ def _consistent(table: Table) -> Table:
     """The same table, if what it says about axes, tags and logical names is about some that it has: a typo must not mean nothing."""
     where = f'table "{table.name}"'
     leaves = {leaf for row in table.rows for leaf in row.leaves}
-    axes = {axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"}
-    axes |= {base for axis in axes if (block := block_of(axis)) for base in block[0]} | table.axes.keys()
+    axes = _bases(table.rows) | {"layer"} | table.axes.keys()
     said = {
         "sizes": table.sizes,
         "cut": [axis for named in table.cut.values() for axis in named],

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from reshard import tables
+from reshard.dialect import settle
 from reshard.engine import Key
 from reshard.errors import ReshardError
 from reshard.join import Plan
@@ -114,9 +115,8 @@ def invented(
         if value is not None:
             known[axis] = value
     tied = isinstance(table.tied, dict) and Config(config, table.defaults).says("tie_word_embeddings")
-    prefix = table.prefixes[0] if table.prefixes else ""
     stored: Headers = {}
-    for row in table.rows:
+    for row in settle(table, {}, known["layer"]).rows:
         if row.tags - set(tags) or (tied and isinstance(table.tied, dict) and row.leaves[0] in table.tied):
             continue
         shape = row.pattern.measure(lambda _, axis: size_of(axis, known))[0]
@@ -126,7 +126,7 @@ def invented(
             ranges.append(layers if axis == "layer" else range(known[axis]))
         for numbers in itertools.product(*ranges):
             text = row.name.name(dict(zip(row.name.axes, numbers, strict=True)))
-            stored[text.replace("~", prefix)] = Stored("F32" if "scale" in row.leaves[0] else "BF16", shape)
+            stored[text] = Stored("F32" if "scale" in row.leaves[0] else "BF16", shape)
     return config, stored
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import reshard
 from reshard import cli, tables
 from reshard.header import BITS
-from reshard.notation import parse_pattern
+from reshard.notation import parse_pattern, variant_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/format.md", "docs/notation.md")
@@ -460,10 +460,10 @@ def _axes_of_tables() -> Iterator[str]:
     for row in _rows_of_tables():
         for path in row.pattern.axes:
             for axis in (*row.name.axes, *path):
-                yield from axis.partition("/")[0].split()
+                yield from (base.partition("@")[0] for base in axis.partition("/")[0].split())
     for kind in ("families", "formats"):
         for name in tables.shipped(kind):
-            yield from tables.load(kind, name).axes
+            yield from (axis for axis in tables.load(kind, name).axes if "@" not in axis)
 
 
 def _vocabulary() -> dict[str, str]:
@@ -483,7 +483,8 @@ def test_vocabulary_is_that_of_the_tables() -> None:
     used: dict[str, set[frozenset[str]]] = {}
     for row in _rows_of_tables():
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
-            used.setdefault(leaf, set()).add(frozenset((*row.name.axes, *path)))
+            plain = frozenset(axis.replace(f"@{variant_of(axis)}", "") for axis in (*row.name.axes, *path))
+            used.setdefault(leaf.partition("@")[0], set()).add(plain)
     assert vocabulary.keys() == used.keys()
     for name, axes in used.items():
         assert axes <= vocabulary[name], f"{name}: the tables say {[sorted(a) for a in axes]}"
