@@ -1,6 +1,7 @@
 """Decoders built like Llama, and those that differ from it by a norm, a bias or a scale: one tiny checkpoint for each variant."""
 
 from pathlib import Path
+from typing import Any
 
 from fixtures import configure, define, sizes, write
 
@@ -174,3 +175,97 @@ def cohere2(directory: Path, seed: str) -> None:
     from transformers import Cohere2Config
 
     write(directory, seed, Cohere2Config(**sizes(8, 4, 12, 72, 88, 331, 5) | {"hidden_size": 96}, sliding_window=5))
+
+
+@define("arcee", heads=8, kv=4, layers=3)
+def arcee(directory: Path, seed: str) -> None:
+    """No gate: the square of what is positive."""
+    from transformers import ArceeConfig
+
+    write(directory, seed, ArceeConfig(**sizes(8, 4, 14, 72, 88, 331, 3)))
+
+
+@define("nemotron", heads=8, kv=2, layers=3, weights=False)
+def nemotron(directory: Path, seed: str) -> None:
+    """As Arcee, with norms that subtract the mean and multiply by 1 + weight; half of each head is rotated."""
+    from transformers import NemotronConfig
+
+    write(directory, seed, NemotronConfig(**sizes(8, 2, 12, 72, 88, 331, 3)))
+
+
+def stablelm_config(kv: int, **facts: Any) -> Any:
+    from transformers import StableLmConfig
+
+    return StableLmConfig(**sizes(8, 2, 16, 72, 88, 331, 3) | {"num_key_value_heads": kv, "hidden_size": 128}, **facts)
+
+
+STABLELM_SQUARE = (r".*\.[qo]_proj\.weight",)
+
+
+@define("stablelm", heads=8, kv=4, layers=3, square=STABLELM_SQUARE)
+def stablelm(directory: Path, seed: str) -> None:
+    """Norms with biases, a quarter of each head is rotated. Heads times head_dim is hidden, by definition."""
+    write(directory, seed, stablelm_config(4))
+
+
+@define("stablelm", heads=8, kv=8, layers=3, square=(r".*\.[qkvo]_proj\.weight",))
+def stablelm_bias(directory: Path, seed: str) -> None:
+    """Bias on q, k and v; attention and feed-forward start from one norm."""
+    write(directory, seed, stablelm_config(8, use_qkv_bias=True, use_parallel_residual=True))
+
+
+@define("exaone4", heads=8, kv=4, layers=5)
+def exaone4(directory: Path, seed: str) -> None:
+    """Norms after attention and feed-forward, and on q and k; layers without a window have no positions."""
+    from transformers import Exaone4Config
+
+    write(directory, seed, Exaone4Config(**sizes(8, 4, 14, 72, 88, 331, 5), sliding_window=5))
+
+
+@define("exaone4", heads=8, kv=2, layers=3, weights=False)
+def exaone4_small(directory: Path, seed: str) -> None:
+    """Tied, no windows at all: every layer has positions."""
+    from transformers import Exaone4Config
+
+    facts = {"sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True}
+    write(directory, seed, Exaone4Config(**sizes(8, 2, 14, 72, 88, 331, 3), **facts))
+    configure(directory, sliding_window_pattern=None)
+
+
+@define("hunyuan_v1_dense", heads=8, kv=4, layers=3)
+def hunyuan(directory: Path, seed: str) -> None:
+    """Norms on q and k after their rotation; angles stretched by alpha, under the keys of transformers 4."""
+    from transformers import HunYuanDenseV1Config
+
+    write(directory, seed, HunYuanDenseV1Config(**sizes(8, 4, 14, 72, 88, 331, 3)))
+    rope = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=rope, use_qk_norm=True)
+
+
+@define("hunyuan_v1_dense", heads=8, kv=2, layers=3, weights=False)
+def hunyuan_tied(directory: Path, seed: str) -> None:
+    """Tied, plain angles."""
+    from transformers import HunYuanDenseV1Config
+
+    write(directory, seed, HunYuanDenseV1Config(**sizes(8, 2, 14, 72, 88, 331, 3), tie_word_embeddings=True))
+
+
+@define("ministral3", heads=8, kv=4, layers=3)
+def ministral3(directory: Path, seed: str) -> None:
+    """Queries grow with their positions; the limits are low, for a short prompt to reach them."""
+    from transformers import Ministral3Config
+
+    rope = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 32.0}
+    rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    write(directory, seed, Ministral3Config(**sizes(8, 4, 14, 72, 88, 331, 3), rope_parameters=rope))
+
+
+@define("phi3", heads=8, kv=4, layers=3, square=(r".*\.o_proj\.weight",))
+def phi4_mini(directory: Path, seed: str) -> None:
+    """Three quarters of each head are rotated, by angles of two lists; tied. Heads times head_dim is hidden."""
+    from transformers import Phi3Config
+
+    short, long = [1.0 + at / 10 for at in range(6)], [2.0 + at for at in range(6)]
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": short, "long_factor": long}
+    facts = {"rope_parameters": rope, "original_max_position_embeddings": 8, "tie_word_embeddings": True}
+    write(directory, seed, Phi3Config(**sizes(8, 4, 16, 72, 88, 331, 3) | {"hidden_size": 128}, **facts))
