@@ -54,7 +54,7 @@ SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "hea
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
-ministral3
+ministral3 apertus
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 

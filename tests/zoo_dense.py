@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fixtures import configure, define, sizes, write
+from fixtures import configure, define, rewrite, sizes, write
 
 
 @define("smollm3", heads=8, kv=2, layers=5, weights=False)
@@ -269,3 +269,22 @@ def phi4_mini(directory: Path, seed: str) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": short, "long_factor": long}
     facts = {"rope_parameters": rope, "original_max_position_embeddings": 8, "tie_word_embeddings": True}
     write(directory, seed, Phi3Config(**sizes(8, 4, 16, 72, 88, 331, 3) | {"hidden_size": 128}, **facts))
+
+
+@define("apertus", heads=8, kv=4, layers=3)
+def apertus(directory: Path, seed: str) -> None:
+    """No gate: an activation with two numbers of each layer that were learned, and two that were not; norms on q and k."""
+    from transformers import ApertusConfig
+
+    write(directory, f"{seed} 2", ApertusConfig(**sizes(8, 4, 14, 72, 88, 331, 3)))  # no two of these numbers are equal
+    rewrite(directory, lambda state: {name: -tensor if name.endswith("eps") else tensor for name, tensor in state.items()})
+
+
+@define("apertus", heads=8, kv=2, layers=3, weights=False)
+def apertus_old(directory: Path, seed: str) -> None:
+    """The angles under the keys of transformers 4, as published."""
+    from transformers import ApertusConfig
+
+    write(directory, seed, ApertusConfig(**sizes(8, 2, 14, 72, 88, 331, 3)))
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    configure(directory, "rope_parameters", rope_theta=12000000, rope_scaling=rope)
