@@ -8,10 +8,20 @@ from fixtures import configure, define, rewrite, sizes, write
 
 @define("smollm3", heads=8, kv=2, layers=5, weights=False)
 def smollm3(directory: Path, seed: str) -> None:
-    """Every fourth layer has no rotary positions."""
+    """Every fourth layer has no rotary positions; tied without a word, and an angle base that nobody says."""
     from transformers import SmolLM3Config
 
     write(directory, seed, SmolLM3Config(**sizes(8, 2, 14, 72, 104, 331, 5)))
+    configure(directory, "tie_word_embeddings", "rope_parameters")
+
+
+@define("smollm3", heads=8, kv=4, layers=4)
+def smollm3_listed(directory: Path, seed: str) -> None:
+    """The layers without positions are listed, and a head is stored."""
+    from transformers import SmolLM3Config
+
+    facts = {"no_rope_layers": [1, 0, 0, 1], "tie_word_embeddings": False}
+    write(directory, seed, SmolLM3Config(**sizes(8, 2, 14, 72, 104, 331, 4) | {"num_key_value_heads": 4}, **facts))
 
 
 @define("ministral", heads=8, kv=4, layers=3)
