@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .config import Config
 from .errors import ReshardError
 from .notation import Pattern, Template, bases, parse_pattern, parse_template, variant_of, varied
 
@@ -26,6 +27,7 @@ class Row:
     pattern: Pattern
     leaves: tuple[str, ...]
     others: tuple[Template, ...] = ()  # other spellings of the name
+    layouts: tuple[Pattern, ...] = ()  # other patterns, told apart by the shape
     kinds: frozenset[str] = frozenset()  # of `one_of`
     either: tuple[frozenset[str], ...] = ()  # of each of these, one kind
     tags: frozenset[str] = frozenset()  # ending in ?
@@ -172,6 +174,7 @@ _KEYS: dict[str, Any] = {
     "extra": {"": str},
     "tied": (str, {"": str}),
     "towers": [str],
+    "names": {"": [str]},
     "quantization": [{"": object}],
     "cut": {"": [str]},
     "replicate": [str],
@@ -189,6 +192,7 @@ MESH = ("tp", "ep", "pp")
 _FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
 _FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "rope_fraction", "rope_interleaved", "embed_scale"}
 _FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs"}
+_ROUTING = {"top", "score", "renormalize", "jitter", "scale", "groups", "group_top", "group_best", "weigh_input", "wide"}
 
 
 def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
@@ -201,6 +205,10 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
             raise ReshardError(f"{where}: {key} = {value!r} is not of the form {_form(_KEYS[key])}")
     if odd := sorted(set(data.get("model", ())) - _FACTS):
         raise ReshardError(f"{where}: unknown key {odd[0]} in [model]", f"keys are {', '.join(sorted(_FACTS))}")
+    routing = data.get("model", {}).get("routing", {})
+    if not isinstance(routing, dict) or (odd := sorted(routing.keys() - _ROUTING)):
+        wrong = f"key {odd[0]}" if isinstance(routing, dict) else "value"
+        raise ReshardError(f"{where}: unknown {wrong} in [model] routing", f"keys are {', '.join(sorted(_ROUTING))}")
     for row in data.get("rows", ()):
         if not 3 <= len(row) <= 4:
             raise ReshardError(f'{where}: row {row!r} is not ["stored name", "pattern", "logical names", "words"]')
@@ -231,7 +239,8 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
     """`like`: the child first. Rows and keys are added to the parent's; a row of the same stored name replaces its."""
     child, *parents = texts
     for parent in parents:
-        merged = dict(parent)
+        parent = _respelled(parent, child.get("names", {}))
+        merged = {key: value for key, value in parent.items() if key != "match"}  # what another table is for, this one is not
         for key, value in child.items():
             if isinstance(value, dict) and isinstance(parent.get(key), dict):
                 merged[key] = {**parent[key], **value}
@@ -247,6 +256,25 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
                 merged[key] = value
         child = merged
     return child
+
+
+def _respelled(parent: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The rows of a table whose names begin in other ways: `"model." = ["language_model.model.", "model.language_model."]`."""
+
+    def spelled(text: str) -> list[str]:
+        start = next((start for start in sorted(names, key=len, reverse=True) if text.startswith(start)), None)
+        return [text] if start is None else [other + text[len(start) :] for other in names[start]]
+
+    if not names:
+        return parent
+    found = dict(parent)
+    prefix = parent.get("prefix", [])
+    found["prefix"] = [other for text in ([prefix] if isinstance(prefix, str) else prefix) for other in spelled(text)]
+    found["rows"] = [
+        [" | ".join(other for text in row[0].split(" | ") for other in spelled(text)), *row[1:]] for row in parent.get("rows", ())
+    ]
+    found["aside"] = [other for text in parent.get("aside", ()) for other in spelled(text)]
+    return found
 
 
 def _atoms(axes: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
@@ -326,19 +354,20 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     words = rest[0].split() if rest else []
     try:
         name, *others = [parse_template(one) for one in text.split(" | ")]
-        pattern = parse_pattern(pattern_text, compounds)
+        pattern, *layouts = [parse_pattern(one, compounds) for one in pattern_text.split(" | ")]
     except ReshardError as error:
         raise ReshardError(f"{where}: {error.message}", error.hint) from None
     leaves = tuple(leaves_text.split())
-    if len(leaves) != len(pattern.axes):
-        raise ReshardError(
-            f'{where}: {text}: pattern "{pattern_text}" has {len(pattern.axes)} leaves, {len(leaves)} logical names are given'
-        )
+    for one in (pattern, *layouts):
+        if len(leaves) != len(one.axes):
+            raise ReshardError(
+                f'{where}: {text}: pattern "{pattern_text}" has {len(one.axes)} leaves, {len(leaves)} logical names are given'
+            )
     if len(set(leaves)) < len(leaves):
         raise ReshardError(f"{where}: {text}: a logical tensor is named twice")
     if odd := next((other for other in others if sorted(other.axes) != sorted(name.axes)), None):
         raise ReshardError(f"{where}: {odd.text} has other placeholders than {name.text}")
-    both = [axis for axis in name.axes for path in pattern.axes if axis in path]
+    both = [axis for axis in name.axes for one in (pattern, *layouts) for path in one.axes if axis in path]
     if both:
         raise ReshardError(f"{where}: {text}: axis {both[0]} stands both in the name and in the pattern")
     cut = next((word[4:] for word in words if word.startswith("cut=")), None)
@@ -360,6 +389,7 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         pattern,
         leaves,
         tuple(others),
+        tuple(layouts),
         kinds=frozenset(kinds & set(plain)),
         either=either,
         tags=frozenset(word for word in plain if word.endswith("?")),
@@ -458,7 +488,7 @@ def _shipped(kind: str) -> Callable[[str], str]:
 
 
 def shipped(kind: str) -> tuple[str, ...]:
-    """Names of the tables that come with reshard; `kind` is "families" or "formats"."""
+    """Names of the tables that come with reshard; `kind` is "families", "formats" or "wrappers"."""
     return tuple(sorted(path.stem for path in (HOME / kind).glob("*.toml")))
 
 
@@ -475,6 +505,27 @@ def load_file(path: Path, kind: str = "families") -> Table:
     except (OSError, UnicodeDecodeError) as error:
         raise ReshardError(f"{path}: cannot be read as a table: {error}") from None
     return parse(text, path.name, _shipped(kind))
+
+
+def wrapper_of(config: Config) -> Table | None:
+    """The table of a multimodal checkpoint: a shipped wrapper around the family of its language model, which config.json names.
+
+    Raises ReshardError where there is no table for that.
+    """
+    kind = config.model_type
+    for name in shipped("wrappers"):
+        text = (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8")
+        usual = tomllib.loads(text)["wraps"].get(kind)
+        if usual is None:
+            continue
+        inner = config.inner_type or usual
+        family = family_of(inner, ())
+        if family is None:
+            hint = f"families with a table: {', '.join(shipped('families'))}; or bring one with --family my.toml (docs/notation.md)"
+            raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
+        head = text.partition("\n[wraps]")[0]
+        return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}', f"{name}.toml", _shipped("families"))
+    return None
 
 
 def family_of(model_type: str | None, architectures: Iterable[str]) -> Table | None:

@@ -66,21 +66,37 @@ def _gated(x: Tensor, spec: Spec) -> Tensor:
     return (up + spec.up_offset) * (gate * torch.sigmoid(gate * spec.gate_alpha))
 
 
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "chosen": lambda logits: logits,
+    "sparsemixer": lambda logits: logits,
+}
+
+
 def route(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
     """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
-    logits = weights.linear(x.float() if routing.wide else x, "moe.router")
-    scores = logits
-    if routing.score != "chosen":
-        scores = logits.float().softmax(-1) if routing.score == "softmax" else logits.float().sigmoid()
+    scores = SCORES[routing.score](weights.linear(x.float() if routing.wide else x, "moe.router").float())
     chosen = next(weights.imposed) if weights.imposed is not None else _choice(scores, weights, routing)
     if weights.routes is not None:
         weights.routes.append(chosen)
-    shares = scores.gather(1, chosen)
+    shares = _mixed(scores, chosen, routing.jitter) if routing.score == "sparsemixer" else scores.gather(1, chosen)
     if routing.score == "chosen":
-        return chosen, shares.softmax(-1)
+        shares = shares.softmax(-1)
     if routing.renormalize:
-        shares = shares / (shares.sum(-1, keepdim=True) + (1e-20 if routing.score == "sigmoid" else 0.0))
+        shares = shares / (shares.norm(routing.renormalize, -1, keepdim=True) + 1e-20)
     return chosen, shares * routing.scale
+
+
+def _mixed(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
+    """Weights of SparseMixer: each choice by softmax over what is not chosen yet and little worse than the best of that."""
+    shares, rest = [], logits
+    for expert in chosen.split(1, -1):
+        best = rest.amax(-1, keepdim=True)
+        far = (best - logits) / logits.abs().maximum(best) > 2 * jitter
+        shares.append(rest.masked_fill(far, float("-inf")).softmax(-1).gather(1, expert))
+        rest = rest.scatter(1, expert, float("-inf"))
+    return torch.cat(shares, -1)
 
 
 def _choice(scores: Tensor, weights: Weights, routing: Routing) -> Tensor:
@@ -89,7 +105,7 @@ def _choice(scores: Tensor, weights: Weights, routing: Routing) -> Tensor:
         scores = scores + weights["moe.score_bias"].float()
     if routing.groups > 1:
         grouped = scores.view(len(scores), routing.groups, -1)
-        best = grouped.topk(2, -1)[0].sum(-1).topk(routing.group_top, -1)[1]
+        best = grouped.topk(routing.group_best, -1)[0].sum(-1).topk(routing.group_top, -1)[1]
         kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
         scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
     return scores.topk(routing.top, -1)[1]
@@ -108,7 +124,8 @@ def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: S
         own = expert - share.first
         token, place = torch.where(chosen == expert)
         matrix = weights.matrix("moe.gate_up", x.dtype, (rows, rows), own)
-        inner = _gated(multiply(x[token], matrix, None if biases is None else biases[own]), spec)
+        before, after = (shares[token, place, None], 1) if routing.weigh_input else (1, shares[token, place, None])
+        inner = _gated(multiply((x[token] * before).to(x.dtype), matrix, None if biases is None else biases[own]), spec)
         part = multiply(inner, weights.matrix("moe.down", x.dtype, expert=own), None if last is None else last[own])
-        out.index_add_(0, token, (part * shares[token, place, None]).to(x.dtype))
+        out.index_add_(0, token, (part * after).to(x.dtype))
     return out

@@ -14,8 +14,11 @@ counts: a number, `true`, `false`, `=word` (that word), or else a key of config.
     embed_scale     embeddings are multiplied by its root
     attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
     attn_cap, logit_cap     soft caps
-    routing         experts per token (top), score ("softmax", "sigmoid" or "chosen": softmax over those chosen), renormalize, scale,
-                    groups and group_top (experts are chosen in the best groups), wide (float32 throughout)
+    routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen), "sparsemixer" (each choice by
+                    softmax over what is left, without what is worse than the best of that by more than twice `jitter`, relatively);
+                    renormalize: by the sum, or by the norm of that order; scale; groups, group_top: experts are chosen in so many of
+                    so many groups, the best by the sum of their group_best (default 2) best scores; weigh_input: an expert's input is
+                    weighed, not its output; wide: the router works in float32
     cache, window, window_if, window_layers      see reshard.capacity
     runs            false: these facts are not enough, the family converts and does not run
 """
@@ -54,10 +57,13 @@ class Routing:
 
     top: int
     score: str
-    renormalize: bool
+    renormalize: float
+    jitter: float
     scale: float
     groups: int
     group_top: int
+    group_best: int
+    weigh_input: bool
     wide: bool
 
 
@@ -94,7 +100,7 @@ class Spec:
                 f'family "{table.name}" converts and merges, it does not run: its table has no [model] facts for a decoder',
                 "verify proves its weights by rungs 1 to 3; docs/notation.md lists the facts",
             )
-        said = _Facts(table.model, config.with_defaults(table.defaults))
+        said = Facts(table.model, config.with_defaults(table.defaults))
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors
         head = sizes["qk_dim"] if latent else sizes["head_dim"]
@@ -133,57 +139,11 @@ def mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-class _Facts:
-    """`[model]` of a table, answered by a config."""
-
-    def __init__(self, facts: Mapping[str, Any], config: Config) -> None:
-        self.facts, self.config = facts, config
-
-    def value(self, fact: str, default: Any = None) -> Any:
-        given = self.facts.get(fact, default)
-        if isinstance(given, list):
-            return any(self._first(text) for text in given)
-        return self._first(given) if isinstance(given, str) else given
-
-    def _first(self, text: str) -> Any:
-        for word in map(str.strip, text.split("|")):
-            found = self._one(word)
-            if found is not None:
-                return found
-        return None
-
-    def _one(self, word: str) -> Any:
-        if word in ("true", "false"):
-            return word == "true"
-        if word.startswith("="):
-            return word[1:]
-        try:
-            return float(word)
-        except ValueError:
-            return self.config.get(word)
-
-    def number(self, fact: str, default: Any) -> float:
-        found = self.value(fact, default)
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}, a number is needed for {fact}")
-        return float(found)
-
-    def optional(self, fact: str) -> float | None:
-        return None if self.value(fact) is None else self.number(fact, None)
-
-    def word(self, fact: str, default: str) -> str:
-        given = self.facts.get(fact, default)
-        return str(given if fact == "norm" else self.value(fact, default))
-
-    def true(self, fact: str) -> bool:
-        return bool(self.value(fact))
-
-
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _OLD = {"su": "longrope"}
 
 
-def _rope(said: _Facts, size: int) -> Rope:
+def _rope(said: Facts, size: int) -> Rope:
     get = said.config.get
     scaling = dict(get("rope_scaling") or {}) | dict(get("rope_parameters") or {})
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
@@ -203,17 +163,20 @@ def _rope(said: _Facts, size: int) -> Rope:
     )
 
 
-def _routing(table: Table, said: _Facts) -> Routing:
+def _routing(table: Table, said: Facts) -> Routing:
     facts = table.model.get("routing")
     if not isinstance(facts, dict):
         raise ReshardError(f'family "{table.name}" has experts, its table does not say how they are chosen', "[model] routing is missing")
-    of = _Facts(facts, said.config)
+    of = Facts(facts, said.config)
     return Routing(
         top=int(of.number("top", "num_experts_per_tok")),
         score=str(facts.get("score", "softmax")),
-        renormalize=of.true("renormalize"),
+        renormalize=float(of.value("renormalize") or 0),
+        jitter=of.number("jitter", 0.0),
         scale=of.number("scale", 1.0),
         groups=int(of.number("groups", 1.0)),
         group_top=int(of.number("group_top", 1.0)),
+        group_best=int(of.number("group_best", 2.0)),
+        weigh_input=of.true("weigh_input"),
         wide=of.true("wide"),
     )

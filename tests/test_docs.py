@@ -409,18 +409,18 @@ def _example() -> str:
 
 def test_example_table_works(tmp_path: Path) -> None:
     """The table of the notation page converts a checkpoint of a family that is not shipped, written by transformers, and merges it back."""
-    assert "starcoder2" not in tables.shipped("families")
-    config = transformers.Starcoder2Config(
-        vocab_size=101, hidden_size=56, intermediate_size=88, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2
+    assert "biogpt" not in tables.shipped("families")
+    config = transformers.BioGptConfig(
+        vocab_size=101, hidden_size=56, intermediate_size=88, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=30
     )
     torch.manual_seed(0)
-    model = transformers.Starcoder2ForCausalLM(config)
+    model = transformers.BioGptForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "starcoder2.toml").write_text(_example(), encoding="utf-8")
-    reshard.convert(tmp_path / "model", tmp_path / "out", tp=4, pp=2, family=str(tmp_path / "starcoder2.toml"))
-    assert reshard.verify(tmp_path / "out", against=tmp_path / "model", family=str(tmp_path / "starcoder2.toml"), numerics=False).ok
+    (tmp_path / "biogpt.toml").write_text(_example(), encoding="utf-8")
+    reshard.convert(tmp_path / "model", tmp_path / "out", tp=4, pp=2, family=str(tmp_path / "biogpt.toml"))
+    assert reshard.verify(tmp_path / "out", against=tmp_path / "model", family=str(tmp_path / "biogpt.toml"), numerics=False).ok
     reshard.convert(tmp_path / "out", tmp_path / "back", to="hf")
     for path in (tmp_path / "model").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
@@ -441,7 +441,7 @@ def test_every_key_and_word_is_described() -> None:
     family, form = (set(_first_column("docs/notation.md", f"Keys of a {kind} table")) for kind in ("family", "format"))
     keys = {re.sub(r"^\[?(\w+)[\].\w]*$", r"\1", key) for key in family | form}
     words = {"first", "last", "every", "whole", "cut=AXIS", "zero"}
-    assert keys - words == tables._KEYS.keys() | tables._FACTS
+    assert keys - words == tables._KEYS.keys() | tables._FACTS | tables._ROUTING
     assert words <= form
     for word in (*tables.STAGES, "whole", "zero"):
         tables.parse(f'name = "x"\nrows = [["embed", "vocab hidden", "embed", "{word}"]]', "x")
