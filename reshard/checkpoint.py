@@ -20,7 +20,7 @@ from .header import Entry
 from .mesh import Range
 from .model import Config, Model, understand
 from .notation import fold
-from .tables import Table, family_of, shipped
+from .tables import Table, family_of, shipped, wrapper_of
 
 # What transformers looks for, in its order: (file, whether it is an index).
 WEIGHTS = (
@@ -141,8 +141,7 @@ def understood(published: Published, table: Table | None = None) -> tuple[Model,
 def family_table(published: Published) -> Table:
     """The shipped table for a checkpoint; unknown families are refused with what was seen, folded."""
     config = published.config
-    inner = config.get("model_type") if config.data.get("text_config") else None
-    table = family_of(config.model_type, config.architectures) or family_of(inner, ())
+    table = family_of(config.model_type, config.architectures) or wrapper_of(config) or family_of(config.get("model_type"), ())
     if table is not None:
         return table
     kinds: dict[str, list[str]] = {}

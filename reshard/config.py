@@ -1,16 +1,18 @@
-"""config.json, read in either spelling: dotted keys, nested `text_config`, defaults of the family. Knows no key by name but these."""
+"""config.json, read in either spelling: dotted keys, nested sections, defaults of the family. Knows no key by name but theirs."""
 
 from collections.abc import Mapping
 from typing import Any
 
+INNER = ("text_config", "llm_config", "language_config")  # where multimodal checkpoints keep what the language model is
+
 
 class Config:
-    """A parsed config.json: dotted look-up, `text_config` first, then the top level, then the family's defaults."""
+    """A parsed config.json: dotted look-up, the language model's section first, then the top level, then the family's defaults."""
 
     def __init__(self, data: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.data = data
-        text = data.get("text_config")
-        self._levels: tuple[Mapping[str, Any], ...] = (text if isinstance(text, dict) else {}, data, defaults or {})
+        inner = [data[key] for key in INNER if isinstance(data.get(key), dict)]
+        self._levels: tuple[Mapping[str, Any], ...] = (*inner, data, defaults or {})
 
     def get(self, key: str) -> Any:
         """The value of `a.b`, None where it is missing or null; a default only stands in for what is missing."""
@@ -26,6 +28,11 @@ class Config:
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
         return Config(self.data, defaults)
 
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one: a multimodal checkpoint may say so outside or inside of its language model's section."""
+        return self.says("tie_word_embeddings") or bool(self.data.get("tie_word_embeddings"))
+
     def says(self, key: str) -> bool:
         """Truth of a key; `!key` is its opposite."""
         return not self.get(key[1:]) if key.startswith("!") else bool(self.get(key))
@@ -34,6 +41,12 @@ class Config:
     def model_type(self) -> str | None:
         top = self.data.get("model_type")
         return str(top) if top is not None else self.get("model_type")
+
+    @property
+    def inner_type(self) -> str | None:
+        """What the section of the language model says that it is, if there is one."""
+        found = next((data.get("model_type") for key in INNER if isinstance(data := self.data.get(key), dict)), None)
+        return str(found) if found is not None else None
 
     @property
     def architectures(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from . import api
 from .checkpoint import Published, open_published
 from .errors import ReshardError
-from .model import Config
+from .model import Config, Model
 from .notation import fold
 from .source import Source
 from .units import decimal
@@ -91,11 +91,21 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "sizes": {axis: model.sizes[axis] for axis in sorted(atoms)},
         "tied": [f"{name} is {other}" for name, other in model.alias.items()],
         "quantization": _quantization(source.config),
+        "towers": _towers(model),
         "kept_aside": len(model.aside),
         "carried": [file.name for file in source.carried],
         "left": [name for name, _ in source.left],
         "root": known.root if known else None,
     }
+
+
+def _towers(model: Model) -> list[str]:
+    """What stands beside the language model, and how many parameters each has."""
+    parameters: Counter[str] = Counter()
+    for row in model.family.rows:
+        if row.tower:
+            parameters[row.tower] += model.tensors[row.leaves[0]].elements
+    return [f"{name}, {count:,} parameters" for name, count in parameters.items()]
 
 
 def _headers(published: Published) -> dict[str, Any]:

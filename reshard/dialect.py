@@ -9,6 +9,7 @@ from math import prod
 from typing import Protocol
 
 from .notation import Pattern, Template, fold
+from .sizes import axes_of, extent
 from .tables import Row, Table
 
 
@@ -19,11 +20,12 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def settle(table: Table, stored: Mapping[str, Shaped], main: int | None) -> Table:
-    """The table as this checkpoint spells it. `main`: layers by config.json, or None: as many as there are.
+def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int]) -> Table:
+    """The table as this checkpoint spells it. `sizes`: what config.json says of axes.
 
-    Of alternative names, and of prefixes, the first that occurs counts, and the first where none does. Numbers of `{layer:extra}` count
-    from `main` on. Every tensor below a tower's name that no row claims gets a row of its own.
+    Of alternative names, and of prefixes, the first that occurs counts, and the first where none does; of alternative patterns the only one
+    that the shapes fit, and the first where none or several do. Numbers of `{layer:extra}` count from the main layers on, which are as many
+    as `sizes` says, or as there are. Every tensor below a tower's name that no row claims gets a row of its own.
     """
     kinds = {kind for name in stored for kind in (name, fold(name)[0])}
     prefix = next(
@@ -31,8 +33,11 @@ def settle(table: Table, stored: Mapping[str, Shaped], main: int | None) -> Tabl
         table.prefixes[0] if table.prefixes else "",
     )
     rows = [_spelled(row, kinds, prefix) for row in table.rows]
+    if any(row.layouts for row in rows):
+        shapes = {fold(name)[0]: each.shape for name, each in stored.items()}
+        rows = [replace(row, pattern=_laid_out(row, shapes.get(row.name.folded), sizes), layouts=()) for row in rows]
     if any(row.name.extra for row in rows):
-        counted = main if main is not None else _layers(rows, stored)
+        counted = sizes["layer"] if "layer" in sizes else _layers(rows, stored)
         rows = [replace(row, name=replace(row.name, base=counted)) if row.name.extra else row for row in rows]
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
     if table.towers:
@@ -46,6 +51,19 @@ def settle(table: Table, stored: Mapping[str, Shaped], main: int | None) -> Tabl
 def _spelled(row: Row, kinds: Collection[str], prefix: str) -> Row:
     names = [_prefixed(name, prefix) for name in (row.name, *row.others)]
     return replace(row, name=next((name for name in names if name.folded in kinds), names[0]), others=())
+
+
+def _laid_out(row: Row, shape: tuple[int, ...] | None, sizes: Mapping[str, int]) -> Pattern:
+    """The pattern that the shape fits, as far as sizes are known."""
+    fits = [pattern for pattern in (row.pattern, *row.layouts) if shape is not None and _fits(pattern, shape, sizes)]
+    return fits[0] if len(fits) == 1 else row.pattern
+
+
+def _fits(pattern: Pattern, shape: tuple[int, ...], sizes: Mapping[str, int]) -> bool:
+    known = [axes_of(dim) <= sizes.keys() for dim in pattern.dims]
+    return len(shape) == len(pattern.dims) and all(
+        extent(dim, sizes) == size for dim, size, sure in zip(pattern.dims, shape, known, strict=True) if sure
+    )
 
 
 def _prefixed(template: Template, prefix: str) -> Template:

@@ -254,7 +254,7 @@ class _Reading:
         usual = Counter(entry.dtype for _, entry in self.places.values()).most_common(1)[0][0]
         kinds = [self._kinds(layer, held) for layer in range(sizes["layer"])]
         tied = self.family.tied if isinstance(self.family.tied, dict) else {}
-        if self.config.says("tie_word_embeddings"):  # transformers writes the embedding, whichever name the engine keeps
+        if self.config.tied:  # transformers writes the embedding, whichever name the engine keeps
             for head, embed in tied.items():
                 held[embed] = held.pop(head, {}) | held.get(embed, {}) or {-1: usual}
         prefix = next(iter(self.family.prefixes), "")

@@ -90,11 +90,10 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     """
     config = config.with_defaults(table.defaults)
     problems = Problems()
-    main = evaluate(table.sizes["layer"], config.get) if "layer" in table.sizes else None
-    table = settle(table, stored, main)
+    sizes = _from_config(table, config)
+    table = settle(table, stored, sizes)
     points, aside = _claim(table, stored, problems)
     check_quantization(table, config)
-    sizes = _from_config(table, config)
     layers = _layers(table, config, sizes, points)
     sizes |= {axis: int(axis[1:]) for row in table.rows if row.tower for axis in (*row.name.axes, *row.pattern.axes[0])}
     tags = _tags(table, config, points, problems)
@@ -292,7 +291,7 @@ def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Pro
         missing = [name for name in (head, embed) if name not in held]
         if not missing:
             continue
-        if len(missing) == 1 and config.says("tie_word_embeddings"):
+        if len(missing) == 1 and config.tied:
             alias[missing[0]] = embed if missing[0] == head else head
             continue
         for name in missing:

@@ -66,9 +66,9 @@ def solve(table: Table, stored: Mapping[str, Shaped], sizes: dict[str, int], poi
             break
         pending = later
     for dim, size, words in equations:
-        axes = _axes(dim)
-        if all(axis in known for axis in axes) and _value(dim, known) != size:
-            problems.add(f"{words} = {_value(dim, known)}", _given(dim, known))
+        axes = axes_of(dim)
+        if all(axis in known for axis in axes) and extent(dim, known) != size:
+            problems.add(f"{words} = {extent(dim, known)}", _given(dim, known))
         for axis in axes:
             if axis not in known and not problems:
                 problems.add(f"the size of axis {axis} follows from no shape and no config key ({words})")
@@ -95,14 +95,15 @@ def _compounded(path: tuple[str, ...], compounds: Mapping[str, tuple[str, ...]],
     return path
 
 
-def _axes(product_: Sequence[Any]) -> set[str]:
+def axes_of(product_: Sequence[Any]) -> set[str]:
+    """The axes of one dimension of a pattern; of those that count blocks, the axes counted."""
     axes: set[str] = set()
     for node in product_:
         if isinstance(node, str):
             block = block_of(node)
             axes.update(block[0] if block else (node,))
         else:
-            axes.update(axis for term in node.terms for axis in _axes(term))
+            axes.update(axis for term in node.terms for axis in axes_of(term))
     return axes
 
 
@@ -112,9 +113,10 @@ def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
     return sizes[axis] if block is None else -(-math.prod(sizes[base] for base in block[0]) // block[1])
 
 
-def _value(product_: Sequence[Any], sizes: Mapping[str, int]) -> int:
+def extent(product_: Sequence[Any], sizes: Mapping[str, int]) -> int:
+    """Elements along one dimension of a pattern."""
     return math.prod(
-        axis_size(node, sizes) if isinstance(node, str) else sum(_value(term, sizes) for term in node.terms) for node in product_
+        axis_size(node, sizes) if isinstance(node, str) else sum(extent(term, sizes) for term in node.terms) for node in product_
     )
 
 
@@ -128,7 +130,7 @@ def _words(product_: Sequence[Any]) -> str:
 
 
 def _given(product_: Sequence[Any], known: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis} = {known[axis]}" for axis in sorted(_axes(product_)) if axis in known)
+    return ", ".join(f"{axis} = {known[axis]}" for axis in sorted(axes_of(product_)) if axis in known)
 
 
 def dotted(row: Row) -> str:

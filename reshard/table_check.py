@@ -432,7 +432,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     extra = 2 if table.extra else 0
     config, sizes = _sized(table, [row for _, row in rows], truths, 2 * (len(kinds) - extra))
     main = sizes["layer"]
-    table = settle(table, {}, main)
+    table = settle(table, {}, sizes)
     rows = [(at, table.rows[at]) for at, _ in rows]
     plain = len(kinds) - extra
     kinds = [*itertools.islice(itertools.cycle(kinds[:plain]), main), *kinds[plain:]]

@@ -116,7 +116,7 @@ def invented(
             known[axis] = value
     tied = isinstance(table.tied, dict) and Config(config, table.defaults).says("tie_word_embeddings")
     stored: Headers = {}
-    for row in settle(table, {}, known["layer"]).rows:
+    for row in settle(table, {}, known).rows:
         if row.tags - set(tags) or (tied and isinstance(table.tied, dict) and row.leaves[0] in table.tied):
             continue
         shape = row.pattern.measure(lambda _, axis: size_of(axis, known))[0]

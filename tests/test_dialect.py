@@ -35,7 +35,7 @@ rows = [
  ["~layers.{layer}.experts.{experts}.up.weight",             "moe_inter hidden",             "moe.up",               "each"],
  ["~layers.{layer}.experts.{experts}.down.weight",           "hidden moe_inter",             "moe.down",             "each"],
  ["~layers.{layer}.experts.gate_up",                         "experts (moe_inter + moe_inter) hidden", "moe.gate moe.up", "fused"],
- ["~layers.{layer}.experts.down",                            "experts hidden moe_inter",     "moe.down",             "fused"],
+ ["~layers.{layer}.experts.down",        "experts hidden moe_inter | experts moe_inter hidden", "moe.down",             "fused"],
  ["mtp.{layer:extra}.q.weight",                              "(heads head_dim) hidden",      "attn.q",               "near mtp"],
  ["mtp.{layer:extra}.k.weight",                              "(kv head_dim) hidden",         "attn.k",               "near mtp"],
  ["mtp.{layer:extra}.v.weight",                              "(kv head_dim) hidden",         "attn.v",               "near mtp"],
@@ -64,7 +64,13 @@ def table(tmp_path: Path) -> Path:
 
 
 def checkpoint(
-    directory: Path, prefix: str = "model.", router: str = "router", fused: bool = True, towers: bool = True, **other: Any
+    directory: Path,
+    prefix: str = "model.",
+    router: str = "router",
+    fused: bool = True,
+    turned: bool = False,
+    towers: bool = True,
+    **other: Any,
 ) -> Path:
     """Layer 0 is dense and narrow, 1 has experts and is wide, 2 (beyond) is dense; 4 experts; KV heads 2 and 4, of 6 and 10 features."""
     draw = np.random.default_rng(0)
@@ -84,7 +90,10 @@ def checkpoint(
             state[f"{start}{router}.weight"] = noise(4, 20)
             gate, up, down = noise(4, 24, 20), noise(4, 24, 20), noise(4, 20, 24)
             if fused:
-                state |= {f"{start}experts.gate_up": np.concatenate((gate, up), 1), f"{start}experts.down": down}
+                state |= {
+                    f"{start}experts.gate_up": np.concatenate((gate, up), 1),
+                    f"{start}experts.down": down.swapaxes(1, 2).copy() if turned else down,
+                }
             else:
                 state |= {
                     f"{start}experts.{e}.{name}.weight": all_[e]
@@ -109,11 +118,19 @@ def checkpoint(
     return directory
 
 
+SPELLINGS: list[dict[str, Any]] = [
+    {},
+    {"prefix": "text.model.", "router": "gate"},
+    {"prefix": "", "fused": False},
+    {"towers": False, "turned": True},
+]
 MESHES = [("--tp", "2"), ("--tp", "8"), ("--tp", "4", "--ep", "2", "--pp", "2"), ("--tp", "1", "--pp", "2")]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=" ".join)
-@pytest.mark.parametrize("spelling", [{}, {"prefix": "text.model.", "router": "gate"}, {"prefix": "", "fused": False}, {"towers": False}])
+@pytest.mark.parametrize(
+    "spelling", [{}, {"prefix": "text.model.", "router": "gate"}, {"prefix": "", "fused": False}, {"towers": False, "turned": True}]
+)
 def test_every_spelling_comes_back_byte_for_byte(spelling: dict[str, Any], mesh: tuple[str, ...], table: Path, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", **spelling)
     assert reshard("convert", source, tmp_path / "out", *mesh, "--family", table).code == 0
@@ -124,12 +141,13 @@ def test_every_spelling_comes_back_byte_for_byte(spelling: dict[str, Any], mesh:
 
 def test_spellings_of_one_model_become_the_same_shards(table: Path, tmp_path: Path) -> None:
     """Fused or one by one, with one prefix or another: logical tensors are the same."""
-    for name, spelling in {"a": {}, "b": {"prefix": "", "router": "gate", "fused": False}}.items():
+    for name, spelling in {"a": {}, "b": {"prefix": "", "router": "gate", "fused": False}, "c": {"turned": True}}.items():
         checkpoint(tmp_path / name, **spelling)
         assert reshard("convert", tmp_path / name, tmp_path / f"{name}-out", "--tp", "2", "--family", table).code == 0
-    one, other = (load_file(tmp_path / f"{name}-out" / "rank-00001" / "model.safetensors") for name in "ab")
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+    one, *others = (load_file(tmp_path / f"{name}-out" / "rank-00001" / "model.safetensors") for name in "abc")
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_layers_of_other_sizes_are_cut_by_their_own_heads(table: Path, tmp_path: Path) -> None:
