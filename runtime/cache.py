@@ -1,4 +1,7 @@
-"""What decoding keeps of the tokens that went before: two tensors per layer, and which position stands in which column."""
+"""What decoding keeps of the tokens that went before: two tensors per layer, and which position stands in which column.
+
+Layers that do not look back at every token keep two tensors of one size (`states`) instead.
+"""
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ class Cache:
         self.length, self.used = length, 0
         self.positions = torch.full((batch, length), -1, dtype=torch.long, device=device)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, positions: Tensor) -> Tensor:
         """Take columns for new tokens; the positions of all columns in use, [batch, columns]."""

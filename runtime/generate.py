@@ -158,4 +158,4 @@ def generate(
 
 
 def _bytes(cache: "Cache") -> int:
-    return sum(part.nbytes for kept in cache.kept.values() for part in kept)
+    return sum(part.nbytes for kept in (*cache.kept.values(), *cache.states.values()) for part in kept)

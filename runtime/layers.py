@@ -61,7 +61,8 @@ def _belongs(name: str, step: str, tied: bool) -> bool:
     if step.startswith("layer "):
         layer, _, part = step.removeprefix("layer ").partition(", ")
         inside = name.removeprefix(f"layers.{layer}.")
-        return inside != name and (part not in ("attention", "feed-forward") or ("attn" in inside) == (part == "attention"))
+        attends = "attn" in inside or inside.startswith("lin.")
+        return inside != name and (part not in ("attention", "feed-forward") or attends == (part == "attention"))
     embeds = name in ("embed", "pos_embed") or name.startswith("embed_norm")
     return not name.startswith("layers.") and (embeds if step == EMBEDDING else not embeds or (tied and name == "embed"))
 
