@@ -64,7 +64,7 @@ def family_table(family: str | None) -> Table | None:
         return tables.load_file(path)
     if path.suffix == ".toml" or "/" in family or path.exists():
         raise ReshardError(f"--family {family}: there is no such file", "give the TOML file of a table, or the name of a shipped one")
-    raise ReshardError(f'no family table "{family}"', f"there are {', '.join(tables.shipped('families'))}; or give a TOML file of your own")
+    raise ReshardError(f'no family table "{family}"', f"{tables.nearest('families', family)}; or give a TOML file of your own")
 
 
 def plan(

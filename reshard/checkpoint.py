@@ -20,7 +20,7 @@ from .header import Entry
 from .mesh import Range
 from .model import Config, Model, understand
 from .notation import fold
-from .tables import Table, family_of, shipped, wrapper_of
+from .tables import Table, family_of, nearest, wrapper_of
 
 # What transformers looks for, in its order: (file, whether it is an index).
 WEIGHTS = (
@@ -152,7 +152,8 @@ def family_table(published: Published) -> Table:
         lines.append(f"  … and {len(kinds) - 40} more")
     raise ReshardError(
         "\n".join([f'{published.where}: no table for model_type "{config.model_type}"; it holds', *lines]),
-        f"bring a table with --family my.toml (docs/notation.md); families with a table: {', '.join(shipped('families'))}",
+        f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family my.toml takes it\n"
+        f"(docs/notation.md); {nearest('families', config.model_type or '')}",
     )
 
 

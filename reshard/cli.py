@@ -109,12 +109,24 @@ def cli() -> None:
 
 @cli.command(short_help="What is this: family, sizes, dtypes, files, layout.")
 @click.argument("src", metavar="SRC")
+@click.option("--draft-table", is_flag=True, help="Print a starter table for --family: what names and shapes tell.")
 @_source
 @_talk
-def inspect(src: str, revision: str | None, family: str | None, as_json: bool, progress_kind: str, quiet: bool) -> None:
-    """What is this: family, sizes, dtypes, files, layout, provenance."""
+def inspect(src: str, draft_table: bool, revision: str | None, family: str | None, as_json: bool, progress_kind: str, quiet: bool) -> None:
+    """What is this: family, sizes, dtypes, files, layout, provenance.
+
+    For a family that has no table: --draft-table > my.toml, edit it, and convert with --family my.toml.
+    """
     from . import describe
 
+    if draft_table:
+        from . import draft
+
+        start = draft.draft(describe.published(src, revision))
+        _show(start.to_json() if as_json else start.text.rstrip("\n"))
+        if not quiet and not as_json:
+            click.echo(start.words(), err=True)
+        return
     found = describe.describe(src, revision, family)
     _show(found.to_json() if as_json else found.text(), quiet and not as_json)
 

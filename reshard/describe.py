@@ -59,12 +59,13 @@ def describe(src: str, revision: str | None = None, family: str | None = None) -
         return Description(_understood(api.open_any(src, revision, family), src))
     except ReshardError as error:
         try:
-            return Description(_headers(_published(src, revision)), str(error))
+            return Description(_headers(published(src, revision)), str(error))
         except ReshardError:
             raise error from None
 
 
-def _published(src: str, revision: str | None) -> Published:
+def published(src: str, revision: str | None) -> Published:
+    """Headers and config.json of a published checkpoint, here or on the Hub."""
     if Path(src).exists():
         return open_published(Path(src))
     from . import hub

@@ -17,7 +17,6 @@ import math
 import re
 import tempfile
 import textwrap
-import tomllib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -181,14 +180,9 @@ class Mutation:
     shift: tuple[str, str] | None = None
 
 
-def written(table: Table) -> Data:
-    """A table as its author wrote it, with `like` resolved; tables in it that no damage touches are kept as they are."""
-    return tables._merged([{key: value for key, value in tomllib.loads(text).items() if key != "like"} for text in table.texts.values()])
-
-
 def mutations(table: Table) -> Iterator[Mutation]:
     """Every damage of every row and axis, each once."""
-    data = written(table)
+    data = tables.written(table)
     seen = {_key(data)}
     for mutation in itertools.chain(_rows(data), _patterns(table, data), _axes(table, data), _shifts(table, data)):
         if mutation.data is not None:

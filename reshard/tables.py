@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,10 @@ class Table:
         new = {name: atoms for name, atoms in other.axes.items() if name not in self.axes}
         if not new:
             return self
-        rows = tuple(replace(row, pattern=row.pattern.refined(new)) for row in self.rows)
+        rows = tuple(
+            replace(row, pattern=row.pattern.refined(new), layouts=tuple(pattern.refined(new) for pattern in row.layouts))
+            for row in self.rows
+        )
         return replace(self, rows=rows, axes=self.axes | new, sizes=other.sizes | self.sizes)
 
     def varied(self, tensors: Mapping[str, tuple[str, ...]]) -> "Table":
@@ -191,7 +195,8 @@ MESH = ("tp", "ep", "pp")
 # The keys of [model].
 _FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
 _FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "rope_fraction", "rope_interleaved", "embed_scale"}
-_FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs"}
+_FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs", "bare", "rope_layers", "rope_near", "late_qk_norm", "growth"}
+_FACTS |= {"attn_clip", "embed_factor", "residual_factor", "logit_factor", "attn_factor"}
 _ROUTING = {"top", "score", "renormalize", "jitter", "scale", "groups", "group_top", "group_best", "weigh_input", "wide"}
 
 
@@ -256,6 +261,11 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
                 merged[key] = value
         child = merged
     return child
+
+
+def written(table: Table) -> dict[str, Any]:
+    """A table as its author wrote it, as data, with `like` resolved."""
+    return _merged([{key: value for key, value in tomllib.loads(text).items() if key != "like"} for text in table.texts.values()])
 
 
 def _respelled(parent: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -353,7 +363,7 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     text, pattern_text, leaves_text, *rest = entry
     words = rest[0].split() if rest else []
     try:
-        name, *others = [parse_template(one) for one in text.split(" | ")]
+        name, *others = [parse_template(one, compounds) for one in text.split(" | ")]
         pattern, *layouts = [parse_pattern(one, compounds) for one in pattern_text.split(" | ")]
     except ReshardError as error:
         raise ReshardError(f"{where}: {error.message}", error.hint) from None
@@ -481,7 +491,7 @@ def _shipped(kind: str) -> Callable[[str], str]:
     def text(name: str) -> str:
         path = HOME / kind / f"{name}.toml"
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or not path.is_file():
-            raise ReshardError(f'no {"family" if kind == "families" else "format"} table "{name}"', f"there are {', '.join(shipped(kind))}")
+            raise ReshardError(f'no {"family" if kind == "families" else "format"} table "{name}"', nearest(kind, name))
         return path.read_text(encoding="utf-8")
 
     return text
@@ -490,6 +500,15 @@ def _shipped(kind: str) -> Callable[[str], str]:
 def shipped(kind: str) -> tuple[str, ...]:
     """Names of the tables that come with reshard; `kind` is "families", "formats" or "wrappers"."""
     return tuple(sorted(path.stem for path in (HOME / kind).glob("*.toml")))
+
+
+def nearest(kind: str, name: str) -> str:
+    """The shipped tables whose names are most like this one, in words."""
+    names = shipped(kind)
+    if len(names) < 9:
+        return f"there are {', '.join(names)}"
+    close = get_close_matches(name, names, 5, 0.5) or [other for other in names if other in name or name in other]
+    return f"there are {len(names)} {kind}" + (f", with such names: {', '.join(close[:5])}" if close else ", the README lists them")
 
 
 @cache
@@ -521,7 +540,7 @@ def wrapper_of(config: Config) -> Table | None:
         inner = config.inner_type or usual
         family = family_of(inner, ())
         if family is None:
-            hint = f"families with a table: {', '.join(shipped('families'))}; or bring one with --family my.toml (docs/notation.md)"
+            hint = f"{nearest('families', str(inner))}; or bring one with --family my.toml (docs/notation.md)"
             raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
         head = text.partition("\n[wraps]")[0]
         return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}', f"{name}.toml", _shipped("families"))

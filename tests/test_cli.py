@@ -225,7 +225,7 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
     ("plan SRC --tp 2 --device-memory 1GiB --context -5", ("--context", "-5")),
     ("plan SRC --tp 2 --device-memory 1GiB --batch 0", ("--batch", "0")),
     ("plan SRC --tp 2 --revision main", ("--revision main", "local path")),
-    ("plan SRC --tp 2 --family nope", ('"nope"', "llama, mistral", "TOML")),
+    ("plan SRC --tp 2 --family lama", ('"lama"', "llama", "TOML")),
     ("plan SRC --tp 2 --family nope.toml", ("nope.toml", "no such file")),
     ("plan SRC --tp 2 --family SRC", ("no such file",)),
     ("plan SRC --tp 2 --family SRC/config.json", ("config.json", "not TOML")),
