@@ -25,7 +25,8 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
 
     Of alternative names, and of prefixes, the first that occurs counts, and the first where none does; of alternative patterns the only one
     that the shapes fit, and the first where none or several do. Numbers of `{layer:extra}` count from the main layers on, which are as many
-    as `sizes` says, or as there are. Every tensor below a tower's name that no row claims gets a row of its own.
+    as `sizes` says, or as there are; a number that counts a compound is divided by the sizes of its parts. Every tensor below a tower's
+    name that no row claims gets a row of its own.
     """
     kinds = {kind for name in stored for kind in (name, fold(name)[0])}
     prefix = next(
@@ -39,6 +40,7 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
     if any(row.name.extra for row in rows):
         counted = sizes["layer"] if "layer" in sizes else _layers(rows, stored)
         rows = [replace(row, name=replace(row.name, base=counted)) if row.name.extra else row for row in rows]
+    rows = [replace(row, name=replace(row.name, sizes=_sizes(row.name, sizes))) if row.name.compounds else row for row in rows]
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
     if table.towers:
         known = {template.folded for template in (*(row.name for row in rows), *aside)}
@@ -71,6 +73,19 @@ def _prefixed(template: Template, prefix: str) -> Template:
         return template
     form = prefix.replace("{", "{{").replace("}", "}}") + template.form[1:]
     return replace(template, text=prefix + template.text[1:], form=form)
+
+
+def _sizes(name: Template, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Of the axes in a name, one for each: what is not said of the parts of a compound follows from the compound. () if nothing does."""
+    known = dict(sizes)
+    for whole, parts in name.compounds:
+        unknown = [part for part in parts[1:] if part not in known]
+        rest = prod(known[part] for part in parts if part in known)
+        if len(unknown) == 1 and parts[0] in known and whole in known and rest:
+            known[unknown[0]] = known[whole] // rest
+        elif unknown:
+            return ()
+    return tuple(known.get(axis, 1) for axis in name.axes)
 
 
 def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:

@@ -142,10 +142,8 @@ def _claim(table: Table, stored: Mapping[str, Stored], problems: Problems) -> tu
     for name in stored:
         key, numbers = fold(name)
         at = rows.get(name, rows.get(key))
-        found = numbers if name not in rows else ()
-        if at is not None and len(found) == len(axes := table.rows[at].name.axes):
-            base = table.rows[at].name.base
-            points[at][tuple(n + base if axis == "layer" else n for axis, n in zip(axes, found, strict=True)) if base else found] = name
+        if at is not None and (found := table.rows[at].name.numbers(numbers if name not in rows else ())) is not None:
+            points[at][found] = name
         elif key in beside or name in beside:
             aside.append(name)
         else:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from .errors import ReshardError
 
@@ -275,38 +276,76 @@ class Template:
     """A stored name with holes for enumerated axes: `model.layers.{layer}.mlp.experts.{experts}.w1`."""
 
     text: str
-    axes: tuple[str, ...]  # one per hole, left to right
+    axes: tuple[str, ...]  # of the holes, left to right: one for each, several for a compound
     local: frozenset[str]  # axes counted from 0 inside the rank
     form: str  # the text as str.format takes it
     extra: bool = False  # layers are counted from 0 beyond the main ones, which are `base`
     base: int = 0
+    compounds: tuple[tuple[str, tuple[str, ...]], ...] = ()  # holes that count several axes, row-major
+    sizes: tuple[int, ...] = ()  # of `axes`, once they are known; only those of parts of compounds matter
 
     def name(self, point: Mapping[str, int]) -> str:
         """The stored name at a point of the enumerated axes."""
         if not self.axes:
             return self.text
-        return self.form.format_map({**point, "layer": point["layer"] - self.base} if self.base else point)
+        if self.base:
+            point = {**point, "layer": point["layer"] - self.base}
+        return self.form.format_map({**point, **self._counted(point)} if self.compounds else point)
+
+    def _counted(self, point: Mapping[str, int]) -> dict[str, int]:
+        """Holes that count several axes, at a point of these."""
+        sizes, found = dict(zip(self.axes, self.sizes, strict=True)), {}
+        for hole, parts in self.compounds:
+            number = 0
+            for part in parts:
+                number = number * sizes[part] + point[part]
+            found[hole] = number
+        return found
+
+    def numbers(self, found: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The numbers of the axes where a name has those found in its holes; None where these are too few or too many, or nothing is
+        known of a compound's parts."""
+        if self.compounds:
+            found = self._parted(found)
+        if len(found) != len(self.axes):
+            return None
+        return tuple(n + self.base if axis == "layer" else n for axis, n in zip(self.axes, found, strict=True)) if self.base else found
+
+    def _parted(self, found: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of holes as numbers of axes."""
+        holes, compounds, sizes = _HOLE.findall(self.text), dict(self.compounds), dict(zip(self.axes, self.sizes, strict=False))
+        if len(found) != len(holes) or not sizes:
+            return ()
+        numbers: list[int] = []
+        for (hole, _), number in zip(holes, found, strict=True):
+            own: list[int] = []
+            for part in reversed(compounds.get(hole, (hole,))[1:]):
+                number, rest = divmod(number, max(sizes[part], 1))
+                own.insert(0, rest)
+            numbers += [number, *own]
+        return tuple(numbers)
 
     @property
     def folded(self) -> str:
         return _HOLE.sub("{}", self.text)
 
 
-def parse_template(text: str) -> Template:
+def parse_template(text: str, compounds: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Template:
     if not text.lstrip("~"):
         raise ReshardError(f'stored name "{text}": is empty')
     holes = list(_HOLE.finditer(text))
     rest = _HOLE.sub("", text)
     if "{" in rest or "}" in rest:
         raise ReshardError(f'stored name "{text}": a brace that is no placeholder', "write {axis}, {axis:local} or {layer:extra}")
-    axes = tuple(hole[1] for hole in holes)
+    own = tuple((hole[1], tuple(compounds[hole[1]])) for hole in holes if hole[1] in compounds and not hole[2])
+    axes = tuple(axis for hole in holes for axis in dict(own).get(hole[1], (hole[1],)))
     if len(set(axes)) < len(axes):
         raise ReshardError(f'stored name "{text}": a placeholder occurs twice')
     extra = [hole[1] for hole in holes if hole[2] == ":extra"]
     if extra not in ([], ["layer"]):
         raise ReshardError(f'stored name "{text}": {extra[0]} cannot be extra', "only layers are: write {layer:extra}")
     local = frozenset(hole[1] for hole in holes if hole[2] == ":local")
-    return Template(text, axes, local, _HOLE.sub(r"{\1}", text), bool(extra))
+    return Template(text, axes, local, _HOLE.sub(r"{\1}", text), bool(extra), compounds=own)
 
 
 def fold(name: str) -> tuple[str, tuple[int, ...]]:

@@ -224,6 +224,12 @@ def stablelm_bias(directory: Path, seed: str) -> None:
     write(directory, seed, stablelm_config(8, use_qkv_bias=True, use_parallel_residual=True))
 
 
+@define("stablelm", heads=8, kv=4, layers=3, square=STABLELM_SQUARE)
+def stablelm_norms(directory: Path, seed: str) -> None:
+    """qk_layernorm: a norm of each head, one tensor for each; attention and feed-forward start from one norm, as in the 12B model."""
+    write(directory, seed, stablelm_config(4, qk_layernorm=True, use_parallel_residual=True))
+
+
 @define("exaone4", heads=8, kv=4, layers=5)
 def exaone4(directory: Path, seed: str) -> None:
     """Norms after attention and feed-forward, and on q and k; layers without a window have no positions."""
