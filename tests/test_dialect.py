@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from running import reshard
 from safetensors.numpy import load_file, save_file
+from strategies import Stored
 
 from reshard import tables
+from reshard.config import Config
 from reshard.errors import ReshardError
+from reshard.model import understand
 
 TABLE = """
 name = "made"
@@ -203,3 +206,36 @@ def test_a_format_without_towers_refuses_them(table: Path, tmp_path: Path) -> No
 def test_a_spelling_that_means_nothing_is_refused(row: str, message: str) -> None:
     with pytest.raises(ReshardError, match=message.replace("|", r"\|")):
         tables.parse(f'name = "x"\none_of = [["a", "b"]]\nrows = [{row}]', "x")
+
+
+HEADS = """
+name = "headed"
+rows = [
+ ["layers.{layer}.q.{heads}.norm", "head_dim",                "attn.q_norm_heads"],
+ ["layers.{layer}.q.weight",       "(heads head_dim) hidden", "attn.q"],
+ ["layers.{layer}.k.weight",       "(kv head_dim) hidden",    "attn.k"],
+]
+[axes]
+heads = "kv group"
+[sizes]
+heads = "heads"
+kv = "kv"
+"""
+
+
+def test_a_placeholder_counts_the_parts_of_a_compound_row_major() -> None:
+    """Head 5 of two for each KV head is the second of KV head 2; what is beyond, or missing, is told by its name."""
+    shapes = {f"layers.0.q.{head}.norm": (3,) for head in range(6)} | {"layers.0.q.weight": (18, 7), "layers.0.k.weight": (9, 7)}
+    stored = {name: Stored("BF16", shape) for name, shape in shapes.items()}
+    table, config = tables.parse(HEADS, "headed.toml"), Config({"heads": 6, "kv": 3})
+    model = understand(table, config, stored)
+    tensor, name = model.tensors["attn.q_norm_heads"], model.family.rows[0].name
+    assert tensor.axes == ("layer", "kv", "group", "head_dim") and tensor.sizes == (1, 3, 2, 3)
+    assert name.name({"layer": 0, "kv": 2, "group": 1}) == "layers.0.q.5.norm"
+    assert name.numbers((0, 5)) == (0, 2, 1)
+    with pytest.raises(ReshardError, match=r"layers\.0\.q\.5\.norm"):
+        understand(table, config, {name: value for name, value in stored.items() if "5" not in name})
+    with pytest.raises(ReshardError, match=r"unexpected layers\.\{layer\}"):
+        understand(table, config, stored | {"layers.0.q.6.norm": Stored("BF16", (3,))})
+    with pytest.raises(ReshardError, match=r"no row claims layers\.\{\}\.q"):
+        understand(table, Config({}), stored)
