@@ -89,9 +89,12 @@ def draft(published: Published) -> Draft:
         return alike
     order = _by_likeness(found)
     sizes = _sizes(published.config, order)
+    aside = [each for each in found if each.end in _buffers()]
     rows, unknown = [], []
     used: dict[str, set[int | None]] = defaultdict(set)
     for each in found:
+        if each in aside:
+            continue
         meaning = next((m for m in _meanings(each, order) if _fits(m, each, sizes) and _free(m, each, used)), None)
         if meaning is None:
             unknown.append(each)
@@ -101,8 +104,8 @@ def draft(published: Published) -> Draft:
         rows.append((each, meaning))
     words, one_of, extra = _kinds([each for each, _ in rows], sizes.get("layer"), published.config)
     doubts = tuple(_doubts(rows, published.config))
-    text = "\n".join(_lines(name, published.config, rows, unknown, words, one_of, extra, sizes, doubts)) + "\n"
-    return Draft(text, len(rows), tuple(each.folded for each in unknown), None, doubts)
+    text = "\n".join(_lines(name, published.config, rows, aside, unknown, words, one_of, extra, sizes, doubts)) + "\n"
+    return Draft(text, len(rows) + len(aside), tuple(each.folded for each in unknown), None, doubts)
 
 
 def _name(config: Config) -> str:
@@ -159,6 +162,13 @@ def _ends(family: str) -> Iterator[tuple[str, Meaning]]:
                 text.partition("{layer}.")[2] or text.partition("{layer:extra}.")[2] or text,
                 Meaning(row[1], row[2], family, "?" in " ".join(row[3:])),
             )
+
+
+@cache
+def _buffers() -> set[str]:
+    """Ends of the names that shipped tables keep aside."""
+    texts = {template.text.lstrip("~") for name in tables.shipped("families") for template in tables.load("families", name).aside}
+    return {text.partition("{layer}.")[2] or text for text in texts}
 
 
 def _by_likeness(found: Iterable[Found]) -> list[str]:
@@ -376,6 +386,7 @@ def _lines(
     name: str,
     config: Config,
     rows: list[tuple[Found, Meaning]],
+    aside: list[Found],
     unknown: list[Found],
     words: Mapping[str, str],
     one_of: list[list[str]],
@@ -386,12 +397,15 @@ def _lines(
     leaves = {leaf for _, meaning in rows for leaf in meaning.leaves.split()}
     yield HEAD
     yield f'name = "{name}"'
-    if {"head", "embed"} & leaves:
+    lone = "head" if "embed" in leaves and "head" not in leaves else ""
+    if lone or {"head", "embed"} <= leaves:
         yield 'tied = { head = "embed" }'
     if one_of:
         yield f"one_of = {[list(group) for group in one_of]}".replace("'", '"')
     for kind, key in extra.items():
         yield f'extra = {{ {kind} = "{key}" }}'
+    if aside:
+        yield f"aside = {[each.name for each in aside]}".replace("'", '"')
     yield "rows = ["
     one = max((len(each.name) for each, _ in rows), default=0) + 3
     two = max((len(meaning.pattern) for _, meaning in rows), default=0) + 3
@@ -399,6 +413,8 @@ def _lines(
         word = f', "{words[each.folded]}"' if each.folded in words else ""
         first, second = f'"{each.name}",', f'"{meaning.pattern}",'
         yield f' [{first:<{one}} {second:<{two}} "{meaning.leaves}"{word}],'
+    if lone:
+        yield ' ["lm_head.weight", "vocab hidden", "head"],   # not stored: tied'
     for each in unknown:
         yield f" # {OPEN} {each.count} tensors {list(each.shape)}: what are they?{_in_words(each, sizes)}"
         yield f' # ["{each.name}", "{_guess(each, sizes)}", "?"],'

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from .config import Config
 from .errors import ReshardError
@@ -500,6 +501,12 @@ def _shipped(kind: str) -> Callable[[str], str]:
 def shipped(kind: str) -> tuple[str, ...]:
     """Names of the tables that come with reshard; `kind` is "families", "formats" or "wrappers"."""
     return tuple(sorted(path.stem for path in (HOME / kind).glob("*.toml")))
+
+
+def digest(family: str) -> str:
+    """Changes when a shipped family table, or one that it is like, does."""
+    texts = load("families", family).texts
+    return crc32("\0".join(texts.values()).encode()).to_bytes(4, "big").hex()
 
 
 def nearest(kind: str, name: str) -> str:

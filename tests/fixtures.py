@@ -39,7 +39,7 @@ SHARD = 60_000  # bytes: each checkpoint becomes several files
 BLOCK = 128  # side of a block that shares one FP8 scale
 
 # Buffers that an engine recomputes. Equal from layer to layer, and constant, by nature.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias)")
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias|attn\.causal_mask)")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Fixture:
     equal: tuple[tuple[str, str], ...] = ()
     notes: str = ""
     runs: bool = True  # of a family that runs, this one too: transformers has it
+    twin: Callable[[Path], None] | None = None  # writes the same model as transformers has it, where it does not have this one
+    given: Callable[[torch.Tensor], dict[str, Any]] | None = None  # what that one's forward is given besides tokens [batch, seq]
     file: Path = Path(__file__)
 
     def meshes(self) -> Iterator[dict[str, Any]]:
@@ -222,6 +224,8 @@ def define(family: str, name: str = "", **facts: Any) -> Callable[[Callable[[Pat
         assert key not in FIXTURES.keys() | ZOO.keys(), key
         registry = FIXTURES if file.name == Path(__file__).name else ZOO
         notes = (builder.__doc__ or "").strip()
+        if (twin := facts.get("twin")) is not None:
+            facts["twin"] = lambda directory: twin(directory, key)
         registry[key] = Fixture(key, family, lambda directory: builder(directory, key), notes=notes, file=file, **facts)
 
     return register

@@ -1,11 +1,13 @@
 """What each family must get through, as functions of a directory and of meshes; `transformers` is the reference. Knows no family."""
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from fixtures import Fixture, checkpoint
 from reshard.runtime.load import load_model
 from reshard.runtime.parallel import World, run_threads
 from strategies import differing
@@ -49,8 +51,8 @@ class Reference:
     own: float
 
 
-def reference(directory: Path) -> Reference:
-    """What transformers makes of a checkpoint."""
+def reference(directory: Path, given: Callable[[Tensor], dict[str, Any]] = lambda ids: {}) -> Reference:
+    """What transformers makes of a checkpoint. `given`: what its forward takes besides these tokens."""
     from transformers import AutoModelForCausalLM
 
     logits = {}
@@ -58,13 +60,31 @@ def reference(directory: Path) -> Reference:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
         ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            logits[dtype] = model.eval()(ids).logits
+            logits[dtype] = model.eval()(ids, **given(ids)).logits
     longer = ids
     with torch.no_grad():
         for _ in range(MORE):
-            longer = torch.cat((longer, model(longer).logits[:, -1:].argmax(-1)), 1)
+            longer = torch.cat((longer, model(longer, **given(longer)).logits[:, -1:].argmax(-1)), 1)
     own = (logits[torch.float32].double() - logits[torch.float64]).abs().max().item()
     return Reference(ids, logits[torch.float32], longer[:, SEQ:], own)
+
+
+def reference_of(fixture: Fixture) -> Reference:
+    """What transformers makes of a fixture, or of its twin where it does not have this one."""
+    if fixture.twin is None:
+        return reference(checkpoint(fixture.name), fixture.given or (lambda ids: {}))
+    with tempfile.TemporaryDirectory() as directory:
+        fixture.twin(Path(directory))
+        return reference(Path(directory), fixture.given or (lambda ids: {}))
+
+
+def run_meshes(fixture: Fixture, every: bool) -> list[Mesh]:
+    """Meshes of threads to run a fixture on: all that it lies on, or one."""
+    if not every:
+        return [Mesh(tp=2, ep=2)] if 2 in fixture.ep else [Mesh(tp=2, pp=2)]
+    found = [Mesh(tp=tp) for tp in fixture.tp] + [Mesh(pp=2), Mesh(tp=2, pp=2)]
+    found += [Mesh(tp=3, weights=(2, 1, 1))] if fixture.weights else []
+    return found + ([Mesh(tp=2, ep=2), Mesh(tp=4, ep=2)] if 2 in fixture.ep else [])
 
 
 def run_like(directory: Path, mesh: Mesh, wanted: Reference) -> None:

@@ -75,13 +75,13 @@ def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_fil
 
     family = FIXTURES[name].family
     rest = tuple(other for other in tables.shipped("families") if family not in tables.load("families", other).texts)
-    for cached in (module._known, module._heirs, module._outside):
+    for cached in (module._known, module._heirs, module._outside, module._buffers):
         cached.cache_clear()
     monkeypatch.setattr(tables, "shipped", lambda kind: rest if kind == "families" else ("native", "vllm"))
     published = open_published(checkpoint(name))
     found = draft(published)
     parsed = tables.parse(found.text, "draft", module._text)
-    for cached in (module._known, module._heirs, module._outside):
+    for cached in (module._known, module._heirs, module._outside, module._buffers):
         cached.cache_clear()
     own = tables.load("families", family)
     true = understand(own, published.config, {key: entry for key, (_, entry) in published.tensors.items()}).family

@@ -5,17 +5,15 @@ converts all the same.
 """
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fixtures import Fixture, checkpoint, zoo
-from gauntlet import Reference, convert_and_back, reference, run_like
+from gauntlet import convert_and_back, reference_of, run_like, run_meshes
 
 from reshard import tables
-from reshard.mesh import Mesh
 from reshard.source import open_source
 
 # Rows that no checkpoint of ours has, and why.
@@ -54,21 +52,9 @@ def runs() -> list[str]:
     return [name for name, fixture in zoo().items() if fixture.runs and tables.load("families", fixture.family).runs]
 
 
-def run_meshes(fixture: Fixture) -> list[Mesh]:
-    if not ALL:
-        return [Mesh(tp=2, ep=2)] if 2 in fixture.ep else [Mesh(tp=2, pp=2)]
-    found = [Mesh(tp=tp) for tp in fixture.tp] + [Mesh(pp=2), Mesh(tp=2, pp=2)]
-    found += [Mesh(tp=3, weights=(2, 1, 1))] if fixture.weights else []
-    return found + ([Mesh(tp=2, ep=2), Mesh(tp=4, ep=2)] if 2 in fixture.ep else [])
-
-
-@cache
-def wanted(name: str) -> Reference:
-    return reference(checkpoint(name))
-
-
 @pytest.mark.parametrize("name", runs())
 def test_logits_and_tokens_are_those_of_transformers(name: str) -> None:
     torch.set_num_threads(1)
-    for mesh in run_meshes(zoo()[name]):
-        run_like(checkpoint(name), mesh, wanted(name))
+    wanted = reference_of(zoo()[name])
+    for mesh in run_meshes(zoo()[name], ALL):
+        run_like(checkpoint(name), mesh, wanted)
