@@ -6,6 +6,7 @@
 
 import ast
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from reshard import tables
 from reshard.notation import Sum
@@ -28,14 +30,27 @@ SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
 
 
 def families() -> str:
-    """A Markdown table with one row per family table."""
-    formats = {name: tables.load("formats", name).families for name in tables.shipped("formats")}
-    lines = ["| family | attention | feed-forward | also | formats |", "|---|---|---|---|---|"]
+    """A Markdown table with one row per family table, and what scripts/gauntlet saw of it."""
+    vllm = tables.load("formats", "vllm").families
+    seen = json.loads((ROOT / "docs" / "gauntlet.json").read_text(encoding="utf-8"))
+    lines = ["| family | converts | runs | check-table | attention | feed-forward | also |", "|---|---|---|---|---|---|---|"]
     for name in tables.shipped("families"):
         table = tables.load("families", name)
-        targets = ", ".join(form for form, only in formats.items() if not only or name in only)
-        lines.append(f"| `{name}` | {_attention(table)} | {_feed_forward(table)} | {_also(table)} | {targets} |")
+        also = "; ".join(word for word in (_also(table), "`--to vllm`" if name in vllm else "") if word)
+        results = _results(table, seen.get(name, {}))
+        lines.append(f"| `{name}` | {results} | {_attention(table)} | {_feed_forward(table)} | {also} |")
     return "\n".join(lines)
+
+
+def _results(table: Table, seen: dict[str, Any]) -> str:
+    """Meshes converted to and run at, and damages noticed; a dash for what was not tried since the table changed, or did not hold."""
+    if seen.get("table") != tables.digest(table.name):
+        return "– | – | –"
+    failed = " ".join(seen["failed"])
+    converts = "fails" if " converts: " in failed else f"{seen['meshes']} meshes"
+    runs = "no" if not table.runs else "fails" if " runs at " in failed else f"{seen['runs']} meshes" if seen["runs"] else "–"
+    share = 100 * seen["caught"] / seen["damages"] if seen["damages"] else 0
+    return f"{converts} | {runs} | {'100 %' if seen['caught'] == seen['damages'] else f'{min(share, 99.9):.1f} %'}"
 
 
 def _leaves(table: Table) -> dict[str, Row]:
@@ -46,6 +61,8 @@ def _attention(table: Table) -> str:
     leaves, words = _leaves(table), []
     if "attn.kv_a" in leaves:
         words.append("latent")
+    elif "attn.q" not in leaves:
+        words.append("other")
     elif len(leaves["attn.q"].leaves) > 1:
         per_head = any(dim[0] == "kv" and isinstance(dim[-1], Sum) for dim in leaves["attn.q"].pattern.dims)
         words.append("q, k, v fused" + (", per KV head" if per_head else ""))
