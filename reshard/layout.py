@@ -18,7 +18,7 @@ from types import MappingProxyType
 from .errors import ReshardError
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
 from .model import Model, Problems, Tensor
-from .notation import block_of
+from .notation import Pattern, block_of
 from .tables import Constant, Row, Table
 
 Point = dict[str, int]  # enumerated axis → index
@@ -232,11 +232,19 @@ def _choose(
         if len(layers) > 1:
             problems.add(f"{row.name.text}: {', '.join(row.leaves)} do not exist in the same layers")
         taken.update((leaf, at) for leaf in row.leaves)
+        row = replace(row, pattern=_fitting(row, model), layouts=())
         chosen.append((at, row, model.tensors[row.leaves[0]].layers if "layer" in row.name.axes else None))
     for name in model.tensors:
         if name not in taken:
             problems.add(f"no row for the logical tensor {name}", f"{name} {' '.join(model.tensors[name].axes)}")
     return chosen
+
+
+def _fitting(row: Row, model: Model) -> Pattern:
+    """Of alternative patterns the first that has the axes of the tensors, or else the first."""
+    wanted = [sorted(model.tensors[leaf].axes) for leaf in row.leaves]
+    patterns = (row.pattern, *row.layouts)
+    return next((one for one in patterns if [sorted((*row.name.axes, *path)) for path in one.axes] == wanted), row.pattern)
 
 
 def _tied_rows(table: Table, alias: Mapping[str, str]) -> dict[int, int]:

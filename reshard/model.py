@@ -193,12 +193,13 @@ def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping
 
 
 def _tags(table: Table, config: Config, points: Mapping[int, Points], problems: Problems) -> set[str]:
-    """The tags whose rows are there. A tag bound to a config key that is true must be."""
+    """The tags whose rows are there. A tag bound to a config key that is true must be; of rows with several tags, all."""
     on = {tag for at, row in enumerate(table.rows) if points.get(at) for tag in row.tags}
     for tag, key in table.optional.items():
         if tag not in on and config.says(key):
-            names = [row.name.text for row in table.rows if tag in row.tags]
-            problems.add(f"config.json says {key.lstrip('!')} = {config.get(key.lstrip('!'))!r}, yet {', '.join(names)} are missing")
+            names = [row.name.text for row in table.rows if tag in row.tags and row.tags - {tag} <= on]
+            if names:
+                problems.add(f"config.json says {key.lstrip('!')} = {config.get(key.lstrip('!'))!r}, yet {', '.join(names)} are missing")
     return on
 
 

@@ -466,25 +466,30 @@ def _axes_of_tables() -> Iterator[str]:
             yield from (axis for axis in tables.load(kind, name).axes if "@" not in axis)
 
 
-def _vocabulary() -> dict[str, str]:
+def _vocabulary() -> dict[str, list[str]]:
     """Logical tensor → its axes, as the vocabulary page has them."""
     text = _text("docs/vocabulary.md").partition("## Outside the layers")[2]
-    found = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", text, re.M)
+    found = re.findall(r"^\| `([\w.]+)` \| (`[^|]+`) \|", text, re.M)
     assert len(found) == len(dict(found)), "a tensor stands twice on the page"
-    return dict(found)
+    return {name: re.findall("`([^`]+)`", axes) for name, axes in found}
+
+
+# What is written for short: in families whose queries share keys; in those whose heads lie in several parts.
+SHORT: tuple[dict[str, tuple[str, ...]], ...] = ({}, {"heads": ("kv", "group")}, dict.fromkeys(("heads", "kv"), ("cores", "core_heads")))
 
 
 def test_vocabulary_is_that_of_the_tables() -> None:
     """The vocabulary page lists every logical tensor of every table, each with the axes that the tables give it, and no other."""
-    vocabulary = {}
-    for name, axes in _vocabulary().items():
-        pattern = parse_pattern(axes, {})
-        vocabulary[name] = {frozenset(pattern.axes[0]), frozenset(parse_pattern(axes, {"heads": ("kv", "group")}).axes[0])}
+    vocabulary = {
+        name: {frozenset(parse_pattern(axes, short).axes[0]) for axes in alternatives for short in SHORT}
+        for name, alternatives in _vocabulary().items()
+    }
     used: dict[str, set[frozenset[str]]] = {}
     for row in _rows_of_tables():
-        for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
-            plain = frozenset(axis.replace(f"@{variant_of(axis)}", "") for axis in (*row.name.axes, *path))
-            used.setdefault(leaf.partition("@")[0], set()).add(plain)
+        for pattern in (row.pattern, *row.layouts):
+            for leaf, path in zip(row.leaves, pattern.axes, strict=True):
+                plain = frozenset(axis.replace(f"@{variant_of(axis)}", "") for axis in (*row.name.axes, *path))
+                used.setdefault(leaf.partition("@")[0], set()).add(plain)
     assert vocabulary.keys() == used.keys()
     for name, axes in used.items():
         assert axes <= vocabulary[name], f"{name}: the tables say {[sorted(a) for a in axes]}"

@@ -42,6 +42,12 @@ CONFIGS = {
     "gpt2": {"n_head": 4, "n_embd": 40, "vocab_size": 100, "n_positions": 30},
     "gpt_neox": {"num_attention_heads": 8, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100},
     "falcon": {"n_head": 8, "hidden_size": 80, "vocab_size": 100, "new_decoder_architecture": True, "parallel_attn": True},
+    "phi": {"num_attention_heads": 8, "hidden_size": 80, "intermediate_size": 64, "vocab_size": 100},
+    "gpt_bigcode": {"n_head": 8, "n_embd": 80, "n_inner": 64, "n_positions": 30, "vocab_size": 100},
+    "gptj": {"n_head": 8, "n_embd": 80, "n_inner": 64, "vocab_size": 100},
+    "bloom": {"n_head": 8, "hidden_size": 80, "vocab_size": 100},
+    "mpt": {"n_heads": 8, "d_model": 80, "expansion_ratio": 4, "vocab_size": 100},
+    "internlm2": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80},
     "deepseek_v3": {
         "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 100,
         "q_lora_rank": 384,
@@ -54,7 +60,7 @@ SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "hea
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
-ministral3 apertus
+ministral3 apertus codegen gpt_neo opt starcoder2 persimmon baichuan
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 
@@ -83,13 +89,13 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     family = entry["family"]
     names = [name for pattern in entry["names"] for name in expand(pattern)]
     config = dict(CONFIGS[family])
-    layers = 1 + max(int(n) for name in names for n in re.findall(r"(?:layers|h)\.(\d+)\.", name))
-    config["n_layer" if family in ("gpt2", "falcon") else "num_hidden_layers"] = layers - config.get("num_nextn_predict_layers", 0)
-    config["tie_word_embeddings"] = not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in names)
+    table = tables.load("families", family)
+    layers = 1 + max(int(n) for name in names for n in re.findall(r"(?:layers|h|blocks)\.(\d+)\.", name))
+    config[table.sizes["layer"].split(" | ")[0]] = layers - config.get("num_nextn_predict_layers", 0)
+    config["tie_word_embeddings"] = not any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in names)
     if family == "gpt2":  # only the first layer was read: the rest of a one-layer model beside it
         prefix = "transformer." if names[0].startswith("transformer.") else ""
         names += [prefix + name for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")]
-    table = tables.load("families", family)
     view = Config(config, table.defaults)
     sizes = dict(SIZES)
     for axis, expression in table.sizes.items():
@@ -99,6 +105,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     sizes.setdefault("hidden", 80)
     if family in ("gpt2", "gpt_neox"):
         sizes |= {"kv": sizes["heads"], "group": 1, "head_dim": sizes["hidden"] // sizes["heads"], "inter": sizes.get("inter", 64)}
+    sizes["group"] = sizes["heads"] // sizes["kv"]
     prefix = next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
     rows = {(prefix + row.name.folded[1:] if row.name.folded[0] == "~" else row.name.folded): row for row in table.rows}
     stored = {}
