@@ -512,9 +512,9 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
         if value is not None and axis not in table.axes:
             sizes[axis] = value
     beside = table.model.get("parallel", [])  # one after the other: beside each other, their biases are one sum
-    for text in [beside] if isinstance(beside, str) else beside:
+    for text in beside if isinstance(beside, list) else [beside]:
         for key in re.findall(r"[A-Za-z_]\w*", str(text)):
-            if key not in ("true", "false"):
+            if key.lower() not in ("true", "false"):
                 config.setdefault(key, False)
     for fact, text in (*table.model.items(), *table.model.get("routing", {}).items()):
         key = _first(text) if isinstance(text, str) else ""
