@@ -28,7 +28,8 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
     as `sizes` says, or as there are; a number that counts a compound is divided by the sizes of its parts. Every tensor below a tower's
     name that no row claims gets a row of its own.
     """
-    kinds = {kind for name in stored for kind in (name, fold(name)[0])}
+    open_names = table.prefixes or any(row.others for row in table.rows)
+    kinds = {kind for name in stored for kind in (name, fold(name)[0])} if open_names else set()
     prefix = next(
         (p for p in table.prefixes if any(p + row.name.folded[1:] in kinds for row in table.rows if row.name.text[0] == "~")),
         table.prefixes[0] if table.prefixes else "",
