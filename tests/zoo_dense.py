@@ -236,6 +236,7 @@ def exaone4(directory: Path, seed: str) -> None:
     from transformers import Exaone4Config
 
     write(directory, seed, Exaone4Config(**sizes(8, 4, 14, 72, 88, 331, 5), sliding_window=5))
+    configure(directory, sliding_window_pattern="LLLG")
 
 
 @define("exaone4", heads=8, kv=2, layers=3, weights=False)
@@ -278,13 +279,16 @@ def ministral3(directory: Path, seed: str) -> None:
 
 @define("phi3", heads=8, kv=4, layers=3, square=(r".*\.o_proj\.weight",))
 def phi4_mini(directory: Path, seed: str) -> None:
-    """Three quarters of each head are rotated, by angles of two lists; tied. Heads times head_dim is hidden."""
+    """Three quarters of each head are rotated, by angles of two lists, under the keys of transformers 4; tied. Here heads times head_dim
+    is hidden."""
     from transformers import Phi3Config
 
     short, long = [1.0 + at / 10 for at in range(6)], [2.0 + at for at in range(6)]
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": short, "long_factor": long}
     facts = {"rope_parameters": rope, "original_max_position_embeddings": 8, "tie_word_embeddings": True}
     write(directory, seed, Phi3Config(**sizes(8, 4, 16, 72, 88, 331, 3) | {"hidden_size": 128}, **facts))
+    old = {"type": "longrope", "short_factor": short, "long_factor": long}
+    configure(directory, "rope_parameters", "head_dim", rope_theta=10000.0, partial_rotary_factor=0.75, rope_scaling=old)
 
 
 @define("apertus", heads=8, kv=4, layers=3)
