@@ -7,8 +7,7 @@ Pure arithmetic on a model, its config and a layout. Knows nothing about files, 
                    repeated KV head is counted on each rank, and a latent cache (["attn.kv_a", "attn.k_rope"]) is whole on all
     window         size expression for the tokens that a windowed layer keeps; missing, null or 0: no layer has a window
     window_if      config key that must be true (`!key`: false), else no layer has a window
-    window_layers  which layers have it, the first alternative of `a | b` that config.json answers: `all`, `even` (0, 2, 4, …),
-                   `layer_types` (the "sliding_attention" entries of that list), `from KEY` (layers ≥ that number). Default: all
+    window_layers  which layers have it, by a rule, see reshard.rules. Default: all
 
 A cache element has the dtype of the weights that make it, at least 16 bits: checkpoints in FP8 are served with a 16-bit cache.
 Layers beyond the main ones (multi-token prediction) keep nothing in ordinary decoding and are not counted.
@@ -24,6 +23,7 @@ from .layout import Layout, Piece, Slot, lay_out
 from .mesh import Coordinate, Mesh, shares
 from .model import Config, Model
 from .notation import evaluate
+from .rules import layers_named
 from .tables import Table
 
 RESERVE_PERCENT = 10  # of the device memory: activations, communication buffers, the allocator's waste
@@ -96,37 +96,28 @@ class Cache:
 
 def window(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]]:
     """Tokens that a windowed layer keeps, and the layers that have a window."""
-    facts, config = model.family.model, config.with_defaults(model.family.defaults)
+    tokens, layers = _windowed(model, config.with_defaults(model.family.defaults))
+    return (tokens, layers) if tokens and layers else (None, ())
+
+
+def layers_of_rule(fact: str, default: str, model: Model, config: Config) -> tuple[int, ...]:
+    """The layers that a fact of `[model]` names."""
+    config = config.with_defaults(model.family.defaults)
+
+    def windowed() -> tuple[int, ...] | None:
+        tokens, layers = _windowed(model, config)
+        return layers if tokens else None
+
+    return layers_named(model.family.model.get(fact, default), model.main_layers, config, windowed)
+
+
+def _windowed(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]]:
+    """The window, if config.json gives one, and the layers that would have it."""
+    facts = model.family.model
     if "window" not in facts or ("window_if" in facts and not config.says(facts["window_if"])):
         return None, ()
-    tokens = evaluate(facts["window"], config.get)
-    if not tokens:
-        return None, ()
-    for rule in facts.get("window_layers", "all").split("|"):
-        layers = _window_layers(rule.strip(), model.main_layers, config)
-        if layers is not None:
-            return (tokens, layers) if layers else (None, ())
-    return None, ()
-
-
-def _window_layers(rule: str, layers: int, config: Config) -> tuple[int, ...] | None:
-    """The layers that one rule names; None where config.json does not answer it."""
-    word, _, key = rule.partition(" ")
-    if rule == "all":
-        return tuple(range(layers))
-    if rule == "even":
-        return tuple(range(0, layers, 2))
-    if rule == "layer_types":
-        types = config.get("layer_types")
-        if not isinstance(types, list):
-            return None
-        if len(types) < layers:
-            raise ReshardError(f"config.json: layer_types names {len(types)} layers, the model has {layers}")
-        return tuple(layer for layer in range(layers) if types[layer] == "sliding_attention")
-    if word == "from" and key:
-        start = evaluate(key, config.get)
-        return None if start is None else tuple(range(start, layers))
-    raise ReshardError(f'[model] window_layers: "{rule}" is no rule', 'rules are all, even, layer_types and "from KEY"')
+    layers = layers_named(facts.get("window_layers", "all"), model.main_layers, config, lambda: None)
+    return evaluate(facts["window"], config.get), layers
 
 
 def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .cache import Cache
 from .rope import rotate
 from .spec import Spec
-from .weights import Weights, rms_norm
+from .weights import Weights, norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,28 @@ class Latent:
 
 
 @dataclass
-class Context:
-    """What all layers of one forward share. `mask`, `near`: who sees whom [batch, 1, seq, columns], without and with the window."""
+class Sight:
+    """What layers of one kind see: who sees whom, [batch, 1, seq, columns], and the angles of the new tokens."""
 
-    turn: tuple[Tensor, Tensor] | None
     mask: Tensor
-    near: Tensor
+    turn: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share. `real`: what is no padding [batch, seq]; `far`, `near`: of layers without a window, and
+    with one; `growth`: of queries."""
+
+    real: Tensor
+    far: Sight
+    near: Sight
+    growth: Tensor | None
     bias: Tensor | None
     cache: Cache | None
+
+    def of(self, layer: int, spec: Spec) -> Sight:
+        sight = self.near if layer in spec.windowed else self.far
+        return sight if layer in spec.roped else Sight(sight.mask, None)
 
 
 def attention(
@@ -63,37 +77,57 @@ def attention(
 
     `reduce` adds a tensor [batch, seq, 2] among the ranks: norms over the whole projection need it.
     """
-    q, k, v = (
-        _latent(x, weights, layer, spec, heads, latent, context) if latent else _plain(x, weights, layer, spec, heads, context, reduce)
-    )
+    gate = None
+    if latent:
+        q, k, v = _latent(x, weights, layer, spec, heads, latent, context)
+    else:
+        q, k, v, gate = _plain(x, weights, layer, spec, heads, context, reduce)
     scale = spec.attn_scale / (layer + 1 if spec.scale_by_layer else 1)
-    mask = context.near if layer in spec.windowed else context.mask
-    out = _attend(q, k, v, scale, mask, spec.attn_cap, weights.get("attn.sinks"), context.bias)
+    if context.growth is not None:
+        q = q * context.growth
+    out = _attend(q, k, v, scale, context.of(layer, spec).mask, spec.attn_cap, weights.get("attn.sinks"), context.bias)
     out = out.transpose(1, 2).flatten(2)
-    return weights.linear(out, "attn.o", bias=False)
+    return weights.linear(out if gate is None else out * gate.sigmoid(), "attn.o", bias=False)
 
 
 def _plain(
     x: Tensor, weights: Weights, layer: int, spec: Spec, heads: Heads, context: Context, reduce: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values of the heads, and the gate [batch, seq, heads · features] of what comes out, where there is one."""
     batch, seq, _ = x.shape
     n, m, size = len(heads.ids), heads.kv, heads.size
-    q, k, v = weights.linear(x, "attn.qkv").split([n * size, m * size, m * size], -1)
+    gate = None
+    if "attn.qgkv" in weights:  # the gate of a head stands beside its query
+        q, k, v = weights.linear(x, "attn.qgkv").split([2 * n * size, m * size, m * size], -1)
+        q, gate = (part.flatten(2) for part in q.reshape(batch, seq, n, 2 * size).split(size, -1))
+    else:
+        q, k, v = weights.linear(x, "attn.qkv").split([n * size, m * size, m * size], -1)
     if (whole := weights.get("attn.q_norm_full")) is not None:
         squares = torch.stack((q.float().pow(2).sum(-1), k.float().pow(2).sum(-1) / heads.copies), -1)
         squares = reduce(squares) / torch.tensor([heads.total * size, heads.whole * size], device=x.device)
         q = rms_norm(q, whole, spec.eps, spec.norm_offset, squares[..., :1])
         k = rms_norm(k, weights["attn.k_norm_full"], spec.eps, spec.norm_offset, squares[..., 1:])
-    q, k, v = (part.reshape(batch, seq, -1, size) for part in (q, k, v))
-    if (one := weights.get("attn.q_norm")) is not None:
-        q = rms_norm(q, one, spec.eps, spec.norm_offset)
-        k = rms_norm(k, weights["attn.k_norm"], spec.eps, spec.norm_offset)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    if spec.rope is not None and context.turn is not None:
-        q, k = rotate(q, context.turn, spec.rope.interleaved), rotate(k, context.turn, spec.rope.interleaved)
+    if spec.attn_clip is not None:
+        q, k, v = (part.clamp(-spec.attn_clip, spec.attn_clip) for part in (q, k, v))
+    q, k, v = (part.reshape(batch, seq, -1, size).transpose(1, 2) for part in (q, k, v))
+    if not spec.late_qk_norm:
+        q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
+    turn = context.of(layer, spec).turn
+    q, k = rotate(q, turn, spec.rope_interleaved), rotate(k, turn, spec.rope_interleaved)
+    if spec.late_qk_norm:
+        q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
     if context.cache is not None:
         k, v = context.cache.write(layer, k, v)
-    return q, k, v
+    return q, k, v, gate
+
+
+def _norm(x: Tensor, name: str, weights: Weights, spec: Spec) -> Tensor:
+    """x [batch, heads, seq, features], each head normalised: by the same weights, by its own, by none, or not at all."""
+    each = weights.get(f"{name}_heads")
+    if name not in weights and each is None and name not in spec.bare:
+        return x
+    weight = weights.get(name) if each is None else each[:, None]
+    return norm(x, spec.norm, weight, weights.get(f"{name}_bias"), spec.eps, spec.norm_offset)
 
 
 def _latent(
@@ -112,8 +146,8 @@ def _latent(
     c = rms_norm(c, weights["attn.kv_a_norm"], spec.eps_latent)[:, None]
     k_rope = k_rope[:, None]
     q, q_rope = q.reshape(batch, seq, n, -1).transpose(1, 2).split([latent.nope, latent.rope], -1)
-    if spec.rope is not None and context.turn is not None:
-        q_rope, k_rope = (rotate(part, context.turn, spec.rope.interleaved) for part in (q_rope, k_rope))
+    turn = context.of(layer, spec).turn
+    q_rope, k_rope = rotate(q_rope, turn, spec.rope_interleaved), rotate(k_rope, turn, spec.rope_interleaved)
     if context.cache is not None:
         c, k_rope = context.cache.write(layer, c, k_rope)
     kv = weights.linear(c[:, 0], "attn.kv_b", runs=(latent.nope, heads.value) * n)

@@ -25,6 +25,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def xielu(x: Tensor, weights: Weights) -> Tensor:
+    """Quadratic where x is positive, exponential where it is negative; curvatures and slope are weights."""
+    beta = weights["mlp.act_beta"]
+    above, below = F.softplus(weights["mlp.act_alpha_p"]), beta + F.softplus(weights["mlp.act_alpha_n"])
+    left = (torch.expm1(x.minimum(weights["mlp.act_eps"])) - x) * below
+    return torch.where(x > 0, above * x * x, left) + beta * x
+
+
+LEARNED: dict[str, Callable[[Tensor, Weights], Tensor]] = {"xielu": xielu}  # activations that have weights
+
+
 @dataclass(frozen=True)
 class Share:
     """Which experts this rank has, [first, last), and whether it is the one of those that share them to add their output's bias."""
@@ -54,7 +65,8 @@ def _dense(x: Tensor, weights: Weights, part: str, spec: Spec) -> Tensor:
         rows = weights[f"{part}.gate_up"].shape[0] // 2
         inner = _gated(weights.linear(x, f"{part}.gate_up", runs=(rows, rows)), spec)
     else:
-        inner = ACTIVATIONS[spec.activation](weights.linear(x, f"{part}.up"))
+        inner = weights.linear(x, f"{part}.up")
+        inner = LEARNED[spec.activation](inner, weights) if spec.activation in LEARNED else ACTIVATIONS[spec.activation](inner)
     return weights.linear(inner, f"{part}.down", bias=False)
 
 

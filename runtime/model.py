@@ -4,6 +4,7 @@ A rank holds its own heads, its part of each feed-forward, its experts, its rows
 partial sums meet twice, once where attention and feed-forward start from the same place; hidden states pass from stage to stage.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -15,15 +16,17 @@ from reshard.errors import ReshardError
 from reshard.layout import Layout
 from reshard.model import Model
 
-from .attention import Context, Heads, Latent, attention, slopes
+from .attention import Context, Heads, Latent, Sight, attention, slopes
 from .cache import Cache
 from .experts import Share, feed_forward
+from .linear import Linear, linear_attention
 from .parallel import World
 from .rope import angles
 from .spec import Spec
 from .weights import Weights, multiply, norm
 
 EMBEDDING, HEAD = "the embedding", "the head"  # steps, see Decoder.walk
+NORMS = ("attn_norm", "post_attn_norm")
 
 DTYPES = {
     "F64": torch.float64,
@@ -113,6 +116,13 @@ class Decoder(nn.Module):
         return Latent(q, sizes["kv_lora"], sizes["rope_dim"], sizes["nope_dim"])
 
     @cached_property
+    def linear(self) -> Linear:
+        keys, values = self._box("lin.k"), self._box("lin.v")
+        count = [math.prod(high - low for axis, (low, high) in box.items() if axis not in ("layer", "hidden")) for box in (keys, values)]
+        sizes = self.model.sizes["lk_dim"], self.model.sizes["lv_dim"]
+        return Linear(count[0] // sizes[0], sizes[0], count[1] // sizes[1], sizes[1])
+
+    @cached_property
     def share(self) -> Share | None:
         box = self._box("moe.down")
         return Share(*box["experts"], bias=box["moe_inter"][0] == 0) if box else None
@@ -129,11 +139,10 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states: that of the norms."""
+        """Of hidden states: that of the norms, or of what lies outside the layers, or of an output projection."""
         outside, inside = self._by_layer
-        found = next((t for t in (*(w.get("attn_norm") for w in inside.values()), *outside.values()) if t is not None), None)
-        found = found if found is not None else next(w["post_attn_norm"] for w in inside.values())
-        return found.dtype
+        norms, outputs = ([w[name] for w in inside.values() for name in names if name in w] for names in (NORMS, ("attn.o",)))
+        return next(iter((*norms, *outside.values(), *outputs))).dtype
 
     @torch.inference_mode()
     def forward(
@@ -169,12 +178,16 @@ class Decoder(nn.Module):
         past = positions[:, None, :, None] - columns[:, None, None, :]
         mask = (past >= 0) & (columns[:, None, None, :] >= 0)
         near = mask & (past < self.spec.window) if self.spec.window is not None else mask
-        turn = angles(self.spec.rope, positions.clamp(min=0), self.dtype) if self.spec.rope is not None else None
+        at, spec = positions.clamp(min=0), self.spec
+        far, here = Sight(mask, angles(spec.rope, at, self.dtype)), Sight(near, angles(spec.rope_near, at, self.dtype))
+        growth = None
+        if spec.growth is not None:
+            growth = (1 + spec.growth.by * torch.log1p((at / spec.growth.span).floor()))[:, None, :, None].to(self.dtype)
         bias = None
         if self.spec.alibi:  # bfloat16, as it was trained
             steep = slopes(self.heads.total)[list(self.heads.ids)].to(columns.device, torch.bfloat16)
             bias = (steep[None, :, None, None] * columns.clamp(min=0)[:, None, None, :]).to(self.dtype)
-        return Context(turn, mask, near, bias, cache)
+        return Context(positions >= 0, far, here, growth, bias, cache)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         outside, _ = self._by_layer
@@ -184,6 +197,8 @@ class Decoder(nn.Module):
         x = self._sum(rows.masked_fill(~mine[..., None], 0), "embed")
         if self.spec.embed_scale != 1.0:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
+        if self.spec.embed_factor is not None:
+            x = x * self.spec.embed_factor
         if "embed_norm" in outside:
             x = self._norm(x, Weights(outside), "embed_norm")
         return x + outside["pos_embed"][positions.clamp(min=0)] if "pos_embed" in outside else x
@@ -197,22 +212,28 @@ class Decoder(nn.Module):
     def _both(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
         h = self._norm(x, weights, "attn_norm")
-        beside = self._norm(x, weights, "mlp_norm") if "mlp_norm" in weights else h
+        beside = self._norm(x, weights, "mlp_norm") if self._has(weights, "mlp_norm") else h
         both = self._sum(self._heads(layer, h, context) + feed_forward(beside, weights, self.spec, self.share), "hidden")
-        return x + _biased(_biased(both, weights, "attn.o_bias"), weights, "mlp.down_bias")
+        return self._added(x, _biased(_biased(both, weights, "attn.o_bias"), weights, "mlp.down_bias"))
 
     def _attend(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
         h = self._sum(self._heads(layer, self._norm(x, weights, "attn_norm"), context), "hidden")
-        return x + self._norm(_biased(h, weights, "attn.o_bias"), weights, "post_attn_norm")
+        return self._added(x, self._norm(_biased(h, weights, "attn.o_bias"), weights, "post_attn_norm"))
 
     def _feed(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
         h = self._sum(feed_forward(self._norm(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
-        return x + self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm")
+        return self._added(x, self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm"))
+
+    def _added(self, x: Tensor, h: Tensor) -> Tensor:
+        """What a layer adds."""
+        return x + (h if self.spec.residual_factor is None else h * self.spec.residual_factor)
 
     def _heads(self, layer: int, h: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
+        if "lin.qkvz" in weights:
+            return linear_attention(h, weights, layer, self.spec, self.linear, context)
         return attention(h, weights, layer, self.spec, self.heads, self.latent, context, lambda squares: self._sum(squares, "norm"))
 
     # Looking at it
@@ -247,6 +268,8 @@ class Decoder(nn.Module):
             name = "head" if "head" in outside else "embed"
             logits = multiply(x, outside[name], outside.get("head_bias"))
             logits = self.world.all_gather(logits, self.ranks, self._rows, -1, "logits")[..., :vocab]
+            if self.spec.logit_factor is not None:
+                logits = logits * self.spec.logit_factor
             if (cap := self.spec.logit_cap) is not None:
                 logits = torch.tanh(logits / cap) * cap
         if not all_ranks or pp == 1:
@@ -268,9 +291,12 @@ class Decoder(nn.Module):
 
     def _norm(self, x: Tensor, weights: Weights, name: str) -> Tensor:
         """The norm of that name, or nothing where the family has none there."""
-        if name not in weights:
+        if not self._has(weights, name):
             return x
-        return norm(x, self.spec.norm, weights[name], weights.get(f"{name}_bias"), self.spec.eps, self.spec.norm_offset)
+        return norm(x, self.spec.norm, weights.get(name), weights.get(f"{name}_bias"), self.spec.eps, self.spec.norm_offset)
+
+    def _has(self, weights: Weights, norm: str) -> bool:
+        return norm in weights or norm in self.spec.bare
 
     def _sum(self, x: Tensor, label: str) -> Tensor:
         return self.world.all_reduce(x, self.ranks, label)

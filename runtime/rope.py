@@ -11,16 +11,20 @@ from torch import Tensor
 from .spec import Rope, mscale
 
 
-def angles(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines [batch, seq, size/2] for positions [batch, seq]; computed in float32."""
+    if rope is None:
+        return None
     reach = int(positions.max()) + 1 if rope.kind in ("dynamic", "longrope") else 0
     frequencies, factor = _frequencies(rope, reach, positions.device)
     turns = positions[..., None].float() * frequencies
     return (turns.cos() * factor).to(dtype), (turns.sin() * factor).to(dtype)
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """The first features of every head rotated: x [batch, heads, seq, features]. Interleaved pairs come out as halves."""
+    if turn is None:
+        return x
     cos, sin = (part[:, None] for part in turn)
     size = 2 * cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
@@ -32,8 +36,9 @@ def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, 
     """Frequencies [size/2], and what cosines and sines are multiplied by."""
     said, size, base = rope.scaling, rope.size, rope.base
     factor = float(said.get("factor") or rope.positions / rope.original)
-    if rope.kind == "dynamic":
-        base *= (factor * max(reach, rope.positions) / rope.positions - (factor - 1)) ** (size / (size - 2))
+    if rope.kind == "dynamic":  # by how far a forward reaches, or by a number
+        stretched = factor * max(reach, rope.positions) / rope.positions - (factor - 1)
+        base *= float(said.get("alpha") or stretched) ** (size / (size - 2))
     steps = base ** (torch.arange(0, size, 2, device=device).float() / size)
     plain = 1.0 / steps
     if rope.kind == "linear":

@@ -1,18 +1,25 @@
 """What a decoder computes, as facts: read from a family table's `[model]` section and config.json. Knows no weights and no ranks.
 
-A value in `[model]` is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null
-counts: a number, `true`, `false`, `=word` (that word), or else a key of config.json. A list of texts is true if one of them is.
+How a value is said stands in facts.py, how layers are named in reshard.rules.
 
     norm            "rms" (default) or "layer"
     norm_offset     1 where norms multiply by 1 + weight
+    bare            the norms that have no weights, by their names
     eps             default: the key that config.json has for it; eps_latent: of the norms inside latent attention
     activation      default: hidden_act
     gate_limit, gate_alpha, up_offset   of a gated unit that clamps: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
     parallel        attention and feed-forward both start from the layer's input
     alibi           positions are a bias on the scores
     rope_fraction   part of a head that is rotated; rope_interleaved: pairs stand beside each other
+    rope_layers     the layers that rotate, by a rule, default: all
+    rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
+    late_qk_norm    norms of query and key heads come after their rotation
+    attn_clip       queries, keys and values are clamped to ± this
+    growth          of queries with their positions: times 1 + by · log(1 + ⌊position / span⌋)
     embed_scale     embeddings are multiplied by its root
+    embed_factor, residual_factor, logit_factor     embeddings, what a layer adds, and logits are multiplied by it
     attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
+    attn_factor     scores are multiplied by it instead
     attn_cap, logit_cap     soft caps
     routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen), "sparsemixer" (each choice by
                     softmax over what is left, without what is worse than the best of that by more than twice `jitter`, relatively);
@@ -34,6 +41,8 @@ from reshard.errors import ReshardError
 from reshard.model import Model
 from reshard.tables import Table
 
+from .facts import Facts
+
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # keys for how many there are
 EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
 
@@ -48,7 +57,14 @@ class Rope:
     positions: int
     original: int
     scaling: Mapping[str, Any]
-    interleaved: bool
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋)."""
+
+    by: float
+    span: float
 
 
 @dataclass(frozen=True)
@@ -69,10 +85,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class Spec:
-    """All facts of one model that its decoder needs; see the module for the words. `positions`: None where there is no limit."""
+    """All facts of one model that its decoder needs; see the module for the words.
+
+    `rope`, `rope_near`: angles of the layers without a window and with one; `roped`, `windowed`: layers; `positions`: None where there is
+    no limit.
+    """
 
     norm: str
     norm_offset: float
+    bare: frozenset[str]
     eps: float
     eps_latent: float
     activation: str
@@ -82,10 +103,19 @@ class Spec:
     parallel: bool
     alibi: bool
     rope: Rope | None
+    rope_near: Rope | None
+    rope_interleaved: bool
+    roped: frozenset[int]
+    late_qk_norm: bool
+    growth: Growth | None
     embed_scale: float
+    embed_factor: float | None
+    residual_factor: float | None
+    logit_factor: float | None
     attn_scale: float
     scale_by_layer: bool
     attn_cap: float | None
+    attn_clip: float | None
     logit_cap: float | None
     routing: Routing | None
     window: int | None
@@ -105,14 +135,16 @@ class Spec:
         latent = "attn.kv_a" in model.tensors
         head = sizes["qk_dim"] if latent else sizes["head_dim"]
         alibi, learned = said.true("alibi"), "pos_embed" in model.tensors
-        rope = None if alibi or learned else _rope(said, sizes["rope_dim"] if latent else sizes["head_dim"])
-        scale = 1 / math.sqrt(said.number("attn_scale", float(head)))
+        rope, rope_near = (None, None) if alibi or learned else _ropes(said, sizes["rope_dim"] if latent else sizes["head_dim"])
+        factor = said.optional("attn_factor")
+        scale = 1 / math.sqrt(said.number("attn_scale", float(head))) if factor is None else factor
         if latent and rope is not None and rope.kind != "default":
             scale *= mscale(float(rope.scaling.get("factor", 1)), float(rope.scaling.get("mscale_all_dim") or 0)) ** 2
         window, windowed = capacity.window(model, config)
         return cls(
             norm=said.word("norm", "rms"),
             norm_offset=said.number("norm_offset", 0.0),
+            bare=frozenset(table.model.get("bare", ())),
             eps=said.number("eps", EPS),
             eps_latent=said.number("eps_latent", EPS),
             activation=said.word("activation", "hidden_act | =silu"),
@@ -122,10 +154,19 @@ class Spec:
             parallel=said.true("parallel"),
             alibi=alibi,
             rope=rope,
+            rope_near=rope_near,
+            rope_interleaved=said.true("rope_interleaved"),
+            roped=frozenset(capacity.layers_of_rule("rope_layers", "all", model, config)),
+            late_qk_norm=said.true("late_qk_norm"),
+            growth=_growth(table, said),
             embed_scale=math.sqrt(said.number("embed_scale", 1.0)),
+            embed_factor=said.optional("embed_factor"),
+            residual_factor=said.optional("residual_factor"),
+            logit_factor=said.optional("logit_factor"),
             attn_scale=scale,
             scale_by_layer=said.true("scale_by_layer"),
             attn_cap=said.optional("attn_cap"),
+            attn_clip=said.optional("attn_clip"),
             logit_cap=said.optional("logit_cap"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
             window=window,
@@ -143,9 +184,21 @@ KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _OLD = {"su": "longrope"}
 
 
-def _rope(said: Facts, size: int) -> Rope:
+def _ropes(said: Facts, size: int) -> tuple[Rope | None, Rope | None]:
+    """Angles of the layers without a window, and of those with one."""
+    scaling, given = (dict(said.config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
+    if any(isinstance(one, dict) for one in given.values()):  # for each kind of layer its own
+        whole, near = (given.get(f"{kind}_attention") for kind in ("full", "sliding"))
+    else:
+        whole = near = scaling | given
+    base = said.optional("rope_near")
+    if base is not None and near is whole:
+        near = {"rope_theta": base}
+    return tuple(None if one is None else _rope(said, size, one) for one in (whole, near))  # type: ignore[return-value]
+
+
+def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     get = said.config.get
-    scaling = dict(get("rope_scaling") or {}) | dict(get("rope_parameters") or {})
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     kind = _OLD.get(kind, kind)
     if kind not in KINDS:
@@ -159,8 +212,13 @@ def _rope(said: Facts, size: int) -> Rope:
         positions=positions,
         original=int(scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions),
         scaling=scaling,
-        interleaved=said.true("rope_interleaved"),
     )
+
+
+def _growth(table: Table, said: Facts) -> Growth | None:
+    of = Facts(table.model.get("growth", {}), said.config)
+    by = of.optional("by")
+    return None if by is None else Growth(by, of.number("span", None))
 
 
 def _routing(table: Table, said: Facts) -> Routing:

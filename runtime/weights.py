@@ -60,17 +60,22 @@ def _blocks(runs: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat(found)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, mean: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, mean: Tensor | None = None) -> Tensor:
     """Root mean square norm over the last axis, in float32; `mean`: the mean of squares, where it spans more than this tensor."""
     wide = x.float()
     if mean is None:
         mean = wide.pow(2).mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(mean + eps)
+    if weight is None:
+        return wide.to(x.dtype)
     return (wide * (weight.float() + offset)).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
 
-def norm(x: Tensor, kind: str, weight: Tensor, bias: Tensor | None, eps: float, offset: float) -> Tensor:
-    """A norm of either kind over the last axis."""
-    if kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight + offset if offset else weight, bias, eps)
-    return rms_norm(x, weight, eps, offset)
+def norm(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float) -> Tensor:
+    """A norm of either kind over the last axis. The weight may have more axes: one norm for each head."""
+    if kind == "rms":
+        return rms_norm(x, weight, eps, offset)
+    weight = weight if weight is None or not offset else weight + offset
+    if weight is None or weight.ndim == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight.float()).to(x.dtype)

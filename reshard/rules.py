@@ -1,0 +1,55 @@
+"""Which layers a rule of `[model]` names: alternatives `a | b`, of which the first counts that config.json answers.
+
+    all             every layer
+    even            0, 2, 4, …
+    layer_types     the "sliding_attention" entries of that list
+    from KEY        layers ≥ that number
+    but KEY         all but each KEY-th: of 4 all but 3, 7, 11, …
+    windowed        the layers that have a window; no answer where config.json gives no window
+    KEY             those for which that list, of one entry for each layer, says 1 or true
+
+A KEY of `from` and `but` may be a number.
+"""
+
+from collections.abc import Callable
+
+from .config import Config
+from .errors import ReshardError
+from .notation import evaluate
+
+
+def layers_named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[int, ...] | None]) -> tuple[int, ...]:
+    """The layers, of so many, that a rule names; none where config.json answers no alternative."""
+    for alternative in rule.split("|"):
+        found = _named(alternative.strip(), layers, config, windowed)
+        if found is not None:
+            return found
+    return ()
+
+
+def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    word, _, key = rule.partition(" ")
+    if rule == "windowed":
+        return windowed()
+    if rule in ("all", "even"):
+        return tuple(range(0, layers, 1 if rule == "all" else 2))
+    if key and word in ("from", "but"):
+        number = evaluate(key, config.get)
+        if number is None:
+            return None
+        return tuple(range(number, layers)) if word == "from" else tuple(at for at in range(layers) if not number or (at + 1) % number)
+    if key or not rule.isidentifier():
+        raise ReshardError(
+            f'[model]: "{rule}" does not name layers', 'rules are all, even, layer_types, windowed, "from KEY", "but KEY" and KEY'
+        )
+    return _listed(rule, layers, config)
+
+
+def _listed(key: str, layers: int, config: Config) -> tuple[int, ...] | None:
+    """What a list of config.json says, of one entry for each layer."""
+    entries = config.get(key)
+    if not isinstance(entries, list):
+        return None
+    if len(entries) < layers:
+        raise ReshardError(f"config.json: {key} names {len(entries)} layers, the model has {layers}")
+    return tuple(at for at in range(layers) if (entries[at] == "sliding_attention" if isinstance(entries[at], str) else entries[at]))
