@@ -199,7 +199,8 @@ def _tags(table: Table, config: Config, points: Mapping[int, Points], problems: 
         if tag not in on and config.says(key):
             names = [row.name.text for row in table.rows if tag in row.tags and row.tags - {tag} <= on]
             if names:
-                problems.add(f"config.json says {key.lstrip('!')} = {config.get(key.lstrip('!'))!r}, yet {', '.join(names)} are missing")
+                said = key if "=" in key else f"{key.lstrip('!')} = {config.get(key.lstrip('!'))!r}"
+                problems.add(f"config.json says {said}, yet {', '.join(names)} are missing")
     return on
 
 

@@ -453,12 +453,15 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
 
 
 def _kinds(table: Table) -> list[list[str]]:
-    """Kinds of layers: each combination, and two extra ones last."""
+    """Kinds of layers: each combination, and two extra ones last: of such kinds as have rows in extra layers, or else of the last."""
     special = set(table.extra)
+    beside = {kind for row in table.rows if row.kinds & special for kind in row.kinds}
     plain = [[kind for kind in group if kind not in special] for group in table.one_of]
     found = [list(kinds) for kinds in itertools.product(*plain)]
     if special:
-        found += [[next((kind for kind in group if kind in special), group[-1]) for group in table.one_of]] * 2
+        groups = [[kind for kind in group if kind in special or kind in beside] or group[-1:] for group in table.one_of]
+        groups = [[kind for kind in group if kind in special] or group for group in groups]
+        found += [list(kinds) for kinds in itertools.islice(itertools.cycle(itertools.product(*groups)), 2)]
     return found
 
 
@@ -476,6 +479,8 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
     for key, truth in truths.items():
         if key == "quantization_config":
             config[key] = table.quantization[0] if truth and table.quantization else None
+        elif "=" in key:  # two keys compared: two axes differ unless they are made equal, below
+            continue
         elif not truth:
             config[key] = None if key in {_first(text) for text in table.sizes.values()} else False
         elif key not in {_first(text) for text in table.sizes.values()}:
@@ -506,6 +511,8 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
     for axis in sorted(composite):
         for key in re.findall(r"[A-Za-z_][\w.]*", _first(table.sizes[axis])):
             config.setdefault(key, _SHARED)
+    for key in (key for key, truth in truths.items() if " != " in key and not truth):
+        config[key.partition(" != ")[0]] = config[key.partition(" != ")[2]]
     asked = Config(config, table.defaults)
     for axis, text in table.sizes.items():
         value = evaluate(text, asked.get)
@@ -603,7 +610,7 @@ def _ahead(source: Source, ids: Any) -> Any:
     from torch.nn import functional as F
 
     model = source.layout.model
-    if "mtp.eh_proj" not in model.tensors:
+    if not {"mtp.eh_proj", "mtp_eh_proj"} & model.tensors.keys():
         return None
     load = import_module("reshard.runtime.load")
     decoders, specs, parallel, weights = (import_module(f"reshard.runtime.{name}") for name in ("model", "spec", "parallel", "weights"))
@@ -611,23 +618,28 @@ def _ahead(source: Source, ids: Any) -> Any:
     with torch.inference_mode():
         decoder = _decoder(source, layout, parallel.alone(), load, decoders, specs)
         x: Any = None
-        eps, vocab, logits = decoder.spec.eps, model.sizes["vocab"], []
+        eps, offset, vocab, logits = decoder.spec.eps, decoder.spec.norm_offset, model.sizes["vocab"], []
+        there = dict(decoder.named_parameters())
         for name, step in decoder.walk(ids):
             if name != decoders.HEAD:
                 x = step(x)
         for layer in range(model.main_layers, model.sizes["layer"]):
 
             def of(name: str, layer: int = layer) -> Any:
-                return decoder.get_parameter(f"layers.{layer}.mtp.{name}")
+                """The layer's own, or what all share, or what the main layers have; a tied head is the embedding."""
+                names = (f"layers.{layer}.mtp.{name}", f"mtp_{name}", name, "embed")
+                return next(there[one] for one in names if one in there)
+
+            def normed(x: Any, name: str) -> Any:
+                return weights.rms_norm(x, of(name), eps, offset)
 
             ids, hidden = ids[:, 1:], x[:, :-1]
-            both = (weights.rms_norm(F.embedding(ids, of("embed")), of("e_norm"), eps), weights.rms_norm(hidden, of("h_norm"), eps))
-            x = F.linear(torch.cat(both, -1), of("eh_proj"))
+            x = F.linear(torch.cat((normed(F.embedding(ids, of("embed")), "e_norm"), normed(hidden, "h_norm")), -1), of("eh_proj"))
             decoder.mine = range(layer, layer + 1)
             for name, step in decoder.walk(ids):
                 if name.startswith("layer"):
                     x = step(x)
-            logits.append(F.linear(weights.rms_norm(x, of("norm"), eps), of("head"))[..., :vocab])
+            logits.append(F.linear(normed(x, "norm"), of("head"))[..., :vocab])
         return torch.cat(logits, 1)
 
 

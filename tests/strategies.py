@@ -378,19 +378,25 @@ def inventions(draw: st.DrawFn) -> Invention:
     solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression)}
     solved |= {"routes"} | ({"heads"} if "heads" in table.axes else set())
     sizes = {axis: draw(st.sampled_from(SMALL.get(axis, (4, 6, 12)))) for axis in sorted(axes - solved)}
-    if table.sizes.get("kv") in ("n_head", "num_attention_heads"):
+    sizes |= {axis: int(expression) for axis, expression in table.sizes.items() if expression.isdecimal()}
+    if "kv" in table.sizes and table.sizes["kv"] == table.sizes.get("heads"):
         sizes["group"] = 1
+    axis_of = {expression.split()[0]: axis for axis, expression in table.sizes.items() if axis not in solved}
     config: dict[str, Any] = {"quantization_config": None, "tie_word_embeddings": draw(st.booleans())}
     for key in sorted({key.lstrip("!") for key in table.optional.values()} - config.keys()):
         there = draw(st.booleans())
-        if key == "q_lora_rank":
+        if " != " in key:
+            one, other = key.split(" != ")
+            sizes[axis_of[one]] = draw(st.sampled_from(SMALL.get("hidden", (5, 6)))) if there else sizes[axis_of[other]]
+            config |= {one: sizes[axis_of[one]], other: sizes[axis_of[other]]}
+        elif key == "q_lora_rank":
             config |= {} if there else {key: None}
         else:
             config[key] = there
     simple = {expression.split()[0] for axis, expression in table.sizes.items() if axis not in solved or axis == "heads"}
     for axis in sorted(solved & table.sizes.keys()):
         for key in re.findall(r"\w+", table.sizes[axis]):
-            if key not in simple:
+            if key not in simple and not key.isdecimal():
                 config.setdefault(key, draw(st.integers(1, 3)))
     extra = draw(st.integers(0, 2)) if table.extra else 0
     config |= {expression.split()[0]: extra for expression in table.extra.values()}
