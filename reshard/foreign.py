@@ -275,8 +275,9 @@ class _Reading:
         return tensors
 
     def _kinds(self, layer: int, held: Held) -> set[str]:
-        """Of which kinds a layer is: those of which it has some row."""
-        return {kind for row in self.family.rows if all(layer in held.get(leaf, {}) for leaf in row.leaves) for kind in row.kinds}
+        """Of which kinds a layer is: of every set the first of which it has some row."""
+        found = {kind for row in self.family.rows if all(layer in held.get(leaf, {}) for leaf in row.leaves) for kind in row.kinds}
+        return {next(kind for kind in group if kind in found) for group in self.family.one_of if found & {*group}}
 
     def _solved(self, model: Model, mesh: Mesh, unknown: list[str]) -> Model:
         """The model with the sizes that config.json does not tell.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures import FIXTURES, checkpoint, copy
+from fixtures import FIXTURES, checkpoint, copy, zoo
 from strategies import Headers, Stored, headers, invented, model_of, table_of
 
 from reshard import tables
@@ -337,6 +337,8 @@ def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else the tests say nothing about it. Rows taken over by `like` are tested where they were written."""
     table = tables.load("families", family)
     used = {table.rows[at].name.text for name, fixture in FIXTURES.items() if fixture.family == family for at in model_of(name).active}
+    more = [open_source(checkpoint(name)).layout.model for name, fixture in zoo().items() if fixture.family == family]
+    used |= {table.rows[at].name.text for model in more for at in model.active}
     like = {row.name.text for parent in table.texts if parent != family for row in tables.load("families", parent).rows}
     unused = {row.name.text for row in table.rows} - used - like
     # A tied model may store its head; without a low rank for q there is no published FP8 checkpoint.
