@@ -3,6 +3,7 @@
     all             every layer
     even            0, 2, 4, …
     layer_types     the "sliding_attention" entries of that list
+    KEY WORD        the entries of another such list that are this word; the list may be of pairs, of a list and how often it comes
     from KEY        layers ≥ that number
     but KEY         all but each KEY-th: of 4 all but 3, 7, 11, …
     windowed        the layers that have a window; no answer where config.json gives no window
@@ -38,18 +39,23 @@ def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[
         if number is None:
             return None
         return tuple(range(number, layers)) if word == "from" else tuple(at for at in range(layers) if not number or (at + 1) % number)
+    if key and word.isidentifier():
+        return _listed(word, layers, config, key)
     if key or not rule.isidentifier():
         raise ReshardError(
-            f'[model]: "{rule}" does not name layers', 'rules are all, even, layer_types, windowed, "from KEY", "but KEY" and KEY'
+            f'[model]: "{rule}" does not name layers',
+            'rules are all, even, layer_types, windowed, "from KEY", "but KEY", "KEY WORD" and KEY',
         )
     return _listed(rule, layers, config)
 
 
-def _listed(key: str, layers: int, config: Config) -> tuple[int, ...] | None:
+def _listed(key: str, layers: int, config: Config, word: str = "sliding_attention") -> tuple[int, ...] | None:
     """What a list of config.json says, of one entry for each layer."""
     entries = config.get(key)
     if not isinstance(entries, list):
         return None
+    if all(isinstance(entry, list) for entry in entries):
+        entries = [one for some, times in entries for one in some * times]
     if len(entries) < layers:
         raise ReshardError(f"config.json: {key} names {len(entries)} layers, the model has {layers}")
-    return tuple(at for at in range(layers) if (entries[at] == "sliding_attention" if isinstance(entries[at], str) else entries[at]))
+    return tuple(at for at in range(layers) if (entries[at] == word if isinstance(entries[at], str) else entries[at]))

@@ -82,10 +82,12 @@ def attention(
         q, k, v = _latent(x, weights, layer, spec, heads, latent, context)
     else:
         q, k, v, gate = _plain(x, weights, layer, spec, heads, context, reduce)
-    scale = spec.attn_scale / (layer + 1 if spec.scale_by_layer else 1)
+    bias, scale = context.bias, spec.attn_scale / (layer + 1 if spec.scale_by_layer else 1)
+    if bias is not None and spec.alibi_scaled:
+        bias = bias * scale
     if context.growth is not None:
         q = q * context.growth
-    out = _attend(q, k, v, scale, context.of(layer, spec).mask, spec.attn_cap, weights.get("attn.sinks"), context.bias)
+    out = _attend(q, k, v, scale, context.of(layer, spec).mask, spec.attn_cap, weights.get("attn.sinks"), bias)
     out = out.transpose(1, 2).flatten(2)
     return weights.linear(out if gate is None else out * gate.sigmoid(), "attn.o", bias=False)
 
@@ -165,7 +167,7 @@ def _attend(
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     if bias is not None:
-        scores = scores + bias * scale
+        scores = scores + bias
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(scores.dtype)[None, :, None, None].expand(batch, -1, seq, -1)), -1)

@@ -1,8 +1,8 @@
 """`[model]` of a family table, answered by a config.
 
 A value is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null counts: a number,
-`true`, `false`, `=word` (that word), a key of config.json, or one of these divided by another, `a / b`. A list of texts is true if one of
-them is.
+`true`, `false`, `=word` (that word), a key of config.json, one of these divided by another, `a / b`, or what is true or false: `!key`,
+`key == other`, `key != other`. A list of texts is true if one of them is.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,8 @@ class Facts:
             return word == "true"
         if word.startswith("="):
             return word[1:]
+        if word.startswith("!") or " == " in word or " != " in word:
+            return self.config.says(word)
         if " / " in word:
             above, below = (self._one(part.strip()) for part in word.split(" / "))
             return None if above is None or below is None else above / below

@@ -5,12 +5,13 @@ partial sums meet twice, once where attention and feed-forward start from the sa
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reshard.errors import ReshardError
 from reshard.layout import Layout
@@ -95,15 +96,13 @@ class Decoder(nn.Module):
         latent = "attn.kv_a" in self.model.tensors
         sizes = self.model.sizes
         box = self._box(next(name for name in ("attn.q", "attn.q_b", "attn.q_whole") if name in self.model.tensors))
-        if "kv" in box:
-            group = sizes["group"]
-            ids = tuple(kv * group + g for kv in range(*box["kv"]) for g in range(*box["group"]))
-            total, whole = sizes["kv"] * group, sizes["kv"]
-            low, high = self._box("attn.k")["kv"]
-            kv = high - low
-        else:
-            ids, total = tuple(range(*box["heads"])), sizes["heads"]
-            whole, kv = total, len(ids)
+        atoms = self.model.family.axes.get("heads", ("heads",))
+        ids, total = _rows([box[axis] for axis in atoms], [sizes[axis] for axis in atoms]), sizes["heads"]
+        whole, kv = total, len(ids)
+        if "attn.k" in self.model.tensors:
+            keys = self._box("attn.k")
+            kept = [axis for axis in keys if axis not in ("layer", "head_dim", "hidden")]
+            whole, kv = (math.prod(of) for of in ([sizes[axis] for axis in kept], [keys[axis][1] - keys[axis][0] for axis in kept]))
         size = sizes["qk_dim"] if latent else sizes["head_dim"]
         return Heads(ids, total, kv, whole, self.layout.repeats.get("kv", 1), size, sizes["head_dim"])
 
@@ -184,8 +183,10 @@ class Decoder(nn.Module):
         if spec.growth is not None:
             growth = (1 + spec.growth.by * torch.log1p((at / spec.growth.span).floor()))[:, None, :, None].to(self.dtype)
         bias = None
-        if self.spec.alibi:  # bfloat16, as it was trained
-            steep = slopes(self.heads.total)[list(self.heads.ids)].to(columns.device, torch.bfloat16)
+        if self.spec.alibi:
+            steep = slopes(self.heads.total)[list(self.heads.ids)].to(columns.device)
+            if self.spec.alibi_scaled:  # as it was trained
+                steep = steep.to(torch.bfloat16)
             bias = (steep[None, :, None, None] * columns.clamp(min=0)[:, None, None, :]).to(self.dtype)
         return Context(positions >= 0, far, here, growth, bias, cache)
 
@@ -199,9 +200,11 @@ class Decoder(nn.Module):
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         if self.spec.embed_factor is not None:
             x = x * self.spec.embed_factor
+        if "embed_proj" in outside:
+            x = multiply(x, outside["embed_proj"])
         if "embed_norm" in outside:
             x = self._norm(x, Weights(outside), "embed_norm")
-        return x + outside["pos_embed"][positions.clamp(min=0)] if "pos_embed" in outside else x
+        return x + outside["pos_embed"][positions.clamp(min=0) + self.spec.pos_offset] if "pos_embed" in outside else x
 
     def steps(self, layer: int) -> dict[str, Callable[[Tensor, Context], Tensor]]:
         """What a layer does, one after another, each time from [batch, seq, hidden] to the same."""
@@ -218,13 +221,19 @@ class Decoder(nn.Module):
 
     def _attend(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
-        h = self._sum(self._heads(layer, self._norm(x, weights, "attn_norm"), context), "hidden")
-        return self._added(x, self._norm(_biased(h, weights, "attn.o_bias"), weights, "post_attn_norm"))
+        h = self._sum(self._heads(layer, self._before(x, weights, "attn_norm"), context), "hidden")
+        x = self._added(x, self._norm(_biased(h, weights, "attn.o_bias"), weights, "post_attn_norm"))
+        return self._norm(x, weights, "attn_norm") if self.spec.post_norm else x
 
     def _feed(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
-        h = self._sum(feed_forward(self._norm(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
-        return self._added(x, self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm"))
+        h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
+        x = self._added(x, self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm"))
+        return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
+
+    def _before(self, x: Tensor, weights: Weights, norm: str) -> Tensor:
+        """What a branch starts from."""
+        return x if self.spec.post_norm else self._norm(x, weights, norm)
 
     def _added(self, x: Tensor, h: Tensor) -> Tensor:
         """What a layer adds."""
@@ -265,8 +274,10 @@ class Decoder(nn.Module):
         if self.last:
             outside, _ = self._by_layer
             x = self._norm(x, Weights(outside), "norm")
-            name = "head" if "head" in outside else "embed"
-            logits = multiply(x, outside[name], outside.get("head_bias"))
+            if "head_proj" in outside:
+                x = multiply(x, outside["head_proj"])
+            head = outside["head" if "head" in outside else "embed"]
+            logits = multiply(x, F.normalize(head) if self.spec.head_norm else head, outside.get("head_bias"))
             logits = self.world.all_gather(logits, self.ranks, self._rows, -1, "logits")[..., :vocab]
             if self.spec.logit_factor is not None:
                 logits = logits * self.spec.logit_factor
@@ -300,6 +311,14 @@ class Decoder(nn.Module):
 
     def _sum(self, x: Tensor, label: str) -> Tensor:
         return self.world.all_reduce(x, self.ranks, label)
+
+
+def _rows(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Row-major numbers of what a box holds of axes of these sizes."""
+    found = [0]
+    for (low, high), size in zip(box, sizes, strict=True):
+        found = [at * size + one for at in found for one in range(low, high)]
+    return tuple(found)
 
 
 def _biased(h: Tensor, weights: Weights, name: str) -> Tensor:

@@ -9,8 +9,10 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     activation      default: hidden_act
     gate_limit, gate_alpha, up_offset   of a gated unit that clamps: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
     parallel        attention and feed-forward both start from the layer's input
-    alibi           positions are a bias on the scores
-    rope_fraction   part of a head that is rotated; rope_interleaved: pairs stand beside each other
+    post_norm       attn_norm and mlp_norm come after what a layer adds has been added, and there is none at the end
+    pos_offset      rows of pos_embed before that of the first position
+    alibi           positions are a bias on the scores; alibi_scaled: in bfloat16, and scaled as they are
+    rope_fraction   part of a head that is rotated, or rope_size: so many features of it; rope_interleaved: pairs stand beside each other
     rope_layers     the layers that rotate, by a rule, default: all
     rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
     late_qk_norm    norms of query and key heads come after their rotation
@@ -21,13 +23,14 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
     attn_factor     scores are multiplied by it instead
     attn_cap, logit_cap     soft caps
+    head_norm       rows of the head are divided by their lengths
     routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen), "sparsemixer" (each choice by
                     softmax over what is left, without what is worse than the best of that by more than twice `jitter`, relatively);
                     renormalize: by the sum, or by the norm of that order; scale; groups, group_top: experts are chosen in so many of
                     so many groups, the best by the sum of their group_best (default 2) best scores; weigh_input: an expert's input is
                     weighed, not its output; wide: the router works in float32
     cache, window, window_if, window_layers      see reshard.capacity
-    runs            false: these facts are not enough, the family converts and does not run
+    runs            false: these facts are not enough, the family converts and does not run; or what must be true of config.json, a list
 """
 
 import math
@@ -101,7 +104,10 @@ class Spec:
     gate_alpha: float
     up_offset: float
     parallel: bool
+    post_norm: bool
+    pos_offset: int
     alibi: bool
+    alibi_scaled: bool
     rope: Rope | None
     rope_near: Rope | None
     rope_interleaved: bool
@@ -117,6 +123,7 @@ class Spec:
     attn_cap: float | None
     attn_clip: float | None
     logit_cap: float | None
+    head_norm: bool
     routing: Routing | None
     window: int | None
     windowed: frozenset[int]
@@ -131,6 +138,9 @@ class Spec:
                 "verify proves its weights by rungs 1 to 3; docs/notation.md lists the facts",
             )
         said = Facts(table.model, config.with_defaults(table.defaults))
+        for condition in table.model.get("runs", ()):
+            if not said.config.says(condition):
+                raise ReshardError(f'config.json: family "{table.name}" runs only with {condition}', "it converts and merges all the same")
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors
         head = sizes["qk_dim"] if latent else sizes["head_dim"]
@@ -140,11 +150,12 @@ class Spec:
         scale = 1 / math.sqrt(said.number("attn_scale", float(head))) if factor is None else factor
         if latent and rope is not None and rope.kind != "default":
             scale *= mscale(float(rope.scaling.get("factor", 1)), float(rope.scaling.get("mscale_all_dim") or 0)) ** 2
+        offset = int(said.number("pos_offset", 0.0))
         window, windowed = capacity.window(model, config)
         return cls(
             norm=said.word("norm", "rms"),
             norm_offset=said.number("norm_offset", 0.0),
-            bare=frozenset(table.model.get("bare", ())),
+            bare=frozenset(table.model.get("bare", ())) - ({"norm"} if said.true("post_norm") else set()),
             eps=said.number("eps", EPS),
             eps_latent=said.number("eps_latent", EPS),
             activation=said.word("activation", "hidden_act | =silu"),
@@ -152,7 +163,10 @@ class Spec:
             gate_alpha=said.number("gate_alpha", 1.0),
             up_offset=said.number("up_offset", 0.0),
             parallel=said.true("parallel"),
+            post_norm=said.true("post_norm"),
+            pos_offset=offset,
             alibi=alibi,
+            alibi_scaled=said.true("alibi_scaled"),
             rope=rope,
             rope_near=rope_near,
             rope_interleaved=said.true("rope_interleaved"),
@@ -168,10 +182,11 @@ class Spec:
             attn_cap=said.optional("attn_cap"),
             attn_clip=said.optional("attn_clip"),
             logit_cap=said.optional("logit_cap"),
+            head_norm=said.true("head_norm"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
             window=window,
             windowed=frozenset(windowed),
-            positions=sizes["pos"] if learned else None,
+            positions=sizes["pos"] - offset if learned else None,
         )
 
 
@@ -205,9 +220,10 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
         raise ReshardError(f'config.json: rope of type "{kind}"', f"the runtime knows {', '.join(KINDS)}")
     positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
     fraction = scaling.get("partial_rotary_factor")
+    part = size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)
     return Rope(
         kind=kind,
-        size=int(size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)),
+        size=int(said.number("rope_size", part)),
         base=float(scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or 10000.0),
         positions=positions,
         original=int(scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions),

@@ -474,8 +474,13 @@ def _vocabulary() -> dict[str, list[str]]:
     return {name: re.findall("`([^`]+)`", axes) for name, axes in found}
 
 
-# What is written for short: in families whose queries share keys; in those whose heads lie in several parts.
-SHORT: tuple[dict[str, tuple[str, ...]], ...] = ({}, {"heads": ("kv", "group")}, dict.fromkeys(("heads", "kv"), ("cores", "core_heads")))
+# What is written for short: in families whose queries share keys, whose heads lie in several parts, whose linear values share keys.
+SHORT: tuple[dict[str, tuple[str, ...]], ...] = (
+    {},
+    {"heads": ("kv", "group")},
+    dict.fromkeys(("heads", "kv"), ("cores", "core_heads")),
+    {"lv": ("lk", "lgroup")},
+)
 
 
 def test_vocabulary_is_that_of_the_tables() -> None:
