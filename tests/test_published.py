@@ -39,6 +39,7 @@ CONFIGS = {
     "mixtral": LLAMA | {"num_local_experts": 8},
     "qwen3_moe": LLAMA | {"num_experts": 128, "moe_intermediate_size": 32},
     "gpt_oss": LLAMA | {"num_local_experts": 4},
+    "granitemoe": LLAMA | {"num_local_experts": 32},
     "gpt2": {"n_head": 4, "n_embd": 40, "vocab_size": 100, "n_positions": 30},
     "gpt_neox": {"num_attention_heads": 8, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100},
     "falcon": {"n_head": 8, "hidden_size": 80, "vocab_size": 100, "new_decoder_architecture": True, "parallel_attn": True},
@@ -60,7 +61,7 @@ SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "hea
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
-ministral3 apertus codegen gpt_neo opt starcoder2 persimmon baichuan
+ministral3 apertus qwen2_moe olmoe dots1 glm4_moe granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 
