@@ -158,6 +158,7 @@ def verify(
     numerics: bool | None = None,
     exhaustive: bool = False,
     layers: bool = False,
+    processes: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Verdict":
@@ -168,7 +169,8 @@ def verify(
     sha256       the files that merging would write have the digests that were recorded, or those that the Hub publishes of the model `hub`;
                  `sha256`: it is an error if none is known
     numerics     the model computes what the original does; None: where it can be run here; `exhaustive`: with prompts for every row of
-                 the vocabulary; `layers`: layer by layer, in the memory of one
+                 the vocabulary; `layers`: layer by layer, in the memory of one; `processes`: ranks are processes, connected by gloo, and
+                 not threads
 
     `only` names one rung.
     """
@@ -184,7 +186,7 @@ def verify(
         raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None else None
-    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers))
+    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes))
     return verify_directory(path, source, Options(workers=workers).threads, progress, wish)
 
 
@@ -236,17 +238,21 @@ def fingerprint(
 
 
 def _numerics(
-    wanted: bool | None, only: str | None, exhaustive: bool, layers: bool
+    wanted: bool | None, only: str | None, exhaustive: bool, layers: bool, processes: bool
 ) -> "Callable[[Path, Source | None, Progress], Rung] | None":
     """The numeric rung, which is the runtime's; imported when it is climbed."""
+    if layers and processes:
+        raise ReshardError("--layers and --processes are both given: layer by layer, ranks are threads", "leave out one of them")
     if wanted is False and only != "numerics":
         return None
 
     def climb(out: Path, source: Source | None, progress: Progress) -> "Rung":
         from importlib import import_module
 
-        must = bool(wanted) or only == "numerics" or exhaustive or layers
-        rung: Rung = import_module("reshard.runtime.check").numerics(out, source, progress, must, exhaustive, layers)
+        must = bool(wanted) or only == "numerics" or exhaustive or layers or processes
+        rung: Rung = import_module("reshard.runtime.check").numerics(
+            out, source, progress, must=must, exhaustive=exhaustive, layers=layers, processes=processes
+        )
         return rung
 
     return climb

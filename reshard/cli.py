@@ -184,6 +184,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 @click.option("--numerics/--no-numerics", default=None, help="Run the model against the original (default: where it can be run here).")
 @click.option("--exhaustive", is_flag=True, help="Run it on every row of the vocabulary.")
 @click.option("--layers", is_flag=True, help="Run it layer by layer, in the memory of one, if it is larger than the machine's.")
+@click.option("--processes", is_flag=True, help="Run it with a process per rank, connected by gloo, in place of threads.")
 @_source
 @_workers
 @_talk

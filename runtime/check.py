@@ -4,14 +4,11 @@
                    and the same tokens when both go on by themselves
     stored dtype   rms distance from the float32 reference at most 1.5 × the reference's own
 
-The reference is transformers, an independent implementation, run from the original files; where it is not installed or does not know the
-model (block-scaled FP8), this runtime at TP 1, from the original files too. Ranks are threads of this process.
+The reference is transformers, or this runtime at TP 1 (`reference`). Ranks are threads of this process, or processes (`ranks`).
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +23,8 @@ if TYPE_CHECKING:
 
     from reshard.source import Source
 
-    from .model import Decoder
-
-Routes = dict[int, "list[torch.Tensor]"]  # layer → the experts of every token, [tokens, top], of one forward after another
+    from .ranks import Computed, Routes
+    from .reference import Reference
 
 TIMES, RMS = 4.0, 1.5  # × the reference's own error: in float32, and in the stored dtype
 LENGTH, MOST = 48, 32  # tokens of a prompt; prompts
@@ -53,11 +49,19 @@ class Numbers:
 
 
 def numerics(
-    out: Path, source: "Source | None", progress: Progress, must: bool = False, exhaustive: bool = False, layers: bool = False
+    out: Path,
+    source: "Source | None",
+    progress: Progress,
+    *,
+    must: bool = False,
+    exhaustive: bool = False,
+    layers: bool = False,
+    processes: bool = False,
 ) -> Rung:
     """Climb the rung. What stands against it makes it skipped, or, where it `must` be climbed, an error.
 
-    `exhaustive`: as many prompts as the vocabulary has rows for; `layers`: layer by layer, in the memory of one.
+    `exhaustive`: as many prompts as the vocabulary has rows for; `layers`: layer by layer, in the memory of one; `processes`: each rank is
+    a process of its own.
     """
 
     def skipped(why: str, hint: str) -> Rung:
@@ -84,7 +88,7 @@ def numerics(
         return layer_by_layer(out, source, open_source(out, source.layout.model.family), progress)
     try:
         with torch.inference_mode():
-            return _Check(out, source, progress, exhaustive).climb()
+            return _Check(out, source, progress, exhaustive, processes).climb()
     except PlaceError:
         raise
     except ReshardError as error:
@@ -96,14 +100,15 @@ def numerics(
 class _Check:
     """One climb: prompts, reference, shards."""
 
-    def __init__(self, out: Path, source: "Source", progress: Progress, exhaustive: bool) -> None:
+    def __init__(self, out: Path, source: "Source", progress: Progress, exhaustive: bool, processes: bool) -> None:
         import torch
 
-        assert source.root is not None
-        self.out, self.source, self.progress, self.rung = out, source, progress, Rung("numerics")
+        from .reference import reference_for
+
+        self.out, self.source, self.progress, self.processes, self.rung = out, source, progress, processes, Rung("numerics")
         model = source.layout.model
         self.vocab, self.stored = model.sizes["vocab"], getattr(torch, _dtype(model.tensors["embed"].dtypes[0]))
-        self.reference: _Reference = _reference(source.root, source.layout.model.family.quantization != () and _quantized(source))
+        self.reference: Reference = reference_for(source)
         self.prompts = prompts_for(source, exhaustive)
         self.routed: dict[int, set[int]] = {}
 
@@ -119,18 +124,18 @@ class _Check:
             return Rung("numerics", skipped=f"the logits of the reference, {self.reference.name}, are not finite")
         exact = self.reference.logits(self.prompts, torch.float64)
         self.progress.advance(self.source.bytes)
-        whole, stepwise, tokens = self._shards(torch.float32, generate=True)
+        ours = self._shards(torch.float32, goes_on=True)
         self.progress.advance(self.source.bytes)
-        numbers = _numbers(whole, wide, exact)
+        numbers = _numbers(ours.logits, wide, exact)
         rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
             where = self._first_to_differ()
             rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, {limit:.3g} is the bound{where}")
-        if not (off := _distance(stepwise, whole)) <= limit:
+        if not (off := _distance(ours.stepwise, ours.logits)) <= limit:
             words = f"logits differ by {off:.3g} from those of the whole prompt, {limit:.3g} is the bound"
             rung.failures.append(f"float32: token by token, {words}")
-        self._continuations(tokens, limit)
+        self._continuations(ours.tokens, limit)
         if narrow:
             name = str(self.stored).removeprefix("torch.")
             routes, more = None, {}
@@ -140,9 +145,9 @@ class _Check:
             else:
                 own = self.reference.logits(self.prompts, self.stored)
             self.progress.advance(self.source.bytes)
-            ours, _, _ = self._shards(self.stored, routes=routes)
+            ours = self._shards(self.stored, routes=routes)
             self.progress.advance(self.source.bytes)
-            numbers = _numbers(ours.float(), wide, own.float())
+            numbers = _numbers(ours.logits.float(), wide, own.float())
             rung.numbers[name] = numbers.to_json() | more
             if not numbers.rms <= RMS * numbers.own_rms:
                 words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
@@ -151,42 +156,18 @@ class _Check:
         self.progress.finish()
         return rung
 
-    def _shards(
-        self, dtype: "torch.dtype", generate: bool = False, routes: "Routes | None" = None
-    ) -> "tuple[torch.Tensor, torch.Tensor, list[list[int]]]":
-        """Logits of the shards: of whole prompts, and token by token from the middle on; and how they go on by themselves."""
-        import torch
+    def _shards(self, dtype: "torch.dtype", goes_on: bool = False, routes: "Routes | None" = None) -> "Computed":
+        """What the shards compute; with `goes_on` also token by token, and how texts go on."""
+        from .ranks import compute, on_ranks
 
-        from .generate import Options
-        from .generate import generate as go_on
-        from .load import load_model
-        from .parallel import World, run_threads
-
-        def work(world: World) -> tuple[torch.Tensor, torch.Tensor, list[list[int]], dict[int, set[int]]]:
-            with torch.inference_mode():
-                decoder = load_model(self.out, dtype, mesh=mesh, world=world)
-                for layer, weights in decoder.routers().items():
-                    weights.imposed = iter(routes[layer]) if routes else None
-                parts: list[torch.Tensor] = []
-                steps: list[torch.Tensor] = []
-                for ids in self.prompts.split(8):
-                    whole = decoder(ids, all_ranks=True)
-                    parts.append(whole)
-                    if generate and not steps:
-                        cache, half = decoder.new_cache(*ids.shape), ids.shape[1] // 2
-                        pieces = [ids[:, :half], *ids[:, half:].split(1, 1)]
-                        steps.append(torch.cat([decoder(piece, cache=cache, all_ranks=True) for piece in pieces], 1))
-                routed = {layer: weights.routed for layer, weights in decoder.routers().items()}
-                tokens = go_on(decoder, self._starts(), Options(NEW)).tokens if generate else []
-                return torch.cat(parts), steps[0] if steps else parts[0], tokens, routed
-
-        mesh = self._opened.layout.mesh
-        found = run_threads(mesh.world, work, timeout=3600)
-        for _, _, _, routed in found:
-            for layer, experts in routed.items():
+        given: dict[str, Any] = {"out": self.out, "dtype": dtype, "prompts": self.prompts, "routes": routes}
+        if goes_on:
+            given |= {"starts": self._starts(), "new": NEW}
+        found = on_ranks(self._opened.layout.mesh, self.processes, compute, **given)
+        for one in found:
+            for layer, experts in one.routed.items():
                 self.routed.setdefault(layer, set()).update(experts)
-        whole, steps, tokens, _ = found[0]
-        return whole, steps, tokens
+        return found[0]
 
     def _routed(self) -> "tuple[torch.Tensor, torch.Tensor, Routes, float]":
         """Of a mixture in 16 bits, where a token may go to another expert by a rounding: this runtime at TP 1 with the choices of float32.
@@ -202,7 +183,7 @@ class _Check:
         logits: list[torch.Tensor] = []
         taken: list[Routes] = []
         for dtype, imposed in ((torch.float32, False), (self.stored, True), (self.stored, False)):
-            decoder = load_model(self.source.root or self.out, dtype, world=alone())
+            decoder = load_model(self.source, dtype, world=alone())
             for layer, weights in decoder.routers().items():
                 weights.routes = []
                 weights.imposed = iter(taken[0][layer]) if imposed else None
@@ -262,22 +243,18 @@ class _Check:
         import torch
 
         from .load import load_model
-        from .parallel import World, alone, run_threads
+        from .parallel import alone
+        from .ranks import on_ranks, walk
 
         ids, opened = self.prompts[:2], self._opened
         inputs: dict[str, torch.Tensor | None] = {}
         outputs: dict[str, torch.Tensor] = {}
         x: torch.Tensor | None = None
-        for name, step in load_model(self.source.root or self.out, torch.float32, world=alone()).walk(ids):
+        for name, step in load_model(self.source, torch.float32, world=alone()).walk(ids):
             inputs[name], outputs[name] = x, (x := step(x))
 
-        def work(world: World) -> dict[str, torch.Tensor]:
-            with torch.inference_mode():
-                decoder = load_model(self.out, torch.float32, mesh=opened.layout.mesh, world=world)
-                return {name: step(inputs[name]) for name, step in decoder.walk(ids)}
-
         merged: dict[str, torch.Tensor] = {}
-        for found in run_threads(opened.layout.mesh.world, work, timeout=3600):
+        for found in on_ranks(opened.layout.mesh, self.processes, walk, out=self.out, prompts=ids, inputs=inputs):
             merged |= found
         for name, output in outputs.items():
             if not _distance(merged[name], output) <= 1e-4 * float(output.abs().max()):
@@ -292,99 +269,6 @@ def culprit(step: str, out: "Source", source: "Source") -> str:
     layer = step.partition(",")[0].replace("layer ", "layers.") + "." if step.startswith("layer ") else ""
     odd = [failure for failure in verification.weights(out, source, 2).failures if layer in failure]
     return f": {odd[0]}" if odd else ""
-
-
-# --- the reference ---------------------------------------------------------------------------------------------------------------
-
-
-class _Reference:
-    """The unsharded model, in any dtype. `run`: ids → logits, made anew for each dtype."""
-
-    def __init__(self, name: str, load: "Callable[[torch.dtype], Callable[[torch.Tensor], torch.Tensor]]") -> None:
-        self.name, self.load = name, load
-        self._kept: tuple[torch.dtype, Callable[[torch.Tensor], torch.Tensor]] | None = None
-
-    def prepare(self) -> None:
-        """Load it in float32, which stays loaded."""
-        import torch
-
-        if self._kept is None:
-            self._kept = torch.float32, self.load(torch.float32)
-
-    def logits(self, ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-        import torch
-
-        self.prepare()
-        run = self._kept[1] if self._kept and dtype is torch.float32 else self.load(dtype)
-        return torch.cat([run(part) for part in ids.split(8)])
-
-    def greedy(self, start: Sequence[int], most: int) -> tuple[list[int], list[float]]:
-        """What the model goes on with, in float32, and by how much it preferred each token to the second."""
-        import torch
-
-        assert self._kept is not None
-        ids, margins = list(start), []
-        for _ in range(most):
-            best = self._kept[1](torch.tensor([ids]))[0, -1].topk(2)
-            ids.append(int(best.indices[0]))
-            margins.append(float(best.values[0] - best.values[1]))
-        return ids[len(start) :], margins
-
-
-def _reference(root: Path, quantized: bool) -> _Reference:
-    """transformers where it is installed and can run the model, else this runtime at TP 1; the name says which, and why."""
-    try:
-        import transformers
-    except ImportError:
-        return _Reference("this runtime at TP 1 (transformers is not installed)", _ours(root))
-    if quantized:
-        return _Reference("this runtime at TP 1 (transformers runs these weights on GPUs only)", _ours(root))
-
-    def load(dtype: "torch.dtype") -> "Callable[[torch.Tensor], torch.Tensor]":
-        with _quiet():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                root, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True
-            )
-        model = loaded.eval()
-        return lambda ids: model(ids, use_cache=False).logits
-
-    found = _Reference(f"transformers {transformers.__version__}", load)
-    try:
-        found.prepare()
-    except Exception as error:  # whatever it stumbles over in a checkpoint that it does not know
-        words = str(error).strip().partition("\n")[0][:80]
-        return _Reference(f"this runtime at TP 1 (transformers: {type(error).__name__}: {words})", _ours(root))
-    return found
-
-
-def _ours(root: Path) -> "Callable[[torch.dtype], Callable[[torch.Tensor], torch.Tensor]]":
-    from .load import load_model
-    from .parallel import alone
-
-    def load(dtype: "torch.dtype") -> "Callable[[torch.Tensor], torch.Tensor]":
-        decoder: Decoder = load_model(root, dtype, world=alone())
-        return decoder
-
-    return load
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers."""
-    from transformers.utils import logging as theirs
-
-    logging: Any = theirs
-    was, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(was)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # --- prompts and distances -------------------------------------------------------------------------------------------------------
@@ -406,10 +290,6 @@ def _positions(source: "Source") -> int:
     from .spec import POSITIONS
 
     return next((int(source.config.get(key)) for key in POSITIONS if source.config.get(key)), 1 << 30)
-
-
-def _quantized(source: "Source") -> bool:
-    return source.config.get("quantization_config") is not None
 
 
 def _dtype(stored: str) -> str:

@@ -150,26 +150,12 @@ def _torch() -> None:
 
 def one_rank(job: Job, forked: int | None, tell: Tell) -> None:
     """Everything that one rank does. `forked`: how many ranks there are, where they are forks of one process."""
-    import torch
-    from torch import distributed
-
-    from .parallel import Processes, World, alone
+    from .parallel import joined
 
     tell("start")
-    size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, len(os.sched_getaffinity(0)) // here))
-    device = _device(job.device, here)
-    world: World = alone()
-    if size > 1:
-        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", forked, job.timeout)
-        world = Processes(timeout=job.timeout)
-    try:
-        with world.failing():
-            _work(job, world, device, tell)
-    finally:
-        if size > 1:
-            with suppress(RuntimeError):
-                distributed.destroy_process_group()
+    device = _device(job.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with joined("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", forked, job.timeout) as world:
+        _work(job, world, device, tell)
 
 
 def _device(name: str, ranks: int) -> Any:
@@ -184,29 +170,6 @@ def _device(name: str, ranks: int) -> Any:
         raise ReshardError(f"--device cuda: {ranks} ranks on this machine, {count} GPUs", f"--tp {count} reshards on load")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
-
-
-def _join(backend: str, forked: int | None, timeout: float) -> None:
-    """Initialise torch.distributed."""
-    from datetime import timedelta
-
-    from torch import distributed
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    limit = timedelta(seconds=timeout)
-    try:
-        if forked is None:
-            distributed.init_process_group(backend, timeout=limit)
-            return
-        rank = int(os.environ["RANK"])
-        store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
-    except RuntimeError as error:
-        from .parallel import Lost
-
-        raise Lost(
-            f"rank {os.environ['RANK']} cannot join the others: {str(error).splitlines()[0]}", "start all ranks at one time"
-        ) from None
 
 
 def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:

@@ -11,7 +11,9 @@ import os
 import selectors
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -19,10 +21,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from mmap import mmap
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reshard.errors import PlaceError, ReshardError
 
+if TYPE_CHECKING:
+    from .parallel import World
+
+T = TypeVar("T")
 Tell = Callable[[str], None]
 Work = Callable[[int, Tell], None]
 
@@ -74,6 +81,49 @@ def launch(size: int, work: Work, timeout: float) -> None:
     _judge(children, [PHASES[number] for number in phases[:]])
 
 
+def run_processes(size: int, work: "Callable[[World], T]", timeout: float) -> list[T]:
+    """`work` once per rank, each in a process of its own, connected by gloo; their results in the order of the ranks.
+
+    `run_threads` of real ranks. The work and its results are pickled. A process of its own forks the ranks: no fork survives the threads
+    that torch has started in this one. Raises as `launch` does.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="reshard-ranks-") as folder:
+        torch.save(work, Path(folder, "work"))
+        program = f"import sys; sys.path[:] = {sys.path!r}; from reshard.runtime import launch; launch.serve(*sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", program, folder, str(size), str(timeout), str(os.getpid())], check=False)
+        if (said := Path(folder, "error")).exists():
+            words = json.loads(said.read_text(encoding="utf-8"))
+            error: type[ReshardError] = PlaceError if words["code"] == 3 else ReshardError
+            raise error(words["message"], words["hint"])
+        if done.returncode:
+            raise PlaceError(f"the process that starts the {size} ranks ended with code {done.returncode}")
+        return [torch.load(Path(folder, f"rank-{rank}"), weights_only=False) for rank in range(size)]
+
+
+def serve(folder: str, size: str, timeout: str, parent: str) -> None:
+    """The process of `run_processes` that forks the ranks. Results, or what they failed with, go to files in the folder."""
+    import torch
+
+    _follow(int(parent))
+    work = torch.load(Path(folder, "work"), weights_only=False)
+
+    def one(rank: int, tell: Tell) -> None:
+        from .parallel import joined
+
+        with joined("gloo", int(size), float(timeout)) as world:
+            tell("load")
+            found = work(world)
+        torch.save(found, Path(folder, f"rank-{rank}"))
+
+    try:
+        launch(int(size), one, float(timeout))
+    except ReshardError as error:
+        words = {"message": error.message, "hint": error.hint, "code": error.exit_code}
+        Path(folder, "error").write_text(json.dumps(words), encoding="utf-8")
+
+
 def _store(size: int, timeout: float) -> Any:
     from datetime import timedelta
 
@@ -93,6 +143,7 @@ def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]
         os.close(reading)
         os.close(doors[1])
         _follow(parent)
+        atexit._clear()  # what the parent would do at its end
         code = _run(rank, size, work, phases, doors[0], writing)
     except BaseException:
         traceback.print_exc()
@@ -101,14 +152,13 @@ def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]
 
 
 def _follow(parent: int) -> None:
-    """Die with the parent, leave Ctrl-C to it, and forget what it would do at its end."""
+    """Die with the parent, and leave Ctrl-C to it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    atexit._clear()
 
 
 def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reshard.mesh import Mesh
 from reshard.progress import Progress
 from reshard.verdict import Rung
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 class _Part:
     """One rank's part of a model, of which only the weights of the step at hand are in memory."""
 
-    def __init__(self, root: Path, world: World, dtype: torch.dtype, mesh: object = None) -> None:
-        self.opened = open_for(root, mesh, world)  # type: ignore[arg-type]
+    def __init__(self, place: "Path | Source", world: World, dtype: torch.dtype, mesh: Mesh | None = None) -> None:
+        self.opened = open_for(place, mesh, world)
         self.tied = not self.opened.layout.pieces.get("head")
         self.rank, self.dtype = world.rank, dtype
         self.decoder = self.opened.decoder(world).to(dtype)
@@ -77,8 +78,7 @@ def _once(part: _Part) -> Iterator[_Part]:
 
 def layer_by_layer(out: Path, source: "Source", opened: "Source", progress: Progress) -> Rung:
     """The rung. `opened` is `out`; its mesh is that of the ranks, which are threads."""
-    assert source.root is not None
-    root, rung, mesh = source.root, Rung("numerics"), opened.layout.mesh
+    rung, mesh = Rung("numerics"), opened.layout.mesh
     ids = prompts_for(source)[:2]
     x: Tensor | None = None
     output, own, worst, count = torch.empty(0), 0.0, 0.0, 0
@@ -96,7 +96,7 @@ def layer_by_layer(out: Path, source: "Source", opened: "Source", progress: Prog
         nonlocal x, worst, count
         with torch.inference_mode():
             mine = _Part(out, world, torch.float32, mesh)
-            narrow, wide = (_Part(root, alone(), dtype) for dtype in (torch.float32, torch.float64))
+            narrow, wide = (_Part(source, alone(), dtype) for dtype in (torch.float32, torch.float64))
             steps, ours = list(narrow.steps(ids)), set(mine.steps(ids))
             for step in steps:
                 if world.rank == 0:

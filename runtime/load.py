@@ -211,7 +211,7 @@ def _packed(entry: Entry) -> tuple[int, ...]:
 
 
 def load_model(
-    out: str | os.PathLike[str],
+    out: "str | os.PathLike[str] | Source",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     *,
@@ -221,7 +221,7 @@ def load_model(
     reshard_on_load: bool = True,
     timeout: float = 60.0,
 ) -> "Decoder":
-    """This rank's part of the model in a shard directory, or in a published one; called by all ranks of a job.
+    """This rank's part of the model in a shard directory, in a published one, or in a source opened before; called by all ranks of a job.
 
     The job is `world`, or the initialised process group of torch.distributed, or this process alone; collectives give up after `timeout`
     seconds. `mesh` is how the job cuts the model: by default the directory's own if it is for as many ranks, else tensor parallel.
@@ -327,14 +327,15 @@ class Opened:
         return state
 
 
-def open_for(out: str | os.PathLike[str], mesh: "Mesh | None", world: "World", reshard_on_load: bool = True) -> Opened:
+def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world: "World", reshard_on_load: bool = True) -> Opened:
     """Open a directory for a job: to be mapped where it is native and for the job's mesh, else to be read through a plan."""
     from reshard import tables
     from reshard.capacity import explain_refusal
     from reshard.layout import lay_out
     from reshard.mesh import Mesh
+    from reshard.source import Source
 
-    root = Path(out)
+    root = (out.root or Path()) if isinstance(out, Source) else Path(out)
     known = manifest.load(root) if manifest.present(root) else None
     if known is not None:
         wanted = mesh or (known.mesh if known.mesh.world == world.size else Mesh(world.size))
@@ -353,7 +354,7 @@ def open_for(out: str | os.PathLike[str], mesh: "Mesh | None", world: "World", r
     if known is not None and known.mesh == wanted and known.format == NATIVE:
         config, layout = _open_rank(root, known, world.rank)
         return Opened(root, config, layout, known, None)
-    source = open_out(root)
+    source = out if isinstance(out, Source) else open_out(root)
     model = source.layout.model
     table = tables.load("formats", NATIVE).for_family(model.family.name)
     try:

@@ -6,13 +6,14 @@ of the ranks, in float32 where tensors have 16 bits. What is exchanged carries w
 told apart instead of waiting for each other.
 """
 
+import os
 import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -494,3 +495,45 @@ class Processes(World):
 
 def _head(text: str, turn: int) -> Tensor:
     return torch.frombuffer(bytearray(zlib.crc32(text.encode()).to_bytes(8, "little") + turn.to_bytes(8, "little")), dtype=torch.uint8)
+
+
+@contextmanager
+def joined(backend: str, forked: int | None, timeout: float) -> Iterator[World]:
+    """This process as a rank of the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say, with its share of the CPUs.
+
+    `forked`: how many ranks there are, where they are forks of one process (`launch`); None under torchrun. What is raised inside is told
+    to the other ranks.
+    """
+    from torch import distributed
+
+    size, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, len(os.sched_getaffinity(0)) // here))
+    world: World = alone()
+    if size > 1:
+        _join(backend, forked, timeout)
+        world = Processes(timeout=timeout)
+    try:
+        with world.failing():
+            yield world
+    finally:
+        if size > 1:
+            with suppress(RuntimeError):
+                distributed.destroy_process_group()
+
+
+def _join(backend: str, forked: int | None, timeout: float) -> None:
+    """Initialise torch.distributed."""
+    from torch import distributed
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    limit = timedelta(seconds=timeout)
+    try:
+        if forked is None:
+            distributed.init_process_group(backend, timeout=limit)
+            return
+        rank = int(os.environ["RANK"])
+        store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
+    except RuntimeError as error:
+        words = str(error).splitlines()[0]
+        raise Lost(f"rank {os.environ['RANK']} cannot join the others: {words}", "start all ranks at one time") from None

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import torch
 from faults import FAULTS, plant
 from fixtures import FIXTURES, checkpoint
-from reshard.runtime import check
+from reshard.runtime import reference
 from running import sign
 
 import reshard
 from reshard.errors import ReshardError
+from reshard.source import Source
 from reshard.verdict import RUNGS
 
 FAMILIES = {  # fixture → mesh: with repeated KV heads where there are some
@@ -26,12 +26,12 @@ ADD = {  # (fault, whether digests were made right) → the rungs that must find
 }
 
 
-class Remembered(check._Reference):
+class Remembered(reference.Reference):
     """The reference, asked the same question once."""
 
-    def __init__(self, known: check._Reference) -> None:
+    def __init__(self, known: reference.Reference) -> None:
         super().__init__(known.name, known.load)
-        self._kept, self._said = known._kept, {}
+        self._kept, self._said = known.prepare(), {}
 
     def logits(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         key = dtype, ids.numpy().tobytes()
@@ -46,8 +46,16 @@ class Remembered(check._Reference):
         return self._said[key]
 
 
-REFERENCE = cache(lambda root, quantized: Remembered(ORIGINAL(root, quantized)))
-ORIGINAL = check._reference
+ORIGINAL = reference.reference_for
+KNOWN: dict[Path, Remembered] = {}
+
+
+def remembered(source: Source) -> Remembered:
+    """The reference of a directory, made once."""
+    assert source.root is not None
+    if source.root not in KNOWN:
+        KNOWN[source.root] = Remembered(ORIGINAL(source))
+    return KNOWN[source.root]
 
 
 def one_each() -> list[str]:
@@ -58,7 +66,7 @@ def one_each() -> list[str]:
 def planted(name: str, folder: Path, faults: list[str] | None = None) -> Iterator[tuple[str, bool, str, bool]]:
     """(fault, signed, rung, found) of each."""
     torch.set_num_threads(1)
-    check._reference = REFERENCE
+    reference.reference_for = remembered
     source, good, out = checkpoint(name), folder / "good", folder / "out"
     reshard.convert(source, good, **FAMILIES[name], sha256=True)
     reshard.convert(checkpoint("gpt2" if name != "gpt2" else "llama"), folder / "other", tp=2)

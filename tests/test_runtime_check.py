@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import FIXTURES, copy
+from reshard.runtime import ranks
 from running import big_llama, environment, reshard, sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reshard as api
+from reshard.errors import ReshardError
+from reshard.mesh import Mesh
 
 Get = Callable[[str], Path]
 
@@ -90,6 +93,46 @@ def test_a_fault_that_every_digest_hides_is_found_and_named(checkpoint: Get, tmp
     done = reshard("verify", out, "--against", checkpoint("llama"), "--only", "numerics")
     assert done.code == 1
     assert f"the first step to differ is {step}: rank-00001/model.safetensors: {name} differs" in done.out, done.out
+
+
+# Ranks that are processes
+
+
+def test_processes_give_the_report_of_threads(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are taken in one order
+    api.convert(checkpoint("llama"), out, tp=2)
+    threads = api.verify(out, against=checkpoint("llama"), only="numerics")
+    monkeypatch.setattr(ranks, "run_threads", None)
+    processes = api.verify(out, against=checkpoint("llama"), only="numerics", processes=True)
+    assert processes.ok, processes.failures
+    one, other = ({key: value for key, value in report.rungs[0].to_json().items() if key != "seconds"} for report in (threads, processes))
+    assert one == other
+
+
+def test_processes_find_and_name_a_fault(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    api.convert(checkpoint("llama_bin"), out, tp=2)
+    exchanged(out, "layers.0.attn.o", slice(0, 3), slice(3, 6), rank=1)
+    monkeypatch.setattr(ranks, "run_threads", None)
+    done = reshard("verify", out, "--against", checkpoint("llama_bin"), "--only", "numerics", "--processes")
+    assert done.code == 1
+    assert "the first step to differ is layer 0, attention: rank-00001/model.safetensors: layers.0.attn.o differs" in done.out, done.out
+
+
+def test_what_a_process_fails_with_is_raised(tmp_path: Path) -> None:
+    given = {"out": tmp_path / "absent", "dtype": torch.float32, "prompts": torch.zeros(1, 2, dtype=torch.int64)}
+    with pytest.raises(ReshardError, match=r"absent: no such"):
+        ranks.on_ranks(Mesh(2), True, ranks.compute, **given)
+
+
+def test_layer_by_layer_ranks_are_threads(checkpoint: Get) -> None:
+    done = reshard("verify", checkpoint("llama"), "--against", checkpoint("llama"), "--layers", "--processes")
+    assert done.code == 2
+    assert "--layers and --processes" in done.err
+
+
+# Layer by layer
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -1,0 +1,96 @@
+"""The reference of the numeric proof: transformers, run from the original files; where it cannot, this runtime at TP 1, from them too.
+
+Where transformers is not installed or does not know the model (block-scaled FP8); the name of a reference says which it is, and why.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from reshard.source import Source
+
+from .load import load_model
+from .parallel import alone
+
+Run = Callable[[torch.Tensor], torch.Tensor]  # ids [batch, seq] → logits [batch, seq, vocab]
+
+
+class Reference:
+    """The unsharded model, in any dtype, loaded anew for each but float32."""
+
+    def __init__(self, name: str, load: Callable[[torch.dtype], Run]) -> None:
+        self.name, self.load = name, load
+        self._kept: Run | None = None
+
+    def prepare(self) -> Run:
+        """Load it in float32, which stays loaded."""
+        if self._kept is None:
+            self._kept = self.load(torch.float32)
+        return self._kept
+
+    def logits(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        kept = self.prepare()
+        run = kept if dtype is torch.float32 else self.load(dtype)
+        return torch.cat([run(part) for part in ids.split(8)])
+
+    def greedy(self, start: Sequence[int], most: int) -> tuple[list[int], list[float]]:
+        """What the model goes on with, in float32, and by how much it preferred each token to the second."""
+        run, ids, margins = self.prepare(), list(start), []
+        for _ in range(most):
+            best = run(torch.tensor([ids]))[0, -1].topk(2)
+            ids.append(int(best.indices[0]))
+            margins.append(float(best.values[0] - best.values[1]))
+        return ids[len(start) :], margins
+
+
+def reference_for(source: Source) -> Reference:
+    """For a published checkpoint: transformers where it is installed and can run the model, else this runtime at TP 1."""
+    root = str(source.root)
+    try:
+        import transformers
+    except ImportError:
+        return Reference("this runtime at TP 1 (transformers is not installed)", _ours(source))
+    if source.layout.model.family.quantization and source.config.get("quantization_config") is not None:
+        return Reference("this runtime at TP 1 (transformers runs these weights on GPUs only)", _ours(source))
+
+    def load(dtype: torch.dtype) -> Run:
+        with _quiet():
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                root, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True
+            )
+        model = loaded.eval()
+        return lambda ids: model(ids, use_cache=False).logits
+
+    found = Reference(f"transformers {transformers.__version__}", load)
+    try:
+        found.prepare()
+    except Exception as error:  # whatever it stumbles over in a checkpoint that it does not know
+        words = str(error).strip().partition("\n")[0][:80]
+        return Reference(f"this runtime at TP 1 (transformers: {type(error).__name__}: {words})", _ours(source))
+    return found
+
+
+def _ours(source: Source) -> Callable[[torch.dtype], Run]:
+    return lambda dtype: load_model(source, dtype, world=alone())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of transformers."""
+    from transformers.utils import logging as theirs
+
+    logging: Any = theirs
+    was, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(was)
+        if bars:
+            logging.enable_progress_bar()
