@@ -1,5 +1,6 @@
 """What a mesh costs at run time: bytes per rank and caches against tables computed by hand, fitting, sizes that work."""
 
+import itertools
 from functools import cache as once
 from typing import Any
 
@@ -11,6 +12,7 @@ from reshard.errors import ReshardError
 from reshard.layout import Layout, lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, Model, understand
+from reshard.rules import layers_named
 
 GIB = 1 << 30
 NATIVE = tables.load("formats", "native")
@@ -212,9 +214,10 @@ def test_each_family_s_windows_are_those_of_transformers() -> None:
         {"sliding_window": 100, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 3},
     ]
     checked = 0
-    for family in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gpt_oss", "olmo2", "gpt_neox"):
+    older = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gpt_oss", "olmo2", "gpt_neox")
+    for family in (*older, "ministral", "ministral3", "gemma3_text", "cohere2", "exaone4", "olmo3"):
         for keys in given:
-            if family in ("mistral", "mixtral", "phi3", "qwen3_moe") and "layer_types" in keys:
+            if family in ("mistral", "mixtral", "phi3", "qwen3_moe", "ministral3") and "layer_types" in keys:
                 continue  # these classes have no such key
             theirs = transformers.AutoConfig.for_model(family, num_hidden_layers=6, **keys).to_dict()
             tokens = theirs.get("sliding_window")
@@ -227,7 +230,38 @@ def test_each_family_s_windows_are_those_of_transformers() -> None:
             assert windowed(family, **published) == expected, (family, keys)
             assert windowed(family, **theirs) == expected, (family, keys)
             checked += 1
-    assert checked == 11 * 4 - 4
+    assert checked == 17 * 4 - 5
+
+
+def test_windows_under_the_keys_of_transformers_4() -> None:
+    """Before there were layer_types: a number, of which each such layer has no window."""
+    transformers = pytest.importorskip("transformers")
+    for family, keys in itertools.product(("gemma3_text", "cohere2", "exaone4"), ({}, {"sliding_window_pattern": 3})):
+        theirs = transformers.AutoConfig.for_model(family, num_hidden_layers=13, sliding_window=100, **keys)
+        layers = tuple(at for at, kind in enumerate(theirs.layer_types) if kind == "sliding_attention")
+        assert windowed(family, 13, sliding_window=100, **keys) == (100, layers), (family, keys)
+
+
+def test_rules_name_layers() -> None:
+    config = Config({"last": 4, "each": 3, "flags": [1, 0, 1, 0, 0, 1], "layer_types": ["sliding_attention", "full_attention"] * 3})
+    named = {
+        "all": (0, 1, 2, 3, 4, 5),
+        "even": (0, 2, 4),
+        "from last": (4, 5),
+        "but each": (0, 1, 3, 4),
+        "but other | but 4": (0, 1, 2, 4, 5),
+        "other | flags": (0, 2, 5),
+        "layer_types | all": (0, 2, 4),
+        "windowed | all": (0, 1, 2, 3, 4, 5),
+        "layer_types full_attention": (1, 3, 5),
+        "other": (),
+    }
+    for rule, layers in named.items():
+        assert layers_named(rule, 6, config, lambda: None) == layers, rule
+    assert layers_named("windowed", 6, config, lambda: (1, 2)) == (1, 2)
+    for odd in ("", "1", "even!"):
+        with pytest.raises(ReshardError, match="does not name layers"):
+            layers_named(odd, 6, config, lambda: None)
 
 
 def test_a_null_window_is_none_and_a_short_layer_types_is_refused() -> None:
