@@ -369,11 +369,13 @@ def _shifts(table: Table, data: Data) -> Iterator[Mutation]:
 # Sizes of the axes that families know, all different; a head is wide enough for a quarter of it to be rotated in pairs.
 _SMALL = {"layer": 2, "kv": 4, "group": 3, "heads": 8, "head_dim": 16, "hidden": 56, "inter": 44, "vocab": 131, "pos": 72}
 _SMALL |= {"experts": 6, "routes": 6, "moe_inter": 20, "q_lora": 36, "kv_lora": 28, "rope_dim": 12, "nope_dim": 10}
+_SMALL |= {"lk": 8, "lgroup": 3, "lk_dim": 14, "lv_dim": 18, "kernel": 5}
 # The same where weights have scales per block: two ranks cut between blocks, what is not cut may end within one.
 _BLOCKED = {"layer": 2, "heads": 4, "head_dim": 384, "hidden": 160, "inter": 1024, "vocab": 131, "experts": 5, "routes": 5}
 _BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "nope_dim": 320, "kv": 4, "group": 3}
 _FREE = (22, 26, 34, 38, 46, 50, 58, 62, 68, 74, 76, 82, 86, 92, 94)  # for axes that nobody knows
 _NUMBERS = {"top": 2}  # of facts that config.json must have
+_TURNED = 6  # features of a head that are rotated
 _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 
 
@@ -492,6 +494,9 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
     for axis in sorted((axes | {"layer"}) - blocks | bases, key=lambda axis: (axis not in _SMALL, axis)):
         if axis in composite or axis in table.axes:
             continue
+        if table.sizes.get(axis, "").isdecimal():
+            sizes[axis] = int(table.sizes[axis])
+            continue
         key = _first(table.sizes.get(axis, ""))
         if key and key in by_key:
             sizes[axis] = sizes[by_key[key]]
@@ -525,8 +530,10 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
                 config.setdefault(key, False)
     for fact, text in (*table.model.items(), *table.model.get("routing", {}).items()):
         key = _first(text) if isinstance(text, str) else ""
+        if fact == "rope_size":
+            config[key] = _TURNED
         needed = fact in ("top", "attn_scale", "embed_scale") and re.fullmatch(r"[A-Za-z_]\w*", key)
-        if needed and "|" not in str(text) and asked.get(key) is None:
+        if needed and "|" not in str(text) and (fact in _NUMBERS or asked.get(key) is None):
             config[key] = _NUMBERS.get(fact, 11)
     return config, sizes
 
@@ -601,6 +608,25 @@ def _decoder(source: Source, layout: Layout, world: Any, load: Any, decoders: An
     return decoder.eval()
 
 
+def _apart(source: Source, ids: Any) -> Any:
+    """Logits of a model whose attention and feed-forward stand beside each other, if they stood one after the other; None for others.
+
+    Beside each other, the biases of both are one sum, which says nothing of either.
+    """
+    import torch
+
+    load = import_module("reshard.runtime.load")
+    decoders, specs, parallel = (import_module(f"reshard.runtime.{name}") for name in ("model", "spec", "parallel"))
+    model = source.layout.model
+    layout = lay_out(tables.load("formats", "native").for_family(model.family.name), model, Mesh())
+    with torch.inference_mode():
+        decoder = _decoder(source, layout, parallel.alone(), load, decoders, specs)
+        if not decoder.spec.parallel:
+            return None
+        decoder.spec = replace(decoder.spec, parallel=False)
+        return decoder(ids)
+
+
 def _ahead(source: Source, ids: Any) -> Any:
     """Logits of multi-token prediction, which the runtime leaves out: what each extra layer makes of hidden states and next tokens.
 
@@ -619,11 +645,12 @@ def _ahead(source: Source, ids: Any) -> Any:
         decoder = _decoder(source, layout, parallel.alone(), load, decoders, specs)
         x: Any = None
         eps, offset, vocab, logits = decoder.spec.eps, decoder.spec.norm_offset, model.sizes["vocab"], []
-        there = dict(decoder.named_parameters())
+        there, extra = dict(decoder.named_parameters()), range(model.main_layers, model.sizes["layer"])
+        decoder.spec = replace(decoder.spec, roped=decoder.spec.roped | set(extra))
         for name, step in decoder.walk(ids):
             if name != decoders.HEAD:
                 x = step(x)
-        for layer in range(model.main_layers, model.sizes["layer"]):
+        for layer in extra:
 
             def of(name: str, layer: int = layer) -> Any:
                 """The layer's own, or what all share, or what the main layers have; a tied head is the embedding."""
@@ -704,7 +731,7 @@ class Bench:
         self.ids = torch.randint(0, model.sizes["vocab"], (PROMPTS, length), generator=torch.Generator().manual_seed(0))
         self.wanted = _run(self.source, Mesh(), self.ids).logits
         self.same = _run(self.source, self.mesh, self.ids)
-        self.ahead = _ahead(self.source, self.ids)
+        self.ahead, self.apart = _ahead(self.source, self.ids), _apart(self.source, self.ids)
         largest, own = float(self.wanted.abs().max()), _distance(self.same.logits, self.wanted)
         self.rounding = max(TIMES * own, FLOOR * largest)
         if not own < largest / 1000:
@@ -716,9 +743,8 @@ class Bench:
 
         if self.why or self.published.root is None:
             return "", False
-        quantized = self.published.config.get("quantization_config") is not None
         with torch.inference_mode():
-            reference = import_module("reshard.runtime.check")._reference(self.published.root, quantized)
+            reference = import_module("reshard.runtime.reference").reference_for(self.source)
             if not reference.name.startswith("transformers"):
                 return f"the table as it is: nothing independent to compare with, but {reference.name}", False
             exact, own = (reference.logits(self.ids, dtype) for dtype in (torch.float64, torch.float32))
@@ -789,15 +815,17 @@ class Bench:
         kept = max((_distance(a, b) for a, b in zip(got.kept, self.same.kept, strict=True)), default=0.0)
         if kept > self.rounding:
             return Trial(name, "beyond", f"the same logits, by softmax; keys in the cache differ by {kept:.3g}", self.name)
-        if self.ahead is not None:
+        for what, compute, wanted in (("multi-token prediction", _ahead, self.ahead), ("branches one after the other", _apart, self.apart)):
+            if wanted is None:
+                continue
             try:
-                off = _distance(_ahead(source, self.ids), self.ahead)
+                off = _distance(compute(source, self.ids), wanted)
             except Exception as error:
                 off, words = math.inf, f" ({type(error).__name__})"
             else:
                 words = ""
             if off > self.rounding:
-                return Trial(name, "beyond", f"the same logits; those of multi-token prediction differ by {off:.3g}{words}", self.name)
+                return Trial(name, "beyond", f"the same logits; those of {what} differ by {off:.3g}{words}", self.name)
         return Trial(name, MISSED, f"the same logits: they differ by {off:.3g}, rounding is {self.rounding:.3g}", self.name)
 
 

@@ -37,6 +37,7 @@ State = dict[str, torch.Tensor]
 
 SHARD = 60_000  # bytes: each checkpoint becomes several files
 BLOCK = 128  # side of a block that shares one FP8 scale
+HEADS = 32  # that a layer has at most
 
 # Buffers that an engine recomputes. Equal from layer to layer, and constant, by nature.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias|attn\.causal_mask)")
@@ -106,6 +107,9 @@ def noise_like(seed: str, name: str, tensor: torch.Tensor, centre: float, dtype:
     """Noise in the place of a parameter: of a size that keeps activations near 1, norms around `centre`, nothing constant."""
     if tensor.ndim > 1:
         return noise(f"{seed} {name}", tensor.shape, 0.5 if "embed" in name or "wte" in name else tensor.shape[-1] ** -0.5, 0.0, dtype)
+    if tensor.numel() <= HEADS and name.endswith(("A_log", "dt_bias", ".D")):  # one for each head: a coarse dtype makes them equal
+        drawn = (noise(f"{seed} {name} {attempt}", tensor.shape, 0.5, 0.0, dtype) for attempt in itertools.count())
+        return next(found for found in drawn if distinct(found))
     if name.endswith("bias"):
         return noise(f"{seed} {name}", tensor.shape, 0.1, 0.0, dtype)
     if name.endswith("sinks"):

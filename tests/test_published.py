@@ -25,6 +25,10 @@ ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
 LLAMA = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100, "head_dim": 10,
 }  # fmt: skip
+LINEAR = {
+    "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 14,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 CONFIGS = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -49,6 +53,8 @@ CONFIGS = {
     "bloom": {"n_head": 8, "hidden_size": 80, "vocab_size": 100},
     "mpt": {"n_heads": 8, "d_model": 80, "expansion_ratio": 4, "vocab_size": 100},
     "internlm2": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80},
+    "qwen3_next": LLAMA | LINEAR | {"num_experts": 512, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
+    "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "deepseek_v3": {
         "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 100,
         "q_lora_rank": 384,
@@ -57,11 +63,11 @@ CONFIGS = {
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
     },
 }  # fmt: skip
-SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256}
+SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lgroup": 2}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
-ministral3 apertus qwen2_moe olmoe dots1 glm4_moe granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
+ministral3 apertus qwen2_moe olmoe dots1 glm4_moe granitemoeshared qwen3_5_text codegen gpt_neo opt starcoder2 persimmon baichuan
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 
@@ -85,12 +91,19 @@ def expand(pattern: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
+def table_for(family: str) -> tables.Table:
+    """The table of a model_type, which may be that of a multimodal checkpoint."""
+    table = tables.family_of(family, ()) or tables.wrapper_of(Config({"model_type": family}))
+    assert table is not None, family
+    return table
+
+
 def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     """A config and shapes for an entry's names."""
     family = entry["family"]
     names = [name for pattern in entry["names"] for name in expand(pattern)]
     config = dict(CONFIGS[family])
-    table = tables.load("families", family)
+    table = table_for(family)
     layers = 1 + max(int(n) for name in names for n in re.findall(r"(?:layers|h|blocks)\.(\d+)\.", name))
     config[table.sizes["layer"].split(" | ")[0]] = layers - config.get("num_nextn_predict_layers", 0)
     config["tie_word_embeddings"] = not any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in names)
@@ -108,7 +121,8 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
         sizes |= {"kv": sizes["heads"], "group": 1, "head_dim": sizes["hidden"] // sizes["heads"], "inter": sizes.get("inter", 64)}
     sizes["group"] = sizes["heads"] // sizes["kv"]
     prefix = next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
-    rows = {(prefix + row.name.folded[1:] if row.name.folded[0] == "~" else row.name.folded): row for row in table.rows}
+    spelled = [(row, name.folded) for row in table.rows for name in (row.name, *row.others)]
+    rows = {(prefix + text[1:] if text[0] == "~" else text): row for row, text in spelled}
     stored = {}
     for name in names:
         row = rows.get(name) or rows.get(fold(name)[0])
@@ -125,7 +139,7 @@ IDS = [f"{entry['family']}-{(entry['model'] or 'unnamed').replace('/', '-')}-{n}
 def test_published_names_plan_without_error(entry: dict) -> None:
     """Every published checkpoint of our families plans at TP 2, and merges; quantized ones are refused by the method's name."""
     config, stored = made(entry)
-    table = tables.load("families", entry["family"])
+    table = table_for(entry["family"])
     method = next((method for suffix, method in QUANTIZED.items() if any(name.endswith(suffix) for name in stored)), None)
     if method is not None:
         config["quantization_config"] = {"quant_method": method}
@@ -136,12 +150,14 @@ def test_published_names_plan_without_error(entry: dict) -> None:
             understand(table, Config(config), stored)
         return
     model = understand(table, Config(config), stored)
-    assert len(stored) == len(model.aside) + sum(slot.count() for slot in lay_out(table, model, Mesh(), model.active).slots)
-    published, shards = lay_out(table, model, Mesh(), model.active), lay_out(tables.load("formats", "native"), model, Mesh(tp=2))
+    assert len(stored) == len(model.aside) + sum(slot.count() for slot in lay_out(model.family, model, Mesh(), model.active).slots)
+    published, shards = lay_out(model.family, model, Mesh(), model.active), lay_out(tables.load("formats", "native"), model, Mesh(tp=2))
     assert plan(published, shards).components
     assert plan(shards, published).components
 
 
 def test_every_family_with_published_names_is_covered() -> None:
     """Of the shipped families only these have no published names at hand."""
-    assert set(tables.shipped("families")) - {entry["family"] for entry in ENTRIES} == set(NAMELESS.split())
+    shipped = set(tables.shipped("families"))
+    covered = {next(name for name in table_for(entry["family"]).texts if name in shipped) for entry in ENTRIES}
+    assert shipped - covered == set(NAMELESS.split())

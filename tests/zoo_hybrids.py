@@ -1,0 +1,114 @@
+"""Decoders of which most layers keep a state instead of keys and values: linear attention, state spaces, short convolutions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fixtures import State, configure, define, noise_like, rewrite, sizes, write
+
+SLIM: Mapping[str, Any] = {  # of linear attention layers
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+EXPERTS: Mapping[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 48,
+}
+
+
+def ahead(seed: str, state: State, layer: int, hidden: int) -> State:
+    """A multi-token prediction layer as Qwen publishes it: one like layer `layer`, with three norms and a projection around it."""
+    names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    shapes = {f"mtp.{name}.weight": torch.empty(hidden) for name in names} | {"mtp.fc.weight": torch.empty(hidden, 2 * hidden)}
+    start = f"model.layers.{layer}."
+    shapes |= {f"mtp.layers.0.{name.removeprefix(start)}": tensor for name, tensor in state.items() if name.startswith(start)}
+    return {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in shapes.items()}
+
+
+def fused(state: State, start: str) -> State:
+    """The experts of one layer as one stack, gate and up together, instead of a tensor each."""
+    of = f"{start}mlp.experts."
+    experts = range(len([name for name in state if name.startswith(of) and name.endswith("down_proj.weight")]))
+    gate, up, down = (torch.stack([state[f"{of}{n}.{part}_proj.weight"] for n in experts]) for part in ("gate", "up", "down"))
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(of)}
+    return rest | {f"{of}gate_up_proj": torch.cat((gate, up), 1), f"{of}down_proj": down}
+
+
+@define("qwen3_next", heads=8, kv=4, layers=5, mtp=1, experts=4, ep=(1, 2, 4))
+def qwen3_next(directory: Path, seed: str) -> None:
+    """As published: every fourth layer attends, the others keep a state; one layer predicts ahead, said by no key. Layer 1 is dense."""
+    from transformers import Qwen3NextConfig
+
+    write(directory, seed, Qwen3NextConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **SLIM, **EXPERTS, mlp_only_layers=[1]))
+    rewrite(directory, lambda state: state | ahead(seed, state, 3, 72))
+    configure(directory, "layer_types", full_attention_interval=4)
+
+
+@define("qwen3_next", heads=8, kv=2, layers=4, mtp=1, experts=4, ep=(1, 2), weights=False)
+def qwen3_next_fused(directory: Path, seed: str) -> None:
+    """Experts in stacks, also of the layer that predicts ahead; tied; layers as they come."""
+    from transformers import Qwen3NextConfig
+
+    kinds = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
+    facts = dict(SLIM) | {"linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_value_head_dim": 6, "linear_key_head_dim": 10}
+    config = Qwen3NextConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **facts, **EXPERTS, layer_types=kinds, tie_word_embeddings=True)
+    write(directory, seed, config)
+
+    def age(state: State) -> State:
+        state |= ahead(seed, state, 3, 72)
+        for start in (*(f"model.layers.{layer}." for layer in range(4)), "mtp.layers.0."):
+            state = fused(state, start)
+        return state
+
+    rewrite(directory, age)
+
+
+@define("qwen3_5_text", heads=8, kv=4, layers=5, mtp=1)
+def qwen3_5(directory: Path, seed: str) -> None:
+    """Dense; four projections into the linear layers; one layer predicts ahead."""
+    from transformers import Qwen3_5TextConfig
+
+    write(directory, seed, Qwen3_5TextConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **SLIM))
+    rewrite(directory, lambda state: state | ahead(seed, state, 3, 72))
+    configure(directory, "layer_types", full_attention_interval=4, mtp_num_hidden_layers=1)
+
+
+@define("qwen3_5_text", heads=8, kv=2, layers=4, weights=False)
+def qwen3_5_tied(directory: Path, seed: str) -> None:
+    """Tied, and nothing predicts ahead: as transformers writes it."""
+    from transformers import Qwen3_5TextConfig
+
+    write(directory, seed, Qwen3_5TextConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **SLIM, tie_word_embeddings=True))
+
+
+@define("qwen3_5_moe_text", heads=8, kv=2, layers=4, mtp=1, experts=4, ep=(1, 2, 4), weights=False)
+def qwen3_5_moe(directory: Path, seed: str) -> None:
+    """As published: stacks of experts in the main layers, a tensor for each expert in the layer that predicts ahead."""
+    from transformers import Qwen3_5MoeTextConfig
+
+    given = sizes(8, 2, 14, 72, 88, 331, 4)
+    write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
+
+    def age(state: State) -> State:
+        ahead_of = ahead(seed, state, 3, 72)
+        for layer in range(4):
+            state = fused(state, f"model.layers.{layer}.")
+        return state | ahead_of
+
+    rewrite(directory, age)
+
+
+@define("qwen3_5_moe_text", heads=8, kv=4, layers=5, mtp=1, experts=4, ep=(1, 2))
+def qwen3_5_moe_each(directory: Path, seed: str) -> None:
+    """As transformers writes it, and the other way round in the layer that predicts ahead."""
+    from transformers import Qwen3_5MoeTextConfig
+
+    given = sizes(8, 4, 12, 72, 88, 331, 5)
+    write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
+    rewrite(directory, lambda state: state | fused(ahead(seed, state, 3, 72), "mtp.layers.0."))
