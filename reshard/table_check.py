@@ -515,7 +515,7 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
             config.setdefault(key, math.prod(sizes[atom] for atom in atoms))
     for axis in sorted(composite):
         for key in re.findall(r"[A-Za-z_][\w.]*", _first(table.sizes[axis])):
-            config.setdefault(key, _SHARED)
+            config.setdefault(key, _SHARED if "*" in table.sizes[axis] else _SMALL.get(axis, _SHARED))
     for key in (key for key, truth in truths.items() if " != " in key and not truth):
         config[key.partition(" != ")[0]] = config[key.partition(" != ")[2]]
     asked = Config(config, table.defaults)
