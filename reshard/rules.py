@@ -5,6 +5,7 @@
     layer_types     the "sliding_attention" entries of that list
     KEY WORD        the entries of another such list that are this word; the list may be of pairs, of a list and how often it comes
     from KEY        layers ≥ that number
+    last KEY        so many layers at the end
     but KEY         all but each KEY-th: of 4 all but 3, 7, 11, …
     windowed        the layers that have a window; no answer where config.json gives no window
     KEY             those for which that list, of one entry for each layer, says 1 or true
@@ -34,10 +35,12 @@ def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[
         return windowed()
     if rule in ("all", "even"):
         return tuple(range(0, layers, 1 if rule == "all" else 2))
-    if key and word in ("from", "but"):
+    if key and word in ("from", "but", "last"):
         number = evaluate(key, config.get)
         if number is None:
             return None
+        if word == "last":
+            return tuple(range(max(layers - number, 0), layers))
         return tuple(range(number, layers)) if word == "from" else tuple(at for at in range(layers) if not number or (at + 1) % number)
     if key and word.isidentifier():
         return _listed(word, layers, config, key)
@@ -52,7 +55,7 @@ def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[
 def _listed(key: str, layers: int, config: Config, word: str = "sliding_attention") -> tuple[int, ...] | None:
     """What a list of config.json says, of one entry for each layer."""
     entries = config.get(key)
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not entries:
         return None
     if all(isinstance(entry, list) for entry in entries):
         entries = [one for some, times in entries for one in some * times]

@@ -5,7 +5,8 @@ Reads TOML (docs/notation.md) into frozen rows. Knows nothing about checkpoints,
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -69,6 +70,7 @@ class Table:
     defaults: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)  # facts of the architecture for the runtime and for capacity
     one_of: tuple[tuple[str, ...], ...] = ()
+    layers: dict[str, str] = field(default_factory=dict)  # kind → the rule by which config.json names its layers
     optional: dict[str, str] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)  # kind of the layers beyond `layer` → config key with their number
     tied: dict[str, str] | str = field(default_factory=dict)
@@ -130,14 +132,14 @@ class Table:
         variants = sorted({variant_of(name) for name in tensors} - {""})
         if not variants:
             return self
-        there = {axis for axes in tensors.values() for axis in axes}
-        there = bases(there)
+        there = bases(axis for axes in tensors.values() for axis in axes)
+        also_axes = sorted({variant_of(axis) for axis in there} - {""})
 
         def also(names: Iterable[str]) -> tuple[str, ...]:
-            return tuple(name for base in names for name in (base, *(varied(base, variant) for variant in variants)))
+            return tuple(name for base in names for name in (base, *(varied(base, variant) for variant in also_axes)))
 
         rows = [other for row in self.rows for other in (row, *(_varied_row(row, variant, tensors) for variant in variants))]
-        axes = {varied(name, v): tuple(varied(atom, v) for atom in atoms) for name, atoms in self.axes.items() for v in ("", *variants)}
+        axes = {varied(name, v): tuple(varied(atom, v) for atom in atoms) for name, atoms in self.axes.items() for v in ("", *also_axes)}
         return replace(
             self,
             rows=tuple(row for row in rows if row is not None),
@@ -150,16 +152,12 @@ class Table:
 
 
 def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) -> Row | None:
-    """A format's row for the tensors of a variant, which may have axes of their own; None where there are no such tensors."""
+    """A format's row for the tensors of a variant, which may have axes of other sizes; None where there are no such tensors."""
     leaves = tuple(varied(leaf, variant) for leaf in row.leaves)
     if not all(leaf in tensors for leaf in leaves):
         return None
-    own = bases(axis for leaf in leaves for axis in tensors[leaf])
-
-    def name(axis: str) -> str:
-        return varied(axis, variant) if varied(axis, variant) in own else axis
-
-    return replace(row, pattern=row.pattern.renamed(name), leaves=leaves)
+    own = {axis.partition("@")[0]: axis for axis in bases(axis for leaf in leaves for axis in tensors[leaf])}
+    return replace(row, pattern=row.pattern.renamed(lambda axis: own.get(axis, axis)), leaves=leaves)
 
 
 # The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".
@@ -175,6 +173,7 @@ _KEYS: dict[str, Any] = {
     "defaults": {"": object},
     "model": {"": object},
     "one_of": [[str]],
+    "layers": {"": str},
     "optional": {"": str},
     "extra": {"": str},
     "tied": (str, {"": str}),
@@ -197,6 +196,7 @@ MESH = ("tp", "ep", "pp")
 _FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
 _FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "alibi_scaled", "rope_fraction", "rope_interleaved", "embed_scale"}
 _FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs", "bare", "rope_layers", "rope_near", "late_qk_norm", "growth"}
+_FACTS |= {"bare_heads", "window_chunks"}
 _FACTS |= {"post_norm", "pos_offset", "rope_size", "head_norm"}
 _FACTS |= {"attn_clip", "embed_factor", "residual_factor", "logit_factor", "attn_factor"}
 _ROUTING = {"top", "score", "renormalize", "jitter", "scale", "groups", "group_top", "group_best", "weigh_input", "wide"}
@@ -252,11 +252,15 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
             if isinstance(value, dict) and isinstance(parent.get(key), dict):
                 merged[key] = {**parent[key], **value}
             elif key == "rows":
-                own = {row[0]: row for row in value}
-                if len(own) < len(value):
-                    twice = next(row[0] for at, row in enumerate(value) if row[0] in (other[0] for other in value[:at]))
-                    raise ReshardError(f'table "{child.get("name")}": {twice} has two rows')
-                merged[key] = [own.pop(row[0], row) for row in parent.get("rows", ())] + list(own.values())
+                names = {row[0] for row in value}
+                first = {row[0]: at for at, row in reversed(list(enumerate(parent.get("rows", ()))))}
+                own = {name: [row for row in value if row[0] == name] for name in names}
+                kept = [
+                    each
+                    for at, row in enumerate(parent.get("rows", ()))
+                    for each in ([row] if row[0] not in names else own[row[0]] if first[row[0]] == at else ())
+                ]
+                merged[key] = kept + [row for row in value if row[0] not in first]
             elif key in ("aside", "one_of", "towers"):
                 merged[key] = [*parent.get(key, ()), *value]
             else:
@@ -320,10 +324,11 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
             for variant in sorted({variant_of(axis) for axis in _bases(rows)} - {""})
             for name, atoms in tuple(compounds.items())
         }
-        names = [name.folded for row in rows for name in (row.name, *row.others)]
-        twice = sorted({text for text in names if names.count(text) > 1})
-        if twice:
-            raise ReshardError(f"{where}: {twice[0]} has two rows")
+        ruled = dict(data.get("layers", {}))
+        if missing := sorted(set(ruled) - kinds):
+            raise ReshardError(f"{where}: layers of kind {missing[0]}, which no set of one_of has")
+        if twice := _doubled(rows, [set(group) for group in one_of if set(group) & ruled.keys()]):
+            raise ReshardError(f"{where}: {twice} has two rows")
         prefix = data.get("prefix", ())
         return Table(
             name=name,
@@ -337,6 +342,7 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
             defaults=dict(data.get("defaults", {})),
             model=dict(data.get("model", {})),
             one_of=one_of,
+            layers=ruled,
             optional=dict(data.get("optional", {})),
             extra=extra,
             tied=data.get("tied", {}),
@@ -355,6 +361,21 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ReshardError(f"{where}: malformed: {error}", "docs/notation.md shows the form of every key") from None
+
+
+def _doubled(rows: Iterable[Row], groups: Sequence[Set[str]]) -> str:
+    """A stored name that two rows have in one layer, or nothing. `groups`: kinds of which config.json gives each layer one."""
+    seen: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        for name in (row.name, *row.others):
+            if any(not _apart(row, other, groups) for other in seen[name.folded]):
+                return name.folded
+            seen[name.folded].append(row)
+    return ""
+
+
+def _apart(row: Row, other: Row, groups: Sequence[Set[str]]) -> bool:
+    return any(row.kinds & group and other.kinds & group and not row.kinds & other.kinds & group for group in groups)
 
 
 def _bases(rows: Iterable[Row]) -> set[str]:

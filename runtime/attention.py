@@ -63,6 +63,15 @@ class Context:
         return sight if layer in spec.roped else Sight(sight.mask, None)
 
 
+def seen(positions: Tensor, columns: Tensor, window: int | None = None, chunks: bool = False) -> Tensor:
+    """[batch, 1, seq, columns]: what tokens see: nothing ahead, no padding; with a window, of what came before only that."""
+    at, to = positions[:, None, :, None], columns[:, None, None, :]
+    before = (at >= to) & (to >= 0)
+    if window is None:
+        return before
+    return before & (at // window == to // window if chunks else at - to < window)
+
+
 def attention(
     x: Tensor,
     weights: Weights,
@@ -85,7 +94,7 @@ def attention(
     bias, scale = context.bias, spec.attn_scale / (layer + 1 if spec.scale_by_layer else 1)
     if bias is not None and spec.alibi_scaled:
         bias = bias * scale
-    if context.growth is not None:
+    if context.growth is not None and not (spec.growth and spec.growth.unrotated and layer in spec.roped):
         q = q * context.growth
     out = _attend(q, k, v, scale, context.of(layer, spec).mask, spec.attn_cap, weights.get("attn.sinks"), bias)
     out = out.transpose(1, 2).flatten(2)
@@ -116,6 +125,8 @@ def _plain(
         q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
     turn = context.of(layer, spec).turn
     q, k = rotate(q, turn, spec.rope_interleaved), rotate(k, turn, spec.rope_interleaved)
+    if spec.bare_heads and turn is not None:
+        q, k = rms_norm(q, None, spec.eps), rms_norm(k, None, spec.eps)
     if spec.late_qk_norm:
         q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
     if context.cache is not None:

@@ -17,7 +17,7 @@ from reshard.errors import ReshardError
 from reshard.layout import Layout
 from reshard.model import Model
 
-from .attention import Context, Heads, Latent, Sight, attention, slopes
+from .attention import Context, Heads, Latent, Sight, attention, seen, slopes
 from .cache import Cache
 from .experts import Share, feed_forward
 from .linear import Linear, linear_attention
@@ -174,21 +174,20 @@ class Decoder(nn.Module):
 
     def _context(self, positions: Tensor, cache: Cache | None) -> Context:
         columns = cache.begin(positions) if cache is not None else positions
-        past = positions[:, None, :, None] - columns[:, None, None, :]
-        mask = (past >= 0) & (columns[:, None, None, :] >= 0)
-        near = mask & (past < self.spec.window) if self.spec.window is not None else mask
         at, spec = positions.clamp(min=0), self.spec
-        far, here = Sight(mask, angles(spec.rope, at, self.dtype)), Sight(near, angles(spec.rope_near, at, self.dtype))
+        far = Sight(seen(positions, columns), angles(spec.rope, at, self.dtype))
+        near = Sight(seen(positions, columns, spec.window, spec.window_chunks), angles(spec.rope_near, at, self.dtype))
         growth = None
         if spec.growth is not None:
-            growth = (1 + spec.growth.by * torch.log1p((at / spec.growth.span).floor()))[:, None, :, None].to(self.dtype)
+            steps = torch.log1p(((at + spec.growth.start) / spec.growth.span).floor())
+            growth = (1 + spec.growth.by * steps)[:, None, :, None].to(self.dtype)
         bias = None
         if self.spec.alibi:
             steep = slopes(self.heads.total)[list(self.heads.ids)].to(columns.device)
             if self.spec.alibi_scaled:  # as it was trained
                 steep = steep.to(torch.bfloat16)
             bias = (steep[None, :, None, None] * columns.clamp(min=0)[:, None, None, :]).to(self.dtype)
-        return Context(positions >= 0, far, here, growth, bias, cache)
+        return Context(positions >= 0, far, near, growth, bias, cache)
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         outside, _ = self._by_layer

@@ -4,7 +4,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
 
     norm            "rms" (default) or "layer"
     norm_offset     1 where norms multiply by 1 + weight
-    bare            the norms that have no weights, by their names
+    bare            the norms that have no weights, by their names; bare_heads: query and key heads have one in layers that rotate
     eps             default: the key that config.json has for it; eps_latent: of the norms inside latent attention
     activation      default: hidden_act
     gate_limit, gate_alpha, up_offset   of a gated unit that clamps: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
@@ -17,7 +17,8 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
     late_qk_norm    norms of query and key heads come after their rotation
     attn_clip       queries, keys and values are clamped to ± this
-    growth          of queries with their positions: times 1 + by · log(1 + ⌊position / span⌋)
+    growth          of queries with their positions, counted from `start` (default 0): times 1 + by · log(1 + ⌊position / span⌋);
+                    `unrotated`: in layers that do not rotate; `if`: where this is true
     embed_scale     embeddings are multiplied by its root
     embed_factor, residual_factor, logit_factor     embeddings, what a layer adds, and logits are multiplied by it
     attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
@@ -29,6 +30,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
                     renormalize: by the sum, or by the norm of that order; scale; groups, group_top: experts are chosen in so many of
                     so many groups, the best by the sum of their group_best (default 2) best scores; weigh_input: an expert's input is
                     weighed, not its output; wide: the router works in float32
+    window_chunks   windows do not slide: a token sees what came before it in its own chunk of so many tokens
     cache, window, window_if, window_layers      see reshard.capacity
     runs            false: these facts are not enough, the family converts and does not run; or what must be true of config.json, a list
 """
@@ -64,10 +66,12 @@ class Rope:
 
 @dataclass(frozen=True)
 class Growth:
-    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋)."""
+    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions counted from `start`; everywhere, or where none rotate."""
 
     by: float
     span: float
+    start: int
+    unrotated: bool
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Spec:
     norm: str
     norm_offset: float
     bare: frozenset[str]
+    bare_heads: bool
     eps: float
     eps_latent: float
     activation: str
@@ -126,6 +131,7 @@ class Spec:
     head_norm: bool
     routing: Routing | None
     window: int | None
+    window_chunks: bool
     windowed: frozenset[int]
     positions: int | None
 
@@ -156,6 +162,7 @@ class Spec:
             norm=said.word("norm", "rms"),
             norm_offset=said.number("norm_offset", 0.0),
             bare=frozenset(table.model.get("bare", ())) - ({"norm"} if said.true("post_norm") else set()),
+            bare_heads=said.true("bare_heads"),
             eps=said.number("eps", EPS),
             eps_latent=said.number("eps_latent", EPS),
             activation=said.word("activation", "hidden_act | =silu"),
@@ -185,6 +192,7 @@ class Spec:
             head_norm=said.true("head_norm"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
             window=window,
+            window_chunks=said.true("window_chunks"),
             windowed=frozenset(windowed),
             positions=sizes["pos"] - offset if learned else None,
         )
@@ -234,7 +242,9 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
 def _growth(table: Table, said: Facts) -> Growth | None:
     of = Facts(table.model.get("growth", {}), said.config)
     by = of.optional("by")
-    return None if by is None else Growth(by, of.number("span", None))
+    if by is None or not of.value("if", "true"):
+        return None
+    return Growth(by, of.number("span", None), int(of.number("start", 0.0)), of.true("unrotated"))
 
 
 def _routing(table: Table, said: Facts) -> Routing:
