@@ -416,7 +416,7 @@ def _lines(
     if lone:
         yield ' ["lm_head.weight", "vocab hidden", "head"],   # not stored: tied'
     for each in unknown:
-        yield f" # {OPEN} {each.count} tensors {list(each.shape)}: what are they?{_in_words(each, sizes)}"
+        yield f" # {OPEN} {each.count} tensors {list(each.shape)}: what are they?{_in_words(each, sizes, plan)}"
         yield f' # ["{each.name}", "{_guess(each, sizes)}", "?"],'
     yield "]"
     for doubt in doubts:
@@ -434,12 +434,14 @@ def _lines(
     yield "runs = false                            # until its facts are there: docs/notation.md"
 
 
-def _in_words(each: Found, sizes: Sizes) -> str:
+def _in_words(each: Found, sizes: Sizes, plan: Mapping[str, str]) -> str:
     some = [
         f"{size} is {' or '.join(sorted(axis for axis, n in sizes.items() if n == size)[:3])}"
         for size in each.shape
         if size in sizes.values()
     ]
+    way = plan.get(each.end.removesuffix(".weight"))
+    some += [f"transformers cuts it {way}"] if way else []
     return f" {', '.join(some)}" if some else ""
 
 

@@ -101,7 +101,7 @@ def test_transformers_plan_is_a_second_opinion(unknown: Path, tmp_path: Path) ->
     assert plan["self_attn.o_proj"].startswith("rowwise") and plan["self_attn.q_proj"].startswith("colwise")
     assert module._tp_plan("nobody knows") == {}
     assert draft(open_published(unknown)).doubts == ()
-    monkey: dict[str, Any] = {**plan, "self_attn.q_proj": "rowwise"}
+    monkey: dict[str, Any] = {**plan, "self_attn.q_proj": "rowwise", "post_norm1": "colwise"}
     original = module._tp_plan
     module._tp_plan = lambda _: monkey  # type: ignore[assignment]
     try:
@@ -110,6 +110,7 @@ def test_transformers_plan_is_a_second_opinion(unknown: Path, tmp_path: Path) ->
         module._tp_plan = original  # type: ignore[assignment]
     assert [doubt for doubt in found.doubts if "self_attn.q_proj" in doubt and "rowwise" in doubt]
     assert "# TODO model.layers.{layer}.self_attn.q_proj.weight: transformers cuts it rowwise" in found.text
+    assert "56 is hidden, transformers cuts it colwise" in found.text.replace("embed_dim or ", "")
 
 
 @pytest.mark.parametrize("name", [*FIXTURES, *zoo()])
