@@ -57,6 +57,7 @@ CONFIGS = {
     "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "deepseek_v3": {
         "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 100,
+    "internlm": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80, "num_key_value_heads": 8},
         "q_lora_rank": 384,
         "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 256,
         "num_nextn_predict_layers": 1,

@@ -299,6 +299,22 @@ def to_internlm2(state: State) -> State:
     return found
 
 
+def internlm_twin(directory: Path, seed: str) -> None:
+    from transformers import LlamaConfig
+
+    facts = sizes(8, 4, 10, 72, 88, 331, 3) | {"num_key_value_heads": 8, "hidden_size": 80}
+    write(directory, seed, LlamaConfig(**facts, attention_bias=True))
+
+
+@define("internlm", heads=8, kv=8, layers=3, square=(r".*\.[qkvo]_proj\.weight",), twin=internlm_twin)
+def internlm(directory: Path, seed: str) -> None:
+    """A llama with biases in attention, said by another key, and with rotary buffers."""
+    internlm_twin(directory, seed)
+    inv_freq = 10000.0 ** -(torch.arange(0, 10, 2) / 10)
+    rewrite(directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)})
+    configure(directory, "head_dim", "attention_bias", "num_key_value_heads", model_type="internlm", bias=True)
+
+
 INTERNLM2_SQUARE = (r".*\.wo\.weight",)
 
 
