@@ -48,9 +48,10 @@ def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, 
     if rope.kind == "yarn":
         return _yarn(steps, rope, factor), _yarn_factor(rope, factor)
     if rope.kind == "longrope":
-        stretch = said["long_factor" if reach > rope.original else "short_factor"]
+        side = "long" if reach > rope.original else "short"
         correction = math.sqrt(1 + math.log(factor) / math.log(rope.original)) if factor > 1 else 1.0
-        return 1.0 / (torch.tensor(stretch, device=device).float() * steps), float(said.get("attention_factor") or correction)
+        correction = float(said.get(f"{side}_mscale") or said.get("attention_factor") or correction)
+        return 1.0 / (torch.tensor(said[f"{side}_factor"], device=device).float() * steps), correction
     return plain, 1.0
 
 

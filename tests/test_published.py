@@ -29,6 +29,11 @@ LINEAR = {
     "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 14,
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
+LATENT = {
+    "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "n_shared_experts": 1,
+    "vocab_size": 100, "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+}  # fmt: skip
+FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
 CONFIGS = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -52,23 +57,22 @@ CONFIGS = {
     "gptj": {"n_head": 8, "n_embd": 80, "n_inner": 64, "vocab_size": 100},
     "bloom": {"n_head": 8, "hidden_size": 80, "vocab_size": 100},
     "mpt": {"n_heads": 8, "d_model": 80, "expansion_ratio": 4, "vocab_size": 100},
+    "internlm": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80, "num_key_value_heads": 8},
     "internlm2": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80},
     "qwen3_next": LLAMA | LINEAR | {"num_experts": 512, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
-    "deepseek_v3": {
-        "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 100,
-    "internlm": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80, "num_key_value_heads": 8},
-        "q_lora_rank": 384,
-        "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 256,
-        "num_nextn_predict_layers": 1,
-        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
-    },
+    "phimoe": LLAMA | {"num_local_experts": 16, "attention_bias": True, "lm_head_bias": True},
+    "deepseek_v2": LATENT | {"n_routed_experts": 64},
+    "deepseek_v3": LATENT | FP8 | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
+    "kimi_k2": LATENT | FP8 | {"n_routed_experts": 384, "q_lora_rank": 384},
+    "glm4_moe_lite": LATENT | {"n_routed_experts": 64, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
 }  # fmt: skip
 SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lgroup": 2}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 glm4_moe granitemoeshared qwen3_5_text codegen gpt_neo opt starcoder2 persimmon baichuan
+hunyuan_v1_moe ernie4_5_moe minimax_m2
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 

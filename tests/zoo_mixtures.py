@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import DEEPSEEK, SHARD, add_mtp, configure, define, rewrite, sizes, write
+from fixtures import DEEPSEEK, SHARD, State, add_mtp, configure, define, noise_like, rewrite, sizes, write
 
 EXPERTS: dict[str, Any] = {"experts": 8, "ep": (1, 2, 4)}
 
@@ -156,3 +156,146 @@ def granitemoeshared(directory: Path, seed: str) -> None:
     from transformers import GraniteMoeSharedConfig
 
     write(directory, seed, GraniteMoeSharedConfig(**sizes(8, 4, 14, 72, 40, 331, 3), **GRANITE, shared_intermediate_size=48))
+
+
+LATENT: dict[str, Any] = {**DEEPSEEK, "hidden_size": 56, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3}
+LATENT |= {"kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
+LATENT |= {"intermediate_size": 104, "moe_intermediate_size": 40, "n_routed_experts": 8}
+
+
+@define("deepseek_v2", heads=8, kv=8, layers=3, **EXPERTS)
+def deepseek_v2(directory: Path, seed: str) -> None:
+    """Experts of the groups that have the best one."""
+    from transformers import DeepseekV2Config
+
+    facts = {"q_lora_rank": 36, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
+    write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
+
+
+@define("deepseek_v2", heads=8, kv=8, layers=3, **EXPERTS)
+def deepseek_v2_lite(directory: Path, seed: str) -> None:
+    """The query is not compressed, experts are in no groups; stretched angles; in the names of transformers 5."""
+    from transformers import DeepseekV2Config
+
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 8, "beta_fast": 32}
+    rope |= {"beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
+    facts = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": rope}
+    write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
+    fuse(directory)
+
+
+def kimi_k2_twin(directory: Path, seed: str) -> None:
+    from transformers import DeepseekV3Config
+
+    facts = {"q_lora_rank": 36, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_mtp_layers": 0}
+    write(directory, seed, DeepseekV3Config(**LATENT | facts, first_k_dense_replace=1))
+
+
+@define("kimi_k2", heads=8, kv=8, layers=3, twin=kimi_k2_twin, **EXPERTS)
+def kimi_k2(directory: Path, seed: str) -> None:
+    """DeepSeek-V3 by another name, with the rotary buffers that it was published with."""
+    kimi_k2_twin(directory, seed)
+    inv_freq = (50000.0 ** -(torch.arange(0, 6, 2) / 6)).to(torch.bfloat16)
+    rewrite(directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)})
+    configure(directory, "num_mtp_layers", model_type="kimi_k2", num_nextn_predict_layers=0)
+
+
+@define("glm4_moe_lite", heads=8, kv=8, layers=3, mtp=1, **EXPERTS)
+def glm4_moe_lite(directory: Path, seed: str) -> None:
+    """DeepSeek-V3 with another norm's epsilon."""
+    from transformers import Glm4MoeLiteConfig
+
+    write(directory, seed, Glm4MoeLiteConfig(**LATENT | {"q_lora_rank": 36}))
+    rewrite(directory, lambda state: add_mtp(state, seed, 3, torch.bfloat16))
+    configure(directory, "rms_norm_eps", num_nextn_predict_layers=1)
+
+
+@define("phimoe", heads=8, kv=4, layers=3, **EXPERTS)
+def phimoe(directory: Path, seed: str) -> None:
+    """Norms with biases, biases on attention and head, one expert after another, angles of two lists and two factors."""
+    from transformers import PhimoeConfig
+
+    short, long = [1.0 + at / 10 for at in range(7)], [2.0 + at for at in range(7)]
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long, "short_mscale": 1.1}
+    rope |= {"long_mscale": 1.3, "original_max_position_embeddings": 64}  # beyond these transformers mixes the two
+    facts = {"attention_bias": True, "lm_head_bias": True, "num_local_experts": 8, "sliding_window": 17, "rope_parameters": rope}
+    write(directory, seed, PhimoeConfig(**sizes(8, 4, 14, 72, 40, 331, 3), **facts))
+
+
+@define("phimoe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
+def phimoe_fused(directory: Path, seed: str) -> None:
+    """In the names of transformers 5; no biases but those of norms."""
+    from transformers import PhimoeConfig
+
+    write(directory, seed, PhimoeConfig(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, router_jitter_noise=0.3))
+    fuse(directory)
+
+
+@define("hunyuan_v1_moe", heads=8, kv=4, layers=3, **EXPERTS)
+def hunyuan_v1_moe(directory: Path, seed: str) -> None:
+    """A shared expert, norms on q and k after their rotation, angles stretched by alpha; numbers listed for each layer, as published."""
+    from transformers import HunYuanMoEV1Config
+
+    write(directory, seed, HunYuanMoEV1Config(**sizes(8, 4, 14, 72, 40, 331, 3), num_experts=8, moe_topk=[3, 3, 3]))
+    rope = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=rope, num_shared_expert=[1, 1, 1])
+
+
+@define("hunyuan_v1_moe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
+def hunyuan_v1_moe_fused(directory: Path, seed: str) -> None:
+    """In the names of transformers 5; tied."""
+    from transformers import HunYuanMoEV1Config
+
+    facts = {"num_experts": 8, "moe_topk": 3, "tie_word_embeddings": True}
+    write(directory, seed, HunYuanMoEV1Config(**sizes(8, 2, 14, 72, 40, 331, 3), **facts))
+    fuse(directory)
+
+
+def ernie4_5_moe_config(kv: int, **facts: Any) -> Any:
+    from transformers import Ernie4_5_MoeConfig
+
+    base = sizes(8, 2, 14, 72, 88, 331, 3) | {"num_key_value_heads": kv, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 40}
+    return Ernie4_5_MoeConfig(**base, **facts)
+
+
+def add_ernie_mtp(state: State, seed: str) -> State:
+    """What ERNIE 4.5 was published with for predicting one token more: a dense layer like the first, and three names beside it."""
+    first = "model.layers.0."
+    found = {"model.mtp_block.0." + name.removeprefix(first): tensor for name, tensor in state.items() if name.startswith(first)}
+    hidden = state["model.norm.weight"].shape[0]
+    found |= {f"model.{name}.0.weight": torch.empty(hidden) for name in ("mtp_emb_norm", "mtp_hidden_norm")}
+    found["model.mtp_linear_proj.0.weight"] = torch.empty(hidden, 2 * hidden)
+    return state | {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in found.items()}
+
+
+@define("ernie4_5_moe", heads=8, kv=4, layers=3, mtp=1, **EXPERTS)
+def ernie4_5_moe(directory: Path, seed: str) -> None:
+    """Tied, layer 0 is dense, experts are chosen by a corrected score; as published with a layer that predicts one token more."""
+    write(directory, seed, ernie4_5_moe_config(4))
+    rewrite(directory, lambda state: add_ernie_mtp(state, seed))
+    configure(directory, num_nextn_predict_layers=1)
+
+
+@define("ernie4_5_moe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
+def ernie4_5_moe_fused(directory: Path, seed: str) -> None:
+    """In the names of transformers 5; a head of its own, no shared experts."""
+    write(directory, seed, ernie4_5_moe_config(2, tie_word_embeddings=False, moe_num_shared_experts=0))
+    fuse(directory)
+
+
+@define("minimax_m2", heads=8, kv=4, layers=3, **EXPERTS)
+def minimax_m2(directory: Path, seed: str) -> None:
+    """Norms over all of q and over all of k, a part of each head is rotated: the keys of the published files."""
+    from transformers import MiniMaxM2Config
+
+    write(directory, seed, MiniMaxM2Config(**sizes(8, 4, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3, rotary_dim=6))
+    configure(directory, "rope_parameters", "partial_rotary_factor", rope_theta=5000000, rotary_dim=6)
+
+
+@define("minimax_m2", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
+def minimax_m2_fused(directory: Path, seed: str) -> None:
+    """In the names of transformers 5."""
+    from transformers import MiniMaxM2Config
+
+    write(directory, seed, MiniMaxM2Config(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3))
+    fuse(directory)
