@@ -16,6 +16,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     rope_layers     the layers that rotate, by a rule, default: all
     rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
     late_qk_norm    norms of query and key heads come after their rotation
+    index_top       tokens that the layers' indexers let a token see; index_interleaved: as rope_interleaved, of the indexers
     attn_clip       queries, keys and values are clamped to ± this
     growth          of queries with their positions, counted from `start` (default 0): times 1 + by · log(1 + ⌊position / span⌋);
                     `unrotated`: in layers that do not rotate; `if`: where this is true
@@ -23,7 +24,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     embed_factor, residual_factor, logit_factor     embeddings, what a layer adds, and logits are multiplied by it
     attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
     attn_factor     scores are multiplied by it instead
-    attn_cap, logit_cap     soft caps
+    attn_cap, logit_cap     soft caps; 0: none
     head_norm       rows of the head are divided by their lengths
     routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen), "sparsemixer" (each choice by
                     softmax over what is left, without what is worse than the best of that by more than twice `jitter`, relatively);
@@ -127,6 +128,8 @@ class Spec:
     scale_by_layer: bool
     attn_cap: float | None
     attn_clip: float | None
+    index_top: int | None
+    index_interleaved: bool
     logit_cap: float | None
     head_norm: bool
     routing: Routing | None
@@ -186,9 +189,11 @@ class Spec:
             logit_factor=said.optional("logit_factor"),
             attn_scale=scale,
             scale_by_layer=said.true("scale_by_layer"),
-            attn_cap=said.optional("attn_cap"),
+            attn_cap=said.optional("attn_cap") or None,
             attn_clip=said.optional("attn_clip"),
-            logit_cap=said.optional("logit_cap"),
+            index_top=int(said.number("index_top", None)) if "index_top" in table.model else None,
+            index_interleaved=said.true("index_interleaved"),
+            logit_cap=said.optional("logit_cap") or None,
             head_norm=said.true("head_norm"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
             window=window,
@@ -213,7 +218,7 @@ def _ropes(said: Facts, size: int) -> tuple[Rope | None, Rope | None]:
     if any(isinstance(one, dict) for one in given.values()):  # for each kind of layer its own
         whole, near = (given.get(f"{kind}_attention") for kind in ("full", "sliding"))
     else:
-        whole = near = scaling | given
+        whole = near = scaling or given
     base = said.optional("rope_near")
     if base is not None and near is whole:
         near = {"rope_theta": base}

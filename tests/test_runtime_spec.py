@@ -1,0 +1,67 @@
+"""What config.json leaves out is what transformers takes: the facts of a family do not depend on who wrote the keys down."""
+
+import json
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from fixtures import FIXTURES, Fixture, checkpoint, zoo
+from huggingface_hub.errors import StrictDataclassError
+from reshard.runtime.spec import Rope, Spec
+
+from reshard import tables
+from reshard.config import Config
+from reshard.model import Model
+from reshard.source import open_source
+
+transformers = pytest.importorskip("transformers")
+
+SAID = {"architectures", "model_type", "tie_word_embeddings", "num_experts_per_tok"}  # by every published config.json
+
+
+def families() -> dict[str, Fixture]:
+    """A fixture of each family that runs and that transformers knows by its name."""
+    found: dict[str, Fixture] = {}
+    for fixture in (FIXTURES | zoo()).values():
+        if fixture.runs and tables.load("families", fixture.family).runs:
+            found.setdefault(fixture.family, fixture)
+    return found
+
+
+def said(table: tables.Table) -> set[str]:
+    """The keys that sizes, optional sets and experts need."""
+    texts = [*table.sizes.values(), *map(str, table.optional.values()), *table.extra.values(), json.dumps(table.model.get("routing"))]
+    return SAID | set(re.findall(r"[A-Za-z_]\w*", " ".join(texts)))
+
+
+def rope(found: Rope | None) -> Rope | None:
+    """Without what changes nothing: how far positions reach, where nothing stretches them."""
+    if found is None:
+        return None
+    names = {"type": "rope_type", "rope_theta": "", "max_position_embeddings": ""}  # spelled otherwise, or said elsewhere
+    scaling = {names.get(key, key): value for key, value in found.scaling.items() if names.get(key, key)}
+    return replace(found, positions=0, original=0, scaling={}) if found.kind == "default" else replace(found, positions=0, scaling=scaling)
+
+
+def facts(table: tables.Table, config: dict[str, Any], model: Model) -> dict[str, Any]:
+    spec = Spec.of(table, Config(config), model)
+    spec = replace(spec, rope=rope(spec.rope), rope_near=rope(spec.rope_near))
+    found = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    if "attn.kv_a" not in model.tensors:
+        del found["eps_latent"]
+    return {key: None if key.endswith("_factor") and value == 1.0 else value for key, value in found.items()}
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_what_config_json_leaves_out_is_what_transformers_takes(family: str) -> None:
+    source = open_source(checkpoint(families()[family].name))
+    table = tables.load("families", family)
+    short = {key: value for key, value in source.config.data.items() if key in said(table)}
+    try:
+        known = type(transformers.AutoConfig.for_model(short["model_type"]))
+        whole = known.from_dict(dict(short)).to_dict()
+    except (ValueError, StrictDataclassError) as error:  # or does not take a family without its keys
+        pytest.skip(f"transformers: {error}"[:80])
+    model = source.layout.model
+    assert facts(table, short, model) == facts(table, whole, model)
