@@ -415,6 +415,7 @@ def _lines(
         yield f' [{first:<{one}} {second:<{two}} "{meaning.leaves}"{word}],'
     if lone:
         yield ' ["lm_head.weight", "vocab hidden", "head"],   # not stored: tied'
+    plan = _tp_plan(config.inner_type or config.model_type)
     for each in unknown:
         yield f" # {OPEN} {each.count} tensors {list(each.shape)}: what are they?{_in_words(each, sizes, plan)}"
         yield f' # ["{each.name}", "{_guess(each, sizes)}", "?"],'
