@@ -478,14 +478,15 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
     bases = {base for axis in blocks for base in (block_of(axis) or ((), 0))[0]}
     known = _BLOCKED if any(block_of(axis) for row in rows for path in row.pattern.axes for axis in path) else _SMALL
     config: Data = {"model_type": table.name, "tie_word_embeddings": False}
+    sized = {key for text in table.sizes.values() for key in re.findall(r"[A-Za-z_][\w.]*", _first(text))}
     for key, truth in truths.items():
         if key == "quantization_config":
             config[key] = table.quantization[0] if truth and table.quantization else None
         elif "=" in key:  # two keys compared: two axes differ unless they are made equal, below
             continue
         elif not truth:
-            config[key] = None if key in {_first(text) for text in table.sizes.values()} else False
-        elif key not in {_first(text) for text in table.sizes.values()}:
+            config[key] = None if key in sized else False
+        elif key not in sized:
             config[key] = True
     free = iter(_FREE)
     sizes: dict[str, int] = {}
