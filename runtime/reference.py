@@ -59,7 +59,12 @@ def reference_for(source: Source) -> Reference:
     def load(dtype: torch.dtype) -> Run:
         with _quiet():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                root, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True
+                root,
+                dtype=dtype,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
             )
         model = loaded.eval()
         return lambda ids: model(ids, use_cache=False).logits
