@@ -23,6 +23,7 @@ from reshard.tables import Row, Table
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("reshard", "runtime", "scripts", "docs")  # of the file tree, in its order
 SUFFIXES = ("", ".py", ".md", ".json")
+STATEFUL = {"lin.k": "linear attention", "ssm.a_log": "state space", "conv.taps": "short convolutions"}  # instead of keys and values
 SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
 
 
@@ -61,13 +62,13 @@ def _attention(table: Table) -> str:
     leaves, words = _leaves(table), []
     if "attn.kv_a" in leaves:
         words.append("latent")
-    elif "attn.q" not in leaves:
-        words.append("other")
-    elif len(leaves["attn.q"].leaves) > 1:
+    elif "attn.k" in leaves and "attn.k" in leaves["attn.q"].leaves:
         per_head = any(dim[0] == "kv" and isinstance(dim[-1], Sum) for dim in leaves["attn.q"].pattern.dims)
         words.append("q, k, v fused" + (", per KV head" if per_head else ""))
-    else:
+    elif "attn.q" in leaves:
         words.append("q, k, v")
+    if "attn.q_gate" in leaves:
+        words.append("gated")
     if "attn.q_bias" in leaves:
         words.append("biases")
     if "attn.q_norm" in leaves:
@@ -76,6 +77,7 @@ def _attention(table: Table) -> str:
         words.append("q/k norm of the whole projection")
     if "attn.sinks" in leaves:
         words.append("sinks")
+    words += [name for leaf, name in STATEFUL.items() if leaf in leaves]
     return ", ".join(words)
 
 

@@ -474,12 +474,14 @@ def _vocabulary() -> dict[str, list[str]]:
     return {name: re.findall("`([^`]+)`", axes) for name, axes in found}
 
 
-# What is written for short: in families whose queries share keys, whose heads lie in several parts, whose linear values share keys.
+# What is written for short: in families whose queries share keys, whose heads lie in several parts, whose linear values share keys, whose
+# state space heads share what goes into the state.
 SHORT: tuple[dict[str, tuple[str, ...]], ...] = (
     {},
     {"heads": ("kv", "group")},
     dict.fromkeys(("heads", "kv"), ("cores", "core_heads")),
     {"lv": ("lk", "lgroup")},
+    {"ssm_heads": ("ssm_groups", "ssm_group")},
 )
 
 

@@ -112,3 +112,69 @@ def qwen3_5_moe_each(directory: Path, seed: str) -> None:
     given = sizes(8, 4, 12, 72, 88, 331, 5)
     write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
     rewrite(directory, lambda state: state | fused(ahead(seed, state, 3, 72), "mtp.layers.0."))
+
+
+STATES: Mapping[str, Any] = {"mamba_n_heads": 16, "mamba_d_state": 10, "mamba_d_conv": 3}  # of state space layers
+ATTENDS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]  # as transformers 5 says it
+
+
+@define("granitemoehybrid", heads=8, kv=4, layers=5, experts=4, ep=(1, 2, 4))
+def granitemoehybrid(directory: Path, seed: str) -> None:
+    """Most layers keep a state, one group of heads; experts in stacks beside one that every token uses."""
+    from transformers import GraniteMoeHybridConfig
+
+    facts: dict[str, Any] = {"num_local_experts": 4, "shared_intermediate_size": 48, "mamba_d_head": 9, "mamba_n_groups": 1}
+    facts["layer_types"] = [*ATTENDS, "linear_attention"]
+    write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **STATES, **facts))
+
+
+@define("granitemoehybrid", heads=8, kv=2, layers=4, weights=False)
+def granitemoehybrid_dense(directory: Path, seed: str) -> None:
+    """As the small ones are published: without experts; tied; two groups of heads; no bias of the convolution."""
+    from transformers import GraniteMoeHybridConfig
+
+    facts: dict[str, Any] = {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        "mamba_d_head": 9,
+        "mamba_n_groups": 2,
+        "layer_types": ATTENDS,
+    }
+    facts |= {"mamba_conv_bias": False, "tie_word_embeddings": True}
+    write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **STATES, **facts))
+
+
+@define("bamba", heads=8, kv=4, layers=5)
+def bamba(directory: Path, seed: str) -> None:
+    """One group of heads; a dense feed-forward."""
+    from transformers import BambaConfig
+
+    facts = {"mamba_d_head": 9, "mamba_n_groups": 1, "attn_layer_indices": [1]}
+    write(directory, seed, BambaConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **STATES, **facts))
+
+
+@define("falcon_h1", heads=8, kv=4, layers=3)
+def falcon_h1(directory: Path, seed: str) -> None:
+    """Every layer attends and keeps a state, from one norm; the state space has no norm of its own."""
+    from transformers import FalconH1Config
+
+    facts = {"mamba_d_ssm": 96, "mamba_d_head": 6, "mamba_n_groups": 1}
+    write(directory, seed, FalconH1Config(**sizes(8, 4, 14, 72, 88, 331, 3), **STATES, **facts))
+
+
+@define("falcon_h1", heads=8, kv=2, layers=3, weights=False)
+def falcon_h1_norm(directory: Path, seed: str) -> None:
+    """With that norm, two groups of heads, tied."""
+    from transformers import FalconH1Config
+
+    facts = {"mamba_d_ssm": 96, "mamba_d_head": 6, "mamba_n_groups": 2, "mamba_rms_norm": True, "tie_word_embeddings": True}
+    write(directory, seed, FalconH1Config(**sizes(8, 2, 14, 72, 88, 331, 3), **STATES, **facts))
+
+
+@define("mamba2", heads=8, kv=8, layers=4, tp=(1, 2, 4, 8))
+def mamba2(directory: Path, seed: str) -> None:
+    """State spaces and nothing else, four groups of heads."""
+    from transformers import Mamba2Config
+
+    facts = {"num_heads": 16, "head_dim": 9, "state_size": 10, "n_groups": 4, "conv_kernel": 3}
+    write(directory, seed, Mamba2Config(vocab_size=331, hidden_size=72, num_hidden_layers=4, **facts))
