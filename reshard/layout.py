@@ -223,21 +223,31 @@ def _choose(
 ) -> list[tuple[int, Row, tuple[int, ...] | None]]:
     if active is not None:
         return [(at, table.rows[at], layers) for at, layers in active.items()]
-    taken: dict[str, int] = {}
+    left = {name: _existing(tensor) for name, tensor in model.tensors.items()}
     chosen = []
     for at, row in enumerate(table.rows):
-        if not all(leaf in model.tensors and leaf not in taken for leaf in row.leaves):
+        if not all(leaf in left for leaf in row.leaves):
             continue
-        layers = {model.tensors[leaf].layers for leaf in row.leaves}
-        if len(layers) > 1:
-            problems.add(f"{row.name.text}: {', '.join(row.leaves)} do not exist in the same layers")
-        taken.update((leaf, at) for leaf in row.leaves)
+        here = set[int].intersection(*(left[leaf] for leaf in row.leaves))
+        if not here or ("layer" not in row.name.axes and any(left[leaf] != here for leaf in row.leaves)):
+            continue
+        for leaf in row.leaves:
+            left[leaf] = left[leaf] - here
         row = replace(row, pattern=_fitting(row, model), layouts=())
-        chosen.append((at, row, model.tensors[row.leaves[0]].layers if "layer" in row.name.axes else None))
-    for name in model.tensors:
-        if name not in taken:
-            problems.add(f"no row for the logical tensor {name}", f"{name} {' '.join(model.tensors[name].axes)}")
+        chosen.append((at, row, tuple(sorted(here)) if "layer" in row.name.axes else None))
+    for name, layers in left.items():
+        if layers:
+            problems.add(f"no row for the logical tensor {name}", f"{name} {' '.join(model.tensors[name].axes)}{_named(layers - {-1})}")
     return chosen
+
+
+def _existing(tensor: Tensor) -> set[int]:
+    """The layers where a tensor is; of one that belongs to none, -1."""
+    return {-1} if tensor.layers is None else set(tensor.layers)
+
+
+def _named(layers: set[int]) -> str:
+    return f" in layers {', '.join(map(str, sorted(layers)))}" if layers else ""
 
 
 def _fitting(row: Row, model: Model) -> Pattern:

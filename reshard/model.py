@@ -17,6 +17,7 @@ from .dialect import settle
 from .errors import Problems as Problems
 from .errors import ReshardError
 from .notation import block_of, evaluate, fold
+from .rules import layers_named
 from .sizes import axis_size as axis_size
 from .sizes import dotted, solve
 from .tables import Row, Table
@@ -92,12 +93,13 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     problems = Problems()
     sizes = _from_config(table, config)
     table = settle(table, stored, sizes)
-    points, aside = _claim(table, stored, problems)
+    ruled = _ruled(table, config, sizes, stored)
+    points, aside = _claim(table, stored, ruled, problems)
     check_quantization(table, config)
     layers = _layers(table, config, sizes, points)
     sizes |= {axis: int(axis[1:]) for row in table.rows if row.tower for axis in (*row.name.axes, *row.pattern.axes[0])}
     tags = _tags(table, config, points, problems)
-    active = _presence(table, sizes, points, layers, tags, problems)
+    active = _presence(table, sizes, points, layers, ruled, tags, problems)
     alias = _tied(table, config, active, problems)
     if not active and not stored:
         raise ReshardError(f"{where}: holds no tensors", "is this the directory with the weights?")
@@ -134,17 +136,52 @@ def check_quantization(table: Table, config: Config) -> None:
 Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored name
 
 
-def _claim(table: Table, stored: Mapping[str, Stored], problems: Problems) -> tuple[dict[int, Points], list[str]]:
-    rows = {row.name.folded: index for index, row in enumerate(table.rows)}
+Ruled = list[tuple[frozenset[str], dict[int, str]]]  # sets of kinds of which config.json gives each layer one, and which
+
+
+def _ruled(table: Table, config: Config, sizes: Mapping[str, int], stored: Iterable[str]) -> Ruled:
+    """The kinds that config.json gives the main layers: of each set those that a rule names, the others the first kind without a rule."""
+    found: Ruled = []
+    for group in table.one_of:
+        if not table.layers.keys() & set(group):
+            continue
+        main = sizes["layer"] if "layer" in sizes else 1 + max((max(fold(name)[1], default=-1) for name in stored), default=-1)
+        rest = next((kind for kind in group if kind not in table.layers), group[-1])
+        kind_of = dict.fromkeys(range(main), rest)
+        for kind in group:
+            if kind in table.layers:
+                kind_of |= dict.fromkeys(layers_named(table.layers[kind], main, config, lambda: None), kind)
+        found.append((frozenset(group), kind_of))
+    return found
+
+
+def _is_in(row: Row, layer: int, ruled: Ruled) -> bool:
+    """Whether a row can be in a layer, as far as config.json gives it kinds."""
+    return all(kind_of.get(layer) in row.kinds for group, kind_of in ruled if row.kinds & group and layer in kind_of)
+
+
+def _claim(table: Table, stored: Mapping[str, Stored], ruled: Ruled, problems: Problems) -> tuple[dict[int, Points], list[str]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for at, row in enumerate(table.rows):
+        rows[row.name.folded].append(at)
     beside = {template.folded for template in table.aside}
     points: dict[int, Points] = defaultdict(dict)
     aside = []
+
+    def claimed(name: str, key: str, numbers: tuple[int, ...]) -> bool:
+        for at in rows.get(name, rows.get(key, ())):
+            row = table.rows[at]
+            found = row.name.numbers(numbers if name not in rows else ())
+            if found is not None and ("layer" not in row.name.axes or _is_in(row, found[row.name.axes.index("layer")], ruled)):
+                points[at][found] = name
+                return True
+        return False
+
     for name in stored:
         key, numbers = fold(name)
-        at = rows.get(name, rows.get(key))
-        if at is not None and (found := table.rows[at].name.numbers(numbers if name not in rows else ())) is not None:
-            points[at][found] = name
-        elif key in beside or name in beside:
+        if claimed(name, key, numbers):
+            continue
+        if key in beside or name in beside:
             aside.append(name)
         else:
             problems.add(f"no row claims {key}", f"{name} {list(stored[name].shape)}")
@@ -205,10 +242,16 @@ def _tags(table: Table, config: Config, points: Mapping[int, Points], problems: 
 
 
 def _presence(
-    table: Table, sizes: dict[str, int], points: Mapping[int, Points], layers: _Layers, tags: set[str], problems: Problems
+    table: Table,
+    sizes: dict[str, int],
+    points: Mapping[int, Points],
+    layers: _Layers,
+    ruled: Ruled,
+    tags: set[str],
+    problems: Problems,
 ) -> dict[int, tuple[int, ...] | None]:
     """Which rows are in use and in which layers; reports every tensor that should be there and is not, or should not and is."""
-    kind_of = _kinds(table, points, layers, problems)
+    kind_of = _kinds(table, points, layers, ruled, problems)
     held = {leaf for at in points for leaf in table.rows[at].leaves}
     tied = _alias_names(table) - held  # `_tied` decides about these
     active: dict[int, tuple[int, ...] | None] = {}
@@ -253,8 +296,8 @@ def _alias_names(table: Table) -> set[str]:
     return {name for pair in table.tied.items() for name in pair} if isinstance(table.tied, dict) else set()
 
 
-def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, problems: Problems) -> dict[int, frozenset[str]]:
-    """The kinds of each layer: one of every set of `one_of`, as the headers say; a kind without rows is what is left."""
+def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, ruled: Ruled, problems: Problems) -> dict[int, frozenset[str]]:
+    """The kinds of each layer: one of every set of `one_of`, as config.json or the headers say; a kind without rows is what is left."""
     seen: dict[int, set[str]] = {layer: set() for layer in range(layers.total)}
     for at, row in enumerate(table.rows):
         if "layer" not in row.name.axes or not row.kinds:
@@ -266,6 +309,10 @@ def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, problems
     for layer, kinds in seen.items():
         mine = set()
         for group in table.one_of:
+            given = next((kind_of for kinds_of, kind_of in ruled if set(group) == kinds_of), {}).get(layer)
+            if given is not None:
+                mine.add(given)
+                continue
             rowless = [kind for kind in group if not any(kind in row.kinds for row in table.rows)]
             here = [kind for kind in group if kind in kinds] or rowless[:1]
             if len(here) != 1:

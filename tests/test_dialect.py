@@ -13,6 +13,8 @@ from strategies import Stored
 from reshard import tables
 from reshard.config import Config
 from reshard.errors import ReshardError
+from reshard.layout import lay_out
+from reshard.mesh import Mesh
 from reshard.model import understand
 
 TABLE = """
@@ -206,6 +208,56 @@ def test_a_format_without_towers_refuses_them(table: Path, tmp_path: Path) -> No
 def test_a_spelling_that_means_nothing_is_refused(row: str, message: str) -> None:
     with pytest.raises(ReshardError, match=message.replace("|", r"\|")):
         tables.parse(f'name = "x"\none_of = [["a", "b"]]\nrows = [{row}]', "x")
+
+
+RULED = """
+name = "ruled"
+one_of = [["near", "far"], ["own", "borrowed"]]
+layers = { near = "layer_types", borrowed = "last borrowing" }
+aside = ["layers.{layer}.k.weight"]
+rows = [
+ ["layers.{layer}.q.weight", "(heads head_dim) hidden",         "attn.q",     "near"],
+ ["layers.{layer}.q.weight", "(heads head_dim@far) hidden",     "attn.q@far", "far"],
+ ["layers.{layer}.k.weight", "(kv head_dim) hidden",            "attn.k",     "near own"],
+ ["layers.{layer}.k.weight", "(kv@far head_dim@far) hidden",    "attn.k@far", "far own"],
+ ["layers.{layer}.v.weight", "(kv head_dim) hidden",            "attn.v",     "near own"],
+]
+[sizes]
+layer = "layers"
+heads = "heads"
+"""
+
+
+def test_config_json_may_say_which_of_two_rows_of_one_name_a_layer_has() -> None:
+    """What is read together in one layer stands alone in another; what a layer does not use is laid aside."""
+    table = tables.parse(RULED, "ruled.toml")
+    shapes = {"layers.0.q": (8, 5), "layers.0.k": (4, 5), "layers.0.v": (4, 5), "layers.1.q": (12, 5), "layers.1.k": (3, 5)}
+    shapes |= {"layers.2.q": (8, 5), "layers.2.k": (4, 5)}
+    stored = {f"{name}.weight": Stored("BF16", shape) for name, shape in shapes.items()}
+    config = {"heads": 4, "layers": 3, "borrowing": 1, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    model = understand(table, Config(config), stored)
+    assert {name: (tensor.layers, tensor.sizes[1:-1]) for name, tensor in model.tensors.items()} == {
+        "attn.q": ((0, 2), (4, 2)),
+        "attn.q@far": ((1,), (4, 3)),
+        "attn.k": ((0,), (2, 2)),
+        "attn.v": ((0,), (2, 2)),
+        "attn.k@far": ((1,), (1, 3)),
+    }
+    assert model.aside == ("layers.2.k.weight",)
+    layout = lay_out(tables.load("formats", "native"), model, Mesh(tp=2))
+    shapes = {slot.name(point): slot.shape for slot in layout.by_rank[1] for point in slot.points()}
+    assert shapes == {"layers.0.attn.qkv": (8, 5), "layers.1.attn.qk": (9, 5), "layers.2.attn.q": (4, 5)}
+    with pytest.raises(ReshardError, match=r"no row claims layers\.\{\}\.v\.weight.*layers\.1\.v"):
+        understand(table, Config(config), stored | {"layers.1.v.weight": Stored("BF16", (3, 5))})
+    with pytest.raises(ReshardError, match=r"missing layers\.\{layer\}\.k\.weight"):
+        understand(table, Config(config | {"borrowing": 0}), {name: each for name, each in stored.items() if name != "layers.2.k.weight"})
+
+
+def test_two_rows_of_one_name_must_be_in_layers_of_kinds_that_config_json_tells_apart() -> None:
+    with pytest.raises(ReshardError, match=r"q\.weight has two rows"):
+        tables.parse(RULED.replace('near = "layer_types", ', ""), "ruled.toml")
+    with pytest.raises(ReshardError, match="layers of kind odd"):
+        tables.parse(RULED.replace("near = ", "odd = "), "ruled.toml")
 
 
 HEADS = """

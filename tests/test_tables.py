@@ -81,7 +81,7 @@ def test_every_shipped_table_is_read_and_keeps_its_texts(kind: str, name: str) -
     table = load(kind, name)
     assert table.name == name and name in table.texts
     data = shipped(kind, name)
-    assert {row.name.text for row in table.rows} >= {row[0] for row in data.get("rows", ())}
+    assert {row.name.text for row in table.rows} >= {row[0].partition(" | ")[0] for row in data.get("rows", ())}
     again = parse(table.texts[name], name, table.texts.__getitem__)
     assert (again.rows, again.sizes, again.axes, again.cut) == (table.rows, table.sizes, table.axes, table.cut)
 
