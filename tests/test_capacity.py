@@ -243,7 +243,8 @@ def test_windows_under_the_keys_of_transformers_4() -> None:
 
 
 def test_rules_name_layers() -> None:
-    config = Config({"last": 4, "each": 3, "flags": [1, 0, 1, 0, 0, 1], "layer_types": ["sliding_attention", "full_attention"] * 3})
+    lists = {"flags": [1, 0, 1, 0, 0, 1], "pairs": [[["global", "local"], 2], [["local"], 2]]}
+    config = Config({"last": 4, "each": 3, "layer_types": ["sliding_attention", "full_attention"] * 3} | lists)
     named = {
         "all": (0, 1, 2, 3, 4, 5),
         "even": (0, 2, 4),
@@ -254,6 +255,7 @@ def test_rules_name_layers() -> None:
         "layer_types | all": (0, 2, 4),
         "windowed | all": (0, 1, 2, 3, 4, 5),
         "layer_types full_attention": (1, 3, 5),
+        "pairs local": (1, 3, 4, 5),
         "other": (),
     }
     for rule, layers in named.items():
