@@ -31,13 +31,14 @@ def ahead(seed: str, state: State, layer: int, hidden: int) -> State:
     return {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in shapes.items()}
 
 
-def fused(state: State, start: str) -> State:
-    """The experts of one layer as one stack, gate and up together, instead of a tensor each."""
-    of = f"{start}mlp.experts."
-    experts = range(len([name for name in state if name.startswith(of) and name.endswith("down_proj.weight")]))
-    gate, up, down = (torch.stack([state[f"{of}{n}.{part}_proj.weight"] for n in experts]) for part in ("gate", "up", "down"))
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith(of)}
-    return rest | {f"{of}gate_up_proj": torch.cat((gate, up), 1), f"{of}down_proj": down}
+def fused(state: State, start: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> State:
+    """The experts of one layer, whose names begin with `start`, as one stack, gate and up together, instead of a tensor each."""
+    experts = range(len([name for name in state if name.startswith(start) and name.endswith(f"{names[2]}.weight")]))
+    if not experts:
+        return state
+    gate, up, down = (torch.stack([state[f"{start}{n}.{part}.weight"] for n in experts]) for part in names)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(start)}
+    return rest | {f"{start}gate_up_proj": torch.cat((gate, up), 1), f"{start}down_proj": down}
 
 
 @define("qwen3_next", heads=8, kv=4, layers=5, mtp=1, experts=4, ep=(1, 2, 4))
@@ -62,8 +63,8 @@ def qwen3_next_fused(directory: Path, seed: str) -> None:
 
     def age(state: State) -> State:
         state |= ahead(seed, state, 3, 72)
-        for start in (*(f"model.layers.{layer}." for layer in range(4)), "mtp.layers.0."):
-            state = fused(state, start)
+        for start in (*(f"model.layers.{layer}" for layer in range(4)), "mtp.layers.0"):
+            state = fused(state, f"{start}.mlp.experts.")
         return state
 
     rewrite(directory, age)
@@ -98,7 +99,7 @@ def qwen3_5_moe(directory: Path, seed: str) -> None:
     def age(state: State) -> State:
         ahead_of = ahead(seed, state, 3, 72)
         for layer in range(4):
-            state = fused(state, f"model.layers.{layer}.")
+            state = fused(state, f"model.layers.{layer}.mlp.experts.")
         return state | ahead_of
 
     rewrite(directory, age)
@@ -111,7 +112,7 @@ def qwen3_5_moe_each(directory: Path, seed: str) -> None:
 
     given = sizes(8, 4, 12, 72, 88, 331, 5)
     write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
-    rewrite(directory, lambda state: state | fused(ahead(seed, state, 3, 72), "mtp.layers.0."))
+    rewrite(directory, lambda state: state | fused(ahead(seed, state, 3, 72), "mtp.layers.0.mlp.experts."))
 
 
 STATES: Mapping[str, Any] = {"mamba_n_heads": 16, "mamba_d_state": 10, "mamba_d_conv": 3}  # of state space layers
@@ -178,3 +179,106 @@ def mamba2(directory: Path, seed: str) -> None:
 
     facts = {"num_heads": 16, "head_dim": 9, "state_size": 10, "n_groups": 4, "conv_kernel": 3}
     write(directory, seed, Mamba2Config(vocab_size=331, hidden_size=72, num_hidden_layers=4, **facts))
+
+
+LFM_SQUARE = (r".*\.(q_proj|self_attn\.out_proj|conv\.out_proj)\.weight",)
+
+
+@define("lfm2", heads=8, kv=4, layers=4, square=LFM_SQUARE)
+def lfm2(directory: Path, seed: str) -> None:
+    """As published: most layers are a short convolution; tied, and the feed-forward is not as wide as config.json says."""
+    from transformers import Lfm2Config
+
+    kinds = ["conv", "conv", "full_attention", "conv"]
+    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    write(directory, seed, Lfm2Config(**given, num_hidden_layers=4, layer_types=kinds, block_multiple_of=40))
+    configure(directory, "tie_word_embeddings", "layer_types", tie_embedding=True, full_attn_idxs=[2])
+
+
+@define("lfm2", heads=8, kv=2, layers=3, weights=False, square=LFM_SQUARE)
+def lfm2_untied(directory: Path, seed: str) -> None:
+    """With a head; the feed-forward as wide as config.json says."""
+    from transformers import Lfm2Config
+
+    kinds = ["conv", "full_attention", "conv"]
+    facts = {"tie_word_embeddings": False, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
+    given = {key: value for key, value in sizes(8, 2, 12, 72, 88, 331, 3).items() if key != "head_dim"}
+    write(directory, seed, Lfm2Config(**given, **facts))
+
+
+def lfm2_moe_config(layers: int, **facts: Any) -> Any:
+    from transformers import Lfm2MoeConfig
+
+    kinds = ["conv", "full_attention", "conv", "conv"][:layers]
+    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1}
+    return Lfm2MoeConfig(**given, **experts, num_hidden_layers=layers, layer_types=kinds, **facts)
+
+
+@define("lfm2_moe", heads=8, kv=4, layers=4, experts=4, ep=(1, 2, 4), square=LFM_SQUARE)
+def lfm2_moe(directory: Path, seed: str) -> None:
+    """The first layers dense, the others of experts with a bias that only their choice sees; tied."""
+    write(directory, seed, lfm2_moe_config(4))
+
+
+@define("lfm2_moe", heads=8, kv=4, layers=3, experts=4, ep=(1, 2), square=LFM_SQUARE)
+def lfm2_moe_fused(directory: Path, seed: str) -> None:
+    """Experts in stacks, no such bias, a head."""
+    write(directory, seed, lfm2_moe_config(3, use_expert_bias=False, tie_word_embeddings=False))
+
+    def age(state: State) -> State:
+        for layer in range(3):
+            state = fused(state, f"model.layers.{layer}.feed_forward.experts.", ("w1", "w3", "w2"))
+        return state
+
+    rewrite(directory, age)
+
+
+def jamba_config(layers: int, **facts: Any) -> Any:
+    from transformers import JambaConfig
+
+    state = {"mamba_d_state": 10, "mamba_d_conv": 3, "mamba_dt_rank": 5, "mamba_expand": 2}
+    experts = {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1}
+    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    return JambaConfig(**given, **state, **experts, num_hidden_layers=layers, **facts)
+
+
+JAMBA_SQUARE = (r".*\.self_attn\.[qo]_proj\.weight",)
+
+
+@define("jamba", heads=8, kv=4, layers=4, experts=4, ep=(1, 2, 4), square=JAMBA_SQUARE)
+def jamba(directory: Path, seed: str) -> None:
+    """State spaces without heads, norms inside them; every other layer of experts. Heads times head_dim is hidden, by definition."""
+    write(directory, seed, jamba_config(4))
+
+
+@define("jamba", heads=8, kv=4, layers=3, experts=4, ep=(1, 2), square=JAMBA_SQUARE)
+def jamba_fused(directory: Path, seed: str) -> None:
+    """Experts in stacks; tied; no bias of the convolution."""
+    write(directory, seed, jamba_config(3, mamba_conv_bias=False, tie_word_embeddings=True))
+
+    def age(state: State) -> State:
+        for layer in range(3):
+            state = fused(state, f"model.layers.{layer}.feed_forward.experts.")
+        return state
+
+    rewrite(directory, age)
+
+
+@define("mamba", heads=8, kv=8, layers=4)
+def mamba(directory: Path, seed: str) -> None:
+    """State spaces without heads, and nothing else; tied without a word."""
+    from transformers import MambaConfig
+
+    facts = {"state_size": 10, "conv_kernel": 3, "time_step_rank": 5}
+    write(directory, seed, MambaConfig(vocab_size=331, hidden_size=72, num_hidden_layers=4, **facts))
+    configure(directory, "tie_word_embeddings")
+
+
+@define("mamba", name="falcon_mamba", heads=8, kv=8, layers=3)
+def falcon_mamba(directory: Path, seed: str) -> None:
+    """The same tensors; with a head."""
+    from transformers import FalconMambaConfig
+
+    facts = {"state_size": 10, "conv_kernel": 3, "time_step_rank": 5, "tie_word_embeddings": False}
+    write(directory, seed, FalconMambaConfig(vocab_size=331, hidden_size=72, num_hidden_layers=3, **facts))
