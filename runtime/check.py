@@ -4,6 +4,9 @@
                    and the same tokens when both go on by themselves
     stored dtype   rms distance from the float32 reference at most 1.5 × the reference's own
 
+Of mixtures, whose routing no bound holds for, choices of experts that are toss-ups (`choices`) are imposed: this runtime at TP 1 stands for
+the reference where they have an effect, and in 16 bits, where a rounding is large, everywhere. Their share is told.
+
 The reference is transformers, or this runtime at TP 1 (`reference`). Ranks are threads of this process, or processes (`ranks`).
 """
 
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 
     from reshard.source import Source
 
-    from .ranks import Computed, Routes
+    from .choices import Choices, Routes
+    from .ranks import Computed
     from .reference import Reference
 
 TIMES, RMS = 4.0, 1.5  # × the reference's own error: in float32, and in the stored dtype
@@ -111,12 +115,14 @@ class _Check:
         self.reference: Reference = reference_for(source)
         self.prompts = prompts_for(source, exhaustive)
         self.routed: dict[int, set[int]] = {}
+        self.mixed = "moe.router" in model.tensors
+        self.chosen: Choices | None = None
 
     def climb(self) -> Rung:
         import torch
 
         rung, narrow = self.rung, self.stored in (torch.bfloat16, torch.float16)
-        self.progress.start("running the model", (5 if narrow else 3) * self.source.bytes)
+        self.progress.start("running the model", ((5 if narrow else 3) + 2 * self.mixed) * self.source.bytes)
         wide = self.reference.logits(self.prompts, torch.float32)
         self.progress.advance(self.source.bytes)
         if not bool(wide.isfinite().all()):
@@ -124,10 +130,14 @@ class _Check:
             return Rung("numerics", skipped=f"the logits of the reference, {self.reference.name}, are not finite")
         exact = self.reference.logits(self.prompts, torch.float64)
         self.progress.advance(self.source.bytes)
-        ours = self._shards(torch.float32, goes_on=True)
+        if self.mixed:
+            chosen = self.chosen = self._choices()
+            odd = chosen.unsettled[..., None]
+            wide, exact = chosen.logits.where(odd, wide), chosen.exact.where(odd, exact)
+        ours = self._shards(torch.float32, goes_on=True, routes=self.chosen.imposed if self.chosen else None)
         self.progress.advance(self.source.bytes)
         numbers = _numbers(ours.logits, wide, exact)
-        rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json()}
+        rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
             where = self._first_to_differ()
@@ -139,8 +149,9 @@ class _Check:
         if narrow:
             name = str(self.stored).removeprefix("torch.")
             routes, more = None, {}
-            if self.routed:
-                wide, own, routes, share = self._routed()
+            if self.chosen:
+                wide, routes = self.chosen.logits, self.chosen.routes
+                own, share = self._narrowed(self.chosen)
                 more = {"routing": "that of float32 imposed", "would_differ": share}
             else:
                 own = self.reference.logits(self.prompts, self.stored)
@@ -162,35 +173,39 @@ class _Check:
 
         given: dict[str, Any] = {"out": self.out, "dtype": dtype, "prompts": self.prompts, "routes": routes}
         if goes_on:
-            given |= {"starts": self._starts(), "new": NEW}
+            given |= {"starts": self._starts.tolist(), "new": NEW}
         found = on_ranks(self._opened.layout.mesh, self.processes, compute, **given)
         for one in found:
             for layer, experts in one.routed.items():
                 self.routed.setdefault(layer, set()).update(experts)
         return found[0]
 
-    def _routed(self) -> "tuple[torch.Tensor, torch.Tensor, Routes, float]":
-        """Of a mixture in 16 bits, where a token may go to another expert by a rounding: this runtime at TP 1 with the choices of float32.
+    def _choices(self) -> "Choices":
+        from .choices import choices
 
-        Logits in float32 and in the stored dtype, the choices, and the part of them that would have been others. That this runtime is the
-        reference in float32 has been seen before.
-        """
+        found = choices(self.source, self.prompts, TIMES)
+        self.progress.advance(2 * self.source.bytes)
+        if bool(found.unsettled.all()) and self.reference.independent:
+            self.rung.notes.append(f"every token depends on a toss-up of a router: logits of {self.reference.name} were compared nowhere")
+        return found
+
+    def _imposed(self) -> dict[str, Any]:
+        """What is told of a mixture in float32: the share of choices that were imposed, and of tokens that this had an effect on."""
+        if self.chosen is None:
+            return {}
+        tokens = float(self.chosen.unsettled.double().mean())
+        return {"routing": "that of the reference imposed where it is a toss-up", "imposed": self.chosen.share, "tokens": tokens}
+
+    def _narrowed(self, chosen: "Choices") -> "tuple[torch.Tensor, float]":
+        """Logits in the stored dtype with the choices of float32, and the part of these that would have been others."""
         import torch
 
-        from .load import load_model
-        from .parallel import alone
+        from .choices import decisions
 
-        logits: list[torch.Tensor] = []
-        taken: list[Routes] = []
-        for dtype, imposed in ((torch.float32, False), (self.stored, True), (self.stored, False)):
-            decoder = load_model(self.source, dtype, world=alone())
-            for layer, weights in decoder.routers().items():
-                weights.routes = []
-                weights.imposed = iter(taken[0][layer]) if imposed else None
-            logits.append(torch.cat([decoder(ids) for ids in self.prompts.split(8)]))
-            taken.append({layer: weights.routes or [] for layer, weights in decoder.routers().items()})
-        odd = [a.sort(-1)[0] != b.sort(-1)[0] for layer in taken[0] for a, b in zip(taken[0][layer], taken[2][layer], strict=True)]
-        return logits[0], logits[1], taken[0], float(torch.cat([part.any(-1) for part in odd]).double().mean())
+        logits, _, _ = decisions(self.source, self.prompts, self.stored, chosen.routes)
+        _, others, _ = decisions(self.source, self.prompts, self.stored)
+        odd = [(others[layer].sort(-1)[0] != routes.sort(-1)[0]).any(-1) for layer, routes in chosen.routes.items()]
+        return logits, float(torch.stack(odd).double().mean())
 
     @cached_property
     def _opened(self) -> "Source":
@@ -198,25 +213,39 @@ class _Check:
 
         return open_source(self.out, self.source.layout.model.family)
 
-    def _starts(self) -> list[list[int]]:
-        return [prompt[: LENGTH // 4].tolist() for prompt in self.prompts[:4]]
+    @property
+    def _starts(self) -> "torch.Tensor":
+        return self.prompts[:4, : LENGTH // 4]
 
     def _continuations(self, tokens: Sequence[Sequence[int]], limit: float) -> None:
-        """The same tokens as the reference's, where it is surer of them than the bound."""
-        agreed, distinct = 0, set()
-        for number, (start, ours) in enumerate(zip(self._starts(), tokens, strict=True), 1):
-            theirs, margins = self.reference.greedy(start, len(ours))
-            for at, (one, other, margin) in enumerate(zip(ours, theirs, margins, strict=True)):
+        """The same tokens as the reference's, where it is surer of them than the bound, and no router tosses up."""
+        agreed, distinct, tossed = 0, set(), 0
+        theirs, margins = (found.tolist() for found in self.reference.greedy(self._starts, NEW))
+        for number, (start, ours) in enumerate(zip(self._starts.tolist(), tokens, strict=True), 1):
+            each = zip(ours, theirs[number - 1], margins[number - 1], strict=True)
+            for at, (one, other, margin) in enumerate(each):
                 if one != other:
-                    if margin > 2 * limit:
+                    if not self._settled([*start, *ours[:at]]):
+                        tossed += 1
+                    elif margin > 2 * limit:
                         words = f"the reference {other}, surer of it by {margin:.3g} than of any other"
                         self.rung.failures.append(f"float32: text {number}: token {at + 1} is {one}, that of {words}")
                     break  # from here on they go different ways
                 agreed += 1
                 distinct.add(one)
         self.rung.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
+        if self.chosen is not None:
+            self.rung.numbers["continuations"]["tossed"] = tossed  # texts that end where a router tosses up
         if len(distinct) < DISTINCT and not self.rung.failures:
             self.rung.notes.append(f"the model went on with {len(distinct)} distinct tokens, {DISTINCT} would say more")
+
+    def _settled(self, ids: Sequence[int]) -> bool:
+        """Whether no choice of experts in a text is a toss-up."""
+        import torch
+
+        from .choices import decisions
+
+        return self.chosen is None or self.chosen.settles(decisions(self.source, torch.tensor([ids]), torch.float32)[2])
 
     def _coverage(self) -> None:
         rung, model = self.rung, self.source.layout.model
@@ -237,6 +266,8 @@ class _Check:
         share = worst["max"] / worst["own_max"] if worst["own_max"] else math.inf if worst["max"] else 0.0
         done = rung.numbers["continuations"]
         rung.words = f"{self.reference.name}; logits off by {share:.2f} × its own error; {done['tokens']} tokens agreed"
+        if self.chosen is not None:
+            rung.words += f"; {self.chosen.share:.2%} of routing imposed"
 
     def _first_to_differ(self) -> str:
         """Which step is the first to compute something else from the same input, and which tensors of it are not the original's."""

@@ -89,9 +89,12 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 def route(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
     """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
     scores = SCORES[routing.score](weights.linear(x.float() if routing.wide else x, "moe.router").float())
-    chosen = next(weights.imposed) if weights.imposed is not None else _choice(scores, weights, routing)
-    if weights.routes is not None:
-        weights.routes.append(chosen)
+    ranking, groups = _ranking(scores, weights, routing)
+    chosen = ranking.topk(routing.top, -1)[1]
+    if weights.imposed is not None:
+        chosen = torch.where(weights.imposed < 0, chosen, weights.imposed)
+    if weights.decisions is not None:
+        weights.decisions.append((chosen, _margin(ranking, groups, chosen, routing)))
     shares = _mixed(scores, chosen, routing.jitter) if routing.score == "sparsemixer" else scores.gather(1, chosen)
     if routing.score == "chosen":
         shares = shares.softmax(-1)
@@ -111,16 +114,30 @@ def _mixed(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
     return torch.cat(shares, -1)
 
 
-def _choice(scores: Tensor, weights: Weights, routing: Routing) -> Tensor:
-    """The best experts of each token, [tokens, top]; where there are groups, of its best groups."""
+def _ranking(scores: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    """By what the experts of each token are chosen, [tokens, experts]; where there are groups, -inf outside of its best groups.
+
+    And by what those are, [tokens, groups].
+    """
     if "moe.score_bias" in weights:
         scores = scores + weights["moe.score_bias"].float()
-    if routing.groups > 1:
-        grouped = scores.view(len(scores), routing.groups, -1)
-        best = grouped.topk(routing.group_best, -1)[0].sum(-1).topk(routing.group_top, -1)[1]
-        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
-        scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-    return scores.topk(routing.top, -1)[1]
+    if routing.groups <= 1:
+        return scores, None
+    grouped = scores.view(len(scores), routing.groups, -1)
+    groups = grouped.topk(routing.group_best, -1)[0].sum(-1)
+    best = groups.topk(routing.group_top, -1)[1]
+    kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+    return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1), groups
+
+
+def _margin(ranking: Tensor, groups: Tensor | None, chosen: Tensor, routing: Routing) -> Tensor:
+    """[tokens] by how much the worst expert chosen is better than the best of the others, or the worst group: what is less is a toss-up."""
+    rest = ranking.scatter(1, chosen, float("-inf")).amax(-1)
+    margin = ranking.gather(1, chosen).amin(-1) - rest
+    if groups is None or routing.group_top == routing.groups:
+        return margin
+    best = groups.sort(-1, descending=True)[0]
+    return margin.minimum(best[:, routing.group_top - 1] - best[:, routing.group_top])
 
 
 def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share) -> Tensor:

@@ -18,6 +18,7 @@ from reshard.progress import Progress
 from reshard.verdict import Rung
 
 from .check import TIMES, culprit, prompts_for
+from .choices import Margins, Routes, bound, impose, recording, tossed
 from .load import open_for
 from .model import EMBEDDING
 from .parallel import World, alone, run_threads
@@ -51,10 +52,19 @@ class _Part:
         for name, _ in self.decoder.walk(ids):
             yield name
 
-    def run(self, step: str, ids: Tensor, x: Tensor | None) -> Tensor:
+    def run(self, step: str, ids: Tensor, x: Tensor | None, routes: Routes | None = None) -> tuple[Tensor, Routes, Margins]:
+        """What a step makes of x, with `routes` imposed where it has a router; what that chose, and how sure it was."""
         self.hold(step)
+        impose(self.decoder, routes)
         call = next(call for name, call in self.decoder.walk(ids) if name == step)
-        return call(None if x is None else x.to(self.dtype))
+        with recording(self.decoder) as recorded:
+            output = call(None if x is None else x.to(self.dtype))
+        seen = {layer: each[0] for layer, each in recorded.items() if each}
+        return (
+            output,
+            {at: chosen.view(*ids.shape, -1) for at, (chosen, _) in seen.items()},
+            {at: m.view(ids.shape) for at, (_, m) in seen.items()},
+        )
 
 
 def _belongs(name: str, step: str, tied: bool) -> bool:
@@ -83,13 +93,18 @@ def layer_by_layer(out: Path, source: "Source", opened: "Source", progress: Prog
     x: Tensor | None = None
     output, own, worst, count = torch.empty(0), 0.0, 0.0, 0
     differ: dict[int, float] = {}
+    imposed: Routes = {}
+    shares: list[float] = []
 
     def reference(step: str, narrow: _Part, wide: _Part) -> None:
-        nonlocal output, own
-        with _once(wide):
-            exact = wide.run(step, ids, x)
+        nonlocal output, own, imposed
         with _once(narrow):
-            output = narrow.run(step, ids, x)
+            output, routes, margins = narrow.run(step, ids, x)
+        with _once(wide):
+            exact, _, others = wide.run(step, ids, x, routes)
+        odd = {layer: tossed(margin, bound(margin, others[layer], TIMES)) for layer, margin in margins.items()}
+        imposed = {layer: routes[layer].where(each[..., None], -1) for layer, each in odd.items()}
+        shares.extend(float(each.double().mean()) for each in odd.values())
         own = float((output.double() - exact).abs().max())
 
     def work(world: World) -> None:
@@ -104,7 +119,7 @@ def layer_by_layer(out: Path, source: "Source", opened: "Source", progress: Prog
                     reference(step, narrow, wide)
                 world.meet(f"the reference of {step}")
                 if step in ours:
-                    differ[world.rank] = float((mine.run(step, ids, x).double() - output.double()).abs().max())
+                    differ[world.rank] = float((mine.run(step, ids, x, imposed)[0].double() - output.double()).abs().max())
                     mine.drop()
                 world.meet(f"the shards of {step}")
                 if world.rank == 0:
@@ -121,5 +136,8 @@ def layer_by_layer(out: Path, source: "Source", opened: "Source", progress: Prog
     progress.finish()
     rung.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
     rung.words = f"{count} steps, each from the same input; off by {worst:.2f} × its own error at most"
+    if shares:
+        rung.numbers["imposed"] = sum(shares) / len(shares)
+        rung.words += f"; {rung.numbers['imposed']:.2%} of routing imposed"
     rung.notes.append("layer by layer: tokens that the model goes on with, and what transformers computes, were not compared")
     return rung

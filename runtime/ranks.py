@@ -17,16 +17,15 @@ from torch import Tensor
 
 from reshard.mesh import Mesh
 
+from .choices import BATCH, Routes, impose
 from .generate import Options, generate
 from .launch import run_processes
 from .load import load_model
 from .parallel import World, run_threads
 
 T = TypeVar("T")
-Routes = dict[int, list[Tensor]]  # layer → the experts of every token, [tokens, top], of one forward after another
 
 PATIENCE = 3600.0  # seconds that ranks wait for each other: they may have to take turns
-BATCH = 8  # prompts that go through together
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,32 @@ def compute(
     new: int = 0,
     routes: Routes | None = None,
 ) -> Computed:
-    """Logits of prompts; where there are `starts`, also token by token, and `new` tokens that each start goes on with."""
+    """Logits of prompts; where there are `starts`, also token by token, and `new` tokens that each start goes on with.
+
+    `routes` are imposed, but not on the texts that go on.
+    """
     decoder = load_model(out, dtype, mesh=mesh, world=world)
-    for layer, weights in decoder.routers().items():
-        weights.imposed = iter(routes[layer]) if routes else None
-    parts: list[Tensor] = []
-    steps: list[Tensor] = []
-    for ids in prompts.split(BATCH):
-        parts.append(decoder(ids, all_ranks=True))
-        if starts and not steps:
-            cache, half = decoder.new_cache(*ids.shape), ids.shape[1] // 2
-            pieces = [ids[:, :half], *ids[:, half:].split(1, 1)]
-            steps.append(torch.cat([decoder(piece, cache=cache, all_ranks=True) for piece in pieces], 1))
-    tokens = generate(decoder, starts, Options(new)).tokens if starts else []
+    length = prompts.shape[1]
+
+    def forward(rows: slice, low: int = 0, high: int = length, cache: Any = None) -> Tensor:
+        impose(decoder, routes, rows, slice(low, high))
+        logits: Tensor = decoder(prompts[rows, low:high], cache=cache, all_ranks=True)
+        return logits
+
+    whole = torch.cat([forward(slice(at, at + BATCH)) for at in range(0, len(prompts), BATCH)])
+    if not starts:
+        stepwise, tokens = whole[:0], []
+    else:
+        first, half = slice(0, BATCH), length // 2
+        cache = decoder.new_cache(len(prompts[first]), length)
+        pieces = [(0, half), *((at, at + 1) for at in range(half, length))]
+        stepwise = torch.cat([forward(first, low, high, cache) for low, high in pieces], 1)
+        impose(decoder, None)
+        tokens = generate(decoder, starts, Options(new)).tokens
     routed = {layer: set(weights.routed) for layer, weights in decoder.routers().items()}
     if world.rank:
-        return Computed(parts[0][:0], parts[0][:0], [], routed)
-    return Computed(torch.cat(parts), steps[0] if steps else parts[0], tokens, routed)
+        return Computed(whole[:0], whole[:0], [], routed)
+    return Computed(whole, stepwise, tokens, routed)
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ Where transformers is not installed or does not know the model (block-scaled FP8
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ Run = Callable[[torch.Tensor], torch.Tensor]  # ids [batch, seq] → logits [bat
 
 
 class Reference:
-    """The unsharded model, in any dtype, loaded anew for each but float32."""
+    """The unsharded model, in any dtype, loaded anew for each but float32. `independent`: it is not this runtime."""
 
-    def __init__(self, name: str, load: Callable[[torch.dtype], Run]) -> None:
-        self.name, self.load = name, load
+    def __init__(self, name: str, load: Callable[[torch.dtype], Run], independent: bool = False) -> None:
+        self.name, self.load, self.independent = name, load, independent
         self._kept: Run | None = None
 
     def prepare(self) -> Run:
@@ -36,14 +36,14 @@ class Reference:
         run = kept if dtype is torch.float32 else self.load(dtype)
         return torch.cat([run(part) for part in ids.split(8)])
 
-    def greedy(self, start: Sequence[int], most: int) -> tuple[list[int], list[float]]:
-        """What the model goes on with, in float32, and by how much it preferred each token to the second."""
-        run, ids, margins = self.prepare(), list(start), []
+    def greedy(self, starts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model goes on with, in float32, and by how much it preferred each token to the second, both [texts, most]."""
+        run, ids, margins = self.prepare(), starts, []
         for _ in range(most):
-            best = run(torch.tensor([ids]))[0, -1].topk(2)
-            ids.append(int(best.indices[0]))
-            margins.append(float(best.values[0] - best.values[1]))
-        return ids[len(start) :], margins
+            best, tokens = run(ids)[:, -1].topk(2, -1)
+            ids = torch.cat([ids, tokens[:, :1]], 1)
+            margins.append(best[:, 0] - best[:, 1])
+        return ids[:, starts.shape[1] :], torch.stack(margins, 1)
 
 
 def reference_for(source: Source) -> Reference:
@@ -69,7 +69,7 @@ def reference_for(source: Source) -> Reference:
         model = loaded.eval()
         return lambda ids: model(ids, use_cache=False).logits
 
-    found = Reference(f"transformers {transformers.__version__}", load)
+    found = Reference(f"transformers {transformers.__version__}", load, independent=True)
     try:
         found.prepare()
     except Exception as error:  # whatever it stumbles over in a checkpoint that it does not know

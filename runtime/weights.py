@@ -1,6 +1,6 @@
 """One layer's weights on one rank, and what is done with a weight whatever it means: products, norms, block scales. Knows no layer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ class Weights:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self.routed: set[int] = set()  # experts that tokens were sent to
-        self.routes: list[Tensor] | None = None  # where set: the choices of each forward, [tokens, top], are added
-        self.imposed: Iterator[Tensor] | None = None  # where set: the choices that the next forwards take instead of their own
+        self.decisions: list[tuple[Tensor, Tensor]] | None = None  # where set: each forward adds its choices, [tokens, top], and margins
+        self.imposed: Tensor | None = None  # where set: choices that forwards take instead of their own; rows of -1 are left to them
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

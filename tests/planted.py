@@ -30,7 +30,7 @@ class Remembered(reference.Reference):
     """The reference, asked the same question once."""
 
     def __init__(self, known: reference.Reference) -> None:
-        super().__init__(known.name, known.load)
+        super().__init__(known.name, known.load, known.independent)
         self._kept, self._said = known.prepare(), {}
 
     def logits(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -39,10 +39,10 @@ class Remembered(reference.Reference):
             self._said[key] = super().logits(ids, dtype)
         return self._said[key]
 
-    def greedy(self, start: list[int], most: int) -> tuple[list[int], list[float]]:
-        key = tuple(start), most
+    def greedy(self, starts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key = most, starts.numpy().tobytes()
         if key not in self._said:
-            self._said[key] = super().greedy(start, most)
+            self._said[key] = super().greedy(starts, most)
         return self._said[key]
 
 

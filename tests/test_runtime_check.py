@@ -13,6 +13,9 @@ import pytest
 import torch
 from fixtures import FIXTURES, copy
 from reshard.runtime import ranks
+from reshard.runtime.experts import route
+from reshard.runtime.spec import Routing
+from reshard.runtime.weights import Weights
 from running import big_llama, environment, reshard, sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,6 +55,7 @@ def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: 
     assert numbers["continuations"]["tokens"] == 4 * 32
     if name == "mixtral":
         assert numbers["coverage"]["experts"] == numbers["coverage"]["of"]
+        assert numbers["float32"]["imposed"] < 0.01
     assert not report.proven  # three rungs were not climbed
 
 
@@ -93,6 +97,65 @@ def test_a_fault_that_every_digest_hides_is_found_and_named(checkpoint: Get, tmp
     done = reshard("verify", out, "--against", checkpoint("llama"), "--only", "numerics")
     assert done.code == 1
     assert f"the first step to differ is {step}: rank-00001/model.safetensors: {name} differs" in done.out, done.out
+
+
+# Mixtures
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A mixture in float32 whose first two experts are almost equally good for every token, and shards of it."""
+    source = copy("mixtral", tmp_path_factory.mktemp("twins") / "model")
+    generator = torch.Generator().manual_seed(0)
+    for path in source.glob("*.safetensors"):
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        for name, tensor in tensors.items():
+            if name.endswith("gate.weight"):
+                tensor[1] = tensor[0] + 3e-7 * tensor[0].abs().max() * torch.randn(tensor[0].shape, generator=generator)
+        save_file(tensors, path, {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    api.convert(source, source.parent / "out", tp=4, ep=2)
+    return source, source.parent / "out"
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_where_a_router_tosses_up_the_choice_of_the_reference_is_imposed(
+    twins: tuple[Path, Path], layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = twins
+    report = api.verify(out, against=source, only="numerics", layers=layers)
+    assert report.ok, report.failures
+    numbers = report.rungs[0].numbers
+    assert 0.01 < (numbers if layers else numbers["float32"])["imposed"] < 0.5
+    assert "% of routing imposed" in "\n".join(report.lines()).replace("\n" + " " * 22, " ")
+    if not layers:
+        monkeypatch.setattr(ranks, "impose", lambda *_: None)
+        report = api.verify(out, against=source, only="numerics")
+        assert any("float32: logits differ by" in failure for failure in report.failures), "the same shards, left to toss up"
+
+
+def test_a_router_that_is_sure_of_the_wrong_is_left_to_it(checkpoint: Get, tmp_path: Path) -> None:
+    """Two experts exchanged in the router of every rank."""
+    out = tmp_path / "out"
+    api.convert(checkpoint("mixtral"), out, tp=2)
+    for rank in range(2):
+        exchanged(out, "layers.0.moe.router", slice(2, 3), slice(5, 6), rank)
+    for layers in (False, True):
+        report = api.verify(out, against=checkpoint("mixtral"), only="numerics", layers=layers)
+        assert any("layer 0, feed-forward" in failure and "moe.router differs" in failure for failure in report.failures), report.failures
+
+
+def test_margins_are_those_of_experts_and_of_groups() -> None:
+    """Four groups of two, of which two are taken: an expert of theirs, or the groups, may be a toss-up."""
+    routing = Routing(2, "chosen", 0, 0, 1, groups=4, group_top=2, group_best=1, weigh_input=False, wide=False)
+    logits = torch.tensor([[9, 3, 8, 2, 7, 1, 0, 0], [9, 3, 8, 2, 7.75, 1, 0, 0], [9, 8, 8.5, 2, 7.75, 1, 0, 0]], dtype=torch.float64)
+    weights = Weights({"moe.router": torch.eye(8, dtype=torch.float64)})
+    weights.decisions = []
+    chosen, _ = route(logits, weights, routing)
+    ((seen, margins),) = weights.decisions
+    assert torch.equal(seen, chosen)
+    assert margins.tolist() == [1.0, 0.25, 0.5]
 
 
 # Ranks that are processes
