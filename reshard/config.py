@@ -60,9 +60,11 @@ class Config:
 
 
 def _follow(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:
-    """The value of a dotted key, and whether the key is there at all."""
+    """The value of a dotted key, and whether the key is there at all; a part `any` is the first entry, whatever its key."""
     value: Any = level
     for part in key.split("."):
+        if part == "any" and isinstance(value, Mapping) and part not in value:
+            part = next(iter(value), part)
         if not isinstance(value, Mapping) or part not in value:
             return None, False
         value = value[part]

@@ -374,7 +374,7 @@ _SMALL |= {"lk": 8, "lgroup": 3, "lk_dim": 14, "lv_dim": 18, "kernel": 5}
 _BLOCKED = {"layer": 2, "heads": 4, "head_dim": 384, "hidden": 160, "inter": 1024, "vocab": 131, "experts": 5, "routes": 5}
 _BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "nope_dim": 320, "kv": 4, "group": 3}
 _FREE = (22, 26, 34, 38, 46, 50, 58, 62, 68, 74, 76, 82, 86, 92, 94)  # for axes that nobody knows
-_NUMBERS = {"top": 2}  # of facts that config.json must have
+_NUMBERS = {"top": 2, "index_top": 9}  # of facts that config.json must have
 _TURNED = 6  # features of a head that are rotated
 _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 
@@ -431,7 +431,10 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     table = settle(table, {}, sizes)
     rows = [(at, table.rows[at]) for at, _ in rows]
     plain = len(kinds) - extra
-    kinds = [*itertools.islice(itertools.cycle(kinds[:plain]), main), *kinds[plain:]]
+    late = {kind for kind, rule in table.layers.items() if rule.startswith(("last ", "from "))}
+    usual = sorted(itertools.islice(itertools.cycle(kinds[:plain]), main), key=lambda mine: bool(late & set(mine)))
+    config |= {key: value for kind, rule in table.layers.items() for key, value in _said(rule, [kind in mine for mine in usual])}
+    kinds = [*usual, *kinds[plain:]]
     for key in table.extra.values():
         config[_first(key)] = extra
     shapes: Shaped = []
@@ -465,6 +468,19 @@ def _kinds(table: Table) -> list[list[str]]:
         groups = [[kind for kind in group if kind in special] or group for group in groups]
         found += [list(kinds) for kinds in itertools.islice(itertools.cycle(itertools.product(*groups)), 2)]
     return found
+
+
+def _said(rule: str, layers: Sequence[bool]) -> Iterator[tuple[str, Any]]:
+    """What config.json must say so that a rule names these layers."""
+    word, _, key = _first(rule).partition(" ")
+    if word == "last":
+        yield key, sum(layers)
+    elif word == "from":
+        yield key, layers.index(True) if any(layers) else len(layers)
+    elif key or word == "layer_types":
+        yield word, [(key or "sliding_attention") if here else "other" if key else "full_attention" for here in layers]
+    else:
+        yield word, list(map(int, layers))
 
 
 def _first(expression: str) -> str:
@@ -502,7 +518,10 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
         if key and key in by_key:
             sizes[axis] = sizes[by_key[key]]
             continue
-        sizes[axis] = known[axis] if axis in known else _SMALL[axis] if axis in _SMALL else next(free)
+        if axis.startswith("kv@"):
+            sizes[axis] = (known.get("kv") or _SMALL["kv"]) // 2
+        else:
+            sizes[axis] = known[axis] if axis in known else _SMALL[axis] if axis in _SMALL else next(free)
         if axis == "layer":
             sizes[axis] = max(sizes[axis], layers)
         if key:
@@ -513,13 +532,14 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
         if key in by_key and all(atom in sizes for atom in atoms):  # heads = kv group, and both heads and kv are n_head
             sizes[atoms[-1]] = sizes[by_key[key]] // max(1, math.prod(sizes[atom] for atom in atoms[:-1]))
         elif key and all(atom in sizes for atom in atoms):
-            config.setdefault(key, math.prod(sizes[atom] for atom in atoms))
+            whole = config.setdefault(key, math.prod(sizes[atom] for atom in atoms))
+            sizes[atoms[-1]] = whole // math.prod(sizes[atom] for atom in atoms[:-1])
     for axis in sorted(composite):
         for key in re.findall(r"[A-Za-z_][\w.]*", _first(table.sizes[axis])):
             config.setdefault(key, _SHARED if "*" in table.sizes[axis] else _SMALL.get(axis, _SHARED))
     for key in (key for key, truth in truths.items() if " != " in key and not truth):
         config[key.partition(" != ")[0]] = config[key.partition(" != ")[2]]
-    asked = Config(config, table.defaults)
+    asked = Config(_nested(config), table.defaults)
     for axis, text in table.sizes.items():
         value = evaluate(text, asked.get)
         if value is not None and axis not in table.axes:
@@ -533,10 +553,22 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
         key = _first(text) if isinstance(text, str) else ""
         if fact == "rope_size":
             config[key] = _TURNED
-        needed = fact in ("top", "attn_scale", "embed_scale") and re.fullmatch(r"[A-Za-z_]\w*", key)
+        needed = fact in ("top", "attn_scale", "embed_scale", "index_top") and re.fullmatch(r"[A-Za-z_]\w*", key)
         if needed and "|" not in str(text) and (fact in _NUMBERS or asked.get(key) is None):
             config[key] = _NUMBERS.get(fact, 11)
-    return config, sizes
+    return _nested(config), sizes
+
+
+def _nested(config: Data) -> Data:
+    """Dotted keys as sections: {"a.b": 1} → {"a": {"b": 1}}."""
+    found = {key: value for key, value in config.items() if "." not in key}
+    for key, value in config.items():
+        *sections, last = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return found
 
 
 def _fill(table: Table, shapes: Shaped, path: Path) -> None:
