@@ -262,6 +262,8 @@ class _Reading:
         for row in self.family.rows:
             if (row.tags or {*tied, *tied.values()} & {*row.leaves}) and not all(held.get(leaf) for leaf in row.leaves):
                 continue
+            if "layer" not in row.name.axes and (row.kinds or row.either) and not any(map(row.within, kinds)):
+                continue
             dtypes = {-1: usual} | held.get(row.leaves[0], {})
             layers = [layer for layer, kind in enumerate(kinds) if row.within(kind)] if "layer" in row.name.axes else []
             ranges = [layers if axis == "layer" else range(sizes[axis]) for axis in row.name.axes]

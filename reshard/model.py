@@ -155,8 +155,9 @@ def _ruled(table: Table, config: Config, sizes: Mapping[str, int], stored: Itera
     return found
 
 
-def _is_in(row: Row, layer: int, ruled: Ruled) -> bool:
-    """Whether a row can be in a layer, as far as config.json gives it kinds."""
+def _is_in(row: Row, numbers: Sequence[int], ruled: Ruled) -> bool:
+    """Whether a row can be in the layer that the numbers of its placeholders name, as far as config.json gives it kinds."""
+    layer = _layer(row, numbers)
     return all(kind_of.get(layer) in row.kinds for group, kind_of in ruled if row.kinds & group and layer in kind_of)
 
 
@@ -168,24 +169,42 @@ def _claim(table: Table, stored: Mapping[str, Stored], ruled: Ruled, problems: P
     points: dict[int, Points] = defaultdict(dict)
     aside = []
 
-    def claimed(name: str, key: str, numbers: tuple[int, ...]) -> bool:
-        for at in rows.get(name, rows.get(key, ())):
-            row = table.rows[at]
-            found = row.name.numbers(numbers if name not in rows else ())
-            if found is not None and ("layer" not in row.name.axes or _is_in(row, found[row.name.axes.index("layer")], ruled)):
-                points[at][found] = name
-                return True
-        return False
+    def claims(name: str, key: str, numbers: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+        """The rows that a tensor can be of, each with the numbers of its placeholders."""
+        all_found = [(at, table.rows[at].name.numbers(numbers if name not in rows else ())) for at in rows.get(name, rows.get(key, ()))]
+        return [(at, found) for at, found in all_found if found is not None and _is_in(table.rows[at], found, ruled)]
 
+    unclear = {}
     for name in stored:
         key, numbers = fold(name)
-        if claimed(name, key, numbers):
-            continue
-        if key in beside or name in beside:
+        here = claims(name, key, numbers)
+        if len(here) == 1:
+            points[here[0][0]][here[0][1]] = name
+        elif here:
+            unclear[name] = here
+        elif key in beside or name in beside:
             aside.append(name)
         else:
             problems.add(f"no row claims {key}", f"{name} {list(stored[name].shape)}")
+    seen = _seen(table, points)
+    for name, here in unclear.items():  # one name in layers of several kinds: the other tensors of the layer tell
+        at, found = next((one for one in here if table.rows[one[0]].within(seen[_layer(table.rows[one[0]], one[1])])), here[0])
+        points[at][found] = name
     return points, aside
+
+
+def _layer(row: Row, numbers: Sequence[int]) -> int:
+    """The layer that the numbers of a row's placeholders name; of a row without layers, -1."""
+    return numbers[row.name.axes.index("layer")] if "layer" in row.name.axes else -1
+
+
+def _seen(table: Table, points: Mapping[int, Points]) -> dict[int, set[str]]:
+    """The kinds of which a layer has tensors."""
+    seen: dict[int, set[str]] = defaultdict(set)
+    for at, found in points.items():
+        for numbers in found:
+            seen[_layer(table.rows[at], numbers)].update(table.rows[at].kinds)
+    return seen
 
 
 def _from_config(table: Table, config: Config) -> dict[str, int]:
@@ -262,11 +281,12 @@ def _presence(
         at_layer = row.name.axes.index("layer") if "layer" in row.name.axes else None
         if at_layer is None:
             mine: tuple[int, ...] | None = None
-            wanted_layers: tuple[int, ...] = (0,)
+            beside = not (row.kinds or row.either) or any(map(row.within, kind_of.values()))  # some layer is of the kind
+            wanted_layers: tuple[int, ...] = (0,) if beside else ()
         else:
             mine = tuple(layer for layer in layers.of(row, table) if row.within(kind_of[layer]))
             wanted_layers = mine
-        if mine == () and not have:
+        if not wanted_layers and not have:
             continue
         ranges: list[Iterable[int]] = []
         count = 1
@@ -281,7 +301,7 @@ def _presence(
         if count > 4 * len(have) + 100_000:
             problems.add(f"{row.name.text}: config.json promises far more tensors than the files hold", f"{len(have)} are there")
             continue
-        wanted = set(product(*ranges))
+        wanted = set(product(*ranges)) if wanted_layers else set()
         if at not in points and row.leaves[0] in tied:
             continue
         for numbers in sorted(wanted - have.keys()):

@@ -5,7 +5,7 @@ Reads TOML (docs/notation.md) into frozen rows. Knows nothing about checkpoints,
 
 import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -196,7 +196,7 @@ MESH = ("tp", "ep", "pp")
 _FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
 _FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "alibi_scaled", "rope_fraction", "rope_interleaved", "embed_scale"}
 _FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs", "bare", "rope_layers", "rope_near", "late_qk_norm", "growth"}
-_FACTS |= {"bare_heads", "window_chunks", "index_top", "index_interleaved"}
+_FACTS |= {"rope_base", "bare_heads", "window_chunks", "index_top", "index_interleaved"}
 _FACTS |= {"post_norm", "pos_offset", "rope_size", "head_norm"}
 _FACTS |= {"attn_clip", "embed_factor", "residual_factor", "logit_factor", "attn_factor"}
 _ROUTING = {"top", "score", "renormalize", "jitter", "scale", "groups", "group_top", "group_best", "weigh_input", "wide"}
@@ -327,7 +327,7 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
         ruled = dict(data.get("layers", {}))
         if missing := sorted(set(ruled) - kinds):
             raise ReshardError(f"{where}: layers of kind {missing[0]}, which no set of one_of has")
-        if twice := _doubled(rows, [set(group) for group in one_of if set(group) & ruled.keys()]):
+        if twice := _doubled(rows, [set(group) for group in one_of if set(group) & ruled.keys() or _told(rows, group)]):
             raise ReshardError(f"{where}: {twice} has two rows")
         prefix = data.get("prefix", ())
         return Table(
@@ -364,7 +364,7 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
 
 
 def _doubled(rows: Iterable[Row], groups: Sequence[Set[str]]) -> str:
-    """A stored name that two rows have in one layer, or nothing. `groups`: kinds of which config.json gives each layer one."""
+    """A stored name that two rows have in one layer, or nothing. `groups`: kinds of which each layer is known to have one."""
     seen: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         for name in (row.name, *row.others):
@@ -374,8 +374,16 @@ def _doubled(rows: Iterable[Row], groups: Sequence[Set[str]]) -> str:
     return ""
 
 
+def _told(rows: Sequence[Row], group: Sequence[str]) -> bool:
+    """Whether every kind of a set shows itself in a layer by a tensor that layers of no other kind have."""
+    count = Counter(name.folded for row in rows for name in (row.name, *row.others))
+    telling = [row.kinds for row in rows if not row.tags and all(count[name.folded] == 1 for name in (row.name, *row.others))]
+    return all(any(kind in kinds for kinds in telling) for kind in group)
+
+
 def _apart(row: Row, other: Row, groups: Sequence[Set[str]]) -> bool:
-    return any(row.kinds & group and other.kinds & group and not row.kinds & other.kinds & group for group in groups)
+    ours, theirs = (one.kinds.union(*one.either) for one in (row, other))
+    return any(ours & group and theirs & group and not ours & theirs & group for group in groups)
 
 
 def _bases(rows: Iterable[Row]) -> set[str]:

@@ -2,7 +2,7 @@
 
 A value is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null counts: a number,
 `true`, `false`, `=word` (that word), a key of config.json, one of these divided by another, `a / b`, or what is true or false: `!key`,
-`key == other`, `key != other`. A list of texts is true if one of them is.
+`key == other`, `key != other`. `a if key` counts only where that key is true. A list of texts is true if one of them is.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,9 @@ class Facts:
             return word == "true"
         if word.startswith("="):
             return word[1:]
+        if " if " in word:
+            value, _, key = word.partition(" if ")
+            return self._one(value) if self.config.says(key) else None
         if word.startswith("!") or " == " in word or " != " in word:
             return self.config.says(word)
         if " / " in word:

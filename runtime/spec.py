@@ -14,6 +14,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     alibi           positions are a bias on the scores; alibi_scaled: in bfloat16, and scaled as they are
     rope_fraction   part of a head that is rotated, or rope_size: so many features of it; rope_interleaved: pairs stand beside each other
     rope_layers     the layers that rotate, by a rule, default: all
+    rope_base       base of angles where neither rope_parameters nor rope_theta gives one
     rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
     late_qk_norm    norms of query and key heads come after their rotation
     index_top       tokens that the layers' indexers let a token see; index_interleaved: as rope_interleaved, of the indexers
@@ -237,7 +238,7 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     return Rope(
         kind=kind,
         size=int(said.number("rope_size", part)),
-        base=float(scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or 10000.0),
+        base=float(scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or said.number("rope_base", 10000.0)),
         positions=positions,
         original=int(scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions),
         scaling=scaling,

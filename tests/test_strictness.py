@@ -298,6 +298,16 @@ def test_a_layer_of_multi_token_prediction_is_no_layer_of_the_model() -> None:
         understand(table_of("deepseek_v3"), Config(config | {"num_hidden_layers": 5}), stored)
 
 
+def test_what_stands_beside_the_layers_of_a_kind_is_there_with_them_and_only_then() -> None:
+    config, stored = headers("exaone_moe")
+    table = tables.load("families", "exaone_moe")
+    assert fits("exaone_moe", stored, table=table)
+    assert fits("exaone_moe", {name: entry for name, entry in stored.items() if not name.startswith("mtp.")}, table=table)
+    for lost, said in (("mtp.fc.", "missing mtp.fc.weight"), ("mtp.layers.", "unexpected mtp.fc.weight")):
+        with pytest.raises(ReshardError, match=said):
+            understand(table, Config(config), {name: entry for name, entry in stored.items() if not name.startswith(lost)})
+
+
 def test_a_layer_number_out_of_all_proportion_is_refused() -> None:
     config, stored = headers("llama")
     far = {"model.layers.999999999.input_layernorm.weight": stored["model.layers.0.input_layernorm.weight"]}

@@ -299,3 +299,105 @@ def minimax_m2_fused(directory: Path, seed: str) -> None:
 
     write(directory, seed, MiniMaxM2Config(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3))
     fuse(directory)
+
+
+def dbrx_twin(directory: Path, seed: str) -> None:
+    """With the base of the angles where transformers 5 reads it."""
+    from transformers import DbrxConfig
+
+    attention = {"clip_qkv": 0.7, "kv_n_heads": 4, "rope_theta": 500000.0}
+    experts = {"ffn_hidden_size": 40, "moe_num_experts": 8, "moe_top_k": 3, "ffn_act_fn": {"name": "silu"}}
+    facts = {"attn_config": attention, "ffn_config": experts, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    config = DbrxConfig(d_model=112, n_heads=8, n_layers=3, vocab_size=331, max_seq_len=128, **facts)
+    write(directory, seed, config)
+
+
+@define("dbrx", heads=8, kv=4, layers=3, square=(r".*\.out_proj\.weight",), twin=dbrx_twin, **EXPERTS)
+def dbrx(directory: Path, seed: str) -> None:
+    """Experts one after another in one matrix; q, k and v fused and clipped. Heads times head_dim is hidden, by definition."""
+    dbrx_twin(directory, seed)
+    configure(directory, "rope_parameters")
+
+
+def llama4_config(kv: int, **facts: Any) -> Any:
+    from transformers import Llama4TextConfig
+
+    base = sizes(8, 4, 14, 72, 40, 331, 5) | {"num_key_value_heads": kv, "intermediate_size_mlp": 88, "attention_chunk_size": 5}
+    return Llama4TextConfig(**base, num_local_experts=8, num_experts_per_tok=2, **facts)
+
+
+@define("llama4_text", heads=8, kv=4, layers=5, **EXPERTS)
+def llama4_text(directory: Path, seed: str) -> None:
+    """Experts stacked and transposed, their inputs weighed; chunks, norms without weights, a layer without positions."""
+    write(directory, seed, llama4_config(4, floor_scale=8))
+    configure(directory, "layer_types", "moe_layers")
+
+
+@define("llama4_text", heads=8, kv=2, layers=5, weights=False, **EXPERTS)
+def llama4_text_dense(directory: Path, seed: str) -> None:
+    """Every second layer is dense; no norms on q and k, queries do not grow; as published, no word of layers without positions."""
+    facts = {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False}
+    write(directory, seed, llama4_config(2, **facts))
+    configure(directory, "layer_types", "moe_layers", "no_rope_layers")
+
+
+@define("solar_open", heads=8, kv=4, layers=3, **EXPERTS)
+def solar_open(directory: Path, seed: str) -> None:
+    """Every layer has experts, and all of a head is rotated."""
+    from transformers import SolarOpenConfig
+
+    facts = {key: value for key, value in SIGMOID.items() if key != "first_k_dense_replace"}
+    base = {key: value for key, value in sizes(8, 4, 14, 72, 88, 331, 3).items() if key != "intermediate_size"}
+    write(directory, seed, SolarOpenConfig(**base, **facts))
+
+
+def exaone_moe_config(kv: int, **facts: Any) -> Any:
+    from transformers import ExaoneMoeConfig
+
+    base = sizes(8, 2, 14, 72, 88, 331, 5) | {"num_key_value_heads": kv, "sliding_window": 5}
+    return ExaoneMoeConfig(**base, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, **facts)
+
+
+def add_exaone_mtp(state: State, seed: str) -> State:
+    """What K-EXAONE was published with for predicting one token more: a dense layer like the first, and four names beside it."""
+    first = "model.layers.0."
+    found = {"mtp.layers.0." + name.removeprefix(first): tensor for name, tensor in state.items() if name.startswith(first)}
+    hidden = state["model.norm.weight"].shape[0]
+    found |= {f"mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    found["mtp.fc.weight"] = torch.empty(hidden, 2 * hidden)
+    return state | {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in found.items()}
+
+
+@define("exaone_moe", heads=8, kv=4, layers=5, mtp=1, **EXPERTS)
+def exaone_moe(directory: Path, seed: str) -> None:
+    """Three layers of four have a window, the others no positions; a layer that predicts one token more."""
+    write(directory, seed, exaone_moe_config(4))
+    rewrite(directory, lambda state: add_exaone_mtp(state, seed))
+    configure(directory, num_nextn_predict_layers=1)
+
+
+@define("exaone_moe", heads=8, kv=2, layers=5, weights=False, **EXPERTS)
+def exaone_moe_fused(directory: Path, seed: str) -> None:
+    """In the names of transformers 5; experts in groups."""
+    write(directory, seed, exaone_moe_config(2, n_group=4, topk_group=2))
+    fuse(directory)
+
+
+def afmoe_config(kv: int, **facts: Any) -> Any:
+    from transformers import AfmoeConfig
+
+    base = sizes(8, 2, 14, 72, 88, 331, 5) | {"num_key_value_heads": kv, "num_experts": 8, "num_experts_per_tok": 3}
+    return AfmoeConfig(**base, moe_intermediate_size=40, route_scale=2.5, sliding_window=5, **facts)
+
+
+@define("afmoe", heads=8, kv=4, layers=5, **EXPERTS)
+def afmoe(directory: Path, seed: str) -> None:
+    """Norms before and after attention and feed-forward, attention's output has a gate, layers without a window have no positions."""
+    write(directory, seed, afmoe_config(4, mup_enabled=True))
+
+
+@define("afmoe", heads=8, kv=2, layers=5, weights=False, **EXPERTS)
+def afmoe_fused(directory: Path, seed: str) -> None:
+    """In the names of transformers 5; embeddings are not scaled."""
+    write(directory, seed, afmoe_config(2))
+    fuse(directory)
