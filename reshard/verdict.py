@@ -98,6 +98,8 @@ class Report:
             "numerics": "the shards compute what the original does",
         }
         done = [said[rung.name] for rung in self.rungs if rung.skipped is None]
+        if not done:
+            return "nothing was proven"
         if [rung.name for rung in self.rungs if rung.skipped is None] == ["integrity"] and len(self.rungs) > 1:
             done.append("--against SRC compares every element with the original")
         return "; ".join(done)

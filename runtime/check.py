@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from reshard.errors import PlaceError, ReshardError
 from reshard.progress import Progress
+from reshard.units import binary
 from reshard.verdict import Rung
+
+from . import memory
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +38,7 @@ LENGTH, MOST = 48, 32  # tokens of a prompt; prompts
 NEW, DISTINCT = 32, 16  # tokens that both go on with by themselves, and how many of them must be distinct
 UNASKED = 1 << 30  # bytes of memory that it may take where nobody asked for it
 MEMORY = 20  # bytes per parameter that the rung takes: the reference in float64 and float32, the shards in float32
+LEAST = 12  # without room for anything else: the reference in float64 and float32
 
 
 @dataclass(frozen=True)
@@ -77,21 +81,27 @@ def numerics(
         return skipped("there is nothing to compare with", "--against SRC")
     if source.root is None or source.manifest is not None:
         return skipped(f"{source.where} is no published checkpoint", "--against the original")
-    needed = MEMORY * sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
-    if needed > UNASKED and not must:
-        return Rung("numerics", skipped=f"takes {needed / 2**30:.1f} GiB of memory: ask for it by --numerics, or --layers for less")
+    elements = sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
+    if (needed := MEMORY * elements) > UNASKED and not must:
+        return Rung("numerics", skipped=f"takes {binary(needed)} of memory: ask for it by --numerics, or --layers for less")
     try:
         import torch
     except ImportError:
         return skipped("PyTorch is not installed", "pip install 'reshard[runtime]'")
+    if (why := _cannot_run(source)) is not None:
+        return Rung("numerics", skipped=f"could not be climbed: {why}")
     if layers:
         from reshard.source import open_source
 
         from .layers import layer_by_layer
 
-        return layer_by_layer(out, source, open_source(out, source.layout.model.family), progress)
+        with memory.told("numerics", "a step of one layer has to fit, several times, in float64 at most"):
+            return layer_by_layer(open_source(out, source.layout.model.family), source, progress)
+    if (least := LEAST * elements) > (most := memory.limit()):
+        words = f"takes at least {binary(least)} of memory, this process may have {binary(most)}"
+        return skipped(words, "--layers takes that of one layer")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), memory.told("numerics", "--layers runs it layer by layer, in the memory of one"):
             return _Check(out, source, progress, exhaustive, processes).climb()
     except PlaceError:
         raise
@@ -99,6 +109,19 @@ def numerics(
         if must:
             raise
         return Rung("numerics", skipped=f"the runtime cannot run it: {error.message}")
+
+
+def _cannot_run(source: "Source") -> str | None:
+    """Why the runtime cannot run a model, as far as its table and config.json tell: that is nobody's mistake."""
+    from .load import with_facts
+    from .spec import Spec
+
+    model = source.layout.model
+    try:
+        Spec.of(with_facts(model.family), source.config, model)
+    except ReshardError as error:
+        return error.message
+    return None
 
 
 class _Check:

@@ -242,7 +242,7 @@ def load_model(
     return decoder.eval()
 
 
-def _with_facts(family: "Table") -> "Table":
+def with_facts(family: "Table") -> "Table":
     """A family table that says how to run the model: the shipped one where a directory was converted by one that did not say."""
     from reshard import tables
 
@@ -297,7 +297,7 @@ class Opened:
         from .spec import Spec
 
         model = self.layout.model
-        return Decoder(Spec.of(_with_facts(model.family), self.config, model), model, self.layout, world.rank, world)
+        return Decoder(Spec.of(with_facts(model.family), self.config, model), model, self.layout, world.rank, world)
 
     def state(
         self,
@@ -328,7 +328,10 @@ class Opened:
 
 
 def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world: "World", reshard_on_load: bool = True) -> Opened:
-    """Open a directory for a job: to be mapped where it is native and for the job's mesh, else to be read through a plan."""
+    """Open a directory for a job: to be mapped where it is native and for the job's mesh, else to be read through a plan.
+
+    A source that was opened before is always read.
+    """
     from reshard import tables
     from reshard.capacity import explain_refusal
     from reshard.layout import lay_out
@@ -351,7 +354,7 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
             raise ReshardError(f"{root}: has no manifest.json, so it is no shard directory for {world.size} ranks", "allow reshard_on_load")
     if wanted.world != world.size:
         raise ReshardError(f"the mesh {wanted} has {wanted.world} ranks, the job {world.size}", f"start {wanted.world} processes")
-    if known is not None and known.mesh == wanted and known.format == NATIVE:
+    if known is not None and known.mesh == wanted and known.format == NATIVE and not isinstance(out, Source):
         config, layout = _open_rank(root, known, world.rank)
         return Opened(root, config, layout, known, None)
     source = out if isinstance(out, Source) else open_out(root)

@@ -13,6 +13,7 @@ import torch
 from reshard.source import Source
 
 from .load import load_model
+from .memory import exhausted
 from .parallel import alone
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # ids [batch, seq] → logits [batch, seq, vocab]
@@ -61,7 +62,7 @@ def reference_for(source: Source) -> Reference:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 root,
                 dtype=dtype,
-                attn_implementation="eager",
+                attn_implementation=None if source.config.get("alibi") else "eager",  # Falcon's eager attention adds ALiBi twice
                 experts_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
@@ -73,6 +74,8 @@ def reference_for(source: Source) -> Reference:
     try:
         found.prepare()
     except Exception as error:  # whatever it stumbles over in a checkpoint that it does not know
+        if exhausted(error):
+            raise
         words = str(error).strip().partition("\n")[0][:80]
         return Reference(f"this runtime at TP 1 (transformers: {type(error).__name__}: {words})", _ours(source))
     return found

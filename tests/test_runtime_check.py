@@ -16,7 +16,7 @@ from reshard.runtime import ranks
 from reshard.runtime.experts import route
 from reshard.runtime.spec import Routing
 from reshard.runtime.weights import Weights
-from running import big_llama, environment, reshard, sign
+from running import ROOT, big_llama, environment, reshard, sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -219,36 +219,51 @@ def test_layer_by_layer_names_the_step_and_the_tensor(checkpoint: Get, tmp_path:
 
 
 LIMITED = """
-import sys, threading, time
+import resource, sys, threading
 from pathlib import Path
 import torch, reshard
-from reshard.runtime import check, layers, load_model  # what is imported counts for nobody
+from reshard.errors import ReshardError
+from reshard.runtime import check, layers, memory, ranks, reference  # what is imported counts for nobody
 torch.set_num_threads(1)
-def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
-before, most, over = anonymous(), 0.0, threading.Event()
-def watch():
-    global most
-    while not over.is_set():
-        most = max(most, anonymous())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-report = reshard.verify(sys.argv[1], against=sys.argv[2], only="numerics", layers=True)
-over.set(); thread.join()
-assert report.ok, report.failures
-print(most - before)
+threading.stack_size(1 << 20)
+out, source, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (now + size, now + size))
+whole = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+assert size < whole
+try:
+    bytearray(whole)
+    sys.exit("not enforced")
+except MemoryError:
+    pass
+
+def verify(**given):
+    try:
+        return "ok" if reshard.verify(out, against=source, only="numerics", **given).ok else "failed"
+    except ReshardError as error:
+        return f"{error.exit_code}: {error}"
+
+print(verify(layers=True))
+print(repr(verify()))
+memory.limit = lambda: 1 << 60  # had it not been foreseen
+print(repr(verify()))
 """
 
 
-def test_layer_by_layer_takes_the_memory_of_one_layer(tmp_path: Path) -> None:
-    """A model of 500 MB in 16 bits, 1 GB in float32: what is in memory is a part of a layer, in float64, however many layers there are."""
-    source = big_llama(tmp_path / "model", 500, sparse=True)
+def test_layer_by_layer_runs_a_model_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+    """A model of 380 MB in 16 bits where a process may have 330 MB: what is in memory is a part of a layer, in float64."""
+    source = big_llama(tmp_path / "model", 380, sparse=True)
     api.convert(source, tmp_path / "out", tp=2)
-    line = [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(source)]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
+    line = [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(source), str(330_000_000)]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="2"))
+    if "not enforced" in done.stderr:
+        pytest.skip("RLIMIT_DATA is not enforced here")
     assert done.returncode == 0, done.stderr
-    whole = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**20
-    assert float(done.stdout) < whole * 0.4
+    layers, foreseen, met = done.stdout.splitlines()
+    assert layers == "ok", layers
+    assert foreseen.startswith("'2: numerics: takes at least 2.") and "GiB of memory, this process may have 0." in foreseen
+    assert met.startswith("'3: numerics: there is not enough memory: this process may have")
+    assert "--layers" in foreseen and "--layers" in met
 
 
 def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +279,22 @@ def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path, monkeyp
     report = api.verify(out, against=checkpoint("llama"), only="numerics")
     assert report.ok
     assert report.rungs[0].numbers["reference"] == "this runtime at TP 1 (transformers is not installed)"
+
+
+def test_a_family_that_does_not_run_skips_the_rung_and_says_why(checkpoint: Get, tmp_path: Path) -> None:
+    text, out, table = (ROOT / "reshard/families/llama.toml").read_text(), tmp_path / "out", tmp_path / "llama.toml"
+    table.write_text(text.replace("[model]\n", "[model]\nruns = false\n"))
+    assert reshard("convert", checkpoint("llama"), out, "--tp", "2", "--sha256", "--family", table).code == 0
+    why = 'could not be climbed: family "llama" converts and merges, it does not run: its table'
+    for options in (("--numerics",), ("--only", "numerics", "--layers")):
+        done = reshard("verify", out, "--against", checkpoint("llama"), "--family", table, *options)
+        assert (done.code, done.err) == (0, "")
+        words = " ".join(done.out.split())
+        assert f"numerics skipped {why}" in words
+        assert "proven: the files" not in words
+        assert words.endswith("nothing was proven") == ("--only" in options)
+    report = api.verify(out, against=checkpoint("llama"), family=str(table))
+    assert str(report.rungs[3].skipped).startswith(why)
 
 
 def test_a_reference_that_is_not_finite_proves_nothing(tmp_path: Path) -> None:
