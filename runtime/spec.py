@@ -16,6 +16,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     rope_layers     the layers that rotate, by a rule, default: all
     rope_base       base of angles where neither rope_parameters nor rope_theta gives one
     rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
+    borrowed        the layers that look up keys and values of the last one before them of their kind that has its own, by a rule
     late_qk_norm    norms of query and key heads come after their rotation
     index_top       tokens that the layers' indexers let a token see; index_interleaved: as rope_interleaved, of the indexers
     attn_clip       queries, keys and values are clamped to ± this
@@ -31,7 +32,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
                     softmax over what is left, without what is worse than the best of that by more than twice `jitter`, relatively);
                     renormalize: by the sum, or by the norm of that order; scale; groups, group_top: experts are chosen in so many of
                     so many groups, the best by the sum of their group_best (default 2) best scores; weigh_input: an expert's input is
-                    weighed, not its output; wide: the router works in float32
+                    weighed, not its output; divide: what the router's own norm gives is divided by its root; wide: it works in float32
     window_chunks   windows do not slide: a token sees what came before it in its own chunk of so many tokens
     cache, window, window_if, window_layers      see reshard.capacity
     runs            false: these facts are not enough, the family converts and does not run; or what must be true of config.json, a list
@@ -89,6 +90,7 @@ class Routing:
     group_top: int
     group_best: int
     weigh_input: bool
+    divide: float
     wide: bool
 
 
@@ -134,6 +136,7 @@ class Spec:
     logit_cap: float | None
     head_norm: bool
     routing: Routing | None
+    lenders: Mapping[int, int]  # borrowing layer → the one that it borrows from
     window: int | None
     window_chunks: bool
     windowed: frozenset[int]
@@ -153,15 +156,15 @@ class Spec:
                 raise ReshardError(f'config.json: family "{table.name}" runs only with {condition}', "it converts and merges all the same")
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors
-        head = sizes["qk_dim"] if latent else sizes["head_dim"]
+        window, windowed = capacity.window(model, config)
+        head, far, near = _head_sizes(model, frozenset(windowed))
         alibi, learned = said.true("alibi"), "pos_embed" in model.tensors
-        rope, rope_near = (None, None) if alibi or learned else _ropes(said, sizes["rope_dim"] if latent else sizes["head_dim"])
+        rope, rope_near = (None, None) if alibi or learned else _ropes(said, far, near)
         factor = said.optional("attn_factor")
         scale = 1 / math.sqrt(said.number("attn_scale", float(head))) if factor is None else factor
         if latent and rope is not None and rope.kind != "default":
             scale *= mscale(float(rope.scaling.get("factor", 1)), float(rope.scaling.get("mscale_all_dim") or 0)) ** 2
         offset = int(said.number("pos_offset", 0.0))
-        window, windowed = capacity.window(model, config)
         return cls(
             norm=said.word("norm", "rms"),
             norm_offset=said.number("norm_offset", 0.0),
@@ -197,6 +200,7 @@ class Spec:
             logit_cap=said.optional("logit_cap") or None,
             head_norm=said.true("head_norm"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
+            lenders=_lenders(model, capacity.layers_of_rule("borrowed", "from 1000000", model, config), frozenset(windowed)),
             window=window,
             window_chunks=said.true("window_chunks"),
             windowed=frozenset(windowed),
@@ -209,12 +213,32 @@ def mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
+    """Features of a query head, and those that could be rotated, in layers without a window and in layers with one."""
+    if "attn.kv_a" in model.tensors:
+        return model.sizes["qk_dim"], model.sizes["rope_dim"], model.sizes["rope_dim"]
+    found: dict[bool, int] = {}
+    for layer in range(model.main_layers):
+        if (tensor := model.form("attn.q", layer)) is not None:
+            found[layer in windowed] = next(model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] == "head_dim")
+    far = found.get(False, found.get(True, 0)) or model.sizes.get("head_dim", 0)
+    return far, far, found.get(True, far)
+
+
+def _lenders(model: Model, borrowing: Sequence[int], windowed: Set[int]) -> dict[int, int]:
+    """For each borrowing layer the last one before it with a window if it has one, without if not, that does not borrow."""
+    return {
+        layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
+        for layer in borrowing
+    }
+
+
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 _OLD = {"su": "longrope"}
 
 
-def _ropes(said: Facts, size: int) -> tuple[Rope | None, Rope | None]:
-    """Angles of the layers without a window, and of those with one."""
+def _ropes(said: Facts, far: int, close: int) -> tuple[Rope | None, Rope | None]:
+    """Angles of the layers without a window, and of those with one, whose heads have `far` and `close` features."""
     scaling, given = (dict(said.config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
     if any(isinstance(one, dict) for one in given.values()):  # for each kind of layer its own
         whole, near = (given.get(f"{kind}_attention") for kind in ("full", "sliding"))
@@ -223,7 +247,7 @@ def _ropes(said: Facts, size: int) -> tuple[Rope | None, Rope | None]:
     base = said.optional("rope_near")
     if base is not None and near is whole:
         near = {"rope_theta": base}
-    return tuple(None if one is None else _rope(said, size, one) for one in (whole, near))  # type: ignore[return-value]
+    return None if whole is None else _rope(said, far, whole), None if near is None else _rope(said, close, near)
 
 
 def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
@@ -233,7 +257,7 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     if kind not in KINDS:
         raise ReshardError(f'config.json: rope of type "{kind}"', f"the runtime knows {', '.join(KINDS)}")
     positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
-    fraction = scaling.get("partial_rotary_factor")
+    fraction = scaling.get("partial_rotary_factor") if kind != "proportional" else 1.0  # the rest turns with frequency zero
     part = size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)
     return Rope(
         kind=kind,
@@ -253,6 +277,18 @@ def _growth(table: Table, said: Facts) -> Growth | None:
     return Growth(by, of.number("span", None), int(of.number("start", 0.0)), of.true("unrotated"))
 
 
+SCORES = ("softmax", "sigmoid", "chosen", "sparsemixer")
+
+
+def _score(of: Facts) -> str:
+    """One of these words, or what config.json says in one of them."""
+    word = str(of.facts.get("score", "softmax"))
+    found = word if word in SCORES else of.value("score")
+    if found not in SCORES:
+        raise ReshardError(f"config.json: experts are scored by {found!r} ({word})", f"the runtime knows {', '.join(SCORES)}")
+    return str(found)
+
+
 def _routing(table: Table, said: Facts) -> Routing:
     facts = table.model.get("routing")
     if not isinstance(facts, dict):
@@ -260,7 +296,7 @@ def _routing(table: Table, said: Facts) -> Routing:
     of = Facts(facts, said.config)
     return Routing(
         top=int(of.number("top", "num_experts_per_tok")),
-        score=str(facts.get("score", "softmax")),
+        score=_score(of),
         renormalize=float(of.value("renormalize") or 0),
         jitter=of.number("jitter", 0.0),
         scale=of.number("scale", 1.0),
@@ -268,5 +304,6 @@ def _routing(table: Table, said: Facts) -> Routing:
         group_top=int(of.number("group_top", 1.0)),
         group_best=int(of.number("group_best", 2.0)),
         weigh_input=of.true("weigh_input"),
+        divide=of.number("divide", 1.0),
         wide=of.true("wide"),
     )

@@ -401,3 +401,81 @@ def afmoe_fused(directory: Path, seed: str) -> None:
     """In the names of transformers 5; embeddings are not scaled."""
     write(directory, seed, afmoe_config(2))
     fuse(directory)
+
+
+BAILING = {".self_attn.": ".attention.", "o_proj": "dense", "q_norm": "query_layernorm", "k_norm": "key_layernorm"}
+BAILING |= {"embed_tokens": "word_embeddings", "gate.e_score_correction_bias": "gate.expert_bias"}
+
+
+def to_bailing(state: State) -> State:
+    """As Ling and Ring are published: q, k and v one after another, and other names."""
+    for name in [name for name in state if name.endswith("q_proj.weight")]:
+        parts = [state.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        state[name.replace("q_proj", "query_key_value")] = torch.cat(parts)
+    found: State = {}
+    for name, tensor in state.items():
+        for old, new in BAILING.items():
+            name = name.replace(old, new)
+        found[name] = tensor
+    return found
+
+
+def bailing_v2_twin(directory: Path, seed: str) -> None:
+    write(directory, seed, glm4_moe_config(4, n_group=4, topk_group=2, use_qk_norm=True, num_mtp_layers=0, rms_norm_eps=1e-6))
+
+
+def add_bailing_mtp(state: State, seed: str) -> State:
+    """Layer 3: a whole layer with experts, and four names beside it."""
+    last, extra = "model.layers.2.", "model.layers.3."
+    found = {extra + name.removeprefix(last): tensor for name, tensor in state.items() if name.startswith(last)}
+    hidden = state["model.norm.weight"].shape[0]
+    found |= {f"{extra}{name}.weight": torch.empty(hidden) for name in ("enorm", "hnorm", "final_layernorm")}
+    found[f"{extra}eh_proj.weight"] = torch.empty(hidden, 2 * hidden)
+    kept = {name: torch.float32 for name in found if name.endswith("expert_bias")}
+    return state | {name: noise_like(seed, name, tensor, 1.0, kept.get(name, torch.bfloat16)) for name, tensor in found.items()}
+
+
+@define("bailing_moe", heads=8, kv=4, layers=3, mtp=1, twin=bailing_v2_twin, **EXPERTS)
+def bailing_v2(directory: Path, seed: str) -> None:
+    """The second generation, which is GLM-4.5 by other names; a multi-token prediction layer."""
+    bailing_v2_twin(directory, seed)
+    rewrite(directory, lambda state: add_bailing_mtp(to_bailing(state), seed))
+    changes = {"num_experts": 8, "num_shared_experts": 2, "use_qk_norm": True, "moe_router_enable_expert_bias": True}
+    changes |= {"score_function": "sigmoid", "router_dtype": "fp32", "norm_topk_prob": True, "num_nextn_predict_layers": 1}
+    changes |= {"model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"], "partial_rotary_factor": 0.5}
+    configure(directory, "rope_parameters", "n_routed_experts", "n_shared_experts", "num_mtp_layers", rope_theta=10000, **changes)
+
+
+def bailing_twin(directory: Path, seed: str) -> None:
+    from transformers import GraniteMoeSharedConfig
+
+    facts = {"num_local_experts": 8, "num_experts_per_tok": 3, "shared_intermediate_size": 48, "attention_multiplier": 14**-0.5}
+    write(directory, seed, GraniteMoeSharedConfig(**sizes(8, 4, 14, 72, 24, 331, 3), **facts))
+
+
+def split_granite(state: State) -> State:
+    """Each expert and each part in a tensor of its own."""
+    found: State = {}
+    for name, tensor in state.items():
+        prefix, _, part = name.partition(".block_sparse_moe.")
+        prefix, shared = (prefix, False) if part else (name.partition(".shared_mlp.")[0], ".shared_mlp." in name)
+        if part == "router.layer.weight":
+            found[f"{prefix}.mlp.gate.weight"] = tensor
+        elif "input_linear" in name or "output_linear" in name:
+            places = [f"{prefix}.mlp.shared_experts"] if shared else [f"{prefix}.mlp.experts.{at}" for at in range(8)]
+            for place, each in zip(places, [tensor] if shared else tensor, strict=True):
+                kinds = ("gate_proj", "up_proj") if "input_linear" in name else ("down_proj",)
+                found |= {f"{place}.{kind}.weight": part for kind, part in zip(kinds, each.chunk(len(kinds)), strict=True)}
+        else:
+            found[name] = tensor
+    return found
+
+
+@define("bailing_moe", heads=8, kv=4, layers=3, twin=bailing_twin, **EXPERTS)
+def bailing(directory: Path, seed: str) -> None:
+    """The first generation: experts by softmax, every layer has them, no norms on q and k."""
+    bailing_twin(directory, seed)
+    rewrite(directory, lambda state: to_bailing(split_granite(state)))
+    changes = {"num_experts": 8, "num_shared_experts": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "norm_head": False}
+    changes |= {"model_type": "bailing_moe", "architectures": ["BailingMoeForCausalLM"], "rope_theta": 10000}
+    configure(directory, "rope_parameters", "num_local_experts", "shared_intermediate_size", **changes)
