@@ -53,11 +53,13 @@ class Reference:
 
 def reference(directory: Path, given: Callable[[Tensor], dict[str, Any]] = lambda ids: {}) -> Reference:
     """What transformers makes of a checkpoint. `given`: what its forward takes besides these tokens."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    alibi = getattr(AutoConfig.from_pretrained(directory), "alibi", False)  # which Falcon's eager attention adds twice
+    how = {"attn_implementation": None if alibi else "eager", "experts_implementation": "eager"}
     logits = {}
     for dtype in (torch.float64, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **how)
         ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits[dtype] = model.eval()(ids, **given(ids)).logits

@@ -14,6 +14,9 @@ import torch
 from fixtures import FIXTURES, copy
 from reshard.runtime import ranks
 from reshard.runtime.experts import route
+from reshard.runtime.load import load_model
+from reshard.runtime.parallel import alone
+from reshard.runtime.reference import reference_for
 from reshard.runtime.spec import Routing
 from reshard.runtime.weights import Weights
 from running import ROOT, big_llama, environment, reshard, sign
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import reshard as api
 from reshard.errors import ReshardError
 from reshard.mesh import Mesh
+from reshard.source import open_source
 
 Get = Callable[[str], Path]
 
@@ -304,3 +308,12 @@ def test_a_reference_that_is_not_finite_proves_nothing(tmp_path: Path) -> None:
     api.convert(source, tmp_path / "out", tp=2)
     (rung,) = api.verify(tmp_path / "out", against=source, only="numerics").rungs
     assert "not finite" in str(rung.skipped)
+
+
+def test_the_reference_adds_alibi_once(checkpoint: Get) -> None:
+    """transformers' eager attention, which is the reference elsewhere, adds it twice for Falcon."""
+    source, ids = open_source(checkpoint("falcon_rw")), torch.arange(20)[None]
+    reference = reference_for(source)
+    assert reference.independent
+    ours = load_model(source, torch.float32, world=alone())(ids)
+    assert (reference.logits(ids, torch.float32) - ours).abs().max() < 1e-4
