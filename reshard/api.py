@@ -191,14 +191,14 @@ def verify(
 
 
 def check_table(
-    family: str, *, given: str | Path | None = None, sample: int | None = None, advance: Callable[[int, int], None] | None = None
+    family: str, *, given: str | Path | None = None, sample: int | None = None, progress: Progress | None = None
 ) -> "TableCheck":
     """Damage a family table in every way and say what notices each damage; see `reshard.table_check`."""
     from .table_check import check_table as check
 
     table = family_table(family)
     assert table is not None
-    return check(table, Path(given) if given is not None else None, sample, advance)
+    return check(table, Path(given) if given is not None else None, sample, progress)
 
 
 def explain(out: str | Path, element: str, *, revision: str | None = None, family: str | None = None) -> "Explanation":

@@ -13,11 +13,13 @@ from .units import decimal, duration
 
 Kind = Literal["auto", "json", "none"]
 
+BYTES = "B"
+
 
 class Progress(Protocol):
-    """Told how many bytes there are and how many more are done, from any thread."""
+    """Told how many bytes there are, or of what `unit` else, and how many more are done, from any thread."""
 
-    def start(self, what: str, total: int) -> None: ...
+    def start(self, what: str, total: int, unit: str = BYTES) -> None: ...
     def advance(self, n: int) -> None: ...
     def finish(self) -> None: ...
 
@@ -25,7 +27,7 @@ class Progress(Protocol):
 class Silent:
     """Says nothing."""
 
-    def start(self, what: str, total: int) -> None: ...
+    def start(self, what: str, total: int, unit: str = BYTES) -> None: ...
     def advance(self, n: int) -> None: ...
     def finish(self) -> None: ...
 
@@ -42,22 +44,22 @@ def until(stop: threading.Event, advance: Callable[[int], None]) -> Callable[[in
 
 
 class _Counting:
-    """Counts bytes and calls `show(done, total, seconds)` every `every` seconds, and at the end."""
+    """Counts and calls `show(seconds, end)` every `every` seconds, and at the end."""
 
     every = 1.0
     first = 1.0
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.what = ""
+        self.what, self.unit = "", BYTES
         self.total = self.done = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._began = 0.0
 
-    def start(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self._began = what, total, 0, time.monotonic()
+    def start(self, what: str, total: int, unit: str = BYTES) -> None:
+        self.what, self.unit, self.total, self.done, self._began = what, unit, total, 0, time.monotonic()
         self._ended.clear()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -106,15 +108,15 @@ class Lines(_Counting):
         left = self.left(seconds)
         tail = "" if end or left is None else f", {duration(left)} left"
         share = 100 * self.done / self.total if self.total else 100
-        print(
-            f"{self.what}: {decimal(self.done)} of {decimal(self.total)} ({share:.0f} %), {decimal(round(rate))}/s{tail}",
-            file=self.stream,
-            flush=True,
-        )
+        done, total, each = map(self._words, (self.done, self.total, rate))
+        print(f"{self.what}: {done} of {total} ({share:.0f} %), {each}/s{tail}", file=self.stream, flush=True)
+
+    def _words(self, n: float) -> str:
+        return decimal(round(n)) if self.unit == BYTES else f"{n:,.0f}"
 
 
 class Json(_Counting):
-    """One JSON object per second: what, done, total, rate (bytes per second), left (seconds), end."""
+    """One JSON object per second: what, done, total, rate (per second), left (seconds), end; bytes, where `what` does not say of what."""
 
     def show(self, seconds: float, end: bool) -> None:
         left = self.left(seconds)
@@ -130,11 +132,11 @@ class Json(_Counting):
 
 
 class Bar(_Counting):
-    """A bar on a terminal: bytes, rate, time left."""
+    """A bar on a terminal: what is done, rate, time left."""
 
     every = first = 0.1
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = BYTES) -> None:
         from tqdm import tqdm
 
         try:
@@ -142,8 +144,9 @@ class Bar(_Counting):
         except (OSError, ValueError):
             known = False
         width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80}  # a terminal in a container may not know its size
-        self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=self.stream, miniters=1, **width)
-        super().start(what, total)
+        counted: dict[str, Any] = {"unit": unit, "unit_scale": unit == BYTES}
+        self._bar = tqdm(total=total, desc=what, leave=False, file=self.stream, miniters=1, **counted, **width)
+        super().start(what, total, unit)
 
     def show(self, seconds: float, end: bool) -> None:
         self._bar.update(self.done - self._bar.n)

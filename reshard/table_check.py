@@ -19,7 +19,7 @@ import tempfile
 import textwrap
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -39,6 +39,7 @@ from .layout import Layout, Piece, lay_out
 from .mesh import Mesh
 from .model import Model
 from .notation import Product, Sum, block_of, evaluate, parse_pattern
+from .progress import Progress, Silent
 from .sizes import axis_size
 from .source import Source, from_published
 from .tables import Row, Table
@@ -880,15 +881,14 @@ def meaning(layout: Layout) -> dict[str, Any]:
 # --- all together ------------------------------------------------------------------------------------------------------------------
 
 
-def check_table(
-    table: Table, given: Path | None = None, sample: int | None = None, advance: Callable[[int, int], None] | None = None
-) -> TableCheck:
+def check_table(table: Table, given: Path | None = None, sample: int | None = None, progress: Progress | None = None) -> TableCheck:
     """Damage a family table in every way and say what catches each damage.
 
     `given`: a checkpoint of the family, opened with the table first, and run if it is small; what it lacks is tried on made-up ones.
-    `sample`: at most so many damages, spread over all. `advance(done, all)` is called after each. Raises ReshardError where the table
-    itself does not fit, or no checkpoint can be made up from it.
+    `sample`: at most so many damages, spread over all. Raises ReshardError where the table itself does not fit, or no checkpoint can be
+    made up from it.
     """
+    progress = progress or Silent()
     skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
     with tempfile.TemporaryDirectory(prefix="reshard-check-") as scratch, _quiet_torch(skipped):
         benches = [Bench(str(given), given, table, skipped)] if given is not None else []
@@ -905,10 +905,11 @@ def check_table(
         itself, wrong = benches[0].against_transformers() if given is not None else ("", False)
         todo = _spread(list(mutations(table)), sample)
         trials = []
-        for done, mutation in enumerate(todo, 1):
+        progress.start("trying damages", len(todo), " damages")
+        for mutation in todo:
             trials.append(_tried(mutation, table, benches))
-            if advance is not None:
-                advance(done, len(todo))
+            progress.advance(1)
+        progress.finish()
     active = {at for bench in benches for at in bench.active}
     axes = {axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)}
     return TableCheck(

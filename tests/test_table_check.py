@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from fixtures import FIXTURES
 from reshard.runtime.load import load_model
 from reshard.runtime.parallel import World, run_threads
+from running import reshard as command
 
 import reshard
 from reshard import table_check, tables
 from reshard.checkpoint import open_published
 from reshard.errors import ReshardError
+from reshard.progress import Lines
 from reshard.table_check import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Mutation, TableCheck, Trial, check_table, made_up, mutations
 from reshard.tables import Table
 from reshard.verification import verify
@@ -282,10 +285,15 @@ def test_the_same_table_gives_the_same_report(found: TableCheck) -> None:
     assert check_table(family("phi3"), sample=120).to_json() == found.to_json()
 
 
-def test_progress_is_told_damage_by_damage() -> None:
-    seen: list[tuple[int, int]] = []
-    check_table(family("phi3"), sample=5, advance=lambda done, every: seen.append((done, every)))
-    assert seen == [(n, 5) for n in range(1, 6)]
+def test_progress_is_told_damage_by_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lines, "first", 0.0)
+    done = command("check-table", "phi3", "--sample", "5")
+    assert re.search(r"^trying damages: 5 of 5 \(100 %\), [0-9,]+/s$", done.err, re.M), done.err
+    done = command("check-table", "phi3", "--sample", "5", "--progress", "json")
+    last = json.loads(done.err.splitlines()[-1])
+    assert [last[key] for key in ("what", "done", "total", "end")] == ["trying damages", 5, 5, True]
+    done = command("check-table", "phi3", "--sample", "5", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
 
 
 def test_without_torch_the_last_rung_is_not_climbed_and_nothing_is_called_caught_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
