@@ -374,9 +374,11 @@ def evaluate(expression: str, lookup: Callable[[str], object]) -> int | None:
 def _value(key: str, lookup: Callable[[str], object]) -> int | None:
     if key.isdecimal():
         return int(key)
-    value = lookup(key)
+    value = lookup(key.removeprefix("count ").strip())
     if value is None:
         return None
+    if key.startswith("count ") and isinstance(value, list | str):
+        return len(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ReshardError(f"config.json: {key} is {value!r}, a non-negative integer is needed")
     return value

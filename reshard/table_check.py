@@ -255,11 +255,24 @@ def _rows(data: Data) -> Iterator[Mutation]:
 def _patterns(table: Table, data: Data) -> Iterator[Mutation]:
     """Within one pattern: dimensions and factors exchanged, terms of a sum exchanged, an axis dropped or called by another's name."""
     every = sorted({axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"})
-    for at, (row, called) in enumerate(zip(data["rows"], _names(data)[0], strict=True)):
-        dims = parse_pattern(row[1], table.axes).dims
+    patterns = [
+        (at, row, called, row[1].split(" | "), n)
+        for at, (row, called) in enumerate(zip(data["rows"], _names(data)[0], strict=True))
+        for n in range(len(row[1].split(" | ")))
+    ]
+    for at, row, called, layouts, layout in patterns:
+        dims = parse_pattern(layouts[layout], table.axes).dims
+        called += f", {layouts[layout]}," if len(layouts) > 1 else ""
 
-        def with_(dims: tuple[Product, ...], names: str | None = None, at: int = at, row: list[str] = row) -> Data:
-            return _changed(data, **{_at(at): [row[0], _text(dims), names or row[2], *row[3:]]})
+        def with_(
+            dims: tuple[Product, ...],
+            names: str | None = None,
+            at: int = at,
+            row: list[str] = row,
+            others: tuple[list[str], list[str]] = (layouts[:layout], layouts[layout + 1 :]),
+        ) -> Data:
+            text = " | ".join((*others[0], _text(dims), *others[1]))
+            return _changed(data, **{_at(at): [row[0], text, names or row[2], *row[3:]]})
 
         for n in range(len(dims) - 1):
             words = f"pattern of {called} transposed" + (f", dimensions {n} and {n + 1}" if len(dims) > 2 else "")
@@ -370,10 +383,12 @@ def _shifts(table: Table, data: Data) -> Iterator[Mutation]:
 # Sizes of the axes that families know, all different; a head is wide enough for a quarter of it to be rotated in pairs.
 _SMALL = {"layer": 2, "kv": 4, "group": 3, "heads": 8, "head_dim": 16, "hidden": 56, "inter": 44, "vocab": 131, "pos": 72}
 _SMALL |= {"experts": 6, "routes": 6, "moe_inter": 20, "q_lora": 36, "kv_lora": 28, "rope_dim": 12, "nope_dim": 10}
+_SMALL |= {"index_heads": 9, "index_dim": 26}
 _SMALL |= {"lk": 8, "lgroup": 3, "lk_dim": 14, "lv_dim": 18, "kernel": 5}
+_SMALL |= {"ssm_groups": 8, "ssm_group": 3, "ssm_dim": 14, "ssm_state": 18, "dt_rank": 9}
 # The same where weights have scales per block: two ranks cut between blocks, what is not cut may end within one.
 _BLOCKED = {"layer": 2, "heads": 4, "head_dim": 384, "hidden": 160, "inter": 1024, "vocab": 131, "experts": 5, "routes": 5}
-_BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "nope_dim": 320, "kv": 4, "group": 3}
+_BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "nope_dim": 320, "kv": 4, "group": 3, "index_dim": 224}
 _FREE = (22, 26, 34, 38, 46, 50, 58, 62, 68, 74, 76, 82, 86, 92, 94)  # for axes that nobody knows
 _NUMBERS = {"top": 2, "index_top": 9}  # of facts that config.json must have
 _TURNED = 6  # features of a head that are rotated
@@ -426,7 +441,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     tags = {tag for tag in tags if (key := table.optional.get(tag)) is None or truths[key.lstrip("!")] != key.startswith("!")}
     rows = [(at, row) for at, row in enumerate(table.rows) if row.tags <= tags]
     kinds = _kinds(table)
-    extra = 2 if table.extra else 0
+    extra = sum(not table.extra.keys().isdisjoint(kind) for kind in kinds)
     config, sizes = _sized(table, [row for _, row in rows], truths, 2 * (len(kinds) - extra))
     main = sizes["layer"]
     table = settle(table, {}, sizes)
@@ -436,8 +451,9 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     usual = sorted(itertools.islice(itertools.cycle(kinds[:plain]), main), key=lambda mine: bool(late & set(mine)))
     config |= {key: value for kind, rule in table.layers.items() for key, value in _said(rule, [kind in mine for mine in usual])}
     kinds = [*usual, *kinds[plain:]]
-    for key in table.extra.values():
-        config[_first(key)] = extra
+    for key in table.extra.values():  # so many, or so many times as a list has entries
+        first, *counted = (factor.strip() for factor in _first(key).split("*"))
+        config |= {first: extra} | {factor.removeprefix("count "): [""] for factor in counted}
     shapes: Shaped = []
     leaves = {leaf for _, row in rows for leaf in row.leaves}
     for at, row in rows:
@@ -459,7 +475,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
 
 
 def _kinds(table: Table) -> list[list[str]]:
-    """Kinds of layers: each combination, and two extra ones last: of such kinds as have rows in extra layers, or else of the last."""
+    """Kinds of layers: each combination, and extra ones last, two at least, of kinds that have rows there, or else of the last."""
     special = set(table.extra)
     beside = {kind for row in table.rows if row.kinds & special for kind in row.kinds}
     plain = [[kind for kind in group if kind not in special] for group in table.one_of]
@@ -467,7 +483,8 @@ def _kinds(table: Table) -> list[list[str]]:
     if special:
         groups = [[kind for kind in group if kind in special or kind in beside] or group[-1:] for group in table.one_of]
         groups = [[kind for kind in group if kind in special] or group for group in groups]
-        found += [list(kinds) for kinds in itertools.islice(itertools.cycle(itertools.product(*groups)), 2)]
+        combined = [list(kinds) for kinds in itertools.product(*groups)]
+        found += combined * (1 if len(combined) > 1 else 2)
     return found
 
 

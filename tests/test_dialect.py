@@ -253,6 +253,40 @@ def test_config_json_may_say_which_of_two_rows_of_one_name_a_layer_has() -> None
         understand(table, Config(config | {"borrowing": 0}), {name: each for name, each in stored.items() if name != "layers.2.k.weight"})
 
 
+TOLD = """
+name = "told"
+one_of = [["attends", "feeds"]]
+rows = [
+ ["layers.{layer}.norm", "hidden",                  "attn_norm", "attends"],
+ ["layers.{layer}.norm", "hidden",                  "mlp_norm",  "feeds"],
+ ["layers.{layer}.q",    "(heads head_dim) hidden", "attn.q",    "attends"],
+ ["layers.{layer}.up",   "inter hidden",            "mlp.up",    "feeds"],
+]
+[sizes]
+heads = "heads"
+layer = "layers | count kinds"
+"""
+
+
+def test_of_two_rows_of_one_name_the_other_tensors_of_a_layer_tell_which_it_is() -> None:
+    table = tables.parse(TOLD, "told.toml")
+    stored = {"layers.0.norm": Stored("BF16", (10,)), "layers.0.q": Stored("BF16", (24, 10)), "layers.1.norm": Stored("BF16", (10,))}
+    stored |= {"layers.1.up": Stored("BF16", (34, 10)), "layers.2.norm": Stored("BF16", (10,)), "layers.2.q": Stored("BF16", (24, 10))}
+    for kinds in (["a", "f", "a"], "afa"):
+        model = understand(table, Config({"heads": 4, "kinds": kinds}), stored)
+        assert {name: tensor.layers for name, tensor in model.tensors.items()} == {
+            "attn_norm": (0, 2),
+            "mlp_norm": (1,),
+            "attn.q": (0, 2),
+            "mlp.up": (1,),
+        }
+    with pytest.raises(ReshardError, match=r"norm has two rows"):
+        tables.parse(TOLD.replace("layers.{layer}.up", "layers.{layer}.q"), "told.toml")
+    del stored["layers.2.q"]
+    with pytest.raises(ReshardError, match=r"missing layers\.\{layer\}\.q"):
+        understand(table, Config({"heads": 4, "layers": 3}), stored)
+
+
 def test_two_rows_of_one_name_must_be_in_layers_of_kinds_that_config_json_tells_apart() -> None:
     with pytest.raises(ReshardError, match=r"q\.weight has two rows"):
         tables.parse(RULED.replace('near = "layer_types", ', ""), "ruled.toml")

@@ -62,6 +62,11 @@ CONFIGS = {
     "qwen3_next": LLAMA | LINEAR | {"num_experts": 512, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "phimoe": LLAMA | {"num_local_experts": 16, "attention_bias": True, "lm_head_bias": True},
+    "minimax_m2": LLAMA | FP8 | {"num_local_experts": 256, "hidden_size": 256, "intermediate_size": 256, "head_dim": 128},
+    "glm4_moe": LLAMA | {
+        "n_routed_experts": 160, "n_shared_experts": 1, "moe_intermediate_size": 32, "attention_bias": True, "use_qk_norm": True,
+        "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    },
     "deepseek_v2": LATENT | {"n_routed_experts": 64},
     "deepseek_v3": LATENT | FP8 | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
     "kimi_k2": LATENT | FP8 | {"n_routed_experts": 384, "q_lora_rank": 384},
@@ -71,9 +76,9 @@ SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "hea
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
-ministral3 apertus qwen2_moe olmoe dots1 glm4_moe granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
-qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba
-hunyuan_v1_moe ernie4_5_moe minimax_m2 dbrx llama4_text solar_open exaone_moe afmoe bailing_moe
+ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
+qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h
+hunyuan_v1_moe ernie4_5_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 
@@ -133,7 +138,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     for name in names:
         row = rows.get(name) or rows.get(fold(name)[0])
         shape = row.pattern.measure(lambda leaf, axis: axis_size(axis, sizes))[0] if row else (3, 5)
-        dtype = "F32" if name.endswith("_scale_inv") else "BF16"
+        dtype = "F32" if name.endswith(("_scale_inv", "_scale")) else "BF16"
         stored[name] = Made(dtype, shape)
     return config, stored
 

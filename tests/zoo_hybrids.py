@@ -282,3 +282,58 @@ def falcon_mamba(directory: Path, seed: str) -> None:
 
     facts = {"state_size": 10, "conv_kernel": 3, "time_step_rank": 5, "tie_word_embeddings": False}
     write(directory, seed, FalconMambaConfig(vocab_size=331, hidden_size=72, num_hidden_layers=3, **facts))
+
+
+def nemotron_h_config(heads: int, kv: int, head_dim: int, groups: int, **facts: Any) -> Any:
+    from transformers import NemotronHConfig
+
+    given = {key: value for key, value in sizes(heads, kv, head_dim, 72, 88, 331, 5).items() if key != "num_hidden_layers"}
+    state = {"ssm_state_size": 10, "mamba_num_heads": 16, "mamba_head_dim": 6, "conv_kernel": 3, "n_groups": groups}
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 48, "num_experts_per_tok": 2}
+    return NemotronHConfig(**given, **state, **experts, **facts)
+
+
+def nemotron_ahead(seed: str, state: State, like: tuple[str, str]) -> State:
+    """Layers that predict ahead: two like those whose names begin so, and the norms and the projection around them."""
+    shapes = {"mtp.layers.0.eh_proj.weight": torch.empty(72, 144)}
+    shapes |= {f"mtp.layers.{name}.weight": torch.empty(72) for name in ("0.enorm", "0.hnorm", "1.final_layernorm")}
+    for layer, start in enumerate(like):
+        shapes |= {f"mtp.layers.{layer}.{name.removeprefix(start)}": old for name, old in state.items() if name.startswith(start)}
+    return {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in shapes.items()}
+
+
+@define("nemotron_h", heads=8, kv=4, layers=5, experts=4, ep=(1, 2, 4))
+def nemotron_h(directory: Path, seed: str) -> None:
+    """A layer does one thing: it keeps a state, attends, or is a feed-forward, dense or of experts; one group of heads."""
+    kinds = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"]
+    write(directory, seed, nemotron_h_config(8, 4, 14, 1, layers_block_type=kinds))
+
+
+@define("nemotron_h", heads=8, kv=2, layers=3, mtp=2, experts=4, ep=(1, 2), weights=False)
+def nemotron_h_ahead(directory: Path, seed: str) -> None:
+    """As the larger ones are published: experts of compressed features, two layers that predict ahead, config.json in the older words."""
+    kinds = ["linear_attention", "moe", "full_attention"]
+    facts = {"moe_latent_size": 36, "num_nextn_predict_layers": 1, "use_conv_bias": False, "tie_word_embeddings": False}
+    write(directory, seed, nemotron_h_config(8, 2, 14, 2, layers_block_type=kinds, **facts))
+
+    rewrite(directory, lambda state: state | nemotron_ahead(seed, state, ("backbone.layers.2.", "backbone.layers.1.")))
+    configure(directory, "layers_block_type", "mtp_layers_block_type", hybrid_override_pattern="ME*", mtp_hybrid_override_pattern="*E")
+    configure(directory, num_hidden_layers=3)
+
+
+@define("nemotron_h", heads=8, kv=4, layers=3, mtp=2, experts=4, ep=(1, 2))
+def nemotron_h_fused(directory: Path, seed: str) -> None:
+    """Experts in stacks, also of the layers that predict ahead, and the prefix of today's transformers."""
+    kinds = ["moe", "full_attention", "linear_attention"]
+    write(directory, seed, nemotron_h_config(8, 4, 14, 1, layers_block_type=kinds, num_nextn_predict_layers=1))
+
+    def age(state: State) -> State:
+        state = {name.replace("backbone.", "model."): tensor for name, tensor in state.items()}
+        state |= nemotron_ahead(seed, state, ("model.layers.1.", "model.layers.0."))
+        for start in ("model.layers.0.mixer.experts.", "mtp.layers.1.mixer.experts."):
+            for part in ("up_proj", "down_proj"):
+                each = [state.pop(f"{start}{n}.{part}.weight") for n in range(4)]
+                state[f"{start}{part}"] = torch.stack(each)
+        return state
+
+    rewrite(directory, age)
