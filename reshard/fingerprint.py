@@ -45,18 +45,16 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from . import manifest, source
-from .checkpoint import Published, extent, read_json, understood
-from .config import Config
+from .checkpoint import extent
 from .digest import of
 from .engine import Key
 from .errors import MismatchError, ReshardError
 from .files import Pool
 from .header import BITS, Entry
-from .layout import Layout, Piece, Point, Slot, lay_out
+from .layout import Layout, Piece, Point, Slot
 from .progress import Progress, Silent
-from .shards import Shards
-from .source import Source, check_prologue
-from .verification import _each
+from .source import Source
+from .threads import each
 
 VERSION = "1"
 P = 2**31 - 1
@@ -486,7 +484,7 @@ def _run(
                 owned.sums[into] = (owned.sums[into] + sums) % P
         advance((max(box.end for box in boxes) - boxes[0].offset) * BITS[dtype] // 8)
 
-    _each(work(), one, threads)
+    each(work(), one, threads)
     return owned.share()
 
 
@@ -517,7 +515,7 @@ def of_rank(out: Path, rank: int, *, seed: str = "", threads: int = 2, progress:
 
     That is manifest.json, the carried files, source/ and the rank's own files. Raises as `of_source` and `open_source` do.
     """
-    found = _open_rank(out, rank) if manifest.present(out) else source.open_source(out)
+    found = source.open_rank(out, rank) if manifest.present(out) else source.open_source(out)
     return of_source(found, [rank], seed=seed, threads=threads, progress=progress)
 
 
@@ -530,7 +528,7 @@ def of_tensors(layout: Layout | Path | str, rank: int, tensors: Mapping[str, Any
     """
     if not isinstance(layout, Layout):
         path = Path(layout)
-        layout = (_open_rank(path, rank) if manifest.present(path) else source.open_source(path)).layout
+        layout = (source.open_rank(path, rank) if manifest.present(path) else source.open_source(path)).layout
     owned = _Owned(layout, _chosen(layout, [rank], layout.table.name), Keys(seed))
 
     def jobs() -> Iterator[tuple[Slot, Point, str, Callable[[Summer], Read]]]:
@@ -621,28 +619,3 @@ def _bytes(tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> Array:
     if (wanted := math.prod(shape) * BITS[dtype] // 8) != len(data):
         raise ReshardError(f"{name}: has {len(data)} bytes in memory, {dtype} of shape {shape} has {wanted}")
     return data
-
-
-def _open_rank(root: Path, rank: int) -> Source:
-    """A shard directory of which only one rank's files are there: the layout follows from manifest.json, config.json and source/."""
-    known = manifest.load(root)
-    if not 0 <= rank < len(known.ranks):
-        raise ReshardError(f"{root}: there is no rank {rank}, ranks are 0 to {len(known.ranks) - 1}")
-    config = Config(read_json(root / "config.json", missing="fetch the carried files along with the rank's own"))
-    originals = manifest.load_originals(root)
-    family, table = source._tables(root, known)
-    tensors = source._original_tensors(root, originals)
-    model, _ = understood(Published(str(root), root, config, originals, tensors, origin=known.origin), family)
-    pairs = family.tied.items() if isinstance(family.tied, dict) else ()
-    tied = {name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()}
-    layout = lay_out(table.for_family(family.name), model, known.mesh, tied=tied)
-    shards = Shards(layout)
-    if shards.digest != known.plan:
-        raise MismatchError(
-            f"{root}: the plan of manifest.json is {known.plan}, its tables and config.json make {shards.digest}",
-            "config.json or the manifest were edited: restore them, or convert again",
-        )
-    shard, path = shards.shard(rank), root / known.ranks[rank][0].name
-    check_prologue(path, shard.prologue, shard.size)
-    places = {(rank, name): (path, entry) for name, entry in shard.header.entries.items()}
-    return Source(str(root), root, config, layout, places, originals, tensors, manifest=known)

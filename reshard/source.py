@@ -5,8 +5,8 @@ Knows where every stored tensor is and what the original files were; reads heade
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import foreign, header, manifest, tables
@@ -151,7 +151,21 @@ def _from_foreign(found: foreign.Foreign) -> Source:
 
 def _open_shards(root: Path) -> Source:
     known = manifest.load(root)
-    _check_small_files(root, known)
+    check_small_files(root, known)
+    return _opened(root, known, range(len(known.ranks)))
+
+
+def open_rank(root: Path, rank: int) -> Source:
+    """A shard directory of which only one rank's files are there, and manifest.json, the carried files and source/."""
+    known = manifest.load(root)
+    if not 0 <= rank < len(known.ranks):
+        raise ReshardError(f"{root}: there is no rank {rank}, ranks are 0 to {len(known.ranks) - 1}")
+    check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1]))
+    return _opened(root, known, [rank])
+
+
+def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> Source:
+    """The layout follows from manifest.json, config.json and source/; the files of these ranks begin as it says."""
     originals = manifest.load_originals(root)
     if "config.json" not in {file.name for file in known.carried}:
         raise MismatchError(f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again")
@@ -176,10 +190,10 @@ def _open_shards(root: Path) -> Source:
             "config.json or the manifest were edited: restore them, or convert again",
         )
     places: dict[Key, tuple[Path, Entry]] = {}
-    for shard, (weights, _) in zip(shards, known.ranks, strict=True):
-        path = root / weights.name
+    for rank in ranks:
+        shard, path = shards.shard(rank), root / known.ranks[rank][0].name
         check_prologue(path, shard.prologue, shard.size)
-        places.update({(shard.rank, name): (path, entry) for name, entry in shard.header.entries.items()})
+        places.update({(rank, name): (path, entry) for name, entry in shard.header.entries.items()})
     carried = []
     for file in known.carried:
         status = (root / file.name).stat()
@@ -214,7 +228,7 @@ def _whose(actual: bytes, wanted: bytes) -> str:
     return f": it says rank {one[1].decode()}, wanted is rank {other[1].decode()}" if one and other and one[1] != other[1] else ""
 
 
-def _check_small_files(root: Path, known: Manifest) -> None:
+def check_small_files(root: Path, known: Manifest) -> None:
     """Digests of everything but weights and residues: cheap, and wrong ones would mislead."""
     for file in [*(tensors for _, tensors in known.ranks), *known.carried, *known.source]:
         path = root / file.name

@@ -7,38 +7,32 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from . import engine, manifest
+from .blocks import Block, Blocks
 from .capacity import logical_bytes
 from .checkpoint import Carried
-from .digest import BLOCK, FileDigest, of_blocks
+from .digest import BLOCK, FileDigest
 from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
 from .files import Pool, failed
-from .header import MAX_LENGTH
 from .join import Plan, plan
 from .manifest import Listed, Manifest
 from .progress import Progress, Silent, until
-from .shards import Shards, scalar, shard_digest, tensors_json
+from .shards import Shards, scalar, tensors_json
 from .source import Source, open_source
 from .tables import Constant
+from .threads import each
 from .verdict import Report, Rung
 
 if TYPE_CHECKING:
     import numpy as np
-
-T = TypeVar("T")
-
-# file, tensor, offset, bytes, digest, whether the tensor is this one block (then its own digest is meant), name of the file
-Task = tuple[Path, str, int, int, str, bool, str]
-
 
 # --- integrity ---------------------------------------------------------------------------------------------------------------------
 
@@ -78,26 +72,28 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
                 rung.failures.append(f"{file.name}: digest {found}, the manifest says {file.digest}")
                 broken.add(file.name)
 
-    def check_blocks(task: Task) -> None:
-        path, tensor, offset, size, wanted, alone, place = task
-        block = xxhash.xxh3_128_digest(pool.read(path, offset, size))
-        digest = of_blocks([block]) if alone else block.hex()
-        progress.advance(size)
-        if digest != wanted:
+    def check_block(block: Block) -> None:
+        digest = block.found(pool.read(out / block.file, block.offset, block.size))
+        progress.advance(block.size)
+        if digest != block.digest:
             with lock:
-                rung.failures.append(f"{place}: {tensor}: bytes {offset} to {offset + size} have digest {digest}, {wanted} was written")
+                rung.failures.append(f"{block.file}: {block.where} have digest {digest}, {block.digest} was written")
 
-    def blocks() -> Iterator[Task]:
+    def blocks() -> Iterator[Block]:
         for file in whole:
             if file.name in weights and weights[file.name].name not in broken:
                 try:
-                    yield from _blocks(out, file, weights[file.name], rung, progress.advance)
+                    mine = Blocks.read(out, file, weights[file.name])
+                    rung.failures += mine.contradictions()
+                    rung.tensors += len(mine.tensors)
+                    progress.advance(mine.start)
+                    yield from mine
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     rung.failures.append(f"{weights[file.name].name}: malformed: {error!r}")
 
     try:
-        _each((file for file in whole if file.name not in weights), check_file, threads)
-        _each(blocks(), check_blocks, threads)
+        each((file for file in whole if file.name not in weights), check_file, threads)
+        each(blocks(), check_block, threads)
     except OSError as error:
         raise failed("reading", out, error) from error
     finally:
@@ -108,27 +104,6 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
         rung.failures += _contradictions(out, known)
     progress.finish()
     return rung
-
-
-def _each(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
-    """`work` on every item by so many threads, each taking the next when it is free: a model has hundreds of thousands of blocks."""
-    waiting, lock, stop = iter(items), threading.Lock(), threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            with lock:
-                item = next(waiting, None)
-            if item is None:
-                return
-            work(item)
-
-    with ThreadPoolExecutor(threads) as executor:
-        running = [executor.submit(run) for _ in range(threads)]
-        try:
-            for future in running:
-                future.result()
-        finally:
-            stop.set()  # the executor waits for what is under way
 
 
 def _contradictions(out: Path, known: Manifest) -> list[str]:
@@ -186,29 +161,6 @@ def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], No
         state.update(piece)
         advance(len(piece))
     return state.hexdigest()
-
-
-def _blocks(out: Path, file: Listed, tensors: Listed, rung: Rung, advance: Callable[[int], None]) -> Iterator[Task]:
-    """Every block of a rank's file with the digest that tensors.json gives it; the header and the sum are checked here."""
-    data = json.loads((out / tensors.name).read_bytes())
-    path = out / file.name
-    start = min((t["offset"] for t in data["tensors"]), default=file.size)
-    with path.open("rb") as stream:
-        prologue = stream.read(min(start, MAX_LENGTH + 8))
-    advance(len(prologue))
-    if shard_digest(prologue, (t["digest"] for t in data["tensors"])) != file.digest:
-        rung.failures.append(f"{file.name}: its header or the digests in {tensors.name} are not those of the manifest")
-    rung.tensors += len(data["tensors"])
-    for tensor in data["tensors"]:
-        sizes = [min(BLOCK, tensor["nbytes"] - at) for at in range(0, tensor["nbytes"], BLOCK)]
-        if len(sizes) == 1:
-            yield path, tensor["name"], tensor["offset"], sizes[0], tensor["digest"], True, file.name
-            continue
-        blocks = tensor.get("blocks", [])
-        if of_blocks(bytes.fromhex(block) for block in blocks) != tensor["digest"] or len(blocks) != len(sizes):
-            rung.failures.append(f"{tensors.name}: {tensor['name']}: its blocks' digests do not make up its own")
-        for number, (size, digest) in enumerate(zip(sizes, blocks, strict=False)):
-            yield path, tensor["name"], tensor["offset"] + number * BLOCK, size, digest, False, file.name
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------------------

@@ -164,11 +164,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], known: Manifest, ra
 
 def _check_digests(root: Path, known: Manifest, rank: int, memory: mmap.mmap) -> None:
     """Every block of a mapped file has the digest that tensors.json gives it, and that has the manifest's."""
-    import xxhash
-
-    from reshard.digest import of, of_blocks
-    from reshard.verdict import Rung
-    from reshard.verification import _blocks
+    from reshard.blocks import Blocks
+    from reshard.digest import of
 
     weights, tensors = known.ranks[rank]
     try:
@@ -177,16 +174,12 @@ def _check_digests(root: Path, known: Manifest, rank: int, memory: mmap.mmap) ->
         raise failed("reading", root / tensors.name, error) from error
     if of(text) != tensors.digest:
         raise MismatchError(f"{root / tensors.name}: has digest {of(text)}, the manifest says {tensors.digest}", "fetch the file again")
-    rung, view = Rung("shard"), memoryview(memory)
-    for path, name, offset, size, wanted, alone, _ in _blocks(root, weights, tensors, rung, lambda _: None):
-        block = xxhash.xxh3_128_digest(view[offset : offset + size])
-        found = of_blocks([block]) if alone else block.hex()
-        if found != wanted:
-            raise MismatchError(
-                f"{path}: {name}: bytes {offset} to {offset + size} have digest {found}, {wanted} was written", "fetch it again"
-            )
-    if rung.failures:
-        raise MismatchError(f"{root}: {rung.failures[0]}", "fetch the file again, or convert again")
+    blocks, view = Blocks.read(root, weights, tensors), memoryview(memory)
+    for failure in blocks.contradictions():
+        raise MismatchError(f"{root}: {failure}", "fetch the file again, or convert again")
+    for block in blocks:
+        if (found := block.found(view[block.offset : block.offset + block.size])) != block.digest:
+            raise MismatchError(f"{root / block.file}: {block.where} have digest {found}, {block.digest} was written", "fetch it again")
 
 
 def _tensor(memory: mmap.mmap | None, entry: Entry, offset: int | None = None) -> Tensor:
@@ -369,34 +362,15 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
 
 def _open_rank(root: Path, known: Manifest, rank: int) -> "tuple[Config, Layout]":
     """The layout of a native directory, checked against what one rank needs of it: other ranks' files may be elsewhere."""
-    from reshard.checkpoint import Published, read_json, understood
-    from reshard.config import Config
-    from reshard.layout import lay_out
-    from reshard.shards import Shards
-    from reshard.source import _check_small_files, _original_tensors, _tables, check_prologue
+    from reshard.source import check_small_files, open_rank
 
-    mine = replace(known, ranks=known.ranks[rank : rank + 1])
     if not (root / "source").exists():
         from .described import described
 
-        _check_small_files(root, replace(mine, source=()))
+        check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1], source=()))
         return described(root, known, rank)
-    _check_small_files(root, mine)
-    originals = manifest.load_originals(root)
-    config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
-    family, table = _tables(root, known)
-    published = Published(str(root), root, config, originals, _original_tensors(root, originals), origin=known.origin)
-    model, _ = understood(published, family)
-    layout = lay_out(table.for_family(family.name), model, known.mesh)
-    shards = Shards(layout)
-    if shards.digest != known.plan:
-        raise MismatchError(
-            f"{root}: the plan of manifest.json is {known.plan}, its tables and config.json make {shards.digest}",
-            "config.json or the manifest were edited: restore them, or convert again",
-        )
-    shard = shards.shard(rank)
-    check_prologue(root / known.ranks[rank][0].name, shard.prologue, shard.size)
-    return config, layout
+    found = open_rank(root, rank)
+    return found.config, found.layout
 
 
 def _threads() -> int:

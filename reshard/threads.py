@@ -1,0 +1,29 @@
+"""Threads: work on many items by a few threads, each taking the next item when it is free."""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def each(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
+    """`work` on every item; items are made when they are taken. What the first to fail raises is raised, once all have ended."""
+    waiting, lock, stop = iter(items), threading.Lock(), threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            with lock:
+                item = next(waiting, None)
+            if item is None:
+                return
+            work(item)
+
+    with ThreadPoolExecutor(threads) as executor:
+        running = [executor.submit(run) for _ in range(threads)]
+        try:
+            for future in running:
+                future.result()
+        finally:
+            stop.set()  # the executor waits for what is under way
