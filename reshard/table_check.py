@@ -706,7 +706,8 @@ def _ahead(source: Source, ids: Any) -> Any:
             def of(name: str, layer: int = layer) -> Any:
                 """The layer's own, or what all share, or what the main layers have; a tied head is the embedding."""
                 names = (f"layers.{layer}.mtp.{name}", f"mtp_{name}", name, "embed")
-                return next(there[one] for one in names if one in there)
+                name = next(one for one in names if one in there)
+                return weights.Weights(there).matrix(name, decoder.dtype) if f"{name}_scale" in there else there[name]
 
             def normed(x: Any, name: str) -> Any:
                 return weights.rms_norm(x, of(name), eps, offset)

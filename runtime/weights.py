@@ -28,12 +28,14 @@ class Weights:
         return self.tensors.get(name)
 
     def matrix(self, name: str, dtype: torch.dtype, runs: Sequence[int] = (), expert: int | None = None) -> Tensor:
-        """A matrix ready to multiply: FP8 blocks are dequantized. `runs`: rows of its fused parts, each in blocks of its own."""
+        """A matrix ready to multiply: FP8 blocks, or rows, are dequantized. `runs`: rows of its fused parts, each in blocks of its own."""
         weight, scale = self.tensors[name], self.tensors.get(f"{name}_scale")
         if expert is not None:
             weight, scale = weight[expert], None if scale is None else scale[expert]
         if scale is None:
             return weight if weight.dtype == dtype else weight.to(dtype)
+        if scale.shape[0] == weight.shape[0]:
+            return (weight.float() * scale.float()).to(dtype)
         rows = _blocks(runs or [weight.shape[0]], weight.device)
         columns = _blocks([weight.shape[1]], weight.device)
         return (weight.float() * scale.float()[rows][:, columns]).to(dtype)

@@ -59,6 +59,7 @@ CONFIGS = {
     "mpt": {"n_heads": 8, "d_model": 80, "expansion_ratio": 4, "vocab_size": 100},
     "internlm": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80, "num_key_value_heads": 8},
     "internlm2": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80},
+    "minimax": LLAMA | {"num_local_experts": 32},
     "qwen3_next": LLAMA | LINEAR | {"num_experts": 512, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
     "phimoe": LLAMA | {"num_local_experts": 16, "attention_bias": True, "lm_head_bias": True},
@@ -77,7 +78,7 @@ SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "hea
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
-qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h
+qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h kimi_linear
 hunyuan_v1_moe ernie4_5_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}

@@ -1,10 +1,12 @@
 """Decoders with mixtures of experts: one tiny checkpoint for each variant of each family."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import DEEPSEEK, SHARD, State, add_mtp, configure, define, noise_like, rewrite, sizes, write
+from fixtures import BLOCK, DEEPSEEK, SHARD, State, add_mtp, configure, define, noise_like, quantize, rewrite, sizes, write
 
 EXPERTS: dict[str, Any] = {"experts": 8, "ep": (1, 2, 4)}
 
@@ -479,3 +481,83 @@ def bailing(directory: Path, seed: str) -> None:
     changes = {"num_experts": 8, "num_shared_experts": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "norm_head": False}
     changes |= {"model_type": "bailing_moe", "architectures": ["BailingMoeForCausalLM"], "rope_theta": 10000}
     configure(directory, "rope_parameters", "num_local_experts", "shared_intermediate_size", **changes)
+
+
+# FP8
+
+
+def by_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """F8_E4M3 [out, in] and fp32 [out, 1]: weight = quantized * scale."""
+    scale = weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (weight / scale).to(torch.float8_e4m3fn), scale
+
+
+def spread(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A scale for each element, of one for each block or row."""
+    if scale.shape[1] == 1 and scale.shape[0] == weight.shape[0]:
+        return scale
+    return scale.repeat_interleave(BLOCK, 0)[: weight.shape[0]].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+
+
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+FP8 = r".*\.(self_attn\.[qkvo]_proj|[\w.]*(gate_proj|up_proj|down_proj)|w[123]|shared_head\.head)\.weight"
+
+
+def to_fp8(state: State, quantizer: Quantizer, suffix: str, back: bool = False) -> State:
+    """Matrices of attention and feed-forward in FP8, with their scales; with `back`, what they then stand for."""
+    found: State = {}
+    for name, tensor in state.items():
+        if not re.fullmatch(FP8, name):
+            found[name] = tensor if back or name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
+            continue
+        weight, scale = quantizer(tensor)
+        found |= {name: weight.float() * spread(scale, weight)} if back else {name: weight, name + suffix: scale}
+    return found
+
+
+def minimax_m2_fp8_model(directory: Path, seed: str) -> None:
+    from transformers import MiniMaxM2Config
+
+    facts = sizes(8, 4, 128, 160, 768, 331, 2) | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    write(directory, seed, MiniMaxM2Config(**facts), dtype=torch.float32, shard=None)
+
+
+def minimax_m2_fp8_twin(directory: Path, seed: str) -> None:
+    minimax_m2_fp8_model(directory, seed)
+    rewrite(directory, lambda state: to_bfloat16(to_fp8(state, quantize, "", back=True)), shard=2_500_000)
+
+
+def to_bfloat16(state: State) -> State:
+    """What no quantization touches, rounded as it is stored beside FP8."""
+    return {
+        name: tensor.to(torch.bfloat16).float() if not re.fullmatch(FP8, name) and "correction" not in name else tensor
+        for name, tensor in state.items()
+    }
+
+
+@define("minimax_m2", heads=8, kv=4, layers=2, experts=4, tp=(1, 2), ep=(1, 2), weights=False, twin=minimax_m2_fp8_twin)
+def minimax_m2_fp8(directory: Path, seed: str) -> None:
+    """As published: F8_E4M3, a scale for each block of 128 by 128."""
+    minimax_m2_fp8_model(directory, seed)
+    rewrite(directory, lambda state: to_fp8(state, quantize, "_scale_inv"), shard=2_500_000)
+    quantization = {"quant_method": "fp8", "fmt": "float8_e4m3fn", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    configure(directory, dtype="bfloat16", quantization_config=quantization)
+
+
+def glm4_moe_fp8_model(directory: Path, seed: str) -> None:
+    config = glm4_moe_config(4, attention_bias=True, use_qk_norm=True, num_mtp_layers=0)
+    write(directory, seed, config, dtype=torch.float32, shard=None)
+
+
+def glm4_moe_fp8_twin(directory: Path, seed: str) -> None:
+    glm4_moe_fp8_model(directory, seed)
+    rewrite(directory, lambda state: to_bfloat16(to_fp8(state, by_rows, "", back=True)))
+
+
+@define("glm4_moe", heads=8, kv=4, layers=3, mtp=1, twin=glm4_moe_fp8_twin, **EXPERTS)
+def glm4_moe_fp8(directory: Path, seed: str) -> None:
+    """As GLM-4.5-FP8: F8_E4M3, a scale for each row, also in the multi-token prediction layer."""
+    glm4_moe_fp8_model(directory, seed)
+    rewrite(directory, lambda state: to_fp8(add_mtp(state, seed, 3, torch.float32), by_rows, "_scale"))
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
+    configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=quantization)
