@@ -112,7 +112,7 @@ def _plain(
         q, k, v = weights.linear(x, "attn.qgkv").split([2 * n * size, m * size, m * size], -1)
         q, gate = (part.flatten(2) for part in q.reshape(batch, seq, n, 2 * size).split(size, -1))
     else:
-        q, k, v = weights.linear(x, "attn.qkv").split([n * size, m * size, m * size], -1)
+        q, k, v = weights.linear(x, "attn.qkv", runs=(n * size, m * size, m * size)).split([n * size, m * size, m * size], -1)
     if (whole := weights.get("attn.q_norm_full")) is not None:
         squares = torch.stack((q.float().pow(2).sum(-1), k.float().pow(2).sum(-1) / heads.copies), -1)
         squares = reduce(squares) / torch.tensor([heads.total * size, heads.whole * size], device=x.device)
