@@ -600,13 +600,15 @@ def _bytes(tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> Array:
     """The bytes of a tensor in memory, row-major; no copy where they lie so."""
     torch = sys.modules.get("torch")  # whoever has a tensor of it has imported it
     if torch is not None and isinstance(tensor, torch.Tensor):
+        if tensor.is_meta:
+            raise ReshardError(f"{name}: is on the meta device, where tensors have no bytes", "load the weights first")
         said = _TORCH.get(str(tensor.dtype).removeprefix("torch."))
         if said != dtype and said != "U8":  # bytes may be anything
             raise ReshardError(f"{name}: is {tensor.dtype} in memory, the layout says {dtype}")
         packed = said == "F4" or said != dtype
         if not packed and tuple(tensor.shape) != shape:
             raise ReshardError(f"{name}: has shape {tuple(tensor.shape)} in memory, {shape} in the layout")
-        data: Array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data: Array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy knows neither bfloat16 nor FP8
     elif isinstance(tensor, np.ndarray):
         said = _NUMPY.get(tensor.dtype.name, dtype)
         if said != dtype and not said.startswith("U"):  # numpy has no bfloat16: bits come as unsigned numbers

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures import checkpoint
 from running import BITS, LLAMA, Tensors, llama, llama_tensors, noise
 
 import reshard
@@ -445,6 +446,37 @@ def test_an_engine_s_tensors_give_the_share_of_its_rank(shards: Path) -> None:
         assert (fingerprint.of_tensors(shards, rank, arrays) != wanted) == (rank == 0)  # the lowest rank that holds it
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_live_tensors_of_torch_have_the_sum_of_their_bytes(device: str) -> None:
+    """Of any dtype that torch has, on any device, in any order of memory, also as parameters."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    types = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "C64": "complex64"}
+    types |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz"}
+    types |= {"I8": "int8", "U8": "uint8", "U16": "uint16", "I64": "int64", "F4": "float4_e2m1fn_x2"}
+    for dtype, name in types.items():
+        data = bytes(range(24)) * 8 if dtype != "BOOL" else bytes(at % 2 for at in range(24))
+        layout, kind = published(1, 4, 6, dtype), getattr(torch, name)
+        size = 12 if dtype == "F4" else 24 * kind.itemsize
+        tensor = torch.frombuffer(bytearray(data[:size]), dtype=torch.uint8).view(kind).view(4, -1)
+        transposed = tensor.view(torch.uint8).view(4, -1, kind.itemsize).transpose(0, 1).contiguous().transpose(0, 1)
+        strided = [] if kind.itemsize > 1 else [transposed.squeeze(-1).view(kind)]
+        for live in (tensor, *strided, torch.nn.Parameter(tensor, requires_grad=False)):
+            assert sums(layout, live.to(device)) == sums(layout, data[:size]), dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_engine_s_block_scaled_weights_give_the_share_of_its_rank(device: str, tmp_path: Path) -> None:
+    """FP8 and its scales."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    runtime = pytest.importorskip("reshard.runtime")
+    reshard.convert(checkpoint("deepseek_v3_fp8"), tmp_path / "out", tp=2)
+    state = {name: tensor.to(device) for name, tensor in runtime.load_shard(tmp_path / "out", 1).items()}
+    assert any(tensor.dtype is torch.float8_e4m3fn for tensor in state.values())
+    assert fingerprint.of_tensors(tmp_path / "out", 1, state) == fingerprint.of_rank(tmp_path / "out", 1)
+
+
 def test_tensors_that_are_not_the_layout_s_are_refused() -> None:
     layout, name = published(1, 4, 6, "F32"), "blocks.0.up.weight"
     for tensor, words in (
@@ -453,6 +485,7 @@ def test_tensors_that_are_not_the_layout_s_are_refused() -> None:
         (np.zeros((4, 6), np.float64), "float64 in memory, the layout says F32"),
         (torch.zeros(6, 4), r"shape \(6, 4\) in memory, \(4, 6\)"),
         (torch.zeros(4, 6, dtype=torch.bfloat16), "bfloat16 in memory, the layout says F32"),
+        (torch.zeros(4, 6, device="meta"), "on the meta device"),
         (bytes(95), "95 bytes in memory, F32 of shape .* has 96"),
     ):
         with pytest.raises(ReshardError, match=f"{name}.*{words}"):
