@@ -40,7 +40,9 @@ BLOCK = 128  # side of a block that shares one FP8 scale
 HEADS = 32  # that a layer has at most
 
 # Buffers that an engine recomputes. Equal from layer to layer, and constant, by nature.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias|attn\.causal_mask)")
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias|attn\.causal_mask|.*_decay|slope_rate)"
+)
 
 
 @dataclass(frozen=True)

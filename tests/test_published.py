@@ -73,7 +73,7 @@ CONFIGS = {
     "kimi_k2": LATENT | FP8 | {"n_routed_experts": 384, "q_lora_rank": 384},
     "glm4_moe_lite": LATENT | {"n_routed_experts": 64, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
 }  # fmt: skip
-SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lgroup": 2}
+SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lk": 4, "lv": 8}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
@@ -132,6 +132,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     if family in ("gpt2", "gpt_neox"):
         sizes |= {"kv": sizes["heads"], "group": 1, "head_dim": sizes["hidden"] // sizes["heads"], "inter": sizes.get("inter", 64)}
     sizes["group"] = sizes["heads"] // sizes["kv"]
+    sizes["lgroup"] = sizes["lv"] // sizes["lk"]
     prefix = next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
     spelled = [(row, name.folded) for row in table.rows for name in (row.name, *row.others)]
     rows = {(prefix + text[1:] if text[0] == "~" else text): row for row, text in spelled}

@@ -337,3 +337,78 @@ def nemotron_h_fused(directory: Path, seed: str) -> None:
         return state
 
     rewrite(directory, age)
+
+
+KIMI_SQUARE = (r".*\.A_log",)  # [1, 1, heads, 1]
+
+
+def kimi_linear_config(layers: int) -> Any:
+    from transformers import KimiLinearConfig
+
+    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    latent = {"num_key_value_heads": 8, "kv_lora_rank": 20, "qk_rope_head_dim": 6, "v_head_dim": 14, "qk_nope_head_dim": 10}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    state = {"linear_head_dim": 10, "linear_num_heads": 8, "linear_conv_kernel_dim": 3}
+    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"][:layers]
+    return KimiLinearConfig(**given | latent, **experts, **state, num_hidden_layers=layers, layer_types=kinds)
+
+
+@define("kimi_linear", heads=8, kv=8, layers=4, experts=4, ep=(1, 2, 4), square=KIMI_SQUARE)
+def kimi_linear(directory: Path, seed: str) -> None:
+    """As published: latent attention without positions and a delta net whose decay is of each feature; config.json in its own words."""
+    write(directory, seed, kimi_linear_config(4))
+    rewrite(directory, lambda state: {name.replace("layers.0.block_sparse_moe", "layers.0.mlp"): one for name, one in state.items()})
+    own = {"head_dim": 10, "num_heads": 8, "short_conv_kernel_size": 3, "full_attn_layers": [3], "kda_layers": [1, 2, 4]}
+    configure(directory, "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim", "layer_types", "mlp_layer_types")
+    configure(directory, linear_attn_config=own, first_k_dense_replace=1)
+
+
+@define("kimi_linear", heads=8, kv=8, layers=3, experts=4, ep=(1, 2), square=KIMI_SQUARE)
+def kimi_linear_stacked(directory: Path, seed: str) -> None:
+    """As transformers holds it: experts and convolutions in stacks."""
+    write(directory, seed, kimi_linear_config(3))
+
+    def age(state: State) -> State:
+        for layer in range(3):
+            start = f"model.layers.{layer}.self_attn."
+            parts = [state.pop(f"{start}{part}_conv1d.weight", None) for part in "qkv"]
+            if parts[0] is not None:
+                state[f"{start}conv1d.weight"] = torch.cat([part for part in parts if part is not None])
+            for name in ("f_a_proj.weight", "f_b_proj.weight", "dt_bias", "A_log"):
+                if start + name in state:
+                    state[f"{start}forget_gate.{name}"] = state.pop(start + name)
+            state = fused(state, f"model.layers.{layer}.block_sparse_moe.experts.", ("w1", "w3", "w2"))
+        return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
+
+    rewrite(directory, age)
+
+
+def minimax_config(kv: int, layers: int, **facts: Any) -> Any:
+    from transformers import MiniMaxConfig
+
+    kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention", "linear_attention"][:layers]
+    given = sizes(8, kv, 12, 72, 88, 331, 5) | {"num_hidden_layers": layers}
+    return MiniMaxConfig(**given, num_local_experts=4, layer_types=kinds, block_size=6, **facts)
+
+
+DECAYS = ("diagonal_decay", "key_decay", "query_decay", "slope_rate")
+
+
+@define("minimax", heads=8, kv=4, layers=5, experts=4, ep=(1, 2, 4))
+def minimax(directory: Path, seed: str) -> None:
+    """As published: in most layers q, k and v of each head together, a norm over all heads and a gate; no decays are stored."""
+    write(directory, seed, minimax_config(4, 5))
+    rewrite(directory, lambda state: {name: one for name, one in state.items() if not name.endswith(DECAYS)})
+
+
+@define("minimax", heads=8, kv=2, layers=4, experts=4, ep=(1, 2), weights=False)
+def minimax_fused(directory: Path, seed: str) -> None:
+    """As transformers holds it: with the decays that follow from the number of the layer, and experts in stacks; tied."""
+    write(directory, seed, minimax_config(2, 4, tie_word_embeddings=True))
+
+    def age(state: State) -> State:
+        for layer in range(4):
+            state = fused(state, f"model.layers.{layer}.block_sparse_moe.experts.", ("w1", "w3", "w2"))
+        return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
+
+    rewrite(directory, age)
