@@ -167,6 +167,7 @@ _KEYS: dict[str, Any] = {
     "match": [str],
     "prefix": (str, [str]),
     "rows": [[str]],
+    "without": [str],
     "aside": [str],
     "axes": {"": str},
     "sizes": {"": str},
@@ -247,6 +248,8 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
     child, *parents = texts
     for parent in parents:
         parent = _respelled(parent, child.get("names", {}))
+        gone = [name for name in child.get("without", ()) if any(row[0] == name for row in parent.get("rows", ()))]
+        parent = _without(parent, gone)
         merged = {key: value for key, value in parent.items() if key != "match"}  # what another table is for, this one is not
         for key, value in child.items():
             if isinstance(value, dict) and isinstance(parent.get(key), dict):
@@ -263,10 +266,23 @@ def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
                 merged[key] = kept + [row for row in value if row[0] not in first]
             elif key in ("aside", "one_of", "towers"):
                 merged[key] = [*parent.get(key, ()), *value]
+            elif key == "without":
+                merged[key] = [*parent.get(key, ()), *(name for name in value if name not in gone)]
             else:
                 merged[key] = value
         child = merged
+    if child.get("without"):
+        raise ReshardError(f'table "{child.get("name")}": no table that it is like has the row {child["without"][0]}')
     return child
+
+
+def _without(parent: dict[str, Any], gone: list[str]) -> dict[str, Any]:
+    """A table without some of its rows, and without what it says of tags that only these had."""
+    if not gone:
+        return parent
+    rows = [row for row in parent["rows"] if row[0] not in gone]
+    words = {word for row in rows for word in (row[3] if len(row) > 3 else "").split()}
+    return parent | {"rows": rows, "optional": {tag: key for tag, key in parent.get("optional", {}).items() if tag in words}}
 
 
 def written(table: Table) -> dict[str, Any]:

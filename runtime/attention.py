@@ -1,15 +1,18 @@
 """Attention on one rank: its own heads, of all tokens. What comes out are partial sums, to be added among the tensor parallel ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reshard.errors import ReshardError
+
 from .cache import Cache
 from .rope import rotate
+from .sparse import chosen, index_keys
 from .spec import Spec
 from .weights import Weights, norm, rms_norm
 
@@ -49,7 +52,7 @@ class Sight:
 @dataclass
 class Context:
     """What all layers of one forward share. `real`: what is no padding [batch, seq]; `far`, `near`: of layers without a window, and
-    with one; `growth`: of queries."""
+    with one; `growth`: of queries; `chosen`: what is seen of all that could be, by the last layer that has chosen."""
 
     real: Tensor
     far: Sight
@@ -57,6 +60,7 @@ class Context:
     growth: Tensor | None
     bias: Tensor | None
     cache: Cache | None
+    chosen: Tensor | None = None
 
     def of(self, layer: int, spec: Spec) -> Sight:
         sight = self.near if layer in spec.windowed else self.far
@@ -86,9 +90,9 @@ def attention(
 
     `reduce` adds a tensor [batch, seq, 2] among the ranks: norms over the whole projection need it.
     """
-    gate = None
+    gate, mask = None, context.of(layer, spec).mask
     if latent:
-        q, k, v = _latent(x, weights, layer, spec, heads, latent, context)
+        q, k, v, mask = _latent(x, weights, layer, spec, heads, latent, context)
     else:
         q, k, v, gate = _plain(x, weights, layer, spec, heads, context, reduce)
     bias, scale = context.bias, spec.attn_scale / (layer + 1 if spec.scale_by_layer else 1)
@@ -96,7 +100,7 @@ def attention(
         bias = bias * scale
     if context.growth is not None and not (spec.growth and spec.growth.unrotated and layer in spec.roped):
         q = q * context.growth
-    out = _attend(q, k, v, scale, context.of(layer, spec).mask, spec.attn_cap, weights.get("attn.sinks"), bias)
+    out = _attend(q, k, v, scale, mask, spec.attn_cap, weights.get("attn.sinks"), bias)
     out = out.transpose(1, 2).flatten(2)
     return weights.linear(out if gate is None else out * gate.sigmoid(), "attn.o", bias=False)
 
@@ -145,27 +149,42 @@ def _norm(x: Tensor, name: str, weights: Weights, spec: Spec) -> Tensor:
 
 def _latent(
     x: Tensor, weights: Weights, layer: int, spec: Spec, heads: Heads, latent: Latent, context: Context
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values come of one compressed vector per token, which is what is cached, the same on every rank."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values come of one compressed vector per token, which is what is cached, the same on every rank. And what tokens see."""
     batch, seq, _ = x.shape
-    n = len(heads.ids)
+    n, turn = len(heads.ids), context.of(layer, spec).turn
+    compressed = x
     if latent.q is None:
         q = weights.linear(x, "attn.q_whole")
         c, k_rope = weights.linear(x, "attn.kv_a", runs=(latent.kv, latent.rope)).split([latent.kv, latent.rope], -1)
     else:
         runs = (latent.q, latent.kv, latent.rope)
         q, c, k_rope = weights.linear(x, "attn.qkv_a", runs=runs).split(runs, -1)
-        q = weights.linear(rms_norm(q, weights["attn.q_a_norm"], spec.eps_latent), "attn.q_b")
+        compressed = rms_norm(q, weights["attn.q_a_norm"], spec.eps_latent)
+        q = weights.linear(compressed, "attn.q_b")
     c = rms_norm(c, weights["attn.kv_a_norm"], spec.eps_latent)[:, None]
     k_rope = k_rope[:, None]
     q, q_rope = q.reshape(batch, seq, n, -1).transpose(1, 2).split([latent.nope, latent.rope], -1)
-    turn = context.of(layer, spec).turn
     q_rope, k_rope = rotate(q_rope, turn, spec.rope_interleaved), rotate(k_rope, turn, spec.rope_interleaved)
+    index = (index_keys(x, weights, spec, turn),) if "attn.index_k" in weights else ()
     if context.cache is not None:
-        c, k_rope = context.cache.write(layer, c, k_rope)
+        c, k_rope, *index = context.cache.write(layer, c, k_rope, *index)  # type: ignore[assignment]
+    mask = _choose(x, compressed, index, weights, layer, spec, context)
     kv = weights.linear(c[:, 0], "attn.kv_b", runs=(latent.nope, heads.value) * n)
     k, v = kv.reshape(batch, c.shape[2], n, -1).transpose(1, 2).split([latent.nope, heads.value], -1)
-    return torch.cat((q, q_rope), -1), torch.cat((k, k_rope.expand(-1, n, -1, -1)), -1), v
+    return torch.cat((q, q_rope), -1), torch.cat((k, k_rope.expand(-1, n, -1, -1)), -1), v, mask
+
+
+def _choose(x: Tensor, compressed: Tensor, index: Sequence[Tensor], weights: Weights, layer: int, spec: Spec, context: Context) -> Tensor:
+    """What tokens see: all that they could, or what the layer's own indexer chooses, or what the last indexer before it chose."""
+    sight = context.of(layer, spec)
+    if spec.index_top is None:
+        return sight.mask
+    if index:
+        context.chosen = chosen(x, compressed, index[0], weights, spec, sight.turn, sight.mask)
+    if context.chosen is None:
+        raise ReshardError(f"layer {layer} sees what a layer before it chose, which another pipeline stage has", "run it with --pp 1")
+    return context.chosen
 
 
 def _attend(

@@ -1,4 +1,4 @@
-"""What decoding keeps of the tokens that went before: two tensors per layer, and which position stands in which column.
+"""What decoding keeps of the tokens that went before: some tensors per layer, and which position stands in which column.
 
 Layers that do not look back at every token keep two tensors of one size (`states`) instead.
 """
@@ -15,7 +15,7 @@ class Cache:
     def __init__(self, batch: int, length: int, device: torch.device) -> None:
         self.length, self.used = length, 0
         self.positions = torch.full((batch, length), -1, dtype=torch.long, device=device)
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, positions: Tensor) -> Tensor:
@@ -30,12 +30,10 @@ class Cache:
         self.used += seq
         return self.positions[:, : self.used]
 
-    def write(self, layer: int, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, *newest: Tensor) -> tuple[Tensor, ...]:
         """Keep [batch, heads, seq, features] of the newest tokens; everything kept of this layer so far."""
         if layer not in self.kept:
-            self.kept[layer] = tuple(x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (one, other))  # type: ignore[assignment]
-        start = self.used - one.shape[2]
-        for room, x in zip(self.kept[layer], (one, other), strict=True):
-            room[:, :, start : self.used] = x
-        a, b = self.kept[layer]
-        return a[:, :, : self.used], b[:, :, : self.used]
+            self.kept[layer] = tuple(x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in newest)
+        for room, x in zip(self.kept[layer], newest, strict=True):
+            room[:, :, self.used - x.shape[2] : self.used] = x
+        return tuple(room[:, :, : self.used] for room in self.kept[layer])
