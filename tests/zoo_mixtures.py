@@ -544,6 +544,27 @@ def minimax_m2_fp8(directory: Path, seed: str) -> None:
     configure(directory, dtype="bfloat16", quantization_config=quantization)
 
 
+def qwen3_moe_fp8_model(directory: Path, seed: str) -> None:
+    from transformers import Qwen3MoeConfig
+
+    facts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
+    write(directory, seed, Qwen3MoeConfig(**sizes(8, 2, 128, 320, 768, 331, 3), **facts), dtype=torch.float32, shard=None)
+
+
+def qwen3_moe_fp8_twin(directory: Path, seed: str) -> None:
+    qwen3_moe_fp8_model(directory, seed)
+    rewrite(directory, lambda state: to_bfloat16(to_fp8(state, quantize, "", back=True)), shard=2_500_000)
+
+
+@define("qwen3_moe", heads=8, kv=2, layers=3, experts=4, tp=(1, 2), ep=(1, 2), weights=False, twin=qwen3_moe_fp8_twin)
+def qwen3_moe_fp8(directory: Path, seed: str) -> None:
+    """As published in FP8: a scale for each block of 128 by 128; layer 0 is dense."""
+    qwen3_moe_fp8_model(directory, seed)
+    rewrite(directory, lambda state: to_fp8(state, quantize, "_scale_inv"), shard=2_500_000)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    configure(directory, dtype="bfloat16", quantization_config=quantization)
+
+
 def glm4_moe_fp8_model(directory: Path, seed: str) -> None:
     config = glm4_moe_config(4, attention_bias=True, use_qk_norm=True, num_mtp_layers=0)
     write(directory, seed, config, dtype=torch.float32, shard=None)
