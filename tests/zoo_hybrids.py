@@ -412,3 +412,48 @@ def minimax_fused(directory: Path, seed: str) -> None:
         return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
 
     rewrite(directory, age)
+
+
+def minimax_m3_config(kv: int, layers: int) -> Any:
+    from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48, "dense_intermediate_size": 104}
+    kinds = {
+        "layer_types": ["full_attention", *["minimax_m3_sparse"] * (layers - 1)],
+        "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+    }
+    index = {"index_head_dim": 10, "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 2, "rotary_dim": 6}
+    given = sizes(8, kv, 12, 72, 40, 331, 5) | {"num_hidden_layers": layers}
+    return MiniMaxM3VLTextConfig(**given, **experts, **kinds, **index)
+
+
+@define("minimax_m3_vl_text", heads=8, kv=4, layers=4, experts=4, ep=(1, 2, 4))
+def minimax_m3_fused(directory: Path, seed: str) -> None:
+    """As transformers writes it: gate and up together, experts in stacks; later layers choose the blocks of tokens they attend to."""
+    write(directory, seed, minimax_m3_config(4, 4))
+
+
+@define("minimax_m3_vl_text", heads=8, kv=2, layers=3, experts=4, ep=(1, 2), weights=False, runs=False)
+def minimax_m3(directory: Path, seed: str) -> None:
+    """As published inside of a multimodal checkpoint: gate and up apart, a tensor for each expert, and older names."""
+    write(directory, seed, minimax_m3_config(2, 3))
+
+    def age(state: State) -> State:
+        aged = {}
+        for name, tensor in state.items():
+            if ".mlp." in name and "layers.0." not in name:
+                name = name.replace(".mlp.gate.e_score", ".mlp.e_score").replace(".mlp.", ".block_sparse_moe.")
+            name = name.replace(".indexer.", ".index_")
+            start, end = name.partition("gate_up_proj")[::2]
+            if end == ".weight":
+                aged |= dict(zip((f"{start}gate_proj.weight", f"{start}up_proj.weight"), tensor.chunk(2), strict=True))
+            elif start.endswith("experts.") and name.endswith("gate_up_proj"):
+                for part, stack in zip(("w1", "w3"), tensor.chunk(2, 1), strict=True):
+                    aged |= {f"{start}{n}.{part}.weight": expert for n, expert in enumerate(stack)}
+            elif name.endswith("experts.down_proj"):
+                aged |= {f"{name.removesuffix('down_proj')}{n}.w2.weight": expert for n, expert in enumerate(tensor)}
+            else:
+                aged[name] = tensor
+        return aged
+
+    rewrite(directory, age)
