@@ -33,6 +33,7 @@ LATENT = {
     "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "n_shared_experts": 1,
     "vocab_size": 100, "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
 }  # fmt: skip
+INDEX = {"index_n_heads": 6, "index_head_dim": 96, "index_topk": 64}
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
 CONFIGS = {
     "llama": LLAMA,
@@ -71,6 +72,8 @@ CONFIGS = {
     "deepseek_v2": LATENT | {"n_routed_experts": 64},
     "deepseek_v3": LATENT | FP8 | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
     "kimi_k2": LATENT | FP8 | {"n_routed_experts": 384, "q_lora_rank": 384},
+    "deepseek_v32": LATENT | FP8 | INDEX | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
+    "glm_moe_dsa": LATENT | INDEX | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
     "glm4_moe_lite": LATENT | {"n_routed_experts": 64, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
 }  # fmt: skip
 SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lk": 4, "lv": 8}
