@@ -582,3 +582,22 @@ def glm4_moe_fp8(directory: Path, seed: str) -> None:
     rewrite(directory, lambda state: to_fp8(add_mtp(state, seed, 3, torch.float32), by_rows, "_scale"))
     quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
     configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=quantization)
+
+
+def jetmoe_config(**facts: Any) -> Any:
+    from transformers import JetMoeConfig
+
+    base = {key: value for key, value in sizes(8, 4, 14, 72, 40, 331, 3).items() if key not in ("num_attention_heads", "head_dim")}
+    return JetMoeConfig(**base, kv_channels=14, num_local_experts=8, num_experts_per_tok=2, **facts)
+
+
+@define("jetmoe", heads=4, kv=4, layers=3, **EXPERTS)
+def jetmoe(directory: Path, seed: str) -> None:
+    """Attention has experts too; tied."""
+    write(directory, seed, jetmoe_config())
+
+
+@define("jetmoe", heads=4, kv=4, layers=3, **EXPERTS)
+def jetmoe_head(directory: Path, seed: str) -> None:
+    """A head of its own."""
+    write(directory, seed, jetmoe_config(tie_word_embeddings=False))
