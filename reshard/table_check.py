@@ -38,7 +38,7 @@ from .join import plan
 from .layout import Layout, Piece, lay_out
 from .mesh import Mesh
 from .model import Model
-from .notation import Product, Sum, block_of, evaluate, parse_pattern
+from .notation import Pattern, Product, Sum, block_of, evaluate, parse_pattern
 from .progress import Progress, Silent
 from .sizes import axis_size
 from .source import Source, from_published
@@ -396,11 +396,16 @@ _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 
 
 def made_up(table: Table, where: Path) -> Iterator[Path]:
-    """Random checkpoints of a family from its table alone, one directory for each set of optional rows, until every row is in one."""
-    covered: set[int] = set()
-    for number, truths in enumerate(_variants(table)):
-        config, shapes = _invented(table, truths)
-        active = {at for at, row, _ in shapes}
+    """Random checkpoints of a family from its table alone, one directory for each set of optional rows, until every row is in one.
+
+    Where rows have several layouts, until each has been in one in every layout.
+    """
+    covered: set[tuple[int, Pattern]] = set()
+    layouts = range(1 + max(len(row.layouts) for row in table.rows))
+    for number, (layout, truths) in enumerate(itertools.product(layouts, _variants(table))):
+        rows = (replace(row, pattern=((row.pattern, *row.layouts)[: layout + 1])[-1], layouts=()) for row in table.rows)
+        config, shapes = _invented(replace(table, rows=tuple(rows)), truths)
+        active = {(at, row.pattern) for at, row, _ in shapes}
         if active <= covered:
             continue
         covered |= active
