@@ -72,6 +72,11 @@ class Model:
     main_layers: int = 0
     aside: tuple[str, ...] = ()
 
+    def form(self, name: str, layer: int) -> Tensor | None:
+        """The tensor of that name as a layer has it, in whatever sizes; None where it has none."""
+        found = (other for key, other in self.tensors.items() if key.partition("@")[0] == name)
+        return next((other for other in found if other.layers is not None and layer in other.layers), None)
+
     @property
     def units(self) -> dict[str, int]:
         """Per axis, the unit in which weighted cuts must fall so that no block of a block-quantised weight is split."""

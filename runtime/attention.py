@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,8 +52,11 @@ class Sight:
 @dataclass
 class Context:
     """What all layers of one forward share. `real`: what is no padding [batch, seq]; `far`, `near`: of layers without a window, and
-    with one; `growth`: of queries; `chosen`: what is seen of all that could be, by the last layer that has chosen."""
+    with one; `growth`: of queries; `chosen`: what is seen of all that could be, by the last layer that has chosen; `ids`: the tokens;
+    `embedded`: what they were embedded as, where layers take something of it for themselves, and `own`, what these take; `lent`: keys and
+    values of the new tokens in layers that others borrow from."""
 
+    ids: Tensor
     real: Tensor
     far: Sight
     near: Sight
@@ -61,6 +64,9 @@ class Context:
     bias: Tensor | None
     cache: Cache | None
     chosen: Tensor | None = None
+    embedded: Tensor | None = None
+    own: Tensor | None = None
+    lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def of(self, layer: int, spec: Spec) -> Sight:
         sight = self.near if layer in spec.windowed else self.far
@@ -111,8 +117,16 @@ def _plain(
     """Queries, keys and values of the heads, and the gate [batch, seq, heads · features] of what comes out, where there is one."""
     batch, seq, _ = x.shape
     n, m, size = len(heads.ids), heads.kv, heads.size
-    gate = None
-    if "attn.qgkv" in weights:  # the gate of a head stands beside its query
+    gate, turn = None, context.of(layer, spec).turn
+    if (lender := spec.lenders.get(layer)) is not None:
+        q = weights.linear(x, "attn.q").reshape(batch, seq, -1, size).transpose(1, 2)
+        q = rotate(_norm(q, "attn.q_norm", weights, spec), turn, spec.rope_interleaved)
+        k, v = context.lent[lender] if context.cache is None else context.cache.read(lender)
+        return q, k, v, None
+    if "attn.qk" in weights:  # values are the keys, before these are normalised
+        q, k = weights.linear(x, "attn.qk").split([n * size, m * size], -1)
+        v = k
+    elif "attn.qgkv" in weights:  # the gate of a head stands beside its query
         q, k, v = weights.linear(x, "attn.qgkv").split([2 * n * size, m * size, m * size], -1)
         q, gate = (part.flatten(2) for part in q.reshape(batch, seq, n, 2 * size).split(size, -1))
     else:
@@ -127,12 +141,14 @@ def _plain(
     q, k, v = (part.reshape(batch, seq, -1, size).transpose(1, 2) for part in (q, k, v))
     if not spec.late_qk_norm:
         q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
-    turn = context.of(layer, spec).turn
+    v = _norm(v, "attn.v_norm", weights, spec)
     q, k = rotate(q, turn, spec.rope_interleaved), rotate(k, turn, spec.rope_interleaved)
     if spec.bare_heads and turn is not None:
         q, k = rms_norm(q, None, spec.eps), rms_norm(k, None, spec.eps)
     if spec.late_qk_norm:
         q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
+    if layer in spec.lenders.values():
+        context.lent[layer] = k, v
     if context.cache is not None:
         k, v = context.cache.write(layer, k, v)
     return q, k, v, gate

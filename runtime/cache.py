@@ -36,4 +36,8 @@ class Cache:
             self.kept[layer] = tuple(x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in newest)
         for room, x in zip(self.kept[layer], newest, strict=True):
             room[:, :, self.used - x.shape[2] : self.used] = x
+        return self.read(layer)
+
+    def read(self, layer: int) -> tuple[Tensor, ...]:
+        """Everything kept of a layer."""
         return tuple(room[:, :, : self.used] for room in self.kept[layer])

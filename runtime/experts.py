@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .spec import Routing, Spec
-from .weights import Weights, multiply
+from .weights import Weights, multiply, rms_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -50,17 +50,17 @@ def feed_forward(x: Tensor, weights: Weights, spec: Spec, share: Share | None) -
     if "moe.router" in weights:
         assert spec.routing is not None and share is not None
         flat = x.flatten(0, 1)
-        out = _experts(flat, weights, spec, spec.routing, share)
+        out = experts(flat, weights, spec, spec.routing, share, flat)
         if "shared.gate_up" in weights:
-            more = _dense(flat, weights, "shared", spec)
+            more = dense(flat, weights, "shared", spec)
             if "shared.router" in weights:
                 more = more * torch.sigmoid(weights.linear(flat, "shared.router"))
             out = out + more
         return out.view_as(x)
-    return _dense(x, weights, "mlp", spec)
+    return dense(x, weights, "mlp", spec)
 
 
-def _dense(x: Tensor, weights: Weights, part: str, spec: Spec) -> Tensor:
+def dense(x: Tensor, weights: Weights, part: str, spec: Spec) -> Tensor:
     if f"{part}.gate_up" in weights:
         rows = weights[f"{part}.gate_up"].shape[0] // 2
         inner = _gated(weights.linear(x, f"{part}.gate_up", runs=(rows, rows)), spec)
@@ -86,20 +86,26 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def route(x: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, weights: Weights, routing: Routing, eps: float, part: str = "moe") -> tuple[Tensor, Tensor]:
     """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
-    scores = SCORES[routing.score](weights.linear(x.float() if routing.wide else x, "moe.router").float())
+    if "moe.router_norm" in weights:
+        x = rms_norm(x, weights["moe.router_norm"], eps) * routing.divide**-0.5
+    scores = SCORES[routing.score](weights.linear(x.float() if routing.wide else x, f"{part}.router").float())
     ranking, groups = _ranking(scores, weights, routing)
     chosen = ranking.topk(routing.top, -1)[1]
-    if weights.imposed is not None:
-        chosen = torch.where(weights.imposed < 0, chosen, weights.imposed)
-    if weights.decisions is not None:
-        weights.decisions.append((chosen, _margin(ranking, groups, chosen, routing)))
+    router = weights.routers[part]
+    router.routed.update(torch.unique(chosen).tolist())
+    if router.imposed is not None:
+        chosen = torch.where(router.imposed < 0, chosen, router.imposed)
+    if router.decisions is not None:
+        router.decisions.append((chosen, _margin(ranking, groups, chosen, routing)))
     shares = _mixed(scores, chosen, routing.jitter) if routing.score == "sparsemixer" else scores.gather(1, chosen)
     if routing.score == "chosen":
         shares = shares.softmax(-1)
     if routing.renormalize:
         shares = shares / (shares.norm(routing.renormalize, -1, keepdim=True) + 1e-20)
+    if "moe.expert_factor" in weights:
+        shares = shares * weights["moe.expert_factor"][chosen]
     return chosen, shares * routing.scale
 
 
@@ -140,14 +146,13 @@ def _margin(ranking: Tensor, groups: Tensor | None, chosen: Tensor, routing: Rou
     return margin.minimum(best[:, routing.group_top - 1] - best[:, routing.group_top])
 
 
-def _experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share) -> Tensor:
-    chosen, shares = route(x, weights, routing)
+def experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share, seen: Tensor) -> Tensor:
+    """x [tokens, hidden] → the part of this rank's experts of the same; the router chooses by what it has `seen`."""
+    chosen, shares = route(seen, weights, routing, spec.eps)
     out = torch.zeros_like(x)
     rows = weights["moe.gate_up"].shape[1] // 2
     biases, last = weights.get("moe.gate_up_bias"), weights.get("moe.down_bias") if share.bias else None
-    used = torch.unique(chosen).tolist()
-    weights.routed.update(used)
-    for expert in used:
+    for expert in torch.unique(chosen).tolist():
         if not share.first <= expert < share.last:
             continue
         own = expert - share.first

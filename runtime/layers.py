@@ -19,7 +19,7 @@ from reshard.verdict import Rung
 from .check import TIMES, culprit, prompts_for
 from .choices import Margins, Routes, bound, impose, recording, tossed
 from .load import open_for
-from .model import EMBEDDING
+from .model import EMBEDDING, OWN
 from .parallel import World, alone, run_threads
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _belongs(name: str, step: str, tied: bool) -> bool:
     if step.startswith("layer "):
         layer, _, part = step.removeprefix("layer ").partition(", ")
         inside = name.removeprefix(f"layers.{layer}.")
+        if name.startswith("ple_"):
+            return part == OWN
         attends = "attn" in inside or inside.startswith("lin.")
         return inside != name and (part not in ("attention", "feed-forward") or attends == (part == "attention"))
     embeds = name in ("embed", "embed_proj", "pos_embed") or name.startswith("embed_norm")

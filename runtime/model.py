@@ -16,17 +16,21 @@ from torch.nn import functional as F
 from reshard.errors import ReshardError
 from reshard.layout import Layout
 from reshard.model import Model
+from reshard.model import Tensor as LogicalTensor
 
 from .attention import Context, Heads, Latent, Sight, attention, seen, slopes
 from .cache import Cache
-from .experts import Share, feed_forward
+from .carried import Carried, Place
+from .experts import ACTIVATIONS, Share, dense, experts, feed_forward
 from .linear import Linear, linear_attention
 from .parallel import World
 from .rope import angles
 from .spec import Spec
-from .weights import Weights, multiply, norm
+from .weights import Router, Weights, multiply, norm
 
 EMBEDDING, HEAD = "the embedding", "the head"  # steps, see Decoder.walk
+OWN = "what is its own"  # the last step of some layers
+Step = Callable[[Tensor, Context], Tensor]
 NORMS = ("attn_norm", "post_attn_norm")
 
 DTYPES = {
@@ -55,6 +59,7 @@ class Decoder(nn.Module):
         self.stage = mesh.stage(rank)
         self.ranks = tuple(range(self.stage * mesh.tp, (self.stage + 1) * mesh.tp))  # those that share this stage
         self.first, self.last = self.stage == 0, self.stage == mesh.pp - 1
+        self._heads_of: dict[str, Heads] = {}
         start, end = layout.stages[self.stage]
         self.mine = range(start, min(end, model.main_layers))
         for slot in layout.by_rank[rank]:
@@ -91,20 +96,55 @@ class Decoder(nn.Module):
                 return dict(zip(piece.tensor.axes, piece.box, strict=True))
         return {}
 
+    def heads(self, layer: int) -> Heads:
+        """Those of a layer; layers of one kind have the same."""
+        queries = next(t for name in ("attn.q", "attn.q_b", "attn.q_whole") if (t := self.model.form(name, layer)) is not None)
+        if queries.name not in self._heads_of:
+            self._heads_of[queries.name] = self._counted(queries, layer)
+        return self._heads_of[queries.name]
+
+    def _counted(self, queries: LogicalTensor, layer: int) -> Heads:
+        sizes, box, counted = self.model.sizes, self._near(queries.name), _counting_heads(queries)
+        ids = _rows([box[axis] for axis in counted], [sizes[axis] for axis in counted])
+        total = math.prod(sizes[axis] for axis in counted)
+        keys = self.model.form("attn.k", layer)
+        own = box if keys is None else self._near(keys.name)
+        kept = [axis for axis in counted if not axis.startswith("group")] if keys is None else _counting_heads(keys)
+        whole, kv = (math.prod(of) for of in ([sizes[axis] for axis in kept], [own[axis][1] - own[axis][0] for axis in kept]))
+        copies = 1 if keys is None else self.layout.repeats.get(kept[0], 1)
+        values = self.model.form("attn.o", layer)
+        size, value = (_features(tensor, sizes) for tensor in (queries, values or queries))
+        return Heads(ids, total, kv, whole, copies, size, value)
+
+    def _near(self, tensor: str) -> dict[str, tuple[int, int]]:
+        """Its box on this rank; where this stage has none of it, on the rank of another stage that has the same part of it."""
+        others = range(self.rank % len(self.ranks), self.layout.mesh.world, len(self.ranks))
+        return self._box(tensor) or next(box for rank in others if (box := self._box(tensor, rank)))
+
     @cached_property
-    def heads(self) -> Heads:
-        latent = "attn.kv_a" in self.model.tensors
-        sizes = self.model.sizes
-        box = self._box(next(name for name in ("attn.q", "attn.q_b", "attn.q_whole") if name in self.model.tensors))
-        atoms = self.model.family.axes.get("heads", ("heads",))
-        ids, total = _rows([box[axis] for axis in atoms], [sizes[axis] for axis in atoms]), sizes["heads"]
-        whole, kv = total, len(ids)
-        if "attn.k" in self.model.tensors:
-            keys = self._box("attn.k")
-            kept = [axis for axis in keys if axis not in ("layer", "head_dim", "hidden")]
-            whole, kv = (math.prod(of) for of in ([sizes[axis] for axis in kept], [keys[axis][1] - keys[axis][0] for axis in kept]))
-        size = sizes["qk_dim"] if latent else sizes["head_dim"]
-        return Heads(ids, total, kv, whole, self.layout.repeats.get("kv", 1), size, sizes["head_dim"])
+    def carried(self) -> Carried:
+        def rows(layer: int) -> list[tuple[int, ...]]:
+            keys = self.model.form("attn.k", layer)
+            assert keys is not None
+            stage = next(s for s, (low, high) in enumerate(self.layout.stages) if low <= layer < high) * len(self.ranks)
+            counted = _counting_heads(keys)
+            boxes = [self._box(keys.name, stage + number) for number in range(len(self.ranks))]
+            return [_rows([box[axis] for axis in counted], [self.model.sizes[axis] for axis in counted]) for box in boxes]
+
+        return Carried(
+            hidden=self.model.sizes["hidden"],
+            layers=self.model.main_layers,
+            own="ple.proj" in self.model.tensors,
+            lenders=self.spec.lenders,
+            heads=lambda layer: self.heads(layer if self.model.form("attn.q", layer) else self._borrower(layer)),
+            rows=rows,
+            gather=lambda x, counts: self.world.all_gather(x, self.ranks, counts, 1, "keys"),
+            mine=self.rank % len(self.ranks),
+        )
+
+    def _borrower(self, lender: int) -> int:
+        """A layer that this rank knows and that borrows from one that it does not know."""
+        return next(layer for layer, other in self.spec.lenders.items() if other == lender and self.model.form("attn.q", layer))
 
     @cached_property
     def latent(self) -> Latent | None:
@@ -160,19 +200,21 @@ class Decoder(nn.Module):
             raise ReshardError(
                 f"position {int(positions.max())} is wanted, the model has {self.spec.positions}", "shorten the prompt, or generate less"
             )
-        context = self._context(positions, cache)
+        context = self._context(input_ids, positions, cache)
         if self.first:
-            x = self._embed(input_ids, positions)
+            x = self._embed(context, positions)
         else:
-            x = self.world.recv((batch, seq, self.model.sizes["hidden"]), self.dtype, self.rank - len(self.ranks), "stage", self.device)
+            place = self.mine[0], False
+            x = self.world.recv((batch, seq, self.carried.width(place)), self.dtype, self.rank - len(self.ranks), "stage", self.device)
+            x = self.carried.take(x, place, context)
         for layer in self.mine:
             for step in self.steps(layer).values():
                 x = step(x, context)
         if not self.last:
-            self.world.send(x, self.rank + len(self.ranks), "stage")
+            self.world.send(self.carried.give(x, (self.mine[-1] + 1, False), context), self.rank + len(self.ranks), "stage")
         return self._logits(x, batch, seq, all_ranks)
 
-    def _context(self, positions: Tensor, cache: Cache | None) -> Context:
+    def _context(self, ids: Tensor, positions: Tensor, cache: Cache | None) -> Context:
         columns = cache.begin(positions) if cache is not None else positions
         at, spec = positions.clamp(min=0), self.spec
         far = Sight(seen(positions, columns), angles(spec.rope, at, self.dtype))
@@ -183,18 +225,16 @@ class Decoder(nn.Module):
             growth = (1 + spec.growth.by * steps)[:, None, :, None].to(self.dtype)
         bias = None
         if self.spec.alibi:
-            steep = slopes(self.heads.total)[list(self.heads.ids)].to(columns.device)
+            heads = self.heads(self.mine[0])
+            steep = slopes(heads.total)[list(heads.ids)].to(columns.device)
             if self.spec.alibi_scaled:  # as it was trained
                 steep = steep.to(torch.bfloat16)
             bias = (steep[None, :, None, None] * columns.clamp(min=0)[:, None, None, :]).to(self.dtype)
-        return Context(positions >= 0, far, near, growth, bias, cache)
+        return Context(ids, positions >= 0, far, near, growth, bias, cache)
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, context: Context, positions: Tensor) -> Tensor:
         outside, _ = self._by_layer
-        low, high = self._box("embed")["vocab"]
-        mine = (ids >= low) & (ids < high)
-        rows = outside["embed"][(ids - low).clamp(0, max(high - low - 1, 0))]
-        x = self._sum(rows.masked_fill(~mine[..., None], 0), "embed")
+        x = self._looked_up(outside["embed"], context.ids, self._box("embed")["vocab"])
         if self.spec.embed_scale != 1.0:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         if self.spec.embed_factor is not None:
@@ -203,13 +243,23 @@ class Decoder(nn.Module):
             x = multiply(x, outside["embed_proj"])
         if "embed_norm" in outside:
             x = self._norm(x, Weights(outside), "embed_norm")
+        context.embedded = x
         return x + outside["pos_embed"][positions.clamp(min=0) + self.spec.pos_offset] if "pos_embed" in outside else x
 
-    def steps(self, layer: int) -> dict[str, Callable[[Tensor, Context], Tensor]]:
+    def _looked_up(self, table: Tensor, ids: Tensor, mine: tuple[int, int]) -> Tensor:
+        """Rows of a table of which this rank has some."""
+        low, high = mine
+        rows = table[(ids - low).clamp(0, max(high - low - 1, 0))].flatten(2)
+        return self._sum(rows.masked_fill(~((ids >= low) & (ids < high))[..., None], 0), "embed")
+
+    def steps(self, layer: int) -> dict[str, Step]:
         """What a layer does, one after another, each time from [batch, seq, hidden] to the same."""
         if self.spec.parallel:
             return {"attention and feed-forward": partial(self._both, layer)}
-        return {"attention": partial(self._attend, layer), "feed-forward": partial(self._feed, layer)}
+        found: dict[str, Step] = {"attention": partial(self._attend, layer), "feed-forward": partial(self._feed, layer)}
+        if {"ple.gate", "factor"} & self._by_layer[1][layer].tensors.keys():
+            found[OWN] = partial(self._end, layer)
+        return found
 
     def _both(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
@@ -226,9 +276,43 @@ class Decoder(nn.Module):
 
     def _feed(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
-        h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
+        if "mlp.post_norm" in weights:
+            h = self._apart(x, weights)
+        else:
+            h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
         x = self._added(x, self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm"))
         return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
+
+    def _apart(self, x: Tensor, weights: Weights) -> Tensor:
+        """A dense part and experts beside it, each with norms of its own before and after."""
+        spec = self.spec
+        assert spec.routing is not None and self.share is not None
+        one = self._sum(dense(self._norm(x, weights, "mlp_norm"), weights, "mlp", spec), "hidden")
+        seen, given = x.flatten(0, 1), self._norm(x, weights, "moe.norm").flatten(0, 1)
+        other = self._sum(experts(given, weights, spec, spec.routing, self.share, seen), "hidden").view_as(x)
+        return self._norm(one, weights, "mlp.post_norm") + self._norm(other, weights, "moe.post_norm")
+
+    def _end(self, layer: int, x: Tensor, context: Context) -> Tensor:
+        """What the layer takes from the tokens for itself, and a factor on all that comes out of it."""
+        weights = self._by_layer[1][layer]
+        if "ple.gate" in weights:
+            gate = ACTIVATIONS[self.spec.activation](weights.linear(x, "ple.gate"))
+            own = self._own(context)[:, :, layer - self.mine[0]]
+            x = x + self._norm(weights.linear(gate * own, "ple.out"), weights, "ple.norm")
+        return x * weights["factor"] if "factor" in weights else x
+
+    def _own(self, context: Context) -> Tensor:
+        """[batch, seq, layers of this stage, features]: an embedding of their own, and a projection of the common one, equally strong."""
+        if context.own is None:
+            outside, hidden = self._by_layer[0], self.model.sizes["hidden"]
+            table, projection = outside["ple_embed"], outside["ple_proj"]
+            assert context.embedded is not None
+            looked_up = self._looked_up(table, context.ids, self._box("ple.embed")["ple_vocab"])
+            own = (looked_up * torch.tensor(math.sqrt(table.shape[-1]), dtype=table.dtype)).unflatten(-1, table.shape[1:])
+            seen = multiply(context.embedded, projection.flatten(0, 1)) * hidden**-0.5
+            seen = self._norm(seen.unflatten(-1, projection.shape[:2]), Weights(outside), "ple_proj_norm")
+            context.own = (seen + own) * 2**-0.5
+        return context.own
 
     def _before(self, x: Tensor, weights: Weights, norm: str) -> Tensor:
         """What a branch starts from."""
@@ -242,13 +326,13 @@ class Decoder(nn.Module):
         weights = self._by_layer[1][layer]
         if "lin.qkvz" in weights:
             return linear_attention(h, weights, layer, self.spec, self.linear, context)
-        return attention(h, weights, layer, self.spec, self.heads, self.latent, context, lambda squares: self._sum(squares, "norm"))
+        return attention(h, weights, layer, self.spec, self.heads(layer), self.latent, context, lambda squares: self._sum(squares, "norm"))
 
     # Looking at it
 
-    def routers(self) -> dict[int, Weights]:
-        """The layers of this rank that have experts."""
-        return {layer: weights for layer, weights in self._by_layer[1].items() if "moe.router" in weights}
+    def routers(self) -> dict[tuple[int, str], Router]:
+        """Those of this rank, by layer and part."""
+        return {(layer, part): router for layer, weights in self._by_layer[1].items() for part, router in weights.routers.items()}
 
     def walk(self, ids: Tensor) -> Iterator[tuple[str, Callable[[Tensor | None], Tensor]]]:
         """The steps of a forward of tokens [batch, seq] that this rank has a part in, each by a name in words and as a function.
@@ -258,12 +342,19 @@ class Decoder(nn.Module):
         """
         batch, seq = ids.shape
         positions = torch.arange(seq, device=ids.device).expand(batch, seq)
-        context = self._context(positions, None)
+        context, carried = self._context(ids, positions, None), self.carried
         if self.first:
-            yield EMBEDDING, lambda _: self._embed(ids, positions)
+            yield EMBEDDING, lambda _: carried.give(self._embed(context, positions), (0, False), context, whole=True)
         for layer in self.mine:
-            for name, step in self.steps(layer).items():
-                yield f"layer {layer}, {name}", lambda x, step=step: step(x, context)  # type: ignore[misc]
+            steps = list(self.steps(layer).items())
+            for at, (name, step) in enumerate(steps):
+                places = (layer, at > 0), (layer, True) if at + 1 < len(steps) else (layer + 1, False)
+
+                def done(x: Tensor | None, step: Step = step, places: tuple[Place, Place] = places) -> Tensor:
+                    assert x is not None
+                    return carried.give(step(carried.take(x, places[0], context, whole=True), context), places[1], context, whole=True)
+
+                yield f"layer {layer}, {name}", done
         if self.last:
             yield HEAD, lambda x: self._logits(x, batch, seq, all_ranks=False)  # type: ignore[arg-type, misc, return-value]
 
@@ -310,6 +401,18 @@ class Decoder(nn.Module):
 
     def _sum(self, x: Tensor, label: str) -> Tensor:
         return self.world.all_reduce(x, self.ranks, label)
+
+
+_NOT_HEADS = ("layer", "head_dim", "value_dim", "qk_dim", "hidden", "q_lora")  # axes of queries and keys that do not count heads
+
+
+def _counting_heads(tensor: LogicalTensor) -> list[str]:
+    return [axis for axis in tensor.axes if axis.partition("@")[0] not in _NOT_HEADS]
+
+
+def _features(tensor: LogicalTensor, sizes: Mapping[str, int]) -> int:
+    """Of a head."""
+    return next(sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("value_dim", "qk_dim", "head_dim"))
 
 
 def _rows(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, ...]:

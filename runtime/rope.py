@@ -41,6 +41,9 @@ def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, 
         base *= float(said.get("alpha") or stretched) ** (size / (size - 2))
     steps = base ** (torch.arange(0, size, 2, device=device).float() / size)
     plain = 1.0 / steps
+    if rope.kind == "proportional":
+        turning = int(float(said.get("partial_rotary_factor") or 1.0) * size // 2)
+        return torch.where(torch.arange(size // 2, device=device) < turning, plain / float(said.get("factor") or 1.0), 0.0), 1.0
     if rope.kind == "linear":
         return plain / factor, 1.0
     if rope.kind == "llama3":

@@ -39,7 +39,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,8 @@ class Routing:
     group_top: int
     group_best: int
     weigh_input: bool
-    divide: float
     wide: bool
+    divide: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Spec:
             logit_cap=said.optional("logit_cap") or None,
             head_norm=said.true("head_norm"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
-            lenders=_lenders(model, capacity.layers_of_rule("borrowed", "from 1000000", model, config), frozenset(windowed)),
+            lenders=_lenders(model, config, frozenset(windowed)),
             window=window,
             window_chunks=said.true("window_chunks"),
             windowed=frozenset(windowed),
@@ -225,8 +225,9 @@ def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
     return far, far, found.get(True, far)
 
 
-def _lenders(model: Model, borrowing: Sequence[int], windowed: Set[int]) -> dict[int, int]:
+def _lenders(model: Model, config: Config, windowed: Set[int]) -> dict[int, int]:
     """For each borrowing layer the last one before it with a window if it has one, without if not, that does not borrow."""
+    borrowing = capacity.layers_of_rule("borrowed", "", model, config) if "borrowed" in model.family.model else ()
     return {
         layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
         for layer in borrowing
