@@ -94,11 +94,11 @@ def route(x: Tensor, weights: Weights, routing: Routing, eps: float, part: str =
     ranking, groups = _ranking(scores, weights, routing)
     chosen = ranking.topk(routing.top, -1)[1]
     router = weights.routers[part]
-    router.routed.update(torch.unique(chosen).tolist())
     if router.imposed is not None:
         chosen = torch.where(router.imposed < 0, chosen, router.imposed)
     if router.decisions is not None:
         router.decisions.append((chosen, _margin(ranking, groups, chosen, routing)))
+    router.routed.update(torch.unique(chosen).tolist())
     shares = _mixed(scores, chosen, routing.jitter) if routing.score == "sparsemixer" else scores.gather(1, chosen)
     if routing.score == "chosen":
         shares = shares.softmax(-1)
