@@ -97,7 +97,9 @@ def _also(table: Table) -> str:
     words = []
     if table.extra:
         words.append("multi-token prediction layers")
-    words += [f"{known['quant_method'].upper()}, {'×'.join(map(str, known['weight_block_size']))} blocks" for known in table.quantization]
+    for known in table.quantization:
+        block = known.get("weight_block_size")
+        words.append(f"FP8, {'×'.join(map(str, block))} blocks" if block else "FP8, a scale for each row")
     if len(table.prefixes) > 1:
         words.append(f"names with and without `{table.prefixes[0]}`")
     if table.aside:
