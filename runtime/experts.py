@@ -86,7 +86,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def route(x: Tensor, weights: Weights, routing: Routing, eps: float, part: str = "moe") -> tuple[Tensor, Tensor]:
+def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part: str = "moe") -> tuple[Tensor, Tensor]:
     """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
     if "moe.router_norm" in weights:
         x = rms_norm(x, weights["moe.router_norm"], eps) * routing.divide**-0.5
