@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from reshard.source import Source
 
-    from .choices import Choices, Routes
+    from .choices import Choices, Routes, Where
     from .ranks import Computed
     from .reference import Reference
 
@@ -137,7 +137,7 @@ class _Check:
         self.vocab, self.stored = model.sizes["vocab"], getattr(torch, _dtype(model.tensors["embed"].dtypes[0]))
         self.reference: Reference = reference_for(source)
         self.prompts = prompts_for(source, exhaustive)
-        self.routed: dict[int, set[int]] = {}
+        self.routed: dict[Where, set[int]] = {}
         self.mixed = "moe.router" in model.tensors
         self.chosen: Choices | None = None
 

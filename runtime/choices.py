@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from .model import Decoder
 
-Routes = Mapping[int, Tensor]  # layer → the experts of every token, [prompts, tokens, top]; -1: those of its own choice
-Margins = Mapping[int, Tensor]  # layer → by how much they were better than the others, [prompts, tokens]
+Where = tuple[int, str]  # a router: its layer, and the part of it
+Routes = Mapping[Where, Tensor]  # router → the experts of every token, [prompts, tokens, top]; -1: those of its own choice
+Margins = Mapping[Where, Tensor]  # router → by how much they were better than the others, [prompts, tokens]
 
 BATCH = 8  # prompts that go through together
 
@@ -30,19 +31,19 @@ BATCH = 8  # prompts that go through together
 class Choices:
     """What this runtime at TP 1 chooses for some prompts, in float32, and how sure it is.
 
-    `logits`: in float32, `exact`: in float64 with the same choices. `bounds`: layer → the margin below which a choice is a toss-up.
+    `logits`: in float32, `exact`: in float64 with the same choices. `bounds`: router → the margin below which a choice is a toss-up.
     """
 
     logits: Tensor
     exact: Tensor
     routes: Routes
     margins: Margins
-    bounds: dict[int, float]
+    bounds: dict[Where, float]
 
     @property
-    def tossed(self) -> dict[int, Tensor]:
-        """Layer → which choices are toss-ups, [prompts, tokens]."""
-        return {layer: tossed(margin, self.bounds[layer]) for layer, margin in self.margins.items()}
+    def tossed(self) -> dict[Where, Tensor]:
+        """Router → which choices are toss-ups, [prompts, tokens]."""
+        return {where: tossed(margin, self.bounds[where]) for where, margin in self.margins.items()}
 
     @property
     def share(self) -> float:
@@ -56,12 +57,12 @@ class Choices:
 
     def settles(self, margins: Margins) -> bool:
         """Whether none of some other choices is a toss-up."""
-        return not any(bool(tossed(margin, self.bounds[layer]).any()) for layer, margin in margins.items())
+        return not any(bool(tossed(margin, self.bounds[where]).any()) for where, margin in margins.items())
 
     @property
     def imposed(self) -> Routes:
         """The choices that are toss-ups."""
-        return {layer: self.routes[layer].where(odd[..., None], -1) for layer, odd in self.tossed.items()}
+        return {where: self.routes[where].where(odd[..., None], -1) for where, odd in self.tossed.items()}
 
 
 def tossed(margin: Tensor, bound: float) -> Tensor:
@@ -77,7 +78,7 @@ def choices(source: "Source", prompts: Tensor, times: float) -> Choices:
     """What the routers of a published mixture decide. Margins may change by `times` what they change between float32 and float64."""
     logits, routes, margins = decisions(source, prompts, torch.float32)
     exact, _, others = decisions(source, prompts, torch.float64, routes)
-    bounds = {layer: bound(margin, others[layer], times) for layer, margin in margins.items()}
+    bounds = {where: bound(margin, others[where], times) for where, margin in margins.items()}
     return Choices(logits, exact, routes, margins, bounds)
 
 
@@ -90,25 +91,25 @@ def decisions(source: "Source", prompts: Tensor, dtype: torch.dtype, routes: Rou
             impose(decoder, routes, slice(at, at + BATCH))
             parts.append(decoder(prompts[at : at + BATCH]))
     shape = prompts.shape
-    run = {layer: each for layer, each in recorded.items() if each}  # layers beyond the decoder's are not
-    taken = {layer: torch.cat([chosen for chosen, _ in each]).view(*shape, -1) for layer, each in run.items()}
-    return torch.cat(parts), taken, {layer: torch.cat([margin for _, margin in each]).view(shape) for layer, each in run.items()}
+    run = {where: each for where, each in recorded.items() if each}  # layers beyond the decoder's are not
+    taken = {where: torch.cat([chosen for chosen, _ in each]).view(*shape, -1) for where, each in run.items()}
+    return torch.cat(parts), taken, {where: torch.cat([margin for _, margin in each]).view(shape) for where, each in run.items()}
 
 
 @contextmanager
-def recording(decoder: "Decoder") -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
-    """Layer → the choices and margins of every forward, [tokens, top] and [tokens]."""
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for layer, weights in decoder.routers().items():
-        found[layer] = weights.decisions = []
+def recording(decoder: "Decoder") -> Iterator[dict[Where, list[tuple[Tensor, Tensor]]]]:
+    """Router → the choices and margins of every forward, [tokens, top] and [tokens]."""
+    found: dict[Where, list[tuple[Tensor, Tensor]]] = {}
+    for where, router in decoder.routers().items():
+        found[where] = router.decisions = []
     try:
         yield found
     finally:
-        for weights in decoder.routers().values():
-            weights.decisions = None
+        for router in decoder.routers().values():
+            router.decisions = None
 
 
 def impose(decoder: "Decoder", routes: Routes | None, prompts: slice = slice(None), tokens: slice = slice(None)) -> None:
     """Have the next forwards, of such a part of the prompts and tokens, make these choices; None: their own."""
-    for layer, weights in decoder.routers().items():
-        weights.imposed = routes[layer][prompts, tokens].flatten(0, 1) if routes is not None and layer in routes else None
+    for where, router in decoder.routers().items():
+        router.imposed = routes[where][prompts, tokens].flatten(0, 1) if routes is not None and where in routes else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reshard.mesh import Mesh
 
-from .choices import BATCH, Routes, impose
+from .choices import BATCH, Routes, Where, impose
 from .generate import Options, generate
 from .launch import run_processes
 from .load import load_model
@@ -32,13 +32,13 @@ PATIENCE = 3600.0  # seconds that ranks wait for each other: they may have to ta
 class Computed:
     """What a rank computed. Logits of whole prompts, [prompts, tokens, vocab], and of the first few token by token from the middle on.
 
-    `tokens`: how texts go on; `routed`: layer → the experts that tokens were sent to. All but rank 0 leave out what is the same on all.
+    `tokens`: how texts go on; `routed`: router → the experts that tokens were sent to. All but rank 0 leave out what is the same on all.
     """
 
     logits: Tensor
     stepwise: Tensor
     tokens: list[list[int]]
-    routed: dict[int, set[int]]
+    routed: dict[Where, set[int]]
 
 
 def on_ranks(mesh: Mesh, processes: bool, work: Callable[..., T], **given: Any) -> list[T]:
@@ -81,7 +81,7 @@ def compute(
         stepwise = torch.cat([forward(first, low, high, cache) for low, high in pieces], 1)
         impose(decoder, None)
         tokens = generate(decoder, starts, Options(new)).tokens
-    routed = {layer: set(weights.routed) for layer, weights in decoder.routers().items()}
+    routed = {where: set(router.routed) for where, router in decoder.routers().items()}
     if world.rank:
         return Computed(whole[:0], whole[:0], [], routed)
     return Computed(whole, stepwise, tokens, routed)

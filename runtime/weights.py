@@ -1,6 +1,7 @@
 """One layer's weights on one rank, and what is done with a weight whatever it means: products, norms, block scales. Knows no layer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,14 +10,25 @@ from torch.nn import functional as F
 BLOCK = 128  # rows and columns that share a scale in FP8 checkpoints
 
 
+@dataclass
+class Router:
+    """What a router did, and what it is told to do.
+
+    `routed`: experts that tokens were sent to. Where set, `decisions`: each forward adds its choices, [tokens, top], and margins, and
+    `imposed`: choices that forwards take instead of their own; rows of -1 are left to them.
+    """
+
+    routed: set[int] = field(default_factory=set)
+    decisions: list[tuple[Tensor, Tensor]] | None = None
+    imposed: Tensor | None = None
+
+
 class Weights:
     """The stored tensors of a layer by their names in it: `attn.qkv`, `mlp.down` …"""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        self.routed: set[int] = set()  # experts that tokens were sent to
-        self.decisions: list[tuple[Tensor, Tensor]] | None = None  # where set: each forward adds its choices, [tokens, top], and margins
-        self.imposed: Tensor | None = None  # where set: choices that forwards take instead of their own; rows of -1 are left to them
+        self.routers = {part: Router() for part in ("moe", "moa") if f"{part}.router" in tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -155,9 +155,9 @@ def test_margins_are_those_of_experts_and_of_groups() -> None:
     routing = Routing(2, "chosen", 0, 0, 1, groups=4, group_top=2, group_best=1, weigh_input=False, wide=False)
     logits = torch.tensor([[9, 3, 8, 2, 7, 1, 0, 0], [9, 3, 8, 2, 7.75, 1, 0, 0], [9, 8, 8.5, 2, 7.75, 1, 0, 0]], dtype=torch.float64)
     weights = Weights({"moe.router": torch.eye(8, dtype=torch.float64)})
-    weights.decisions = []
+    weights.routers["moe"].decisions = []
     chosen, _ = route(logits, weights, routing)
-    ((seen, margins),) = weights.decisions
+    ((seen, margins),) = weights.routers["moe"].decisions
     assert torch.equal(seen, chosen)
     assert margins.tolist() == [1.0, 0.25, 0.5]
 
