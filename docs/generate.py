@@ -62,7 +62,7 @@ def _attention(table: Table) -> str:
     leaves, words = _leaves(table), []
     if "attn.kv_a" in leaves:
         words.append("latent")
-    elif "attn.k" in leaves and "attn.k" in leaves["attn.q"].leaves:
+    elif "attn.q" in leaves and "attn.k" in leaves["attn.q"].leaves:
         per_head = any(dim[0] == "kv" and isinstance(dim[-1], Sum) for dim in leaves["attn.q"].pattern.dims)
         words.append("q, k, v fused" + (", per KV head" if per_head else ""))
     elif "attn.q" in leaves:
