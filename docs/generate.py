@@ -67,6 +67,8 @@ def _attention(table: Table) -> str:
         words.append("q, k, v fused" + (", per KV head" if per_head else ""))
     elif "attn.q" in leaves:
         words.append("q, k, v")
+    elif "moa.q" in leaves:
+        words.append("k, v; queries of experts")
     if "attn.q_gate" in leaves:
         words.append("gated")
     if "attn.q_bias" in leaves:
@@ -87,7 +89,8 @@ def _feed_forward(table: Table) -> str:
         fused = ", fused" if len(leaves["mlp.up"].leaves) > 1 else ""
         words.append(("gate and up" if "mlp.gate" in leaves else "up and down") + fused)
     if "moe.up" in leaves:
-        words.append("experts, " + ("a tensor each" if "experts" in leaves["moe.up"].name.axes else "stacked"))
+        each = {"experts" in row.name.axes for row in table.rows if "moe.up" in row.leaves}
+        words.append("experts, " + " or ".join(how for alone, how in ((True, "a tensor each"), (False, "stacked")) if alone in each))
     if "shared.up" in leaves:
         words.append("shared experts")
     return "; ".join(words)
