@@ -106,7 +106,7 @@ def attention(
         bias = bias * scale
     if context.growth is not None and not (spec.growth and spec.growth.unrotated and layer in spec.roped):
         q = q * context.growth
-    out = _attend(q, k, v, scale, mask, spec.attn_cap, weights.get("attn.sinks"), bias)
+    out = attend(q, k, v, scale, mask, spec.attn_cap, weights.get("attn.sinks"), bias)
     out = out.transpose(1, 2).flatten(2)
     return weights.linear(out if gate is None else out * gate.sigmoid(), "attn.o", bias=False)
 
@@ -203,7 +203,7 @@ def _choose(x: Tensor, compressed: Tensor, index: Sequence[Tensor], weights: Wei
     return context.chosen
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, cap: float | None, sinks: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """q [batch, heads, seq, features], k and v [batch, kv, columns, …] → [batch, heads, seq, features of v]; softmax in float32."""

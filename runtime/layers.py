@@ -73,7 +73,7 @@ def _belongs(name: str, step: str, tied: bool) -> bool:
         inside = name.removeprefix(f"layers.{layer}.")
         if name.startswith("ple_"):
             return part == OWN
-        attends = "attn" in inside or inside.startswith("lin.")
+        attends = "attn" in inside or inside.startswith(("lin.", "moa."))
         return inside != name and (part not in ("attention", "feed-forward") or attends == (part == "attention"))
     embeds = name in ("embed", "embed_proj", "pos_embed") or name.startswith("embed_norm")
     return not name.startswith("layers.") and (embeds if step == EMBEDDING else not embeds or (tied and name == "embed"))

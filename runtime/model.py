@@ -23,6 +23,7 @@ from .cache import Cache
 from .carried import Carried, Place
 from .experts import ACTIVATIONS, Share, dense, experts, feed_forward
 from .linear import Linear, linear_attention
+from .mixed import mixed_attention
 from .parallel import World
 from .rope import angles
 from .spec import Spec
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
 
     def heads(self, layer: int) -> Heads:
         """Those of a layer; layers of one kind have the same."""
-        queries = next(t for name in ("attn.q", "attn.q_b", "attn.q_whole") if (t := self.model.form(name, layer)) is not None)
+        queries = next(t for name in ("attn.q", "attn.q_b", "attn.q_whole", "moa.q") if (t := self.model.form(name, layer)) is not None)
         if queries.name not in self._heads_of:
             self._heads_of[queries.name] = self._counted(queries, layer)
         return self._heads_of[queries.name]
@@ -324,6 +325,8 @@ class Decoder(nn.Module):
 
     def _heads(self, layer: int, h: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
+        if "moa.q" in weights:
+            return mixed_attention(h, weights, layer, self.spec, self.heads(layer), context)
         if "lin.qkvz" in weights:
             return linear_attention(h, weights, layer, self.spec, self.linear, context)
         return attention(h, weights, layer, self.spec, self.heads(layer), self.latent, context, lambda squares: self._sum(squares, "norm"))
@@ -403,7 +406,8 @@ class Decoder(nn.Module):
         return self.world.all_reduce(x, self.ranks, label)
 
 
-_NOT_HEADS = ("layer", "head_dim", "value_dim", "qk_dim", "hidden", "q_lora")  # axes of queries and keys that do not count heads
+# Axes of queries and keys that do not count heads.
+_NOT_HEADS = ("layer", "head_dim", "value_dim", "qk_dim", "hidden", "q_lora", "query_experts")
 
 
 def _counting_heads(tensor: LogicalTensor) -> list[str]:
