@@ -91,9 +91,9 @@ def _sizes(name: Template, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:
     """As many as the highest number of a layer that is not extra."""
-    at = {row.name.folded: row.name.axes.index("layer") for row in rows if "layer" in row.name.axes and not row.name.extra}
-    seen = [numbers[at[kind]] for kind, numbers in map(fold, stored) if kind in at]
-    return max(seen, default=-1) + 1
+    names = {row.name.folded: row.name for row in rows if "layer" in row.name.axes and not row.name.extra}
+    found = [(names[kind], numbers) for kind, holes in map(fold, stored) if kind in names and (numbers := names[kind].numbers(holes))]
+    return max((numbers[name.axes.index("layer")] for name, numbers in found), default=-1) + 1
 
 
 def _within(name: str, tower: str) -> bool:

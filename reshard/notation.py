@@ -267,7 +267,7 @@ def variant_of(name: str) -> str:
 
 # --- names ---------------------------------------------------------------------------------------------------------------
 
-_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra)?\}")
+_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra|//[1-9]\d{0,3}|%[1-9]\d{0,3})?\}")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole path segment
 
 
@@ -283,6 +283,7 @@ class Template:
     base: int = 0
     compounds: tuple[tuple[str, tuple[str, ...]], ...] = ()  # holes that count several axes, row-major
     sizes: tuple[int, ...] = ()  # of `axes`, once they are known; only those of parts of compounds matter
+    steps: tuple[tuple[str, int], ...] = ()  # axes that are counted in steps: `{layer//2}`, and inside one by `{layer%2}`, else the first
 
     def name(self, point: Mapping[str, int]) -> str:
         """The stored name at a point of the enumerated axes."""
@@ -290,6 +291,8 @@ class Template:
             return self.text
         if self.base:
             point = {**point, "layer": point["layer"] - self.base}
+        for axis, step in self.steps:
+            point = {**point, f"{axis}//{step}": point[axis] // step, f"{axis}%{step}": point[axis] % step}
         return self.form.format_map({**point, **self._counted(point)} if self.compounds else point)
 
     def _counted(self, point: Mapping[str, int]) -> dict[str, int]:
@@ -307,6 +310,8 @@ class Template:
         known of a compound's parts."""
         if self.compounds:
             found = self._parted(found)
+        elif self.steps:
+            found = self._stepped(found)
         if len(found) != len(self.axes):
             return None
         return tuple(n + self.base if axis == "layer" else n for axis, n in zip(self.axes, found, strict=True)) if self.base else found
@@ -325,6 +330,21 @@ class Template:
             numbers += [number, *own]
         return tuple(numbers)
 
+    def _stepped(self, found: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of steps, and inside them, as numbers of axes."""
+        holes, steps = _HOLE.findall(self.text), dict(self.steps)
+        numbers = dict.fromkeys(self.axes, 0)
+        for (axis, word), number in zip(holes, found, strict=False):
+            if word.startswith("%") and number >= steps[axis]:
+                return ()
+            numbers[axis] += number * (steps[axis] if word.startswith("//") else 1)
+        return tuple(numbers.values()) if len(found) == len(holes) else ()
+
+    def counts(self, axis: str, number: int) -> bool:
+        """Whether there is a name for this number of an axis: there is none inside a step that only counts steps."""
+        step = dict(self.steps).get(axis)
+        return step is None or number % step == 0 or f"{{{axis}%{step}}}" in self.text
+
     @property
     def folded(self) -> str:
         return _HOLE.sub("{}", self.text)
@@ -336,16 +356,25 @@ def parse_template(text: str, compounds: Mapping[str, Sequence[str]] = MappingPr
     holes = list(_HOLE.finditer(text))
     rest = _HOLE.sub("", text)
     if "{" in rest or "}" in rest:
-        raise ReshardError(f'stored name "{text}": a brace that is no placeholder', "write {axis}, {axis:local} or {layer:extra}")
+        raise ReshardError(
+            f'stored name "{text}": a brace that is no placeholder', "write {axis}, {axis:local}, {layer:extra}, {axis//2} or {axis%2}"
+        )
     own = tuple((hole[1], tuple(compounds[hole[1]])) for hole in holes if hole[1] in compounds and not hole[2])
     axes = tuple(axis for hole in holes for axis in dict(own).get(hole[1], (hole[1],)))
+    steps = {hole[1]: int(hole[2].lstrip("/%")) for hole in holes if hole[2] and hole[2][0] in "/%"}
+    for axis, step in steps.items():
+        words = [hole[2] or "" for hole in holes if hole[1] == axis]
+        if sorted(words) not in ([f"//{step}"], [f"%{step}", f"//{step}"]) or own:
+            raise ReshardError(f'stored name "{text}": {axis} is not counted in steps', f"write {{{axis}//2}}, or that and {{{axis}%2}}")
+    axes = tuple(axis for at, axis in enumerate(axes) if axis not in steps or axes.index(axis) == at)
     if len(set(axes)) < len(axes):
         raise ReshardError(f'stored name "{text}": a placeholder occurs twice')
     extra = [hole[1] for hole in holes if hole[2] == ":extra"]
     if extra not in ([], ["layer"]):
         raise ReshardError(f'stored name "{text}": {extra[0]} cannot be extra', "only layers are: write {layer:extra}")
     local = frozenset(hole[1] for hole in holes if hole[2] == ":local")
-    return Template(text, axes, local, _HOLE.sub(r"{\1}", text), bool(extra), compounds=own)
+    form = _HOLE.sub(lambda hole: hole[0] if hole[1] in steps else f"{{{hole[1]}}}", text)
+    return Template(text, axes, local, form, bool(extra), compounds=own, steps=tuple(steps.items()))
 
 
 def fold(name: str) -> tuple[str, tuple[int, ...]]:

@@ -454,6 +454,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     plain = len(kinds) - extra
     late = {kind for kind, rule in table.layers.items() if rule.startswith(("last ", "from "))}
     usual = sorted(itertools.islice(itertools.cycle(kinds[:plain]), main), key=lambda mine: bool(late & set(mine)))
+    usual = _placed(table, usual)
     config |= {key: value for kind, rule in table.layers.items() for key, value in _said(rule, [kind in mine for mine in usual])}
     kinds = [*usual, *kinds[plain:]]
     for key in table.extra.values():  # so many, or so many times as a list has entries
@@ -477,6 +478,18 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
         if names:
             shapes.append((at, row, [(name, dtype, shape) for name in names]))
     return config, shapes
+
+
+def _placed(table: Table, kinds: list[list[str]]) -> list[list[str]]:
+    """Kinds for each layer in this order, if they can stand there: names that count in steps have none for the layers between."""
+    counting = [row for row in table.rows if row.name.steps and (row.kinds or row.either)]
+    left, found = list(kinds), []
+    for layer in range(len(kinds)):
+        fits = [mine for mine in (*left, *kinds) if all(row.name.counts("layer", layer) for row in counting if row.within(set(mine)))]
+        found.append(fits[0])
+        if fits[0] in left:
+            left.remove(fits[0])
+    return found
 
 
 def _kinds(table: Table) -> list[list[str]]:

@@ -184,9 +184,20 @@ def test_a_template_names_a_tensor_at_a_point() -> None:
     assert parse_template("norm").name({}) == "norm"
 
 
+def test_names_may_count_in_steps() -> None:
+    both, first = parse_template("blocks.{layer//2}.attn.{layer%2}.w"), parse_template("blocks.{layer//2}.experts.{experts}.w")
+    assert both.axes == ("layer",) and first.axes == ("layer", "experts")
+    assert [both.name({"layer": layer}) for layer in (0, 1, 5)] == ["blocks.0.attn.0.w", "blocks.0.attn.1.w", "blocks.2.attn.1.w"]
+    assert [both.numbers(holes) for holes in ((0, 0), (0, 1), (2, 1), (2, 2), (1,))] == [(0,), (1,), (5,), None, None]
+    assert first.name({"layer": 4, "experts": 7}) == "blocks.2.experts.7.w" and first.numbers((2, 7)) == (4, 7)
+    assert both.folded == first.folded.replace("experts", "attn") == "blocks.{}.attn.{}.w"
+    assert [both.counts("layer", 3), first.counts("layer", 3), first.counts("layer", 2), first.counts("experts", 3)] == [1, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "~", "x.{layer", "x.layer}", "x.{}", "x.{Layer}", "x.{layer!r}", "x.{0}", "x.{layer:03}", "{layer}.{layer}"]
-)
+    "text", ["", "~", "x.{layer", "x.layer}", "x.{}", "x.{Layer}", "x.{layer!r}", "x.{0}", "x.{layer:03}", "{layer}.{layer}",
+     "x.{layer%2}", "x.{layer//2}.{layer}", "x.{layer//2}.{layer%3}", "x.{layer//0}", "x.{layer//2}.{layer//2}"]
+)  # fmt: skip
 def test_a_malformed_template_is_refused(text: str) -> None:
     with pytest.raises(ReshardError, match="stored name"):
         parse_template(text)

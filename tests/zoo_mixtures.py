@@ -601,3 +601,31 @@ def jetmoe(directory: Path, seed: str) -> None:
 def jetmoe_head(directory: Path, seed: str) -> None:
     """A head of its own."""
     write(directory, seed, jetmoe_config(tie_word_embeddings=False))
+
+
+def add_longcat_mtp(state: State, seed: str) -> State:
+    """What LongCat-Flash was published with for predicting one token more: half a layer, and names of its own beside it."""
+    found: State = {}
+    for name, tensor in state.items():
+        for old, new in ((".self_attn.1.", ".self_attn."), (".mlps.1.", ".transformer_layer.mlp."), ("_layernorm.1.", "_layernorm.")):
+            if name.startswith("model.layers.0.") and old in name:
+                found[name.replace("model.layers.0.", "model.mtp.layers.0.").replace(old, new)] = tensor
+    hidden = state["model.norm.weight"].shape[0]
+    found |= {f"model.mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "layers.0.enorm.m", "layers.0.hnorm.m")}
+    found |= {"model.mtp.layers.0.eh_proj.weight": torch.empty(hidden, 2 * hidden)}
+    found |= {"model.mtp.embed_tokens.weight": torch.empty_like(state["model.embed_tokens.weight"])}
+    return state | {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in found.items()}
+
+
+@define("longcat_flash", heads=8, kv=8, layers=6, mtp=1, runs=False, experts=4, ep=(1, 2, 4))
+def longcat_flash(directory: Path, seed: str) -> None:
+    """Each layer is two, as it was published: without what transformers writes for experts that do nothing."""
+    from transformers import LongcatFlashConfig
+
+    facts: dict[str, Any] = {"vocab_size": 331, "hidden_size": 56, "ffn_hidden_size": 88, "num_layers": 3, "num_attention_heads": 8}
+    facts |= {"q_lora_rank": 36, "kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "head_dim": 6}
+    facts |= {"moe_topk": 3, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 40}
+    write(directory, seed, LongcatFlashConfig(**facts))
+    unused = re.compile(r".*\.experts\.[45]\..*")
+    rewrite(directory, lambda state: {k: t for k, t in add_longcat_mtp(state, seed).items() if not unused.fullmatch(k)})
+    configure(directory, num_nextn_predict_layers=1)
