@@ -103,8 +103,9 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     check_quantization(table, config)
     layers = _layers(table, config, sizes, points)
     sizes |= {axis: int(axis[1:]) for row in table.rows if row.tower for axis in (*row.name.axes, *row.pattern.axes[0])}
-    tags = _tags(table, config, points, problems)
-    active = _presence(table, sizes, points, layers, ruled, tags, problems)
+    kind_of = _kinds(table, points, layers, ruled, problems)
+    tags = _tags(table, config, points, kind_of, problems)
+    active = _presence(table, sizes, points, layers, kind_of, tags, problems)
     alias = _tied(table, config, active, problems)
     if not active and not stored:
         raise ReshardError(f"{where}: holds no tensors", "is this the directory with the weights?")
@@ -253,12 +254,16 @@ def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping
     return _Layers(main, main + extra, kind if extra else None)
 
 
-def _tags(table: Table, config: Config, points: Mapping[int, Points], problems: Problems) -> set[str]:
-    """The tags whose rows are there. A tag bound to a config key that is true must be; of rows with several tags, all."""
+def _tags(
+    table: Table, config: Config, points: Mapping[int, Points], kind_of: Mapping[int, frozenset[str]], problems: Problems
+) -> set[str]:
+    """The tags whose rows are there. A tag bound to a config key that is true must be, where a layer is of the kind; of rows with several
+    tags, all."""
     on = {tag for at, row in enumerate(table.rows) if points.get(at) for tag in row.tags}
     for tag, key in table.optional.items():
         if tag not in on and config.says(key):
-            names = [row.name.text for row in table.rows if tag in row.tags and row.tags - {tag} <= on]
+            mine = (row for row in table.rows if tag in row.tags and row.tags - {tag} <= on)
+            names = [row.name.text for row in mine if not (row.kinds or row.either) or any(map(row.within, kind_of.values()))]
             if names:
                 said = key if "=" in key else f"{key.lstrip('!')} = {config.get(key.lstrip('!'))!r}"
                 problems.add(f"config.json says {said}, yet {', '.join(names)} are missing")
@@ -270,12 +275,11 @@ def _presence(
     sizes: dict[str, int],
     points: Mapping[int, Points],
     layers: _Layers,
-    ruled: Ruled,
+    kind_of: Mapping[int, frozenset[str]],
     tags: set[str],
     problems: Problems,
 ) -> dict[int, tuple[int, ...] | None]:
     """Which rows are in use and in which layers; reports every tensor that should be there and is not, or should not and is."""
-    kind_of = _kinds(table, points, layers, ruled, problems)
     held = {leaf for at in points for leaf in table.rows[at].leaves}
     tied = _alias_names(table) - held  # `_tied` decides about these
     active: dict[int, tuple[int, ...] | None] = {}

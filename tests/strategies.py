@@ -120,10 +120,12 @@ def invented(
         if row.tags - set(tags) or (tied and isinstance(table.tied, dict) and row.leaves[0] in table.tied):
             continue
         shape = row.pattern.measure(lambda _, axis: size_of(axis, known))[0]
-        ranges = []
-        for axis in row.name.axes:
-            layers = [at for at in range(max(known["layer"], len(kinds))) if row.within(set(kinds[at] if kinds else ()))]
-            ranges.append(layers if axis == "layer" else range(known[axis]))
+        layers = [at for at in range(max(known["layer"], len(kinds))) if row.within(set(kinds[at] if kinds else ()))]
+        if table.counts_apart and "layer" in row.name.axes:
+            layers = [at for at in layers if row.name.extra == (at >= known["layer"])]
+        if row.kinds and not layers:
+            continue
+        ranges = [layers if axis == "layer" else range(known[axis]) for axis in row.name.axes]
         for numbers in itertools.product(*ranges):
             text = row.name.name(dict(zip(row.name.axes, numbers, strict=True)))
             stored[text] = Stored("F32" if "scale" in row.leaves[0] else "BF16", shape)
@@ -379,8 +381,9 @@ def inventions(draw: st.DrawFn) -> Invention:
     solved |= {"routes"} | ({"heads"} if "heads" in table.axes else set())
     sizes = {axis: draw(st.sampled_from(SMALL.get(axis, (4, 6, 12)))) for axis in sorted(axes - solved)}
     sizes |= {axis: int(expression) for axis, expression in table.sizes.items() if expression.isdecimal()}
-    if "kv" in table.sizes and table.sizes["kv"] == table.sizes.get("heads"):
-        sizes["group"] = 1
+    for axis, atoms in table.axes.items():
+        if axis in table.sizes and table.sizes[axis] == table.sizes.get(atoms[0]):
+            sizes[atoms[-1]] = 1
     axis_of = {expression.split()[0]: axis for axis, expression in table.sizes.items() if axis not in solved}
     config: dict[str, Any] = {"quantization_config": None, "tie_word_embeddings": draw(st.booleans())}
     for key in sorted({key.lstrip("!") for key in table.optional.values()} - config.keys()):
@@ -389,7 +392,7 @@ def inventions(draw: st.DrawFn) -> Invention:
             one, other = key.split(" != ")
             sizes[axis_of[one]] = draw(st.sampled_from(SMALL.get("hidden", (5, 6)))) if there else sizes[axis_of[other]]
             config |= {one: sizes[axis_of[one]], other: sizes[axis_of[other]]}
-        elif key == "q_lora_rank":
+        elif key in axis_of:
             config |= {} if there else {key: None}
         else:
             config[key] = there
@@ -399,16 +402,20 @@ def inventions(draw: st.DrawFn) -> Invention:
             if key not in simple and not key.isdecimal():
                 config.setdefault(key, draw(st.integers(1, 3)))
     extra = draw(st.integers(0, 2)) if table.extra else 0
-    config |= {expression.split()[0]: extra for expression in table.extra.values()}
+    for expression in table.extra.values():  # so many, or so many times as a list has entries
+        first, *counted = expression.partition(" | ")[0].split(" * ")
+        config |= {first: extra} | {factor.removeprefix("count "): [""] for factor in counted}
+    ahead = {kind for row in table.rows if row.kinds & table.extra.keys() for kind in row.kinds}
     kinds = []
     for layer in range(sizes["layer"] + extra):
         beyond = layer >= sizes["layer"]
         special = table.extra.keys()
         groups = [[kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))] for group in table.one_of]
+        groups = [[kind for kind in group if kind in ahead] or group if beyond else group for group in groups]
         kinds.append([draw(st.sampled_from(group)) for group in groups])
     if family == "falcon":  # generations may be mixed: what two rows hold is one logical tensor then
         config["parallel_attn"] |= ["old"] not in kinds
-    says = Config(config | {"q_lora_rank": config.get("q_lora_rank", 1)}, table.defaults).says
+    says = Config(dict.fromkeys(axis_of, 1) | config, table.defaults).says
     tags = [tag for tag, key in table.optional.items() if says(key)]
     return Invention(family, *invented(family, sizes, kinds, tags, **config))
 

@@ -145,6 +145,16 @@ def granitemoehybrid_dense(directory: Path, seed: str) -> None:
     write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **STATES, **facts))
 
 
+@define("granitemoehybrid", heads=8, kv=4, layers=3)
+def granitemoehybrid_attends(directory: Path, seed: str) -> None:
+    """As some are published: no layer keeps a state, though config.json says what one would look like."""
+    from transformers import GraniteMoeHybridConfig
+
+    facts: dict[str, Any] = {"num_local_experts": 0, "shared_intermediate_size": 48, "mamba_d_head": 9, "mamba_n_groups": 1}
+    facts["layer_types"] = ["full_attention"] * 3
+    write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **STATES, **facts))
+
+
 @define("bamba", heads=8, kv=4, layers=5)
 def bamba(directory: Path, seed: str) -> None:
     """One group of heads; a dense feed-forward."""
