@@ -57,7 +57,7 @@ RUNGS = {
 }
 EQUIVALENT, MISSED, OPEN = "equivalent", "NOT CAUGHT", "not climbed"
 
-LARGEST = 30_000_000  # elements of a given checkpoint that is run, in float64, for every damage
+LARGEST = 50_000_000  # elements of a given checkpoint that is run, in float64, for every damage
 MESHES = (Mesh(), Mesh(2), Mesh(3), Mesh(4), Mesh(8), Mesh(2, 2), Mesh(4, ep=2), Mesh(3, weights=(2, 1, 1)))
 TIMES, FLOOR = 16.0, 1e-7  # × the rounding between one rank and two; × the largest logit
 TRUE = 4.0  # × what transformers changes between float32 and float64: the bound of verify --numerics

