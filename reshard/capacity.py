@@ -8,13 +8,14 @@ Pure arithmetic on a model, its config and a layout. Knows nothing about files, 
     window         size expression for the tokens that a windowed layer keeps; missing, null or 0: no layer has a window
     window_if      config key that must be true (`!key`: false), else no layer has a window
     window_layers  which layers have it, by a rule, see reshard.rules. Default: all
+    borrowed       the layers that keep nothing and look up what earlier ones keep, by such a rule; stages behind these keep it, too
 
 A cache element has the dtype of the weights that make it, at least 16 bits: checkpoints in FP8 are served with a 16-bit cache.
 Layers beyond the main ones (multi-token prediction) keep nothing in ordinary decoding and are not counted.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .errors import ReshardError
@@ -130,6 +131,7 @@ def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | N
     short = set(windowed)
     ranks = [0] * layout.mesh.world
     dtypes: dict[str, None] = {}
+    borrowed = lenders(model, config)
     for name in names:
         tensor = model.tensors[name]
         for piece in layout.holding(name):
@@ -141,8 +143,34 @@ def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | N
                     dtype = _cache_dtype(tensor.dtype({"layer": layer}))
                     dtypes[dtype] = None
                     kept = min(context, tokens) if tokens and layer in short else context
-                    ranks[piece.slot.rank] += per_token * kept * batch * BITS[dtype] // 8
+                    kept *= 2 if _holds_values(name, layer, model) else 1
+                    for rank in _keeping(layer, piece.slot.rank, layout, borrowed):
+                        ranks[rank] += per_token * kept * batch * BITS[dtype] // 8
     return Cache(context, batch, tuple(ranks), tuple(dtypes), model.main_layers, windowed, tokens)
+
+
+def _holds_values(name: str, layer: int, model: Model) -> bool:
+    """Whether a layer that keeps what a tensor gives has no values beside these keys: the same, normalised otherwise, are its values."""
+    return name.partition("@")[0] == "attn.k" and model.form("attn.v", layer) is None
+
+
+def _keeping(layer: int, rank: int, layout: Layout, borrowed: Mapping[int, int]) -> Iterator[int]:
+    """The rank that has a layer, and in other stages with layers that borrow from it those that have the same heads."""
+    beside, borrowers = layout.mesh.world // layout.mesh.pp, [other for other, lender in borrowed.items() if lender == layer]
+    for stage, (start, end) in enumerate(layout.stages):
+        if stage == rank // beside or any(start <= other < end for other in borrowers):
+            yield rank + (stage - rank // beside) * beside
+
+
+def lenders(model: Model, config: Config) -> dict[int, int]:
+    """For each layer that borrows keys and values the last one before it of its kind, with a window or without, that has its own."""
+    if "borrowed" not in model.family.model:
+        return {}
+    borrowing, windowed = layers_of_rule("borrowed", "", model, config), set(window(model, config)[1])
+    return {
+        layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
+        for layer in borrowing
+    }
 
 
 def _cache_dtype(dtype: str) -> str:

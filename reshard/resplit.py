@@ -7,7 +7,9 @@ What decides the bytes
     which tensors    A tied head is not written: the embedding stays, as `_tied_weights_keys` says. Buffers that are not persistent (rotary
                      `inv_freq`, causal masks) never are, and layers that the class does not load (multi-token prediction) are gone.
                      The caller passes the tensors to be written, and no others.
-    order            Decides which tensor falls into which file, and nothing else. There are two orders, see below.
+    order            Decides which tensor falls into which file, and nothing else: that of a model that was loaded, by names in memory,
+                     numbers as numbers (`loaded_order`), since `from_pretrained` leaves a list of conversions, if only an empty one, and
+                     with a list `revert_weight_conversion` sorts. (A model built from its config may be saved in another order.)
     filling          In order, into the one open file while it has room; a size is that of the tensor's bytes, headers are not counted,
                      exactly full is full. What is larger than the limit gets a file of its own, numbered at once: *before* the open
                      file, which stays open for what follows.
@@ -18,13 +20,6 @@ What decides the bytes
     inside a file    As safetensors lays tensors (`library_order`), `__metadata__` {"format": "pt"}, header padded to 8 bytes.
     index            JSON: keys sorted, two spaces, ASCII, a newline at the end. `total_size`: bytes of all tensors, without headers.
                      `total_parameters`: elements of all parameters, tied ones once, without buffers (`e_score_correction_bias`).
-
-The two orders
-    of a model built from its config   `model.state_dict()`: modules as the class registers them. `state_dict_order` has it from the table.
-    of a model that was loaded         By names in memory, numbers as numbers: `from_pretrained` leaves a list of conversions, if only an
-                                       empty one, and with a list `revert_weight_conversion` sorts. `loaded_order` needs no table.
-    Where the class has conversions (stacked experts: Mixtral, Qwen3-MoE, DeepSeek-V3; a renamed head: GPT-NeoX), both are the second, and
-    the rows of these tables stand in that order. Whoever starts from files on disk, and calls transformers, gets the second.
 """
 
 import json
@@ -36,7 +31,6 @@ from dataclasses import dataclass
 
 from .errors import ReshardError
 from .header import BITS, Entry, build, library_order
-from .notation import fold, parse_template
 
 BUFFERS = ("e_score_correction_bias",)  # last parts of names that transformers saves without counting them as parameters
 
@@ -75,7 +69,7 @@ def resplit(
 ) -> tuple[tuple[HfFile, ...], bytes | None]:
     """The files, and the bytes of `model.safetensors.index.json` (None where one file holds everything).
 
-    `tensors`: (name, dtype, shape) in the order of `state_dict_order` or `loaded_order`. `max_file_size`: bytes of tensors in a file.
+    `tensors`: (name, dtype, shape) in the order of `loaded_order`. `max_file_size`: bytes of tensors in a file.
     `buffers`: last parts of names that are no parameters. Raises ReshardError where there is nothing to write, or a name comes twice.
     """
     described = {name: (dtype, shape) for name, dtype, shape in tensors}
@@ -135,44 +129,6 @@ def _fill(blocks: Iterable[_Block], limit: int) -> list[list[str]]:
         opened.extend(block.names)
         used += block.nbytes
     return [*files, opened] if opened else files
-
-
-def state_dict_order(rows: Sequence[tuple[str, ...]], names: Collection[str]) -> list[str]:
-    """`names` as transformers orders them in a model built from its config: modules in the order in which the table mentions them first.
-
-    `rows`: a family table's, stored-name templates first (`~` already replaced), in table order. What lies in one module stays together,
-    wherever its rows stand, so that a table may add to another's modules (`like`). Layers follow their number. Below any other number
-    (`{experts}`) rows follow one another as they stand in the table, and the number runs fastest: all w2 of a layer, then all w1.
-    Raises ReshardError for a name that no row has.
-    """
-    ranks: dict[tuple[str, ...], int] = {}  # template, up to some part → how many were mentioned before it
-    templates: dict[str, tuple[int, list[str]]] = {}
-    for number, (text, *_) in enumerate(rows):
-        parts = text.split(".")
-        templates[parse_template(text).folded] = number, parts
-        for depth in range(len(parts)):
-            ranks.setdefault(tuple(parts[: depth + 1]), len(ranks))
-
-    def key(name: str) -> tuple[int, ...]:
-        folded, numbers = fold(name)
-        if folded not in templates:
-            raise ReshardError(
-                f"{name}: no row of the family table has this name, so its place among the others is unknown",
-                "leave it out, or restore the original files by merging without --max-file-size",
-            )
-        row, parts = templates[folded]
-        places: list[int] = []
-        left = iter(numbers)
-        for depth, part in enumerate(parts):
-            places.append(ranks[tuple(parts[: depth + 1])])
-            if part == "{layer}":
-                places.append(next(left))
-            elif part.startswith("{"):
-                places.append(row)
-                break
-        return (*places, *left)
-
-    return sorted(names, key=key)
 
 
 def loaded_order(names: Iterable[str]) -> list[str]:

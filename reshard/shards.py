@@ -155,11 +155,12 @@ def row_json(slot: Slot, layout: Layout) -> dict[str, Any]:
 
 def _segment(piece: Piece) -> dict[str, Any]:
     axes = list(zip(piece.tensor.axes, piece.box, piece.tensor.sizes, piece.strides, strict=True))
+    axes = [entry for entry in axes if entry[0] != "layer" or entry[3] is not None]  # its name says which layer a tensor is of
     return {
         "tensor": piece.tensor.name,
         "offset": piece.offset,
-        "box": {axis: list(span) for axis, span, _, _ in axes if axis != "layer"},
-        "of": {axis: size for axis, _, size, _ in axes if axis != "layer"},
+        "box": {axis: list(span) for axis, span, _, _ in axes},
+        "of": {axis: size for axis, _, size, _ in axes},
         "strides": {axis: stride for axis, _, _, stride in axes if stride is not None},
     }
 

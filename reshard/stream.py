@@ -2,7 +2,7 @@
 
     window of the file  ←  for each stored tensor in it the copies of the plan, clipped to the window; the rest from the residue
 
-Memory is two windows per stream, whatever the size of a tensor. Knows files and offsets, nothing about models.
+Memory is little more than a window per stream, whatever the size of a tensor. Knows files and offsets, nothing about models.
 """
 
 import math
@@ -20,6 +20,7 @@ from .layout import Point
 from .output import Output
 
 WINDOW = 8 << 20  # bytes
+PIECE = 512 << 10  # bytes read at once of what is not contiguous: they stay in cache until they are where they belong
 SPARSE = 4  # a stretch of a source is read at once if no more than this many times the bytes wanted lie in it
 
 NEAR = 64 << 10  # bytes of a source that are read at once anyway
@@ -47,7 +48,7 @@ class Streams:
     def windows(self, name: str) -> Iterator[memoryview]:
         """The bytes of one file, in order; each window is good until the next is asked for."""
         size = self.output.sizes[name]
-        buffer = bytearray(min(WINDOW, size))
+        buffer, scratch = bytearray(min(WINDOW, size)), memoryview(bytearray(PIECE))
         entries, at = self._entries.get(name, []), 0
         active: list[_Stored] = []
         for low in range(0, size, WINDOW):
@@ -58,7 +59,7 @@ class Streams:
                 active.append(_Stored(self, *entries[at]))
                 at += 1
             for stored in active:
-                stored.fill(window, low, high)
+                stored.fill(window, low, high, scratch)
             covered += _union([(max(stored.low, low), min(stored.high, high)) for stored in active])
             if covered != high - low:
                 raise MismatchError(f"{name}: {covered} of the bytes {low} to {high} are known", "convert again")
@@ -115,12 +116,12 @@ class _Stored:
             scaled = collapse([*((n, s * item, d * item) for n, s, d in dims), (item, 1, 1)])
             self.boxes.append((path, (source.offset + offset * item, low + to * item, scaled)))
 
-    def fill(self, window: memoryview, low: int, high: int) -> None:
+    def fill(self, window: memoryview, low: int, high: int, scratch: memoryview) -> None:
         for path, box in self.boxes:
             for part in clip(box, low, high):
-                self._read(path, part, window, low)
+                self._read(path, part, window, low, scratch)
 
-    def _read(self, path: Path, box: Box, window: memoryview, low: int) -> None:
+    def _read(self, path: Path, box: Box, window: memoryview, low: int, scratch: memoryview) -> None:
         """One box into the window: by one read where its bytes stand near each other, else part by part of its widest source dimension."""
         offset, to, dims = box
         count = math.prod(n for n, _, _ in dims)
@@ -128,14 +129,14 @@ class _Stored:
             self.pool.read_into(path, offset, window[to - low : to - low + count])
             return
         span = sum((n - 1) * s for n, s, _ in dims) + 1
-        if span > max(SPARSE * count, NEAR) or span > WINDOW:
+        if span > max(SPARSE * count, NEAR) or span > PIECE:
             at = max(range(len(dims)), key=lambda level: dims[level][1])
             n, s, d = dims[at]
-            step = max(1, min(n // 2, WINDOW // s)) if span <= SPARSE * count else 1
+            step = max(1, min(n // 2, PIECE // s)) if span <= SPARSE * count else 1
             for i in range(0, n, step):
                 taken = min(step, n - i)
                 rest = (*dims[:at], *([(taken, s, d)] if taken > 1 else []), *dims[at + 1 :])
-                self._read(path, (offset + i * s, to + i * d, rest), window, low)
+                self._read(path, (offset + i * s, to + i * d, rest), window, low, scratch)
             return
         import numpy as np
 
@@ -143,9 +144,9 @@ class _Stored:
         unit = math.gcd(run, 8) if step == 1 else 1
         kind = np.dtype(f"u{unit}")
         view = [*outer, (run // unit, step * unit, dims[-1][2] * unit)]
-        data = self.pool.read(path, offset, span)
+        self.pool.read_into(path, offset, scratch[:span])
         shape = tuple(n for n, _, _ in view)
-        found = np.ndarray(shape, kind, data, 0, tuple(s for _, s, _ in view))
+        found = np.ndarray(shape, kind, scratch, 0, tuple(s for _, s, _ in view))
         np.copyto(np.ndarray(shape, kind, window, to - low, tuple(d for _, _, d in view)), found)
 
 

@@ -862,16 +862,20 @@ class Bench:
         """The checkpoint with a tensor read one further along an axis, around; None where there is nothing to displace."""
         layout = self.source.layout
         pieces: list[Piece] = []
-        for piece in layout.pieces.get(leaf, ()):
+        held = layout.pieces.get(leaf, ())
+        for piece in held:
             at = piece.tensor.axes.index(axis) if axis in piece.tensor.axes else -1
             stride = piece.strides[at] if at >= 0 else None
-            if stride is None or piece.box[at][1] - piece.box[at][0] < 2:
-                return None
+            if stride is None or piece.box[at][1] - piece.box[at][0] < 2:  # as in layers where names count what others have stacked
+                pieces.append(piece)
+                continue
             low, high = piece.box[at]
             parts = (((low, high - 1), piece.offset + stride), ((high - 1, high), piece.offset))
             for part, offset in parts:
                 pieces.append(replace(piece, box=(*piece.box[:at], part, *piece.box[at + 1 :]), offset=offset))
-        return replace(self.source, layout=replace(layout, pieces=layout.pieces | {leaf: tuple(pieces)})) if pieces else None
+        if len(pieces) == len(held):
+            return None
+        return replace(self.source, layout=replace(layout, pieces=layout.pieces | {leaf: tuple(pieces)}))
 
     def judge(self, source: Source, name: str) -> Trial:
         """What running the model says of a table that fits."""

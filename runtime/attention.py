@@ -1,8 +1,8 @@
 """Attention on one rank: its own heads, of all tokens. What comes out are partial sums, to be added among the tensor parallel ranks."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Context:
     """What all layers of one forward share. `real`: what is no padding [batch, seq]; `far`, `near`: of layers without a window, and
     with one; `growth`: of queries; `chosen`: what is seen of all that could be, by the last layer that has chosen; `ids`: the tokens;
     `embedded`: what they were embedded as, where layers take something of it for themselves, and `own`, what these take; `lent`: keys and
-    values of the new tokens in layers that others borrow from."""
+    values of the new tokens in layers that others borrow from, `foreign` if these are of another stage and have not been kept here."""
 
     ids: Tensor
     real: Tensor
@@ -66,11 +66,35 @@ class Context:
     chosen: Tensor | None = None
     embedded: Tensor | None = None
     own: Tensor | None = None
-    lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lent: dict[int, Tensor] = field(default_factory=dict)
+    foreign: set[int] = field(default_factory=set)
+
+    def borrowed(self, lender: int, size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's heads, each of so many features, as far as this rank has them."""
+        k, v = parted(self.lent[lender], size)
+        if self.cache is None:
+            return k, v
+        kept = self.cache.write(lender, k, v) if lender in self.foreign else self.cache.read(lender)
+        self.foreign.discard(lender)
+        return kept[0], kept[1]
+
+    def with_lent(self, lent: Mapping[int, Tensor]) -> "Context":
+        return replace(self, lent={**self.lent, **lent})
 
     def of(self, layer: int, spec: Spec) -> Sight:
         sight = self.near if layer in spec.windowed else self.far
         return sight if layer in spec.roped else Sight(sight.mask, None)
+
+
+def joined(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values [batch, heads, seq, features] as features of tokens, [batch, seq, …]."""
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in (k, v)], -1)
+
+
+def parted(both: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The inverse."""
+    k, v = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in both.chunk(2, -1))
+    return k, v
 
 
 def seen(positions: Tensor, columns: Tensor, window: int | None = None, chunks: bool = False) -> Tensor:
@@ -121,8 +145,7 @@ def _plain(
     if (lender := spec.lenders.get(layer)) is not None:
         q = weights.linear(x, "attn.q").reshape(batch, seq, -1, size).transpose(1, 2)
         q = rotate(_norm(q, "attn.q_norm", weights, spec), turn, spec.rope_interleaved)
-        k, v = context.lent[lender] if context.cache is None else context.cache.read(lender)
-        return q, k, v, None
+        return q, *context.borrowed(lender, size), None
     if "attn.qk" in weights:  # values are the keys, before these are normalised
         q, k = weights.linear(x, "attn.qk").split([n * size, m * size], -1)
         v = k
@@ -148,7 +171,7 @@ def _plain(
     if spec.late_qk_norm:
         q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
     if layer in spec.lenders.values():
-        context.lent[layer] = k, v
+        context.lent[layer] = joined(k, v)
     if context.cache is not None:
         k, v = context.cache.write(layer, k, v)
     return q, k, v, gate

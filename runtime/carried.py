@@ -12,70 +12,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Context, Heads
+from .attention import Context, joined, parted
 
 Place = tuple[int, bool]
 
 
 @dataclass(frozen=True)
 class Carried:
-    """`own`: whether layers take something of the embedding; `lenders`: borrowing layer → the one that it borrows from; `heads`: of a
-    layer on this rank; `rows`: key heads of a layer on each rank of this stage; `gather`: tensors of these ranks, of so many heads each,
-    side by side."""
+    """`own`: whether layers take something of the embedding; `lenders`: borrowing layer → the one that it borrows from."""
 
     hidden: int
     layers: int
     own: bool
     lenders: Mapping[int, int]
-    heads: Callable[[int], Heads]
-    rows: Callable[[int], Sequence[Sequence[int]]]
-    gather: Callable[[Tensor, list[int]], Tensor]
-    mine: int  # number of this rank in its stage
 
     def lent(self, place: Place) -> list[int]:
         """The layers whose keys and values are needed from a place on."""
         after = place[0] + place[1]
         return sorted({lender for layer, lender in self.lenders.items() if lender < after <= layer})
 
-    def _embedded(self, place: Place) -> bool:
-        return self.own and place[0] < self.layers
+    def features(self, place: Place) -> int:
+        """Of a token there, without keys and values."""
+        return self.hidden * (1 + (self.own and place[0] < self.layers))
 
-    def width(self, place: Place) -> int:
-        """Features of a token there, of this rank's heads."""
-        heads = [self.heads(lender) for lender in self.lent(place)]
-        return self.hidden * (1 + self._embedded(place)) + sum(2 * each.kv * each.size for each in heads)
-
-    def give(self, x: Tensor, place: Place, context: Context, whole: bool = False) -> Tensor:
-        """x [batch, seq, hidden] and what is needed beside it, of this rank's heads, or of all heads of its stage."""
+    def give(self, x: Tensor, place: Place, context: Context) -> Tensor:
+        """x [batch, seq, hidden] and what is needed beside it."""
         parts = [x]
-        if self._embedded(place):
+        if self.features(place) > self.hidden:
             assert context.embedded is not None
             parts.append(context.embedded)
-        for lender in self.lent(place):
-            both = (self._all(part, lender) if whole else part for part in context.lent[lender])
-            parts.extend(part.transpose(1, 2).flatten(2) for part in both)
+        parts += [context.lent[lender] for lender in self.lent(place)]
         return torch.cat(parts, -1) if len(parts) > 1 else x
 
-    def take(self, x: Tensor, place: Place, context: Context, whole: bool = False) -> Tensor:
-        """The inverse: hidden states; the rest is put where layers look for it, keys and values into the cache, too, if there is one."""
-        rest = x[..., self.hidden :]
-        if self._embedded(place):
-            context.embedded, rest = rest[..., : self.hidden], rest[..., self.hidden :]
-        for lender in self.lent(place):
-            heads, rows = self.heads(lender), self.rows(lender)
-            count = len({row for part in rows for row in part}) if whole else heads.kv
-            both, rest = rest[..., : 2 * count * heads.size], rest[..., 2 * count * heads.size :]
-            k, v = (part.unflatten(-1, (count, heads.size)).transpose(1, 2) for part in both.chunk(2, -1))
-            if whole:
-                k, v = (part[:, list(rows[self.mine])] for part in (k, v))
-            context.lent[lender] = k, v
-            if context.cache is not None:
-                context.cache.write(lender, k, v)
-        return x[..., : self.hidden]
+    def take(self, x: Tensor, place: Place, context: Context, widths: Sequence[int]) -> Tensor:
+        """The inverse: hidden states; the rest is put where layers look for it. `widths`: features of each layer's keys and values."""
+        parts: tuple[Tensor, ...] = x.split([self.features(place), *widths], -1)
+        if self.features(place) > self.hidden:
+            context.embedded = parts[0][..., self.hidden :]
+        context.lent.update(zip(self.lent(place), parts[1:], strict=True))
+        context.foreign.update(self.lent(place))
+        return parts[0][..., : self.hidden]
 
-    def _all(self, part: Tensor, lender: int) -> Tensor:
-        """Of every key head one copy."""
-        rows = self.rows(lender)
+
+@dataclass(frozen=True)
+class Whole:
+    """Keys and values of all heads of a stage, for looking at them. `size`: features of a layer's heads; `rows`: its key heads on each rank
+    of the stage; `gather`: tensors of these ranks, of so many heads each, side by side; `mine`: this one's number."""
+
+    size: Callable[[int], int]
+    rows: Callable[[int], Sequence[Sequence[int]]]
+    gather: Callable[[Tensor, list[int]], Tensor]
+    mine: int
+
+    def spread(self, context: Context, layers: Sequence[int]) -> Context:
+        """The context with every key head of the stage, one copy of each."""
+        if not layers:
+            return context
+        lent = {layer: joined(*(self._all(part, layer) for part in parted(context.lent[layer], self.size(layer)))) for layer in layers}
+        return context.with_lent(lent)
+
+    def width(self, layer: int) -> int:
+        return 2 * self.size(layer) * len({row for own in self.rows(layer) for row in own})
+
+    def keep(self, context: Context, layers: Sequence[int]) -> None:
+        """Of every key head of the stage those of this rank."""
+        for layer in layers:
+            own = list(self.rows(layer)[self.mine])
+            context.lent[layer] = joined(*(part[:, own] for part in parted(context.lent[layer], self.size(layer))))
+
+    def _all(self, part: Tensor, layer: int) -> Tensor:
+        rows = self.rows(layer)
         found = self.gather(part, [len(own) for own in rows])
         at = {row: column for column, row in enumerate(row for own in rows for row in own)}
         return found[:, [at[row] for row in sorted(at)]]

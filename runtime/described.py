@@ -73,7 +73,7 @@ def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:
                 ("layer", *axes) if layered else axes,
                 (sizes["layer"], *extents) if layered else extents,
                 kinds[:1] if len(set(kinds)) == 1 else kinds,
-                tuple(sorted(dtypes)) if layered else None,
+                tuple(sorted(dtypes)) if layered else tuple(range(segment["of"]["layer"])) if "layer" in axes else None,
             )
     return found
 

@@ -281,7 +281,7 @@ class Opened:
             "manifest": known.root if known else "none",
             "config.json": of(json.dumps(config.data, sort_keys=True).encode()),
             "mesh": str(layout.mesh),
-            "plan": Shards(layout).digest,
+            "plan": "the manifest's" if source is None else Shards(layout).digest,  # a rank may know the layers of its own stage only
         }
 
     def decoder(self, world: "World") -> "Decoder":

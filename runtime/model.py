@@ -20,7 +20,7 @@ from reshard.model import Tensor as LogicalTensor
 
 from .attention import Context, Heads, Latent, Sight, attention, seen, slopes
 from .cache import Cache
-from .carried import Carried, Place
+from .carried import Carried, Place, Whole
 from .experts import ACTIVATIONS, Share, dense, experts, feed_forward
 from .linear import Linear, linear_attention
 from .mixed import mixed_attention
@@ -124,6 +124,10 @@ class Decoder(nn.Module):
 
     @cached_property
     def carried(self) -> Carried:
+        return Carried(self.model.sizes["hidden"], self.model.main_layers, "ple.proj" in self.model.tensors, self.spec.lenders)
+
+    @cached_property
+    def _whole(self) -> Whole:
         def rows(layer: int) -> list[tuple[int, ...]]:
             keys = self.model.form("attn.k", layer)
             assert keys is not None
@@ -132,20 +136,10 @@ class Decoder(nn.Module):
             boxes = [self._box(keys.name, stage + number) for number in range(len(self.ranks))]
             return [_rows([box[axis] for axis in counted], [self.model.sizes[axis] for axis in counted]) for box in boxes]
 
-        return Carried(
-            hidden=self.model.sizes["hidden"],
-            layers=self.model.main_layers,
-            own="ple.proj" in self.model.tensors,
-            lenders=self.spec.lenders,
-            heads=lambda layer: self.heads(layer if self.model.form("attn.q", layer) else self._borrower(layer)),
-            rows=rows,
-            gather=lambda x, counts: self.world.all_gather(x, self.ranks, counts, 1, "keys"),
-            mine=self.rank % len(self.ranks),
-        )
+        def gather(x: Tensor, counts: list[int]) -> Tensor:
+            return self.world.all_gather(x, self.ranks, counts, 1, "keys")
 
-    def _borrower(self, lender: int) -> int:
-        """A layer that this rank knows and that borrows from one that it does not know."""
-        return next(layer for layer, other in self.spec.lenders.items() if other == lender and self.model.form("attn.q", layer))
+        return Whole(lambda layer: self.heads(layer).size, rows, gather, self.rank % len(self.ranks))
 
     @cached_property
     def latent(self) -> Latent | None:
@@ -205,15 +199,28 @@ class Decoder(nn.Module):
         if self.first:
             x = self._embed(context, positions)
         else:
-            place = self.mine[0], False
-            x = self.world.recv((batch, seq, self.carried.width(place)), self.dtype, self.rank - len(self.ranks), "stage", self.device)
-            x = self.carried.take(x, place, context)
+            x = self._received((batch, seq), context)
         for layer in self.mine:
             for step in self.steps(layer).values():
                 x = step(x, context)
         if not self.last:
-            self.world.send(self.carried.give(x, (self.mine[-1] + 1, False), context), self.rank + len(self.ranks), "stage")
+            self._sent(x, context)
         return self._logits(x, batch, seq, all_ranks)
+
+    def _sent(self, x: Tensor, context: Context) -> None:
+        """To the next stage: hidden states, and what it needs beside them, after the widths of what has been lent."""
+        place, to = (self.mine[-1] + 1, False), self.rank + len(self.ranks)
+        if lent := self.carried.lent(place):
+            self.world.send(torch.tensor([context.lent[layer].shape[-1] for layer in lent], device=x.device), to, "stage")
+        self.world.send(self.carried.give(x, place, context), to, "stage")
+
+    def _received(self, shape: tuple[int, int], context: Context) -> Tensor:
+        place, before = (self.mine[0], False), self.rank - len(self.ranks)
+        lent, widths = self.carried.lent(place), []
+        if lent:
+            widths = self.world.recv((len(lent),), torch.int64, before, "stage", self.device).tolist()
+        x = self.world.recv((*shape, self.carried.features(place) + sum(widths)), self.dtype, before, "stage", self.device)
+        return self.carried.take(x, place, context, widths)
 
     def _context(self, ids: Tensor, positions: Tensor, cache: Cache | None) -> Context:
         columns = cache.begin(positions) if cache is not None else positions
@@ -341,13 +348,13 @@ class Decoder(nn.Module):
         """The steps of a forward of tokens [batch, seq] that this rank has a part in, each by a name in words and as a function.
 
         What the functions take is what the step before gave: tokens are embedded from nothing, the head gives logits. A step's weights are
-        needed when it is called.
+        needed when it is called. Beside hidden states lies what later steps need of earlier ones, of all heads of the stage.
         """
         batch, seq = ids.shape
         positions = torch.arange(seq, device=ids.device).expand(batch, seq)
-        context, carried = self._context(ids, positions, None), self.carried
+        context, carried, whole = self._context(ids, positions, None), self.carried, self._whole
         if self.first:
-            yield EMBEDDING, lambda _: carried.give(self._embed(context, positions), (0, False), context, whole=True)
+            yield EMBEDDING, lambda _: carried.give(self._embed(context, positions), (0, False), context)
         for layer in self.mine:
             steps = list(self.steps(layer).items())
             for at, (name, step) in enumerate(steps):
@@ -355,7 +362,10 @@ class Decoder(nn.Module):
 
                 def done(x: Tensor | None, step: Step = step, places: tuple[Place, Place] = places) -> Tensor:
                     assert x is not None
-                    return carried.give(step(carried.take(x, places[0], context, whole=True), context), places[1], context, whole=True)
+                    before, after = map(carried.lent, places)
+                    x = carried.take(x, places[0], context, [whole.width(lender) for lender in before])
+                    whole.keep(context, before)
+                    return carried.give(step(x, context), places[1], whole.spread(context, after))
 
                 yield f"layer {layer}, {name}", done
         if self.last:

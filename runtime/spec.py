@@ -200,7 +200,7 @@ class Spec:
             logit_cap=said.optional("logit_cap") or None,
             head_norm=said.true("head_norm"),
             routing=_routing(table, said) if "moe.router" in model.tensors else None,
-            lenders=_lenders(model, config, frozenset(windowed)),
+            lenders=capacity.lenders(model, config),
             window=window,
             window_chunks=said.true("window_chunks"),
             windowed=frozenset(windowed),
@@ -223,15 +223,6 @@ def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
             found[layer in windowed] = next(model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] == "head_dim")
     far = found.get(False, found.get(True, 0)) or model.sizes.get("head_dim", 0)
     return far, far, found.get(True, far)
-
-
-def _lenders(model: Model, config: Config, windowed: Set[int]) -> dict[int, int]:
-    """For each borrowing layer the last one before it with a window if it has one, without if not, that does not borrow."""
-    borrowing = capacity.layers_of_rule("borrowed", "", model, config) if "borrowed" in model.family.model else ()
-    return {
-        layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
-        for layer in borrowing
-    }
 
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")

@@ -36,6 +36,7 @@ from reshard.layout import Layout, Piece, lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, Model, Tensor, understand
 from reshard.notation import Product, Sum, block_of, evaluate
+from reshard.rules import layers_named
 from reshard.tables import Row, Table
 
 Array = np.ndarray[Any, Any]
@@ -107,8 +108,8 @@ def invented(
     config = {"model_type": family} | config
     for axis, expression in table.sizes.items():
         atoms = table.axes.get(axis, (axis,))
-        if re.fullmatch(r"\w+( \|.*)?", expression) and all(atom in sizes for atom in atoms):
-            config.setdefault(expression.split()[0], math.prod(sizes[atom] for atom in atoms))
+        if (key := said(expression)) and all(atom in sizes for atom in atoms):
+            put(config, key, math.prod(sizes[atom] for atom in atoms))
     known = dict(sizes)
     for axis, expression in table.sizes.items():
         value = evaluate(expression, Config(config, table.defaults).get)
@@ -130,6 +131,19 @@ def invented(
             text = row.name.name(dict(zip(row.name.axes, numbers, strict=True)))
             stored[text] = Stored("F32" if "scale" in row.leaves[0] else "BF16", shape)
     return config, stored
+
+
+def said(expression: str) -> str:
+    """The first config key, perhaps `a.b`, that is a whole size."""
+    return next((key for key in expression.split(" | ") if re.fullmatch(r"[a-z_][\w.]*", key) and ".any." not in key), "")
+
+
+def put(config: dict[str, Any], key: str, value: Any) -> None:
+    """Say `a.b`, unless it is said."""
+    *outer, last = key.split(".")
+    for name in outer:
+        config = config.setdefault(name, {})
+    config.setdefault(last, value)
 
 
 def size_of(axis: str, sizes: Mapping[str, int]) -> int:
@@ -377,14 +391,18 @@ def inventions(draw: st.DrawFn) -> Invention:
     table = tables.load("families", family)
     axes = {axis for row in table.rows for axis in (*row.name.axes, *(a for path in row.pattern.axes for a in path)) if "/" not in axis}
     axes |= {"layer"}
-    solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression)}
+    solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression) and not said(expression)}
     solved |= {"routes"} | ({"heads"} if "heads" in table.axes else set())
     sizes = {axis: draw(st.sampled_from(SMALL.get(axis, (4, 6, 12)))) for axis in sorted(axes - solved)}
     sizes |= {axis: int(expression) for axis, expression in table.sizes.items() if expression.isdecimal()}
     for axis, atoms in table.axes.items():
         if axis in table.sizes and table.sizes[axis] == table.sizes.get(atoms[0]):
             sizes[atoms[-1]] = 1
-    axis_of = {expression.split()[0]: axis for axis, expression in table.sizes.items() if axis not in solved}
+    for axis, atoms in table.axes.items():  # of as many heads in all, other parts
+        base, _, variant = axis.partition("@")
+        if variant and table.sizes.get(axis) == table.sizes.get(base):
+            sizes |= dict(zip(atoms, [sizes[atom] for atom in reversed(table.axes[base])], strict=True))
+    axis_of = {said(expression): axis for axis, expression in table.sizes.items() if axis not in solved}
     config: dict[str, Any] = {"quantization_config": None, "tie_word_embeddings": draw(st.booleans())}
     for key in sorted({key.lstrip("!") for key in table.optional.values()} - config.keys()):
         there = draw(st.booleans())
@@ -396,15 +414,16 @@ def inventions(draw: st.DrawFn) -> Invention:
             config |= {} if there else {key: None}
         else:
             config[key] = there
-    simple = {expression.split()[0] for axis, expression in table.sizes.items() if axis not in solved or axis == "heads"}
+    simple = {said(expression) for axis, expression in table.sizes.items() if axis not in solved or axis == "heads"}
     for axis in sorted(solved & table.sizes.keys()):
-        for key in re.findall(r"\w+", table.sizes[axis]):
+        for key in re.findall(r"[\w.]+", table.sizes[axis]):
             if key not in simple and not key.isdecimal():
-                config.setdefault(key, draw(st.integers(1, 3)))
+                put(config, key, draw(st.integers(1, 3)))
     extra = draw(st.integers(0, 2)) if table.extra else 0
     for expression in table.extra.values():  # so many, or so many times as a list has entries
         first, *counted = expression.partition(" | ")[0].split(" * ")
         config |= {first: extra} | {factor.removeprefix("count "): [""] for factor in counted}
+    ruled = {kind: _ruled(draw, rule, sizes["layer"], config) for kind, rule in table.layers.items()}
     ahead = {kind for row in table.rows if row.kinds & table.extra.keys() for kind in row.kinds}
     kinds = []
     for layer in range(sizes["layer"] + extra):
@@ -412,12 +431,22 @@ def inventions(draw: st.DrawFn) -> Invention:
         special = table.extra.keys()
         groups = [[kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))] for group in table.one_of]
         groups = [[kind for kind in group if kind in ahead] or group if beyond else group for group in groups]
+        groups = [[kind for kind in group if layer in ruled.get(kind, ())] or [k for k in group if k not in ruled] for group in groups]
         kinds.append([draw(st.sampled_from(group)) for group in groups])
     if family == "falcon":  # generations may be mixed: what two rows hold is one logical tensor then
         config["parallel_attn"] |= ["old"] not in kinds
     says = Config(dict.fromkeys(axis_of, 1) | config, table.defaults).says
     tags = [tag for tag, key in table.optional.items() if says(key)]
     return Invention(family, *invented(family, sizes, kinds, tags, **config))
+
+
+def _ruled(draw: st.DrawFn, rule: str, layers: int, config: dict[str, Any]) -> tuple[int, ...]:
+    """The layers, of so many, that a rule names by what config.json is made to say."""
+    if rule.startswith("last "):
+        config[rule.removeprefix("last ")] = draw(st.integers(0, layers - 1))
+    elif rule.startswith("layer_types"):
+        config["layer_types"] = draw(st.lists(st.sampled_from(("sliding_attention", "full_attention")), min_size=layers, max_size=layers))
+    return layers_named(rule, layers, Config(config), lambda: None)
 
 
 def meshes(layers: int, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Mesh]:

@@ -69,7 +69,7 @@ BLOCKS = {
 }
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 ONE_MORE = {"num_nextn_predict_layers": 1}
-DENSE, MOE, MTP = ("dense", "plain"), ("each", "plain"), ("each", "mtp")
+DENSE, MOE, MTP = ("dense", "plain"), ("moe", "plain"), ("moe", "mtp")
 
 # name: (family, sizes, kinds of the layers, tags, config)
 CHECKPOINTS: dict[str, tuple[str, dict[str, int], list[Any], list[str], dict[str, Any]]] = {
@@ -79,8 +79,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, int], list[Any], list[str], dict[str
     "mistral": ("mistral", GROUPED, [], [], {}),
     "qwen2": ("qwen2", GROUPED, [], ["qkv_bias?"], {}),
     "qwen3": ("qwen3", GROUPED, [], [], {}),
-    "mixtral": ("mixtral", GROUPED | EXPERTS, [["each"]] * 3, [], {}),
-    "qwen3_moe": ("qwen3_moe", GROUPED | EXPERTS, [["dense"], ["each"], ["each"]], [], {}),
+    "mixtral": ("mixtral", GROUPED | EXPERTS, [["moe"]] * 3, [], {}),
+    "qwen3_moe": ("qwen3_moe", GROUPED | EXPERTS, [["dense"], ["moe"], ["moe"]], [], {}),
     "phi3": ("phi3", GROUPED, [], [], {}),
     "gpt2": ("gpt2", HEADS | {"pos": 9}, [], [], {}),
     "gpt_neox": ("gpt_neox", HEADS, [], [], {}),

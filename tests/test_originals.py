@@ -48,6 +48,7 @@ def streamed(out: Path) -> dict[str, bytes]:
 def test_a_stream_is_the_file(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, window: int) -> None:
     """Also where windows tear rows and elements, and where sources are read in many parts."""
     monkeypatch.setattr(stream, "WINDOW", window)
+    monkeypatch.setattr(stream, "PIECE", max(window // 2, 16))
     monkeypatch.setattr(stream, "NEAR", window // 8)
     for number, mesh in enumerate(meshes(name)[: None if window > 997 else 1]):
         api.convert(checkpoint(name), tmp_path / str(number), **mesh)
@@ -58,6 +59,7 @@ def test_a_stream_is_the_file(checkpoint: Get, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("window", [8 << 20, 101])
 def test_strided_and_shared_storages_of_bin_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     monkeypatch.setattr(stream, "WINDOW", window)
+    monkeypatch.setattr(stream, "PIECE", max(window // 2, 16))
     source = tmp_path / "model"
     llama(source)
     tensors: dict[str, torch.Tensor] = {}

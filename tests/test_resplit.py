@@ -1,7 +1,6 @@
 """Laws of reshard.resplit: what it writes is what transformers writes, byte for byte."""
 
 import json
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from reshard import tables
 from reshard.errors import ReshardError
 from reshard.header import BITS, parse
-from reshard.resplit import HfFile, loaded_order, parse_size, resplit, state_dict_order
+from reshard.resplit import HfFile, loaded_order, parse_size, resplit
 
 transformers = pytest.importorskip("transformers", minversion="5.23")  # version 4 neither stacks experts nor sorts
 
@@ -93,12 +91,6 @@ def model_of(name: str) -> Any:
     return model
 
 
-def rows_of(family: str) -> list[tuple[str, ...]]:
-    table = tables.load("families", family)
-    prefix = table.prefixes[0] if table.prefixes else ""
-    return [(row.name.text.replace("~", prefix),) for row in table.rows]
-
-
 def head_of(path: Path) -> bytes:
     raw = path.read_bytes()
     return raw[: 8 + int.from_bytes(raw[:8], "little")]
@@ -122,11 +114,11 @@ def described(file: Path) -> Described:
     return [(name, entry.dtype, entry.shape) for name, entry in entries.items()]
 
 
-def compare(model: Any, folder: Path, order: Callable[[Collection[str]], list[str]]) -> None:
+def compare(model: Any, folder: Path) -> None:
     """Save `model` under limits that give one file, a file per tensor, and everything between; resplit must give the same each time."""
     model.save_pretrained(folder / "whole", max_shard_size="1GB")
     tensors = {name: (dtype, shape) for name, dtype, shape in described(folder / "whole" / "model.safetensors")}
-    ordered = [(name, *tensors[name]) for name in order(sorted(tensors, reverse=True))]
+    ordered = [(name, *tensors[name]) for name in loaded_order(sorted(tensors, reverse=True))]
     total = sum(BITS[dtype] // 8 * torch.Size(shape).numel() for _, dtype, shape in ordered)
     counts = set()
     for limit in (1, 2_000, 4_032, 7_919, 11_004, 20_011, 33_000, total // 3, total - 1, total, 10**9):
@@ -143,21 +135,14 @@ def compare(model: Any, folder: Path, order: Callable[[Collection[str]], list[st
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_built_from_its_config(name: str, tmp_path: Path) -> None:
-    """In the order of the family table, every file name, header and index equals what save_pretrained writes for a freshly built model."""
-    rows = rows_of(MODELS[name][0])
-    compare(model_of(name), tmp_path, lambda names: state_dict_order(rows, names))
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_was_loaded(name: str, tmp_path: Path) -> None:
     """In the loaded order, they equal what save_pretrained writes for a model that from_pretrained read."""
     model_of(name).save_pretrained(tmp_path / "source", max_shard_size="50KB")
-    compare(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source"), tmp_path, loaded_order)
+    compare(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source"), tmp_path)
 
 
 def test_fp8_with_block_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block scales of experts are stacked beside their weights, in the order of the table and in the loaded one alike."""
+    """Block scales of experts are stacked beside their weights."""
     check = "transformers.quantizers.quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer.validate_environment"
     monkeypatch.setattr(check, lambda *_, **__: None)  # it wants a GPU; saving needs none
     model = model_of("deepseek_v3")
@@ -175,10 +160,8 @@ def test_fp8_with_block_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
     (source / "config.json").write_text(json.dumps(config))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source)
-    rows = rows_of("deepseek_v3")
-    compare(loaded, tmp_path / "table", lambda names: state_dict_order(rows, names))
-    compare(loaded, tmp_path / "loaded", loaded_order)
-    assert {name for name, _, _ in described(tmp_path / "table" / "whole" / "model.safetensors")} == set(packed)
+    compare(loaded, tmp_path)
+    assert {name for name, _, _ in described(tmp_path / "whole" / "model.safetensors")} == set(packed)
 
 
 def test_tensors_of_another_dtype_beside_bf16(tmp_path: Path) -> None:
@@ -189,18 +172,8 @@ def test_tensors_of_another_dtype_beside_bf16(tmp_path: Path) -> None:
             parameter.data = parameter.data.float()
         elif key.endswith("k_proj.bias"):
             parameter.data = parameter.data.double()
-    rows = rows_of("llama")
-    compare(model, tmp_path, lambda names: state_dict_order(rows, names))
-
-
-def test_the_two_orders_differ_only_where_transformers_has_no_conversion() -> None:
-    """Loaded and built order are one for families with a conversion, and two for the others."""
-    for name in ("mixtral", "deepseek_v3", "gpt_neox", "qwen3_moe", "llama"):
-        names = [
-            text.replace("{layer}", str(n)).replace("{experts}", str(m)) for (text,) in rows_of(name) for n in range(12) for m in range(11)
-        ]
-        names = sorted(set(names))
-        assert (state_dict_order(rows_of(name), names) == loaded_order(names)) == (name != "llama"), name
+    model.save_pretrained(tmp_path / "source")
+    compare(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto"), tmp_path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -263,19 +236,6 @@ def test_refusals(tensors: Described, words: str) -> None:
     """Nothing to write, a name that comes twice and an unknown dtype are refused in words."""
     with pytest.raises(ReshardError, match=words):
         resplit(tensors, 10)
-
-
-def test_modules_stay_together_wherever_their_rows_stand() -> None:
-    """A row appended to a table joins the module that it names, at that module's end."""
-    rows = [("e",), ("l.{layer}.attn.q",), ("l.{layer}.mlp.up",), ("norm",), ("l.{layer}.attn.q_norm",)]
-    names = ["norm", "l.10.attn.q", "l.2.mlp.up", "l.2.attn.q_norm", "e", "l.2.attn.q"]
-    assert state_dict_order(rows, names) == ["e", "l.2.attn.q", "l.2.attn.q_norm", "l.2.mlp.up", "l.10.attn.q", "norm"]
-
-
-def test_a_name_without_a_row_is_refused() -> None:
-    """Where a name stands among the others cannot be guessed."""
-    with pytest.raises(ReshardError, match=r"l\.0\.inv_freq: no row"):
-        state_dict_order([("l.{layer}.w",)], ["l.0.w", "l.0.inv_freq"])
 
 
 @given(

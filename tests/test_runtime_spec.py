@@ -44,7 +44,9 @@ def rope(found: Rope | None) -> Rope | None:
         return None
     names = {"type": "rope_type", "rope_theta": "", "max_position_embeddings": ""}  # spelled otherwise, or said elsewhere
     scaling = {names.get(key, key): value for key, value in found.scaling.items() if names.get(key, key)}
-    return replace(found, positions=0, original=0, scaling={}) if found.kind == "default" else replace(found, positions=0, scaling=scaling)
+    plain = found.kind == "default"
+    original = 0 if plain or found.kind == "proportional" else found.original
+    return replace(found, positions=0, original=original, scaling={} if plain else scaling)
 
 
 def facts(table: tables.Table, config: dict[str, Any], model: Model) -> dict[str, Any]:
