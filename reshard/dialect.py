@@ -3,7 +3,7 @@ what other towers stand beside the language model. Out comes the same table with
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Protocol
@@ -44,10 +44,7 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
     rows = [replace(row, name=replace(row.name, sizes=_sizes(row.name, sizes))) if row.name.compounds else row for row in rows]
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
     if table.towers:
-        known = {template.folded for template in (*(row.name for row in rows), *aside)}
-        for tower in table.towers:
-            beside = {name: each.shape for name, each in stored.items() if _within(name, tower) and not {name, fold(name)[0]} & known}
-            rows += _tower_rows(tower, beside)
+        rows += tower_rows(table.towers, stored, {template.folded for template in (*(row.name for row in rows), *aside)})
     return replace(table, rows=tuple(rows), aside=aside, prefixes=())
 
 
@@ -96,8 +93,16 @@ def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:
     return max((numbers[name.axes.index("layer")] for name, numbers in found), default=-1) + 1
 
 
-def _within(name: str, tower: str) -> bool:
-    return name == tower or name.startswith(f"{tower}.")
+def tower_rows(towers: Sequence[str], stored: Mapping[str, Shaped], known: Collection[str] = ()) -> list[Row]:
+    """Rows for the tensors of other towers; `known`: names, folded, that other rows claim."""
+    beside: dict[str, dict[str, tuple[int, ...]]] = {tower: {} for tower in towers}
+    depths = {1 + tower.count(".") for tower in towers}
+    for name, each in stored.items():
+        parts = name.split(".", max(depths, default=0))
+        tower = next((start for depth in depths if (start := ".".join(parts[:depth])) in beside), None)
+        if tower is not None and name not in known and fold(name)[0] not in known:
+            beside[tower][name] = each.shape
+    return [row for tower, shapes in beside.items() for row in _tower_rows(tower, shapes)]
 
 
 def _tower_rows(tower: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:

@@ -121,13 +121,14 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
 
 def check_quantization(table: Table, config: Config) -> None:
     """Refuse a `quantization_config` that the family table does not list, by its name."""
-    found = config.get("quantization_config") or config.get("compression_config")
+    found = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
     if not found:
         return
     said = found if isinstance(found, dict) else {"quant_method": found}
     if any(all(said.get(key) == value for key, value in known.items()) for known in table.quantization):
         return
-    method = said.get("quant_method") or said.get("quant_algo") or "unnamed"
+    nameless = "mlx" if {"bits", "group_size"} <= said.keys() else "unnamed"  # as MLX writes it
+    method = said.get("quant_method") or said.get("quant_algo") or nameless
     details = ", ".join(
         f"{key} {said[key]}" for key in ("bits", "group_size", "weight_block_size", "format", "load_in_4bit") if said.get(key)
     )

@@ -424,8 +424,7 @@ def _variants(table: Table) -> list[dict[str, bool]]:
             if (key := table.optional.get(tag)) is not None:
                 wants.setdefault(key.lstrip("!"), Counter())[not key.startswith("!")] += 1
     usual = {key: found[True] >= found[False] for key, found in wants.items()}
-    if "quantization_config" in usual:
-        usual["quantization_config"] = False  # block scales make everything large: only for their own rows
+    usual |= {key: False for key in usual if _of_quantization(key)}  # block scales make everything large: only for their own rows
     found = [usual]
     for row in table.rows:
         own = {}
@@ -435,6 +434,10 @@ def _variants(table: Table) -> list[dict[str, bool]]:
         if not any(all(variant[key] == truth for key, truth in own.items()) for variant in found):
             found.append(usual | own)
     return found
+
+
+def _of_quantization(key: str) -> bool:
+    return key.partition(".")[0] == "quantization_config"
 
 
 Shaped = list[tuple[int, Row, list[tuple[str, str, tuple[int, ...]]]]]  # row, and its stored tensors: name, dtype, shape
@@ -465,6 +468,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     for at, row in rows:
         shape = row.pattern.measure(lambda _, axis: axis_size(axis, sizes))[0]
         dtype = "F8_E4M3" if any(f"{leaf}_scale" in leaves for leaf in row.leaves) else "F32"
+        dtype = "I32" if any(leaf.endswith("_packed") for leaf in row.leaves) else dtype
         ranges: list[Iterable[int]] = []
         for axis in row.name.axes:
             if axis == "layer":
@@ -532,8 +536,9 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
     config: Data = {"model_type": table.name, "tie_word_embeddings": False}
     sized = {key for text in table.sizes.values() for key in re.findall(r"[A-Za-z_][\w.]*", _first(text))}
     for key, truth in truths.items():
-        if key == "quantization_config":
-            config[key] = table.quantization[0] if truth and table.quantization else None
+        if _of_quantization(key):
+            fits = (entry for entry in table.quantization if truth and Config({"quantization_config": entry}).says(key))
+            config["quantization_config"] = next(fits, config.get("quantization_config"))
         elif "=" in key:  # two keys compared: two axes differ unless they are made equal, below
             continue
         elif not truth:
@@ -624,6 +629,8 @@ def _noise(name: str, row: Row, dtype: str, shape: tuple[int, ...], centre: floa
     if dtype == "F8_E4M3":  # from an eighth to eight, of either sign
         bits = rng.integers(0, 128, shape, np.uint8) & 0x87 | rng.integers(0, 2, shape, np.uint8) << 7
         return np.asarray(bits | rng.integers(4, 10, shape, np.uint8) << 3, np.uint8)
+    if dtype == "I32":
+        return rng.integers(-(1 << 31), 1 << 31, shape, np.int32)
     spread, around = 1.0, 0.0
     if "_scale" in leaf:
         return np.asarray(rng.uniform(0.5, 1.5, shape) * 0.03, np.float32)
@@ -732,8 +739,7 @@ def _ahead(source: Source, ids: Any) -> Any:
 
             ids, hidden = ids[:, 1:], x[:, :-1]
             x = F.linear(torch.cat((normed(F.embedding(ids, of("embed")), "e_norm"), normed(hidden, "h_norm")), -1), of("eh_proj"))
-            decoder.mine = range(layer, layer + 1)
-            for name, step in decoder.walk(ids):
+            for name, step in decoder.walk(ids, [layer]):
                 if name.startswith("layer"):
                     x = step(x)
             logits.append(F.linear(normed(x, "norm"), of("head"))[..., :vocab])

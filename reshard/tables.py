@@ -584,10 +584,10 @@ def wrapper_of(config: Config) -> Table | None:
 
     Raises ReshardError where there is no table for that.
     """
-    kind = config.model_type
     for name in shipped("wrappers"):
         text = (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8")
-        usual = tomllib.loads(text)["wraps"].get(kind)
+        about = tomllib.loads(text)
+        kind, usual = config.model_type, about["wraps"].get(config.model_type)
         if usual is None:
             continue
         inner = config.inner_type or usual
@@ -596,7 +596,8 @@ def wrapper_of(config: Config) -> Table | None:
             hint = f"{nearest('families', str(inner))}; or bring one with --family my.toml (docs/notation.md)"
             raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
         head = text.partition("\n[wraps]")[0]
-        return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}', f"{name}.toml", _shipped("families"))
+        keys = "".join(f"{key} = {value}\n" for key, value in about["left_out"].get(family.name, {}).items())
+        return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{keys}', f"{name}.toml", _shipped("families"))
     return None
 
 

@@ -11,6 +11,7 @@ The reference is transformers, or this runtime at TP 1 (`reference`). Ranks are 
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,7 +137,7 @@ class _Check:
         model = source.layout.model
         self.vocab, self.stored = model.sizes["vocab"], getattr(torch, _dtype(model.tensors["embed"].dtypes[0]))
         self.reference: Reference = reference_for(source)
-        self.prompts = prompts_for(source, exhaustive)
+        self.prompts, self.others = prompts_for(source, exhaustive), placeholders(source)
         self.routed: dict[Where, set[int]] = {}
         self.mixed = "moe.router" in model.tensors
         self.chosen: Choices | None = None
@@ -256,6 +257,8 @@ class _Check:
                     break  # from here on they go different ways
                 agreed += 1
                 distinct.add(one)
+                if one in self.others:
+                    break  # a text does not go on from here
         self.rung.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
         if self.chosen is not None:
             self.rung.numbers["continuations"]["tossed"] = tossed  # texts that end where a router tosses up
@@ -272,10 +275,10 @@ class _Check:
 
     def _coverage(self) -> None:
         rung, model = self.rung, self.source.layout.model
-        rows = len(set(self.prompts.flatten().tolist()))
-        covered: dict[str, Any] = {"rows": rows, "vocabulary": self.vocab}
-        if rows < self.vocab:
-            rung.notes.append(f"{self.vocab - rows} of {self.vocab} rows of the vocabulary were not embedded")
+        rows, vocab = len(set(self.prompts.flatten().tolist())), self.vocab - len(self.others)
+        covered: dict[str, Any] = {"rows": rows, "vocabulary": vocab}
+        if rows < vocab:
+            rung.notes.append(f"{vocab - rows} of {vocab} rows of the vocabulary were not embedded")
         if self.routed:
             experts = model.sizes["experts"]
             reached = sum(map(len, self.routed.values()))
@@ -332,12 +335,19 @@ def prompts_for(source: "Source", exhaustive: bool = False) -> "torch.Tensor":
     """[prompts, tokens]: every row of a small vocabulary, so many of a large one, in an order that is no order."""
     import torch
 
-    vocab = source.layout.model.sizes["vocab"]
+    vocab, others = source.layout.model.sizes["vocab"], placeholders(source)
     length = max(2, min(LENGTH, _positions(source) - NEW))
-    count = -(-vocab // length)
+    count = -(-(vocab - len(others)) // length)
     count = max(4, count if exhaustive else min(count, MOST))
     order = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))
-    return order.repeat(-(-count * length // vocab))[: count * length].view(count, length)
+    order = order[[token not in others for token in order.tolist()]]
+    return order.repeat(-(-count * length // len(order)))[: count * length].view(count, length)
+
+
+def placeholders(source: "Source") -> set[int]:
+    """Tokens that stand for what other towers see or hear: no text has them."""
+    said = (source.config.data.get(key) for key in source.config.data if re.fullmatch(r"(image|video|audio)_token_(id|index)", key))
+    return {token for token in said if isinstance(token, int) and 0 <= token < source.layout.model.sizes["vocab"]}
 
 
 def _positions(source: "Source") -> int:

@@ -150,7 +150,7 @@ def experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Sh
     """x [tokens, hidden] → the part of this rank's experts of the same; the router chooses by what it has `seen`."""
     chosen, shares = route(seen, weights, routing, spec.eps)
     out = torch.zeros_like(x)
-    rows = weights["moe.gate_up"].shape[1] // 2
+    rows = weights.rows("moe.gate_up") // 2
     biases, last = weights.get("moe.gate_up_bias"), weights.get("moe.down_bias") if share.bias else None
     for expert in torch.unique(chosen).tolist():
         if not share.first <= expert < share.last:

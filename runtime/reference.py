@@ -59,7 +59,7 @@ def reference_for(source: Source) -> Reference:
 
     def load(dtype: torch.dtype) -> Run:
         with _quiet():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _class(source).from_pretrained(
                 root,
                 dtype=dtype,
                 attn_implementation=None if source.config.get("alibi") else "eager",  # Falcon's eager attention adds ALiBi twice
@@ -72,13 +72,24 @@ def reference_for(source: Source) -> Reference:
 
     found = Reference(f"transformers {transformers.__version__}", load, independent=True)
     try:
-        found.prepare()
+        with torch.inference_mode():
+            found.prepare()(torch.zeros(1, 2, dtype=torch.long))
     except Exception as error:  # whatever it stumbles over in a checkpoint that it does not know
         if exhausted(error):
             raise
         words = str(error).strip().partition("\n")[0][:80]
         return Reference(f"this runtime at TP 1 (transformers: {type(error).__name__}: {words})", _ours(source))
     return found
+
+
+def _class(source: Source) -> Any:
+    """What transformers loads a checkpoint as; one with other towers as what it says that it is, to be given text alone."""
+    import transformers
+
+    if not source.layout.model.family.towers:
+        return transformers.AutoModelForCausalLM
+    named = (getattr(transformers, name, None) for name in source.config.architectures)
+    return next((found for found in named if found is not None), transformers.AutoModelForImageTextToText)
 
 
 def _ours(source: Source) -> Callable[[torch.dtype], Run]:

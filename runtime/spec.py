@@ -226,7 +226,7 @@ def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
 
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-_OLD = {"su": "longrope"}
+_OLD = {"su": "longrope", "mrope": "default"}  # the positions of text are the same along every axis of an image
 
 
 def _ropes(said: Facts, far: int, close: int) -> tuple[Rope | None, Rope | None]:

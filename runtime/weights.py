@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 128  # rows and columns that share a scale in FP8 checkpoints
+BITS, GROUP = 4, 32  # of a packed number; columns that share a scale in packed checkpoints
 
 
 @dataclass
@@ -41,20 +42,35 @@ class Weights:
 
     def matrix(self, name: str, dtype: torch.dtype, runs: Sequence[int] = (), expert: int | None = None) -> Tensor:
         """A matrix ready to multiply: FP8 blocks, or rows, are dequantized. `runs`: rows of its fused parts, each in blocks of its own."""
-        weight, scale = self.tensors[name], self.tensors.get(f"{name}_scale")
+        packed = f"{name}_packed" in self.tensors
+        weight, scale = self.tensors[f"{name}_packed" if packed else name], self.tensors.get(f"{name}_scale")
         if expert is not None:
             weight, scale = weight[expert], None if scale is None else scale[expert]
         if scale is None:
             return weight if weight.dtype == dtype else weight.to(dtype)
+        if packed:
+            numbers = unpacked(weight)
+            return (numbers * scale.float().repeat_interleave(GROUP, -1)[..., : numbers.shape[-1]]).to(dtype)
         if scale.shape[0] == weight.shape[0]:
             return (weight.float() * scale.float()).to(dtype)
         rows = _blocks(runs or [weight.shape[0]], weight.device)
         columns = _blocks([weight.shape[1]], weight.device)
         return (weight.float() * scale.float()[rows][:, columns]).to(dtype)
 
+    def rows(self, name: str) -> int:
+        """Of a matrix, or of each in a stack."""
+        return self.tensors[f"{name}_packed" if f"{name}_packed" in self.tensors else name].shape[-2]
+
     def linear(self, x: Tensor, name: str, runs: Sequence[int] = (), bias: bool = True) -> Tensor:
         """x · weightᵀ, with the bias of the same name if there is one."""
         return multiply(x, self.matrix(name, x.dtype, runs), self.get(f"{name}_bias") if bias else None)
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """Numbers of few bits that lie in one of 32, the first in the lowest: [..., columns / 8] → [..., columns]. Half of them are below 0."""
+    shifts = torch.arange(0, 32, BITS, device=packed.device, dtype=packed.dtype)
+    numbers = (packed[..., None] >> shifts) & ((1 << BITS) - 1)
+    return numbers.flatten(-2).float() - (1 << (BITS - 1))
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ HEADS = 32  # that a layer has at most
 
 # Buffers that an engine recomputes. Equal from layer to layer, and constant, by nature.
 BUFFERS = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias|attn\.causal_mask|.*_decay|slope_rate)"
+    r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.bias|attn\.masked_bias|attn\.causal_mask|.*_decay|slope_rate|.*weight_shape)"
 )
 
 

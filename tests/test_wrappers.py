@@ -61,8 +61,10 @@ def qwen2_5_vl() -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]}
+    text |= {"hidden_size": 80, "rope_parameters": rope}
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config={**QWEN_VISION, "fullatt_block_indexes": [1]})
+        Qwen2_5_VLConfig(text_config=text, vision_config={**QWEN_VISION, "fullatt_block_indexes": [1], "out_hidden_size": 80})
     )
 
 

@@ -1,12 +1,14 @@
 """Decoders with mixtures of experts: one tiny checkpoint for each variant of each family."""
 
 import re
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import BLOCK, DEEPSEEK, SHARD, State, add_mtp, configure, define, noise_like, quantize, rewrite, sizes, write
+from fixtures import BLOCK, DEEPSEEK, SHARD, State, add_mtp, configure, define, distinct, noise_like, quantize, rewrite, sizes, write
 
 EXPERTS: dict[str, Any] = {"experts": 8, "ep": (1, 2, 4)}
 
@@ -38,6 +40,33 @@ def qwen3_moe_fused(directory: Path, seed: str) -> None:
     facts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [1]}
     write(directory, seed, Qwen3MoeConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **facts))
     fuse(directory)
+
+
+def qwen3_vl_moe_twin(directory: Path, seed: str) -> None:
+    from transformers import Qwen3MoeConfig
+
+    facts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    write(directory, seed, Qwen3MoeConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **facts))
+    fuse(directory)
+
+
+def qwen3_vl_moe_stacked(directory: Path, seed: str, turned: bool) -> None:
+    qwen3_vl_moe_twin(directory, seed)
+    if turned:
+        rewrite(directory, lambda state: {name: t.transpose(1, 2) if t.ndim == 3 else t for name, t in state.items()})
+    configure(directory, "norm_topk_prob", model_type="qwen3_vl_moe_text")
+
+
+@define("qwen3_vl_moe_text", heads=8, kv=4, layers=3, twin=qwen3_vl_moe_twin, **EXPERTS)
+def qwen3_vl_moe(directory: Path, seed: str) -> None:
+    """As published inside of a multimodal checkpoint: stacks of experts whose last axis are outputs."""
+    qwen3_vl_moe_stacked(directory, seed, turned=True)
+
+
+@define("qwen3_vl_moe_text", heads=8, kv=4, layers=3, twin=qwen3_vl_moe_twin, **EXPERTS)
+def qwen3_vl_moe_plain(directory: Path, seed: str) -> None:
+    """With stacks as Qwen3 has them."""
+    qwen3_vl_moe_stacked(directory, seed, turned=False)
 
 
 @define("deepseek_v3", heads=8, kv=8, layers=3, experts=4, ep=(1, 2, 4))
@@ -200,6 +229,49 @@ def kimi_k2(directory: Path, seed: str) -> None:
     inv_freq = (50000.0 ** -(torch.arange(0, 6, 2) / 6)).to(torch.bfloat16)
     rewrite(directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)})
     configure(directory, "num_mtp_layers", model_type="kimi_k2", num_nextn_predict_layers=0)
+
+
+def grouped(matrix: torch.Tensor, seed: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers from -8 to 7 in the place of weights, and a scale for each 32, no two rows of them equal, and bf16 has every product."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    shape, scales = (len(matrix), matrix.shape[-1] // 32), torch.zeros(2, 1)
+    while not distinct(scales):
+        scales = torch.randint(16, 32, shape, generator=generator) * 2.0 ** torch.randint(-11, -7, shape, generator=generator)
+    wide = matrix.float() / scales.repeat_interleave(32, -1)
+    return wide.round().clamp(-8, 7), scales
+
+
+def four_bits(directory: Path, seed: str, apart: bool) -> None:
+    """A model whose experts have 4 bits: numbers eight in one and their scales apart, or both multiplied."""
+    from transformers import DeepseekV3Config
+
+    facts = {"q_lora_rank": 36, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_mtp_layers": 0}
+    facts |= {"hidden_size": 96, "moe_intermediate_size": 256, "n_routed_experts": 4}
+    write(directory, seed, DeepseekV3Config(**LATENT | facts, first_k_dense_replace=1))
+
+    def edit(state: State) -> State:
+        found = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+        for name in state.keys() - found.keys():
+            numbers, scales = grouped(state[name], f"{seed} {name}")
+            if not apart:
+                found[name] = (numbers * scales.repeat_interleave(32, -1)).to(torch.bfloat16)
+                continue
+            lifted = (numbers.to(torch.int64) + 8).unflatten(-1, (-1, 8))
+            found[f"{name}_packed"] = (lifted << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+            found[f"{name}_scale"] = scales.to(torch.bfloat16)
+            found[f"{name}_shape"] = torch.tensor(numbers.shape)
+        return found
+
+    rewrite(directory, edit)
+
+
+@define("kimi_k2", heads=8, kv=8, layers=3, experts=4, ep=(1, 2, 4), twin=partial(four_bits, apart=False))
+def kimi_k2_int4(directory: Path, seed: str) -> None:
+    """Experts in 4 bits, as Kimi-K2-Thinking and the language model of Kimi-K2.5 are published."""
+    four_bits(directory, seed, apart=True)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    configure(directory, "num_mtp_layers", model_type="kimi_k2", num_nextn_predict_layers=0, quantization_config=how)
 
 
 @define("glm4_moe_lite", heads=8, kv=8, layers=3, mtp=1, **EXPERTS)
