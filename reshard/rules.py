@@ -3,7 +3,7 @@
     all             every layer
     even            0, 2, 4, …
     layer_types     the "sliding_attention" entries of that list
-    KEY WORD        the entries of another such list that are this word; the list may be of pairs, of a list and how often it comes
+    KEY WORD        the entries of another such list that are this word, or number; the list may be of pairs, of a list and how often it comes
     from KEY        layers ≥ that number
     last KEY        so many layers at the end
     but KEY         all but each KEY-th: of 4 all but 3, 7, 11, …
@@ -61,4 +61,9 @@ def _listed(key: str, layers: int, config: Config, word: str = "sliding_attentio
         entries = [one for some, times in entries for one in some * times]
     if len(entries) < layers:
         raise ReshardError(f"config.json: {key} names {len(entries)} layers, the model has {layers}")
-    return tuple(at for at in range(layers) if (entries[at] == word if isinstance(entries[at], str) else entries[at]))
+    return tuple(at for at in range(layers) if _is(entries[at], word))
+
+
+def _is(entry: object, word: str) -> bool:
+    """Whether an entry is this word, or this number; or true, where no number is asked for."""
+    return entry == word if isinstance(entry, str) else str(entry) == word if word.isdecimal() else bool(entry)

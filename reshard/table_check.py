@@ -383,12 +383,13 @@ def _shifts(table: Table, data: Data) -> Iterator[Mutation]:
 # Sizes of the axes that families know, all different; a head is wide enough for a quarter of it to be rotated in pairs.
 _SMALL = {"layer": 2, "kv": 4, "group": 3, "heads": 8, "head_dim": 16, "hidden": 56, "inter": 44, "vocab": 131, "pos": 72}
 _SMALL |= {"experts": 6, "routes": 6, "moe_inter": 20, "q_lora": 36, "kv_lora": 28, "rope_dim": 12, "nope_dim": 10}
-_SMALL |= {"index_heads": 9, "index_dim": 26}
+_SMALL |= {"index_heads": 9, "index_dim": 26, "o_groups": 4, "o_heads": 3, "o_lora": 18, "streams": 3}
 _SMALL |= {"lk": 8, "lgroup": 3, "lk_dim": 14, "lv_dim": 18, "kernel": 5}
 _SMALL |= {"ssm_groups": 8, "ssm_group": 3, "ssm_dim": 14, "ssm_state": 18, "dt_rank": 9}
 # The same where weights have scales per block: two ranks cut between blocks, what is not cut may end within one.
 _BLOCKED = {"layer": 2, "heads": 4, "head_dim": 384, "hidden": 160, "inter": 1024, "vocab": 131, "experts": 5, "routes": 5}
 _BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "nope_dim": 320, "kv": 4, "group": 3, "index_dim": 224}
+_BLOCKED |= {"o_groups": 2, "o_heads": 2, "o_lora": 128}
 _FREE = (22, 26, 34, 38, 46, 50, 58, 62, 68, 74, 76, 82, 86, 92, 94)  # for axes that nobody knows
 _NUMBERS = {"top": 2, "index_top": 9}  # of facts that config.json must have
 _TURNED = 6  # features of a head that are rotated
@@ -458,7 +459,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     late = {kind for kind, rule in table.layers.items() if rule.startswith(("last ", "from "))}
     usual = sorted(itertools.islice(itertools.cycle(kinds[:plain]), main), key=lambda mine: bool(late & set(mine)))
     usual = _placed(table, usual)
-    config |= {key: value for kind, rule in table.layers.items() for key, value in _said(rule, [kind in mine for mine in usual])}
+    config |= _told(table, usual)
     kinds = [*usual, *kinds[plain:]]
     for key in table.extra.values():  # so many, or so many times as a list has entries
         first, *counted = (factor.strip() for factor in _first(key).split("*"))
@@ -507,6 +508,18 @@ def _kinds(table: Table) -> list[list[str]]:
         groups = [[kind for kind in group if kind in special] or group for group in groups]
         combined = [list(kinds) for kinds in itertools.product(*groups)]
         found += combined * (1 if len(combined) > 1 else 2)
+    return found
+
+
+def _told(table: Table, kinds: Sequence[Sequence[str]]) -> Data:
+    """What config.json must say so that the rules of kinds name the layers that are of them; one list may say it of several."""
+    found: Data = {}
+    for kind, rule in table.layers.items():
+        here = [kind in mine for mine in kinds]
+        for key, value in _said(rule, here):
+            if key in found and isinstance(value, list):
+                value = [new if mine else old for new, old, mine in zip(value, found[key], here, strict=True)]
+            found[key] = value
     return found
 
 

@@ -157,7 +157,8 @@ def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) 
     if not all(leaf in tensors for leaf in leaves):
         return None
     own = {axis.partition("@")[0]: axis for axis in bases(axis for leaf in leaves for axis in tensors[leaf])}
-    return replace(row, pattern=row.pattern.renamed(lambda axis: own.get(axis, axis)), leaves=leaves)
+    pattern, *layouts = [one.renamed(lambda axis: own.get(axis, axis)) for one in (row.pattern, *row.layouts)]
+    return replace(row, pattern=pattern, layouts=tuple(layouts), leaves=leaves)
 
 
 # The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".

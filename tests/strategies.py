@@ -395,6 +395,10 @@ def inventions(draw: st.DrawFn) -> Invention:
     solved |= {"routes"} | ({"heads"} if "heads" in table.axes else set())
     sizes = {axis: draw(st.sampled_from(SMALL.get(axis, (4, 6, 12)))) for axis in sorted(axes - solved)}
     sizes |= {axis: int(expression) for axis, expression in table.sizes.items() if expression.isdecimal()}
+    first: dict[str, str] = {}
+    for axis in sorted(sizes.keys() & table.sizes.keys()):  # what one key says is one size
+        if key := said(table.sizes[axis]):
+            sizes[axis] = sizes[first.setdefault(key, axis)]
     for axis, atoms in table.axes.items():
         if axis in table.sizes and table.sizes[axis] == table.sizes.get(atoms[0]):
             sizes[atoms[-1]] = 1
@@ -423,7 +427,9 @@ def inventions(draw: st.DrawFn) -> Invention:
     for expression in table.extra.values():  # so many, or so many times as a list has entries
         first, *counted = expression.partition(" | ")[0].split(" * ")
         config |= {first: extra} | {factor.removeprefix("count "): [""] for factor in counted}
-    ruled = {kind: _ruled(draw, rule, sizes["layer"], config) for kind, rule in table.layers.items()}
+    for rule in table.layers.values():
+        _tell(draw, rule, sizes["layer"], config)
+    ruled = {kind: layers_named(rule, sizes["layer"], Config(config), lambda: None) for kind, rule in table.layers.items()}
     ahead = {kind for row in table.rows if row.kinds & table.extra.keys() for kind in row.kinds}
     kinds = []
     for layer in range(sizes["layer"] + extra):
@@ -431,7 +437,10 @@ def inventions(draw: st.DrawFn) -> Invention:
         special = table.extra.keys()
         groups = [[kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))] for group in table.one_of]
         groups = [[kind for kind in group if kind in ahead] or group if beyond else group for group in groups]
-        groups = [[kind for kind in group if layer in ruled.get(kind, ())] or [k for k in group if k not in ruled] for group in groups]
+        groups = [
+            [kind for kind in group if layer in ruled.get(kind, ())] or [kind for kind in group if kind not in ruled] or group
+            for group in groups
+        ]
         kinds.append([draw(st.sampled_from(group)) for group in groups])
     if family == "falcon":  # generations may be mixed: what two rows hold is one logical tensor then
         config["parallel_attn"] |= ["old"] not in kinds
@@ -440,13 +449,14 @@ def inventions(draw: st.DrawFn) -> Invention:
     return Invention(family, *invented(family, sizes, kinds, tags, **config))
 
 
-def _ruled(draw: st.DrawFn, rule: str, layers: int, config: dict[str, Any]) -> tuple[int, ...]:
-    """The layers, of so many, that a rule names by what config.json is made to say."""
+def _tell(draw: st.DrawFn, rule: str, layers: int, config: dict[str, Any]) -> None:
+    """Make config.json say of some of so many layers that a rule names them."""
     if rule.startswith("last "):
         config[rule.removeprefix("last ")] = draw(st.integers(0, layers - 1))
     elif rule.startswith("layer_types"):
-        config["layer_types"] = draw(st.lists(st.sampled_from(("sliding_attention", "full_attention")), min_size=layers, max_size=layers))
-    return layers_named(rule, layers, Config(config), lambda: None)
+        word = rule.partition(" | ")[0].partition(" ")[2] or "sliding_attention"
+        before = config.get("layer_types", ["full_attention"] * layers)
+        config["layer_types"] = [draw(st.sampled_from((word, other))) for other in before]
 
 
 def meshes(layers: int, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Mesh]:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import reshard
 from reshard import cli, tables
 from reshard.header import BITS
-from reshard.notation import parse_pattern, variant_of
+from reshard.notation import parse_pattern
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/format.md", "docs/notation.md")
@@ -474,11 +474,12 @@ def _vocabulary() -> dict[str, list[str]]:
     return {name: re.findall("`([^`]+)`", axes) for name, axes in found}
 
 
-# What is written for short: in families whose queries share keys, whose heads lie in several parts, whose linear values share keys, whose
-# state space heads share what goes into the state.
+# What is written for short: in families whose queries share keys, whose outputs lie in groups, whose heads lie in several parts, whose
+# linear values share keys, whose state space heads share what goes into the state.
 SHORT: tuple[dict[str, tuple[str, ...]], ...] = (
     {},
     {"heads": ("kv", "group")},
+    {"heads": ("o_groups", "o_heads")},
     dict.fromkeys(("heads", "kv"), ("cores", "core_heads")),
     {"lv": ("lk", "lgroup")},
     {"ssm_heads": ("ssm_groups", "ssm_group")},
@@ -495,7 +496,7 @@ def test_vocabulary_is_that_of_the_tables() -> None:
     for row in _rows_of_tables():
         for pattern in (row.pattern, *row.layouts):
             for leaf, path in zip(row.leaves, pattern.axes, strict=True):
-                plain = frozenset(axis.replace(f"@{variant_of(axis)}", "") for axis in (*row.name.axes, *path))
+                plain = frozenset(re.sub("@[a-z_0-9]+", "", axis) for axis in (*row.name.axes, *path))
                 used.setdefault(leaf.partition("@")[0], set()).add(plain)
     assert vocabulary.keys() == used.keys()
     for name, axes in used.items():

@@ -5,6 +5,7 @@
 
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from reshard.layout import lay_out
 from reshard.mesh import Mesh
 from reshard.model import Config, axis_size, understand
 from reshard.notation import evaluate, fold
+from reshard.rules import layers_named
 
 ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
 
@@ -90,10 +92,17 @@ CONFIGS = {
     "kimi_k25": LATENT | INT4 | {"n_routed_experts": 384, "q_lora_rank": 384},
     "deepseek_vl2_ocr": LLAMA | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 32},
 }  # fmt: skip
+DEEPSEEK_V4 = {
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 100,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 6, "q_lora_rank": 384, "o_groups": 4, "o_lora_rank": 128,
+    "hc_mult": 4, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+}  # fmt: skip
+CONFIGS["deepseek_v4"] = DEEPSEEK_V4 | INDEX | FP8
 SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lk": 4, "lv": 8}
 SIZES |= {"inter@late": 56, "group@full": 4}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
+mimo_v2_flash
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
 qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h kimi_linear minimax_m3_vl_text
@@ -160,19 +169,33 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
         sizes |= {"kv": sizes["heads"], "group": 1, "head_dim": sizes["hidden"] // sizes["heads"], "inter": sizes.get("inter", 64)}
     sizes["group"] = sizes["heads"] // sizes["kv"]
     sizes["lgroup"] = sizes["lv"] // sizes["lk"]
+    for axis, parts in table.axes.items():
+        if axis in sizes and parts[-1] not in sizes:
+            sizes[parts[-1]] = sizes[axis] // math.prod(sizes[part] for part in parts[:-1])
     prefix = next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
     spelled = [(row, name.folded) for row in table.rows for name in (row.name, *row.others)]
-    rows = {(prefix + text[1:] if text[0] == "~" else text): row for row, text in spelled}
-    shapes: dict[str, tuple[int, ...]] = {}
+    rows: dict[str, list[tables.Row]] = {}
+    for row, text in spelled:
+        rows.setdefault(prefix + text[1:] if text[0] == "~" else text, []).append(row)
+    named = {kind: layers_named(rule, layers, view, lambda: None) for kind, rule in table.layers.items()}
+    shapes: dict[int, tuple[int, ...]] = {}
     stored = {}
     for name in names:
-        kind = name if name in rows else fold(name)[0]
-        if kind not in shapes:
-            row = rows.get(kind)
-            shapes[kind] = row.pattern.measure(lambda leaf, axis: axis_size(axis, sizes))[0] if row else (3, 5)
+        key, numbers = fold(name)
+        found = rows.get(name) or rows.get(key, [])
+        row = next((row for row in found if len(found) == 1 or in_layer(row, numbers[0], table, named)), None)
+        if id(row) not in shapes:
+            shapes[id(row)] = row.pattern.measure(lambda leaf, axis: axis_size(axis, sizes))[0] if row else (3, 5)
         dtype = "F32" if name.endswith(("_scale_inv", "_scale")) else "BF16"
-        stored[name] = Made(dtype, shapes[kind])
+        stored[name] = Made(dtype, shapes[id(row)])
     return config, stored
+
+
+def in_layer(row: tables.Row, layer: int, table: tables.Table, named: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a row is of the kinds that rules give a layer; what no rule names is of the kind without one."""
+    return all(
+        (layer in named[kind]) == (kind in row.kinds) for group in table.one_of if row.kinds & set(group) for kind in group if kind in named
+    )
 
 
 IDS = [f"{entry['family']}-{(entry['model'] or 'unnamed').replace('/', '-')}-{n}" for n, entry in enumerate(ENTRIES)]

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fixtures import configure, define, sizes, write
+import torch
+from fixtures import BLOCK, State, configure, define, noise_like, quantize, rewrite, sizes, write
 
 NEAR, FULL = "sliding_attention", "full_attention"
 
@@ -46,3 +47,73 @@ def gemma4_moe(directory: Path, seed: str) -> None:
     }
     write(directory, seed, Gemma4TextConfig(**sizes(8, 4, 10, 72, 88, 331, 3), **facts))
     configure(directory, "per_layer_config", global_head_dim=20, num_global_key_value_heads=2)
+
+
+MIMO: dict[str, Any] = {"v_head_dim": 10, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "sliding_window": 6}
+
+
+@define("mimo_v2_flash", heads=8, kv=2, layers=4, experts=4, ep=(1, 2, 4), weights=False)
+def mimo_v2_flash(directory: Path, seed: str) -> None:
+    """Layers with a window have twice the key heads, and sinks; values are narrower than keys; layer 0 dense."""
+    from transformers import MiMoV2FlashConfig
+
+    facts: dict[str, Any] = {"layer_types": [FULL, NEAR, NEAR, FULL]}
+    write(directory, seed, MiMoV2FlashConfig(**sizes(8, 2, 14, 72, 88, 331, 4) | MIMO | facts))
+
+
+@define("mimo_v2_flash", heads=8, kv=2, layers=2, experts=4, ep=(1, 2, 4), weights=False)
+def mimo_v2_flash_stacked(directory: Path, seed: str) -> None:
+    """Experts stacked, as transformers holds them, and sinks by its name; biases of q, k and v."""
+    from transformers import MiMoV2FlashConfig
+
+    facts: dict[str, Any] = {"layer_types": [FULL, NEAR], "mlp_layer_types": ["sparse", "sparse"], "attention_bias": True}
+    facts["num_hidden_layers"] = 2
+    write(directory, seed, MiMoV2FlashConfig(**sizes(8, 2, 14, 72, 88, 331, 3) | MIMO | facts))
+
+    def stack(state: State) -> State:
+        for layer in range(2):
+            mlp = f"model.layers.{layer}.mlp.experts."
+            parts = [[state.pop(f"{mlp}{expert}.{part}_proj.weight") for expert in range(4)] for part in ("gate", "up", "down")]
+            gate, up, state[mlp + "down_proj"] = map(torch.stack, parts)
+            state[mlp + "gate_up_proj"] = torch.cat((gate, up), 1)
+        return {name.replace("attention_sink_bias", "sinks"): tensor for name, tensor in state.items()}
+
+    rewrite(directory, stack)
+
+
+MIMO_SQUARE = (r"model\.layers\.0\.self_attn\.v_proj\.weight_scale_inv",)
+
+
+@define("mimo_v2_flash", heads=8, kv=2, layers=2, experts=4, mtp=3, tp=(1, 2, 4), ep=(1, 2, 4), weights=False, square=MIMO_SQUARE)
+def mimo_v2_flash_fp8(directory: Path, seed: str) -> None:
+    """As published: FP8 but for the outputs of attention, sizes of layers with a window by keys of their own, three layers that predict
+    ahead, which nothing announces. TP 8 would fall inside blocks."""
+    from transformers import MiMoV2FlashConfig
+
+    facts: dict[str, Any] = {"head_dim": 256, "v_head_dim": 128, "hidden_size": 160, "intermediate_size": 1024}
+    facts |= {"moe_intermediate_size": 512, "layer_types": [FULL, NEAR], "num_hidden_layers": 2}
+    write(directory, seed, MiMoV2FlashConfig(**sizes(8, 2, 14, 72, 88, 331, 3) | MIMO | facts), dtype=torch.float32)
+
+    def to_fp8(state: State) -> State:
+        like: State = {}
+        for number in range(3):
+            ahead, hidden = f"model.mtp.layers.{number}.", facts["hidden_size"]
+            for part in ("self_attn.", "input_layernorm."):
+                like |= {ahead + n.partition("layers.1.")[2]: t for n, t in state.items() if n.startswith(f"model.layers.1.{part}")}
+            like |= {ahead + n.partition("layers.0.")[2]: t for n, t in state.items() if n.startswith("model.layers.0.mlp.")}
+            like |= {f"{ahead}{norm}.weight": torch.empty(hidden) for norm in ("enorm", "hnorm", "pre_mlp_layernorm", "final_layernorm")}
+            like[ahead + "eh_proj.weight"] = torch.empty(hidden, 2 * hidden)
+        state |= {name: noise_like(seed, name, tensor, 1.0, torch.float32) for name, tensor in like.items()}
+        result: State = {}
+        for name, tensor in state.items():
+            if name.endswith("_proj.weight") and not name.endswith(("o_proj.weight", "eh_proj.weight")):
+                result[name], result[name + "_scale_inv"] = quantize(tensor)
+            else:
+                result[name] = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
+        return result
+
+    rewrite(directory, to_fp8, shard=2_500_000)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    near: dict[str, Any] = {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 256, "swa_v_head_dim": 128}
+    near |= {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "add_swa_attention_sink_bias": True}
+    configure(directory, "layer_types", "mlp_layer_types", **near, dtype="bfloat16", quantization_config=quantization)
