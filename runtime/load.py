@@ -301,20 +301,24 @@ class Opened:
         check: Callable[[], None] = lambda: None,
         only: Callable[[str], bool] | None = None,
     ) -> State:
-        """The rank's tensors, or some `only`: mapped, or read. `check` is called now and then, from any thread, and may raise."""
-        cast = Cast(self.layout, rank, dtype, device)
+        """The rank's tensors of the language model, or some `only`: mapped, or read. `check` is called now and then, from any thread, and
+        may raise."""
+        from .holdings import language
+
+        cast, own = Cast(self.layout, rank, dtype, device), {slot.name(at) for slot in language(self.layout, rank) for at in slot.points()}
+        wanted = own.__contains__ if only is None else lambda name: name in own and only(name)
         if self.source is None:
             state = load_shard(self.root, rank, verify)
             for name in list(state):
                 check()
                 tensor = state.pop(name)
-                if only is None or only(name):
+                if wanted(name):
                     state[name] = cast(name, tensor)
             return state
         if verify is not None and self.known is not None:
             for other in range(len(self.known.ranks)):
                 load_shard(self.root, other, verify)
-        reader = Reader(self.source, self.layout, rank, cast, check, only or (lambda _: True))
+        reader = Reader(self.source, self.layout, rank, cast, check, wanted)
         state = reader.run(_threads())
         self.read = reader.read
         return state

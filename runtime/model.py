@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from reshard.errors import ReshardError
 from reshard.layout import Layout
 from reshard.model import Model
-from reshard.model import Tensor as LogicalTensor
 
-from .attention import Context, Heads, Latent, Sight, attention, seen, slopes
+from .attention import Context, Sight, attention, seen, slopes
 from .cache import Cache
 from .carried import Carried, Place, Whole
-from .experts import ACTIVATIONS, Share, dense, experts, feed_forward
-from .linear import Linear, linear_attention
+from .experts import ACTIVATIONS, dense, experts, feed_forward
+from .holdings import Holdings, language
+from .linear import linear_attention
 from .mixed import mixed_attention
 from .parallel import World
 from .rope import angles
@@ -56,14 +56,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: Spec, model: Model, layout: Layout, rank: int, world: World) -> None:
         super().__init__()
         self.spec, self.model, self.layout, self.rank, self.world = spec, model, layout, rank, world
-        mesh = layout.mesh
-        self.stage = mesh.stage(rank)
-        self.ranks = tuple(range(self.stage * mesh.tp, (self.stage + 1) * mesh.tp))  # those that share this stage
-        self.first, self.last = self.stage == 0, self.stage == mesh.pp - 1
-        self._heads_of: dict[str, Heads] = {}
-        start, end = layout.stages[self.stage]
-        self.mine = range(start, min(end, model.main_layers))
-        for slot in layout.by_rank[rank]:
+        self.has = Holdings(model, layout, rank)
+        for slot in language(layout, rank):
             for point in slot.points():
                 _put(self, slot.name(point), torch.empty(slot.shape, dtype=DTYPES[layout.dtype(slot, point)], device="meta"))
 
@@ -71,7 +65,7 @@ class Decoder(nn.Module):
     def _by_layer(self) -> tuple[dict[str, Tensor], dict[int, Weights]]:
         """Parameters outside the layers, and those of each layer."""
         outside: dict[str, Tensor] = {}
-        inside: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.mine}
+        inside: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.has.layers}
         for name, tensor in self.named_parameters():
             if name.startswith("layers."):
                 _, layer, rest = name.split(".", 2)
@@ -88,78 +82,16 @@ class Decoder(nn.Module):
         self.__dict__.pop("_by_layer", None)
         return super()._apply(*arguments, **more)  # type: ignore[no-untyped-call]
 
-    # What this rank has of each axis
-
-    def _box(self, tensor: str, rank: int | None = None) -> dict[str, tuple[int, int]]:
-        """Axis → range of a logical tensor on a rank; nothing where it has none of it."""
-        for piece in self.layout.holding(tensor):
-            if piece.slot.rank == (self.rank if rank is None else rank):
-                return dict(zip(piece.tensor.axes, piece.box, strict=True))
-        return {}
-
-    def heads(self, layer: int) -> Heads:
-        """Those of a layer; layers of one kind have the same."""
-        queries = next(t for name in ("attn.q", "attn.q_b", "attn.q_whole", "moa.q") if (t := self.model.form(name, layer)) is not None)
-        if queries.name not in self._heads_of:
-            self._heads_of[queries.name] = self._counted(queries, layer)
-        return self._heads_of[queries.name]
-
-    def _counted(self, queries: LogicalTensor, layer: int) -> Heads:
-        sizes, box, counted = self.model.sizes, self._near(queries.name), _counting_heads(queries)
-        ids = _rows([box[axis] for axis in counted], [sizes[axis] for axis in counted])
-        total = math.prod(sizes[axis] for axis in counted)
-        keys = self.model.form("attn.k", layer)
-        own = box if keys is None else self._near(keys.name)
-        kept = [axis for axis in counted if not axis.startswith("group")] if keys is None else _counting_heads(keys)
-        whole, kv = (math.prod(of) for of in ([sizes[axis] for axis in kept], [own[axis][1] - own[axis][0] for axis in kept]))
-        copies = 1 if keys is None else self.layout.repeats.get(kept[0], 1)
-        values = self.model.form("attn.o", layer)
-        size, value = (_features(tensor, sizes) for tensor in (queries, values or queries))
-        return Heads(ids, total, kv, whole, copies, size, value)
-
-    def _near(self, tensor: str) -> dict[str, tuple[int, int]]:
-        """Its box on this rank; where this stage has none of it, on the rank of another stage that has the same part of it."""
-        others = range(self.rank % len(self.ranks), self.layout.mesh.world, len(self.ranks))
-        return self._box(tensor) or next(box for rank in others if (box := self._box(tensor, rank)))
-
     @cached_property
     def carried(self) -> Carried:
         return Carried(self.model.sizes["hidden"], self.model.main_layers, "ple.proj" in self.model.tensors, self.spec.lenders)
 
     @cached_property
     def _whole(self) -> Whole:
-        def rows(layer: int) -> list[tuple[int, ...]]:
-            keys = self.model.form("attn.k", layer)
-            assert keys is not None
-            stage = next(s for s, (low, high) in enumerate(self.layout.stages) if low <= layer < high) * len(self.ranks)
-            counted = _counting_heads(keys)
-            boxes = [self._box(keys.name, stage + number) for number in range(len(self.ranks))]
-            return [_rows([box[axis] for axis in counted], [self.model.sizes[axis] for axis in counted]) for box in boxes]
-
         def gather(x: Tensor, counts: list[int]) -> Tensor:
-            return self.world.all_gather(x, self.ranks, counts, 1, "keys")
+            return self.world.all_gather(x, self.has.ranks, counts, 1, "keys")
 
-        return Whole(lambda layer: self.heads(layer).size, rows, gather, self.rank % len(self.ranks))
-
-    @cached_property
-    def latent(self) -> Latent | None:
-        sizes = self.model.sizes
-        if "attn.kv_a" not in self.model.tensors:
-            return None
-        q = sizes["q_lora"] if "attn.q_a" in self.model.tensors else None
-        return Latent(q, sizes["kv_lora"], sizes["rope_dim"], sizes["nope_dim"])
-
-    @cached_property
-    def linear(self) -> Linear:
-        keys, values = self._box("lin.k"), self._box("lin.v")
-        count = [math.prod(high - low for axis, (low, high) in box.items() if axis not in ("layer", "hidden")) for box in (keys, values)]
-        sizes = self.model.sizes["lk_dim"], self.model.sizes["lv_dim"]
-        return Linear(count[0] // sizes[0], sizes[0], count[1] // sizes[1], sizes[1])
-
-    @cached_property
-    def share(self) -> Share | None:
-        box = self._box("moe.down")
-        return Share(*box["experts"], bias=box["moe_inter"][0] == 0) if box else None
+        return Whole(lambda layer: self.has.heads(layer).size, self.has.key_heads, gather, self.has.number)
 
     # Running
 
@@ -196,26 +128,26 @@ class Decoder(nn.Module):
                 f"position {int(positions.max())} is wanted, the model has {self.spec.positions}", "shorten the prompt, or generate less"
             )
         context = self._context(input_ids, positions, cache)
-        if self.first:
+        if self.has.first:
             x = self._embed(context, positions)
         else:
             x = self._received((batch, seq), context)
-        for layer in self.mine:
+        for layer in self.has.layers:
             for step in self.steps(layer).values():
                 x = step(x, context)
-        if not self.last:
+        if not self.has.last:
             self._sent(x, context)
         return self._logits(x, batch, seq, all_ranks)
 
     def _sent(self, x: Tensor, context: Context) -> None:
         """To the next stage: hidden states, and what it needs beside them, after the widths of what has been lent."""
-        place, to = (self.mine[-1] + 1, False), self.rank + len(self.ranks)
+        place, to = (self.has.layers[-1] + 1, False), self.rank + len(self.has.ranks)
         if lent := self.carried.lent(place):
             self.world.send(torch.tensor([context.lent[layer].shape[-1] for layer in lent], device=x.device), to, "stage")
         self.world.send(self.carried.give(x, place, context), to, "stage")
 
     def _received(self, shape: tuple[int, int], context: Context) -> Tensor:
-        place, before = (self.mine[0], False), self.rank - len(self.ranks)
+        place, before = (self.has.layers[0], False), self.rank - len(self.has.ranks)
         lent, widths = self.carried.lent(place), []
         if lent:
             widths = self.world.recv((len(lent),), torch.int64, before, "stage", self.device).tolist()
@@ -233,7 +165,7 @@ class Decoder(nn.Module):
             growth = (1 + spec.growth.by * steps)[:, None, :, None].to(self.dtype)
         bias = None
         if self.spec.alibi:
-            heads = self.heads(self.mine[0])
+            heads = self.has.heads(self.has.layers[0])
             steep = slopes(heads.total)[list(heads.ids)].to(columns.device)
             if self.spec.alibi_scaled:  # as it was trained
                 steep = steep.to(torch.bfloat16)
@@ -242,7 +174,7 @@ class Decoder(nn.Module):
 
     def _embed(self, context: Context, positions: Tensor) -> Tensor:
         outside, _ = self._by_layer
-        x = self._looked_up(outside["embed"], context.ids, self._box("embed")["vocab"])
+        x = self._looked_up(outside["embed"], context.ids, self.has.box("embed")["vocab"])
         if self.spec.embed_scale != 1.0:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         if self.spec.embed_factor is not None:
@@ -273,7 +205,7 @@ class Decoder(nn.Module):
         weights = self._by_layer[1][layer]
         h = self._norm(x, weights, "attn_norm")
         beside = self._norm(x, weights, "mlp_norm") if self._has(weights, "mlp_norm") else h
-        both = self._sum(self._heads(layer, h, context) + feed_forward(beside, weights, self.spec, self.share), "hidden")
+        both = self._sum(self._heads(layer, h, context) + feed_forward(beside, weights, self.spec, self.has.share), "hidden")
         return self._added(x, _biased(_biased(both, weights, "attn.o_bias"), weights, "mlp.down_bias"))
 
     def _attend(self, layer: int, x: Tensor, context: Context) -> Tensor:
@@ -287,17 +219,17 @@ class Decoder(nn.Module):
         if "mlp.post_norm" in weights:
             h = self._apart(x, weights)
         else:
-            h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.share), "hidden")
+            h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.has.share), "hidden")
         x = self._added(x, self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm"))
         return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
 
     def _apart(self, x: Tensor, weights: Weights) -> Tensor:
         """A dense part and experts beside it, each with norms of its own before and after."""
         spec = self.spec
-        assert spec.routing is not None and self.share is not None
+        assert spec.routing is not None and self.has.share is not None
         one = self._sum(dense(self._norm(x, weights, "mlp_norm"), weights, "mlp", spec), "hidden")
         seen, given = x.flatten(0, 1), self._norm(x, weights, "moe.norm").flatten(0, 1)
-        other = self._sum(experts(given, weights, spec, spec.routing, self.share, seen), "hidden").view_as(x)
+        other = self._sum(experts(given, weights, spec, spec.routing, self.has.share, seen), "hidden").view_as(x)
         return self._norm(one, weights, "mlp.post_norm") + self._norm(other, weights, "moe.post_norm")
 
     def _end(self, layer: int, x: Tensor, context: Context) -> Tensor:
@@ -305,7 +237,7 @@ class Decoder(nn.Module):
         weights = self._by_layer[1][layer]
         if "ple.gate" in weights:
             gate = ACTIVATIONS[self.spec.activation](weights.linear(x, "ple.gate"))
-            own = self._own(context)[:, :, layer - self.mine[0]]
+            own = self._own(context)[:, :, layer - self.has.layers[0]]
             x = x + self._norm(weights.linear(gate * own, "ple.out"), weights, "ple.norm")
         return x * weights["factor"] if "factor" in weights else x
 
@@ -315,7 +247,7 @@ class Decoder(nn.Module):
             outside, hidden = self._by_layer[0], self.model.sizes["hidden"]
             table, projection = outside["ple_embed"], outside["ple_proj"]
             assert context.embedded is not None
-            looked_up = self._looked_up(table, context.ids, self._box("ple.embed")["ple_vocab"])
+            looked_up = self._looked_up(table, context.ids, self.has.box("ple.embed")["ple_vocab"])
             own = (looked_up * torch.tensor(math.sqrt(table.shape[-1]), dtype=table.dtype)).unflatten(-1, table.shape[1:])
             seen = multiply(context.embedded, projection.flatten(0, 1)) * hidden**-0.5
             seen = self._norm(seen.unflatten(-1, projection.shape[:2]), Weights(outside), "ple_proj_norm")
@@ -333,10 +265,12 @@ class Decoder(nn.Module):
     def _heads(self, layer: int, h: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
         if "moa.q" in weights:
-            return mixed_attention(h, weights, layer, self.spec, self.heads(layer), context)
+            return mixed_attention(h, weights, layer, self.spec, self.has.heads(layer), context)
         if "lin.qkvz" in weights:
-            return linear_attention(h, weights, layer, self.spec, self.linear, context)
-        return attention(h, weights, layer, self.spec, self.heads(layer), self.latent, context, lambda squares: self._sum(squares, "norm"))
+            return linear_attention(h, weights, layer, self.spec, self.has.linear, context)
+        return attention(
+            h, weights, layer, self.spec, self.has.heads(layer), self.has.latent, context, lambda squares: self._sum(squares, "norm")
+        )
 
     # Looking at it
 
@@ -344,7 +278,7 @@ class Decoder(nn.Module):
         """Those of this rank, by layer and part."""
         return {(layer, part): router for layer, weights in self._by_layer[1].items() for part, router in weights.routers.items()}
 
-    def walk(self, ids: Tensor) -> Iterator[tuple[str, Callable[[Tensor | None], Tensor]]]:
+    def walk(self, ids: Tensor, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Callable[[Tensor | None], Tensor]]]:
         """The steps of a forward of tokens [batch, seq] that this rank has a part in, each by a name in words and as a function.
 
         What the functions take is what the step before gave: tokens are embedded from nothing, the head gives logits. A step's weights are
@@ -353,9 +287,9 @@ class Decoder(nn.Module):
         batch, seq = ids.shape
         positions = torch.arange(seq, device=ids.device).expand(batch, seq)
         context, carried, whole = self._context(ids, positions, None), self.carried, self._whole
-        if self.first:
+        if self.has.first:
             yield EMBEDDING, lambda _: carried.give(self._embed(context, positions), (0, False), context)
-        for layer in self.mine:
+        for layer in self.has.layers if layers is None else layers:
             steps = list(self.steps(layer).items())
             for at, (name, step) in enumerate(steps):
                 places = (layer, at > 0), (layer, True) if at + 1 < len(steps) else (layer + 1, False)
@@ -368,20 +302,20 @@ class Decoder(nn.Module):
                     return carried.give(step(x, context), places[1], whole.spread(context, after))
 
                 yield f"layer {layer}, {name}", done
-        if self.last:
+        if self.has.last:
             yield HEAD, lambda x: self._logits(x, batch, seq, all_ranks=False)  # type: ignore[arg-type, misc, return-value]
 
     def _logits(self, x: Tensor, batch: int, seq: int, all_ranks: bool) -> Tensor | None:
-        vocab, pp, tp = self.model.sizes["vocab"], self.layout.mesh.pp, len(self.ranks)
+        vocab, pp, tp = self.model.sizes["vocab"], self.layout.mesh.pp, len(self.has.ranks)
         logits = None
-        if self.last:
+        if self.has.last:
             outside, _ = self._by_layer
             x = self._norm(x, Weights(outside), "norm")
             if "head_proj" in outside:
                 x = multiply(x, outside["head_proj"])
             head = outside["head" if "head" in outside else "embed"]
             logits = multiply(x, F.normalize(head) if self.spec.head_norm else head, outside.get("head_bias"))
-            logits = self.world.all_gather(logits, self.ranks, self._rows, -1, "logits")[..., :vocab]
+            logits = self.world.all_gather(logits, self.has.ranks, self.has.vocabulary, -1, "logits")[..., :vocab]
             if self.spec.logit_factor is not None:
                 logits = logits * self.spec.logit_factor
             if (cap := self.spec.logit_cap) is not None:
@@ -394,15 +328,6 @@ class Decoder(nn.Module):
             self.world.send(logits, self.rank % tp + stage * tp, "logits")
         return logits
 
-    @cached_property
-    def _rows(self) -> list[int]:
-        """Rows of the vocabulary, padding among them, on each rank of the last stage."""
-        pieces = self.layout.pieces.get("head") or self.layout.holding("head")
-        rows = {piece.slot.rank: piece.slot.shape[0] for piece in self.layout.holding("embed")} | {
-            p.slot.rank: p.slot.shape[0] for p in pieces
-        }
-        return [rows[rank] for rank in self.ranks]
-
     def _norm(self, x: Tensor, weights: Weights, name: str) -> Tensor:
         """The norm of that name, or nothing where the family has none there."""
         if not self._has(weights, name):
@@ -413,28 +338,7 @@ class Decoder(nn.Module):
         return norm in weights or norm in self.spec.bare
 
     def _sum(self, x: Tensor, label: str) -> Tensor:
-        return self.world.all_reduce(x, self.ranks, label)
-
-
-# Axes of queries and keys that do not count heads.
-_NOT_HEADS = ("layer", "head_dim", "value_dim", "qk_dim", "hidden", "q_lora", "query_experts")
-
-
-def _counting_heads(tensor: LogicalTensor) -> list[str]:
-    return [axis for axis in tensor.axes if axis.partition("@")[0] not in _NOT_HEADS]
-
-
-def _features(tensor: LogicalTensor, sizes: Mapping[str, int]) -> int:
-    """Of a head."""
-    return next(sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("value_dim", "qk_dim", "head_dim"))
-
-
-def _rows(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Row-major numbers of what a box holds of axes of these sizes."""
-    found = [0]
-    for (low, high), size in zip(box, sizes, strict=True):
-        found = [at * size + one for at in found for one in range(low, high)]
-    return tuple(found)
+        return self.world.all_reduce(x, self.has.ranks, label)
 
 
 def _biased(h: Tensor, weights: Weights, name: str) -> Tensor:

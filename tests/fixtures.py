@@ -623,9 +623,7 @@ QUANTIZED = re.compile(
 )
 
 
-@define("deepseek_v3", heads=8, kv=8, layers=2, experts=4, mtp=1, tp=(1, 2, 4), ep=(1, 2, 4))
-def deepseek_v3_fp8(directory: Path, seed: str) -> None:
-    """As DeepSeek-R1: F8_E4M3, a scale per block of 128 by 128, ragged where nothing is cut. TP 8 would fall inside blocks."""
+def write_fp8(directory: Path, seed: str) -> None:
     from transformers import DeepseekV3Config
 
     config = DeepseekV3Config(
@@ -657,6 +655,26 @@ def deepseek_v3_fp8(directory: Path, seed: str) -> None:
     rewrite(directory, to_fp8, shard=2_500_000)
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
     configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=quantization)
+
+
+def without_fp8(directory: Path, seed: str) -> None:
+    """As transformers has it without FP8: every weight times the scale of its block."""
+    write_fp8(directory, seed)
+
+    def to_float(state: State) -> State:
+        for scale in [name for name in state if name.endswith("_scale_inv")]:
+            name, wide = scale.removesuffix("_scale_inv"), state.pop(scale).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            state[name] = state[name].float() * wide[: state[name].shape[0], : state[name].shape[1]]
+        return {name: tensor.float() for name, tensor in state.items()}
+
+    rewrite(directory, to_float, shard=2_500_000)
+    configure(directory, "quantization_config")
+
+
+@define("deepseek_v3", heads=8, kv=8, layers=2, experts=4, mtp=1, tp=(1, 2, 4), ep=(1, 2, 4), twin=without_fp8)
+def deepseek_v3_fp8(directory: Path, seed: str) -> None:
+    """As DeepSeek-R1: F8_E4M3, a scale per block of 128 by 128, ragged where nothing is cut. TP 8 would fall inside blocks."""
+    write_fp8(directory, seed)
 
 
 # The cache

@@ -5,7 +5,6 @@ The tolerance is derived: at most four times what the reference itself changes b
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ import torch
 from fixtures import FIXTURES, checkpoint, copy
 from reshard.runtime.load import load_model
 from reshard.runtime.parallel import World, run_threads
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -57,23 +55,10 @@ def computed(directory: Path) -> Reference:
 
 @cache
 def reference(name: str, scratch: Path) -> Reference:
-    return computed(plain(name, scratch) if "fp8" in name else checkpoint(name))
-
-
-def plain(name: str, scratch: Path) -> Path:
-    """An FP8 checkpoint as transformers would have it without FP8: every weight times the scale of its block."""
-    directory = Path(shutil.copytree(checkpoint(name), scratch / name))
-    for path in directory.glob("*.safetensors"):
-        state = load_file(path)
-        for scale in [key for key in state if key.endswith("_scale_inv")]:
-            weight = state[scale.removesuffix("_scale_inv")].float()
-            wide = state.pop(scale).repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
-            state[scale.removesuffix("_scale_inv")] = weight * wide
-        save_file({key: value.float() for key, value in state.items()}, path, {"format": "pt"})
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if not key.endswith("_scale_inv")}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return said(directory, quantization_config=None)
+    if (twin := FIXTURES[name].twin) is None:
+        return computed(checkpoint(name))
+    twin(scratch / name)
+    return computed(scratch / name)
 
 
 def said(directory: Path, **config: Any) -> Path:
