@@ -134,7 +134,11 @@ def _listed(folder: str) -> list[tuple[str, str]]:
         paths = sorted(path for path in home.glob("*") if path.is_file() and path.suffix in SUFFIXES)
     listed = [(path.name, sentence(path)) for path in paths]
     if folder == "reshard":
-        listed += [("families/*.toml", "One table per architecture."), ("formats/*.toml", "One table per target format.")]
+        listed += [
+            ("families/*.toml", "One table per architecture."),
+            ("formats/*.toml", "One table per target format."),
+            ("wrappers/*.toml", "What stands around a language model in multimodal checkpoints."),
+        ]
     return listed
 
 
@@ -143,7 +147,7 @@ def sentence(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         match = re.search(r'"title": "(.*)"', text)
-        return f"JSON Schema: {match[1]}." if match else ""
+        return f"JSON Schema: {match[1]}." if match else f"Data: what `scripts/{path.stem}` wrote."
     if path.suffix == ".md":
         return text.partition("\n")[0].lstrip("# ").strip() + "."
     if text.startswith("#!/usr/bin/env bash"):
