@@ -19,10 +19,5 @@ def test_every_rung_finds_what_it_must(name: str, tmp_path: Path) -> None:
     assert {fault for fault, _, _, _ in results} == set(SAMPLE[name])
     missed = [(fault, signed, rung) for fault, signed, rung, caught in results if rung in ADD[fault, signed] and not caught]
     assert missed == []
-
-
-def test_rung_1_accepts_what_is_consistent(tmp_path: Path) -> None:
-    """Digests made right hide a fault from it: that is what the other rungs are for."""
-    found = {(signed, rung): caught for _, signed, rung, caught in planted("llama", tmp_path, ["one bit flipped"])}
-    assert found[False, "integrity"]
-    assert not found[True, "integrity"]
+    consistent = {signed: caught for fault, signed, rung, caught in results if (fault, rung) == ("one bit flipped", "integrity")}
+    assert consistent in ({}, {False: True, True: False}), "digests made right hide a fault from rung 1: what the other rungs are for"
