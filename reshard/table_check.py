@@ -725,7 +725,7 @@ def _ahead(source: Source, ids: Any) -> Any:
     from torch.nn import functional as F
 
     model = source.layout.model
-    if not {"mtp.eh_proj", "mtp_eh_proj"} & model.tensors.keys():
+    if not {"mtp.eh_proj", "mtp_eh_proj", "mtp.e_proj"} & model.tensors.keys():
         return None
     load = import_module("reshard.runtime.load")
     decoders, specs, parallel, weights = (import_module(f"reshard.runtime.{name}") for name in ("model", "spec", "parallel", "weights"))
@@ -736,6 +736,7 @@ def _ahead(source: Source, ids: Any) -> Any:
         eps, offset, vocab, logits = decoder.spec.eps, decoder.spec.norm_offset, model.sizes["vocab"], []
         there, extra = dict(decoder.named_parameters()), range(model.main_layers, model.sizes["layer"])
         decoder.spec = replace(decoder.spec, roped=decoder.spec.roped | set(extra))
+        joint = "e_h_proj" if "mtp.e_proj" in model.tensors else "eh_proj"
         for name, step in decoder.walk(ids):
             if name != decoders.HEAD:
                 x = step(x)
@@ -751,7 +752,7 @@ def _ahead(source: Source, ids: Any) -> Any:
                 return weights.rms_norm(x, of(name), eps, offset)
 
             ids, hidden = ids[:, 1:], x[:, :-1]
-            x = F.linear(torch.cat((normed(F.embedding(ids, of("embed")), "e_norm"), normed(hidden, "h_norm")), -1), of("eh_proj"))
+            x = F.linear(torch.cat((normed(F.embedding(ids, of("embed")), "e_norm"), normed(hidden, "h_norm")), -1), of(joint))
             for name, step in decoder.walk(ids, [layer]):
                 if name.startswith("layer"):
                     x = step(x)

@@ -1,8 +1,8 @@
 """`[model]` of a family table, answered by a config.
 
 A value is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null counts: a number,
-`true`, `false`, `=word` (that word), a key of config.json, one of these divided by another, `a / b`, or what is true or false: `!key`,
-`key == other`, `key != other`. `a if key` counts only where that key is true. A list of texts is true if one of them is.
+`true`, `false`, `=word` (that word), a key of config.json, one of these divided by another or times it, `a / b`, `a * b`, or what is true
+or false: `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of texts is true if one of them is.
 """
 
 from collections.abc import Mapping
@@ -41,9 +41,10 @@ class Facts:
             return self._one(value) if self.config.says(key) else None
         if word.startswith("!") or " == " in word or " != " in word:
             return self.config.says(word)
-        if " / " in word:
-            above, below = (self._one(part.strip()) for part in word.split(" / "))
-            return None if above is None or below is None else above / below
+        for sign in (" / ", " * "):
+            if sign in word:
+                one, other = (self._one(part.strip()) for part in word.split(sign))
+                return None if one is None or other is None else one / other if sign == " / " else one * other
         try:
             return float(word)
         except ValueError:

@@ -97,12 +97,22 @@ DEEPSEEK_V4 = {
     "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 6, "q_lora_rank": 384, "o_groups": 4, "o_lora_rank": 128,
     "hc_mult": 4, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
 }  # fmt: skip
+CONFIGS |= {
+    "mimo": LLAMA | {"num_nextn_predict_layers": 1},
+    "openpangu": LLAMA,
+    "qwen": {"num_attention_heads": 8, "kv_channels": 10, "hidden_size": 80, "vocab_size": 100},
+    "chatglm": {
+        "num_attention_heads": 8, "kv_channels": 10, "hidden_size": 80, "ffn_hidden_size": 64, "padded_vocab_size": 100,
+        "multi_query_attention": True,
+    },
+    "telechat": {"n_head": 8, "hidden_size": 80, "ffn_hidden_size": 64, "vocab_size": 100},
+}  # fmt: skip
 CONFIGS["deepseek_v4"] = DEEPSEEK_V4 | INDEX | FP8
 SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lk": 4, "lv": 8}
 SIZES |= {"inter@late": 56, "group@full": 4}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
-mimo_v2_flash
+mimo_v2_flash exaone
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
 qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h kimi_linear minimax_m3_vl_text
@@ -115,6 +125,7 @@ QUANTIZED = {
     "weight_packed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "embed_tokens.biases": {"bits": 4, "group_size": 64, "mode": "affine"},
 }
+ALSO = {"THUDM/chatglm-6b-int4": {"multi_query_attention": False}, "Tele-AI/TeleChat-52B": {"relative_encoding": "rotary"}}
 LABELS = {"llava_lisa": "llava"}  # what config.json calls what is known by another name
 
 
@@ -149,11 +160,11 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     """A config and shapes for an entry's names."""
     family = LABELS.get(entry["family"], entry["family"])
     names = [name for pattern in entry["names"] for name in expand(pattern)]
-    config = dict(CONFIGS[family])
+    config = CONFIGS[family] | ALSO.get(entry["model"], {})
     table = table_for(family)
     own = [name for name in names if not name.startswith(tuple(f"{tower}." for tower in table.towers))]
     layers = 1 + max(int(n) for name in own for n in re.findall(r"(?:layers|h|blocks)\.(\d+)\.", name))
-    config[table.sizes["layer"].split(" | ")[0]] = layers - config.get("num_nextn_predict_layers", 0)
+    config[table.sizes["layer"].split(" | ")[0]] = layers - (0 if table.counts_apart else config.get("num_nextn_predict_layers", 0))
     config["tie_word_embeddings"] = not any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in names)
     if family == "gpt2":  # only the first layer was read: the rest of a one-layer model beside it
         prefix = "transformer." if names[0].startswith("transformer.") else ""
