@@ -3,7 +3,8 @@
     all             every layer
     even            0, 2, 4, …
     layer_types     the "sliding_attention" entries of that list
-    KEY WORD        the entries of another such list that are this word, or number; the list may be of pairs, of a list and how often it comes
+    KEY WORD        the entries of another such list that are this word, or number; the list may be of pairs, of a list and how often it
+                    comes
     from KEY        layers ≥ that number
     last KEY        so many layers at the end
     but KEY         all but each KEY-th: of 4 all but 3, 7, 11, …
