@@ -15,7 +15,8 @@ RUNGS = ("integrity", "weights", "sha256", "numerics")
 
 @dataclass
 class Rung:
-    """One check: what was compared, what was found wrong, and what could not be compared. `skipped`: why nothing was."""
+    """One check: what was compared, what was found wrong, and what could not be compared. `skipped`: why nothing was; `words`: what was
+    done, where that is more than counts, and `details`, a line each."""
 
     name: str
     bytes: int = 0
@@ -27,6 +28,7 @@ class Rung:
     seconds: float = 0.0
     numbers: dict[str, Any] = field(default_factory=dict)
     words: str = ""
+    details: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -39,9 +41,12 @@ class Rung:
 
     def lines(self) -> Iterator[str]:
         verdict = "skipped" if self.skipped is not None else "ok" if self.ok else f"{len(self.failures)} FAILED"
-        done = self.skipped or self.words or f"{self.tensors} tensors, {self.files} files, {decimal(self.bytes)}"
+        counts = f"{self.tensors} tensors, " * bool(self.tensors) + f"{self.files} files, {decimal(self.bytes)}"
+        done = self.skipped or self.words or counts
         done += f", {self.seconds:.1f} s" if self.skipped is None else ""
         yield from textwrap.wrap(f"{self.name:<10} {verdict:<10} {done}", WIDTH, subsequent_indent=" " * 22, break_on_hyphens=False)
+        for detail in self.details:
+            yield from textwrap.wrap(detail, WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 22)
         yield from (f"  {failure}" for failure in self.failures[:MOST])
         if len(self.failures) > MOST:
             yield f"  … and {len(self.failures) - MOST} more"

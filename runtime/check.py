@@ -294,6 +294,16 @@ class _Check:
         rung.words = f"{self.reference.name}; logits off by {share:.2f} × its own error; {done['tokens']} tokens agreed"
         if self.chosen is not None:
             rung.words += f"; {self.chosen.share:.2%} of routing imposed"
+        for name, numbers in rung.numbers.items():
+            if isinstance(numbers, dict) and "kl" in numbers:
+                largest, rms = f"max {numbers['max']:.2g}", f"rms {numbers['rms']:.2g}"
+                if name == "float32":
+                    largest += f" (at most {TIMES * numbers['own_max']:.2g})"
+                else:
+                    rms += f" (at most {RMS * numbers['own_rms']:.2g})"
+                rung.details.append(f"{name}: {largest}, {rms}, KL {numbers['kl']:.2g}")
+        routed = f", {covered['experts']} of {covered['of']} experts" if "experts" in covered else ""
+        rung.details.append(f"reached: {rows} of {vocab} rows of the vocabulary{routed}")
 
     def _first_to_differ(self) -> str:
         """Which step is the first to compute something else from the same input, and which tensors of it are not the original's."""

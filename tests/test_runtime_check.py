@@ -61,6 +61,9 @@ def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: 
         assert numbers["coverage"]["experts"] == numbers["coverage"]["of"]
         assert numbers["float32"]["imposed"] < 0.01
     assert not report.proven  # three rungs were not climbed
+    told = "\n".join(report.lines())
+    assert re.search(r"\n {11}float32: max [\d.e-]+ \(at most [\d.e-]+\), rms [\d.e-]+, KL -?[\d.e-]+\n", told), told
+    assert f"reached: {numbers['coverage']['rows']} of {numbers['coverage']['vocabulary']} rows of the vocabulary" in told
 
 
 def test_everything_climbed_and_nothing_left_out_is_proven(checkpoint: Get, tmp_path: Path) -> None:
