@@ -597,9 +597,17 @@ def wrapper_of(config: Config) -> Table | None:
             hint = f"{nearest('families', str(inner))}; or bring one with --family my.toml (docs/notation.md)"
             raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
         head = text.partition("\n[wraps]")[0]
-        keys = "".join(f"{key} = {value}\n" for key, value in about["left_out"].get(family.name, {}).items())
+        left_out = about["left_out"].get(family.name, {}) | about["left_out"].get(kind, {})
+        keys = "".join(f"{key} = {value}\n" for key, value in left_out.items())
         return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{keys}', f"{name}.toml", _shipped("families"))
     return None
+
+
+def named(name: str, config: Config) -> Table:
+    """The shipped table of that name, which may be that of a multimodal checkpoint."""
+    if name not in shipped("families") and (wrapper := wrapper_of(config)) is not None and wrapper.name == name:
+        return wrapper
+    return load("families", name)
 
 
 def family_of(model_type: str | None, architectures: Iterable[str]) -> Table | None:

@@ -6,13 +6,14 @@ asked for. Knows nothing about torch.
 
 import json
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reshard import header, tables
 from reshard.checkpoint import read_json
 from reshard.config import Config
+from reshard.dialect import tower_rows
 from reshard.errors import MismatchError
 from reshard.layout import Layout, lay_out
 from reshard.manifest import NAME, Manifest
@@ -24,8 +25,9 @@ from reshard.shards import Shards
 def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     """The config, and a layout that has this rank's tensors. Raises MismatchError where the rank's file holds others."""
     about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
-    family = tables.load("families", known.family)
-    config = Config(read_json(root / "config.json")).with_defaults(family.defaults)
+    config = Config(read_json(root / "config.json"))
+    family = tables.named(known.family, config)
+    config = config.with_defaults(family.defaults)
     try:
         tensors = _tensors(said, about["sizes"])
         alias: dict[str, str] = {}
@@ -33,6 +35,8 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
             if (t := tensors.get(name) or tensors.get(other)) is not None:
                 alias[name] = other
                 tensors |= {each: Tensor(each, t.axes, t.sizes, t.dtypes, t.layers) for each in (name, other)}
+        beside = tower_rows(family.towers, {tensor["name"]: _Stored(tuple(tensor["shape"])) for tensor in said["tensors"]})
+        family = replace(family, rows=(*family.rows, *beside))
         main = evaluate(family.sizes.get("layer", "none"), config.get)
         model = Model(family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -52,6 +56,11 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
             "the tables of the conversion may be others: fetch its folder `source` too",
         )
     return config, layout
+
+
+@dataclass(frozen=True)
+class _Stored:
+    shape: tuple[int, ...]
 
 
 def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:

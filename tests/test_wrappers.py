@@ -1,16 +1,27 @@
 """Multimodal checkpoints, written by `transformers`: the language model is cut as its family is, the other towers are carried whole."""
 
+import shutil
+import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gauntlet import convert_and_back
+from fixtures import State, configure, rewrite
+from gauntlet import MORE, OPTIONS, SEQ, Reference, convert_and_back, run_like
+from reshard.runtime.check import prompts_for
+from reshard.runtime.reference import reference_for
 from running import reshard
 from safetensors.torch import load_file
 
+from reshard import tables
+from reshard.config import Config
+from reshard.conversion import convert, prepare
+from reshard.dialect import settle
+from reshard.mesh import Mesh
 from reshard.source import open_source
 
 TEXT: dict[str, Any] = {
@@ -21,6 +32,7 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 10,
     "vocab_size": 331,
+    "max_position_embeddings": 128,
 }
 VISION: dict[str, Any] = {
     "hidden_size": 24,
@@ -31,67 +43,145 @@ VISION: dict[str, Any] = {
     "patch_size": 14,
 }
 QWEN_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 56}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 14,
+}
+BEYOND = {"image_token_id": 331, "video_token_id": 331}  # tokens that no text has
+
+
+def turned(*section: int, **more: Any) -> dict[str, Any]:
+    """Angles of positions along several axes, which are the same for text."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **more}}
 
 
 def llava() -> Any:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig
 
-    config = LlavaConfig(
+    return LlavaConfig(
         text_config={"model_type": "llama", **TEXT}, vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
     )
-    return LlavaForConditionalGeneration(config)
 
 
 def mistral3() -> Any:
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+    from transformers import Mistral3Config
 
-    config = Mistral3Config(
-        text_config={"model_type": "mistral", **TEXT}, vision_config={"model_type": "pixtral", "head_dim": 12, **VISION}
-    )
-    return Mistral3ForConditionalGeneration(config)
+    return Mistral3Config(text_config={"model_type": "mistral", **TEXT}, vision_config={"model_type": "pixtral", "head_dim": 12, **VISION})
 
 
 def gemma3() -> Any:
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    from transformers import Gemma3Config
 
-    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=TEXT, vision_config={"model_type": "siglip_vision_model", **VISION}))
+    return Gemma3Config(text_config=TEXT, vision_config={"model_type": "siglip_vision_model", **VISION})
+
+
+def gemma4() -> Any:
+    """Layers of two sizes; the last one looks up the keys and values of an earlier one."""
+    from transformers import Gemma4Config
+
+    text = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "global_head_dim": 20, "num_kv_shared_layers": 1}
+    text |= {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 341, "sliding_window": 5}
+    vision = {"head_dim": 12, "num_key_value_heads": 2, "position_embedding_size": 36, "patch_size": 4}
+    return Gemma4Config(text_config=TEXT | text, vision_config=VISION | vision, audio_config=None)
+
+
+def llama4() -> Any:
+    from transformers import Llama4Config
+
+    text = {"num_local_experts": 4, "intermediate_size": 40, "intermediate_size_mlp": 88, "attention_chunk_size": 5}
+    vision = {"vision_output_dim": 20, "projector_input_dim": 36, "projector_output_dim": 20}
+    return Llama4Config(text_config=TEXT | text, vision_config=VISION | vision)
 
 
 def qwen2_5_vl() -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLConfig
 
-    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 2]}
-    text |= {"hidden_size": 80, "rope_parameters": rope}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config={**QWEN_VISION, "fullatt_block_indexes": [1], "out_hidden_size": 80})
-    )
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"hidden_size": 80, **turned(1, 2, 2)}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION | {"fullatt_block_indexes": [1], "out_hidden_size": 80})
 
 
 def qwen3_vl() -> Any:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLConfig
 
     vision = {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 36}
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=TEXT, vision_config=vision))
+    return Qwen3VLConfig(text_config=TEXT | turned(1, 2, 2), vision_config=vision, **BEYOND)
 
 
-MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "llava": (llava, "llama"),
-    "mistral3": (mistral3, "mistral"),
-    "gemma3": (gemma3, "gemma3_text"),
-    "qwen2_5_vl": (qwen2_5_vl, "qwen2"),
-    "qwen3_vl": (qwen3_vl, "qwen3"),
+def qwen3_vl_moe() -> Any:
+    from transformers import Qwen3VLMoeConfig
+
+    vision = {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 36}
+    return Qwen3VLMoeConfig(text_config=TEXT | EXPERTS | turned(1, 2, 2), vision_config=vision, **BEYOND)
+
+
+def qwen3_5() -> Any:
+    from transformers import Qwen3_5Config
+
+    text = TEXT | LINEAR | {"head_dim": 24} | turned(1, 1, 1, partial_rotary_factor=0.25)
+    return Qwen3_5Config(text_config=text, vision_config={**QWEN_VISION, "num_position_embeddings": 36}, **BEYOND)
+
+
+def qwen3_5_moe() -> Any:
+    from transformers import Qwen3_5MoeConfig
+
+    text = TEXT | LINEAR | EXPERTS | {"head_dim": 24, "shared_expert_intermediate_size": 40} | turned(1, 1, 1, partial_rotary_factor=0.25)
+    return Qwen3_5MoeConfig(text_config=text, vision_config={**QWEN_VISION, "num_position_embeddings": 36}, **BEYOND)
+
+
+def glm4v_moe() -> Any:
+    from transformers import Glm4vMoeConfig
+
+    text = {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    text |= turned(1, 1, 2, partial_rotary_factor=0.5) | {"first_k_dense_replace": 1}
+    vision = {**QWEN_VISION, "image_size": 28, "patch_size": 14}
+    return Glm4vMoeConfig(text_config=TEXT | text, vision_config=vision, **BEYOND)
+
+
+def deepseek_ocr2() -> Any:
+    from transformers import DeepseekOcr2Config
+
+    text = {"n_routed_experts": 4, "n_shared_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "hidden_size": 80}
+    text |= {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+    sam = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "output_channels": 12, "window_size": 2}
+    encoder = VISION | {"num_key_value_heads": 2, "vocab_size": 11}
+    vision = {"sam_config": sam | {"downsample_channels": [20, 24], "global_attn_indexes": [1]}, "encoder_config": encoder}
+    return DeepseekOcr2Config(text_config=TEXT | text, vision_config=vision)
+
+
+MODELS: dict[Callable[[], Any], str] = {
+    llava: "llama",
+    mistral3: "mistral",
+    gemma3: "gemma3_text",
+    gemma4: "gemma4_text",
+    llama4: "llama4_text",
+    qwen2_5_vl: "qwen2",
+    qwen3_vl: "qwen3",
+    qwen3_vl_moe: "qwen3_vl_moe_text",
+    qwen3_5: "qwen3_5_text",
+    qwen3_5_moe: "qwen3_5_moe_text",
+    glm4v_moe: "glm4_moe",
+    deepseek_ocr2: "deepseek_ocr2_text",
 }
+BY_NAME = {model.__name__: model for model in MODELS}
 
 
 @cache
 def written(name: str, scratch: Path) -> Path:
+    import transformers
+
     directory = scratch / name
-    model = MODELS[name][0]().to(torch.bfloat16)
+    config = BY_NAME[name]()
+    model = transformers.AutoModelForImageTextToText.from_config(config).to(torch.bfloat16)
+    centre = 0.0 if name in ("gemma3", "qwen3_5", "qwen3_5_moe") else 1.0  # these multiply by 1 + weight
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for key, tensor in model.named_parameters():
+            spread, around = (tensor.shape[-1] ** -0.5, 0.0) if tensor.ndim > 1 else (0.2, centre if "norm" in key else 0.0)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (1.0 if "embed_tokens" in key else spread) + around)
     model.save_pretrained(directory)
     return directory
 
@@ -101,11 +191,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wrappers")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(name: str, scratch: Path, tmp_path: Path) -> None:
     source = written(name, scratch)
     model = open_source(source).layout.model
-    assert model.family.name == name and MODELS[name][1] in model.family.texts
+    assert model.family.name == name and MODELS[BY_NAME[name]] in model.family.texts
     convert_and_back(source, [{"tp": 2, "pp": 2}, {"tp": 8}], tmp_path)
     state = load_file(source / "model.safetensors")
     towers = {row.tower for row in model.family.rows if row.tower}
@@ -115,7 +205,108 @@ def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(n
         mine = load_file(tmp_path / "0" / f"rank-{rank:05}" / "model.safetensors")
         assert beside & mine.keys() == (beside if rank < 2 else set())
         assert all(torch.equal(mine[key], state[key]) for key in beside & mine.keys())
-        assert any(key.endswith("attn.qkv") for key in mine)
+        assert any(".attn.q" in key for key in mine)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_given_text_shards_compute_what_transformers_makes_of_the_whole_model(name: str, scratch: Path, tmp_path: Path) -> None:
+    """Where no rank has more than the manifest, the carried files and its own folder."""
+    torch.set_num_threads(1)
+    source = open_source(written(name, scratch))
+    found = reference_for(source)
+    assert found.independent, found.name
+    ids = prompts_for(source)[:2, : SEQ + 1]
+    with torch.inference_mode():
+        logits, exact = (found.logits(ids, dtype) for dtype in (torch.float32, torch.float64))
+        tokens = found.greedy(ids, MORE)[0]
+    mesh, out = Mesh(tp=2, pp=2), tmp_path / "out"
+    convert(prepare(source, "native", mesh, OPTIONS), out, OPTIONS)
+    shutil.rmtree(out / "source")
+    run_like(out, mesh, Reference(ids, logits, tokens, (logits - exact).abs().max().item()))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_shards_are_proven(name: str, scratch: Path, tmp_path: Path) -> None:
+    assert reshard("convert", written(name, scratch), tmp_path / "out", "--tp", "2", "--sha256").code == 0
+    done = reshard("verify", tmp_path / "out", "--against", written(name, scratch), "--sha256", "--numerics", "--json")
+    assert done.code == 0 and done.json["proven"], done.out
+    assert done.json["rungs"][-1]["numbers"]["reference"].startswith("transformers "), done.out
+
+
+def test_a_model_that_transformers_does_not_have_is_compared_with_this_runtime(scratch: Path, tmp_path: Path) -> None:
+    """As the first LLaVA, whose names are those of its language model."""
+    source = renamed(written("llava", scratch), tmp_path / "model", {"language_model.": "", "vision_tower.": "model.vision_tower."})
+    configure(source, model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"])
+    found = reference_for(open_source(source))
+    assert not found.independent and found.name.startswith("this runtime at TP 1 (transformers: "), found.name
+    with torch.inference_mode():
+        ids = torch.arange(10).view(1, -1)
+        wanted = reference_for(open_source(written("llava", scratch))).logits(ids, torch.float32)
+        assert torch.allclose(found.logits(ids, torch.float32), wanted, atol=1e-4)
+
+
+IN_MEMORY = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "model.": "model.language_model.",
+    "visual.": "model.visual.",
+}
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_names_as_transformers_5_has_them_in_memory(name: str, scratch: Path, tmp_path: Path) -> None:
+    """What it writes are the names of published files."""
+    source = renamed(written(name, scratch), tmp_path / "model", IN_MEMORY)
+    convert_and_back(source, [{"tp": 2, "pp": 2}], tmp_path / "out")
+    one, other = (open_source(path).layout.model for path in (source, written(name, scratch)))
+    assert one.sizes == other.sizes and len(one.tensors) == len(other.tensors)
+
+
+def test_what_a_section_leaves_out_is_what_its_class_says() -> None:
+    from transformers import AutoConfig
+
+    said = tomllib.loads((Path(tables.__file__).parent / "wrappers" / "multimodal.toml").read_text())["left_out"]
+    for kind, keys in said.items():
+        theirs = AutoConfig.for_model(kind).get_text_config()
+        assert keys == {key: getattr(theirs, key, None) or theirs.rope_parameters[key] for key in keys}, kind
+        alone = kind in tables.shipped("families")
+        config = Config({"model_type": "llava", "text_config": {"model_type": kind}} if alone else {"model_type": kind})
+        assert (table := tables.wrapper_of(config)) is not None
+        assert {key: config.with_defaults(table.defaults).get(key) for key in keys} == keys
+
+
+@pytest.mark.parametrize("unclear", [True, False])
+def test_stacks_of_experts_that_could_lie_either_way_lie_as_published(unclear: bool) -> None:
+    table = tables.load("families", "qwen3_vl_moe_text")
+    row = next(row for row in table.rows if row.name.text.endswith("gate_up_proj"))
+    inner = 24 if unclear else 20
+    stored = {row.name.name({"layer": 0}): Stored((4, 2 * inner, 48))}
+    found = settle(table, stored, {"experts": 4, "hidden": 48, "moe_inter": inner})
+    assert next(other for other in found.rows if other.name == row.name).pattern == (row.pattern if unclear else row.layouts[0])
+
+
+@dataclass(frozen=True)
+class Stored:
+    shape: tuple[int, ...]
+
+
+def renamed(source: Path, directory: Path, names: dict[str, str]) -> Path:
+    """A copy in which names begin otherwise."""
+    directory.mkdir(parents=True)
+    for path in source.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+
+    def edit(state: State) -> State:
+        found = {}
+        for name, tensor in state.items():
+            start = next((start for start in names if name.startswith(start)), "")
+            found[names.get(start, "") + name.removeprefix(start)] = tensor
+        return found
+
+    rewrite(directory, edit)
+    return directory
 
 
 def test_plan_says_what_is_carried(scratch: Path) -> None:
@@ -127,10 +318,7 @@ def test_plan_says_what_is_carried(scratch: Path) -> None:
 
 
 def test_a_language_model_without_a_table_is_refused_by_its_name(scratch: Path, tmp_path: Path) -> None:
-    source = tmp_path / "model"
-    source.mkdir()
-    for path in written("llava", scratch).iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+    source = renamed(written("llava", scratch), tmp_path / "model", {})
     text = (source / "config.json").read_text()
     (source / "config.json").write_text(text.replace('"model_type": "llama"', '"model_type": "hermit"'))
     done = reshard("plan", source, "--tp", "2")
