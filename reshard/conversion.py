@@ -5,6 +5,7 @@ Knows the order of things; how each is done is known elsewhere.
 
 import os
 import shlex
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from .shards import folder, scalar, shard_digest, tensors_json
 from .source import Source
 from .tables import Constant, Table
 from .units import decimal
+from .verdict import WIDTH
 
 OURS = (manifest.NAME, "source")  # names in a shard directory that a carried file must not take
 
@@ -64,6 +66,7 @@ class Result:
     written: int
     seconds: float
     left: tuple[tuple[str, int], ...] = ()
+    towers: tuple[str, ...] = ()  # that stand whole on several ranks
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -74,6 +77,7 @@ class Result:
             "bytes_written": self.written,
             "seconds": round(self.seconds, 3),
             "left": [{"name": name, "size": size} for name, size in self.left],
+            "towers": list(self.towers),
             **usage(),
         }
 
@@ -84,6 +88,8 @@ class Result:
         else:
             rate = decimal(round(self.read / max(self.seconds, 1e-9)))
             done = [f"{self.out}: {decimal(self.written)} written in {self.seconds:.1f} s ({rate}/s)"]
+        if self.towers:
+            done += textwrap.wrap(f"carried whole: {', '.join(self.towers)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         if self.left:
             names = ", ".join(name for name, _ in self.left[:6]) + (f" and {len(self.left) - 6} more" if len(self.left) > 6 else "")
             done.append(f"left behind: {names}")
@@ -116,6 +122,12 @@ class Job:
     output: Output
     plan: Plan
     engine: str | None
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """What stands beside the language model, and is not cut among several ranks."""
+        rows = self.source.layout.model.family.rows if self.output.layout.mesh.world > 1 else ()
+        return tuple(dict.fromkeys(row.tower for row in rows if row.tower))
 
     @property
     def reads(self) -> int:
@@ -198,7 +210,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     if busy:
         found = rerun.same(job, out, options, progress)
         if found is None:
-            return Result(out, True, _root(out), 0, 0, time.monotonic() - began, source.left)
+            return Result(out, True, _root(out), 0, 0, time.monotonic() - began, source.left, job.towers)
         if not options.overwrite:
             raise ReshardError(f"{out}: is not empty, and {found}", "choose another destination, or --overwrite to replace it")
         if (theirs := rerun.irreplaceable(out, job)) is not None:
@@ -232,7 +244,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             _sync_directory(publication.out)
             _sync_directory(publication.out.parent)
     progress.finish()
-    return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left)
+    return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left, job.towers)
 
 
 def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:

@@ -2,14 +2,16 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from . import api
 from .checkpoint import Published, open_published
 from .errors import ReshardError
-from .model import Config, Model
-from .notation import fold
+from .model import Config, Model, Tensor
+from .notation import bases, block_of, fold
+from .sizes import axis_size
 from .source import Source
 from .units import decimal
 
@@ -76,18 +78,21 @@ def published(src: str, revision: str | None) -> Published:
 def _understood(source: Source, name: str) -> dict[str, Any]:
     model, layout, facts = source.layout.model, source.layout, api.facts(source, name)
     known = source.manifest
-    atoms = {axis for axis in model.sizes if axis not in model.family.axes or axis == "heads"}
+    beside = {row.leaves[0] for row in model.family.rows if row.tower}
+    own = {base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)} | model.family.sizes.keys()
+    atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
     return {
         "source": name,
         "layout": f"{layout.table.name}, {layout.mesh}" if layout.table.cut else "published (Hugging Face)",
         "family": model.family.name,
+        "around": model.family.around or None,
         "model": source.origin.id,
         "commit": source.origin.commit,
         "license": source.origin.license,
         "bytes": facts.nbytes,
         "files": facts.files,
         "tensors": facts.tensors,
-        "parameters": sum(t.elements for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")),
+        "parameters": sum(_numbers(t, model) for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")),
         "dtypes": dict(facts.dtypes),
         "sizes": {axis: model.sizes[axis] for axis in sorted(atoms)},
         "tied": [f"{name} is {other}" for name, other in model.alias.items()],
@@ -98,6 +103,13 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "left": [name for name, _ in source.left],
         "root": known.root if known else None,
     }
+
+
+def _numbers(tensor: Tensor, model: Model) -> int:
+    """Elements; where several numbers lie in one, all of them."""
+    blocks = [(axis, block[0]) for axis in tensor.axes if (block := block_of(axis))]
+    whole = prod(model.sizes[base] for _, axes in blocks for base in axes)
+    return tensor.elements // prod(axis_size(axis, model.sizes) for axis, _ in blocks) * whole
 
 
 def _towers(model: Model) -> list[str]:

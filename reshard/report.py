@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -112,6 +112,7 @@ class Report:
 
     source: SourceFacts
     family: str
+    around: str  # the family of its language model, where it has other towers; or nothing
     layers: int
     extra_layers: int
     came_from: str  # "published", or the format and mesh of a sharded directory
@@ -150,6 +151,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values: bytes as integers, nothing rounded but the balance."""
         of_model = {"family": self.family, "layers": self.layers, "extra_layers": self.extra_layers, "layout": self.came_from}
+        if self.around:
+            of_model["around"] = self.around
         return {
             "source": _plain(self.source) | of_model,
             "format": self.format,
@@ -221,6 +224,7 @@ def build(
     return Report(
         source=source,
         family=model.family.name,
+        around=model.family.around,
         layers=model.main_layers,
         extra_layers=model.sizes.get("layer", model.main_layers) - model.main_layers,
         came_from=f"{src.table.name}, {src.mesh}" if src.table.cut else "published",
@@ -419,7 +423,8 @@ def _head(report: Report, width: int) -> Iterator[str]:
     source = report.source
     yield source.name + (f" @ {source.commit}" if source.commit else "")
     extra = f" + {report.extra_layers} for multi-token prediction" if report.extra_layers else ""
-    yield from _wrapped(f"{report.came_from}; family {report.family}, {report.layers} layers{extra}", width)
+    around = f" around {report.around}" if report.around else ""
+    yield from _wrapped(f"{report.came_from}; family {report.family}{around}, {report.layers} layers{extra}", width)
     several = len(source.dtypes) > 1
     dtypes = ", ".join(f"{dtype} ({n})" if several else dtype for dtype, n in sorted(source.dtypes.items(), key=lambda item: -item[1]))
     files = "1 file" if source.files == 1 else f"{source.files} files"
@@ -444,7 +449,11 @@ def _on_disk(report: Report, width: int) -> Iterator[str]:
         parts.append(f"{decimal(report.constants)} constants")
     yield from _wrapped(f"stored {decimal(report.stored)}: {', '.join(parts)}", width)
     if report.repeated_bytes:
-        most = sorted(report.repeated_bytes.items(), key=lambda item: (-item[1], item[0]))
+        towers = {leaf: row.tower for kind in report.kinds for row in kind.rows if row.tower for leaf in row.logical}
+        together: Counter[str] = Counter()
+        for name, nbytes in report.repeated_bytes.items():
+            together[towers.get(name, name)] += nbytes
+        most = sorted(together.items(), key=lambda item: (-item[1], item[0]))
         names = [f"{name} {decimal(n)}" for name, n in most[:6]]
         if rest := most[6:]:
             names.append(f"{len(rest)} more {decimal(sum(n for _, n in rest))}")

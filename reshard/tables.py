@@ -94,6 +94,11 @@ class Table:
         return "cache" in self.model and self.model.get("runs") is not False
 
     @property
+    def around(self) -> str:
+        """Of a table with other towers, the family of its language model, where that has a table of its own."""
+        return next(iter([*self.texts][1:]), "") if self.towers else ""
+
+    @property
     def counts_apart(self) -> bool:
         """Whether extra layers have names of their own."""
         return any(row.name.extra for row in self.rows)

@@ -309,12 +309,19 @@ def renamed(source: Path, directory: Path, names: dict[str, str]) -> Path:
     return directory
 
 
-def test_plan_says_what_is_carried(scratch: Path) -> None:
+def test_plan_inspect_and_convert_say_what_is_carried(scratch: Path, tmp_path: Path) -> None:
     done = reshard("plan", written("llava", scratch), "--tp", "4")
     assert done.code == 0
+    assert "published; family llava around llama, 3 layers" in done.out, done.out
+    assert "replicated: vision_tower 139.87 kB, multi_modal_projector" in done.out, done.out
     assert "other towers, which are not cut, whole on every rank" in done.out
     assert "vision_tower  39 tensors" in done.out, done.out
-    assert "vision_tower, " in reshard("inspect", written("llava", scratch)).out
+    done = reshard("inspect", written("llava", scratch))
+    assert "vision_tower, 23,312 parameters" in done.out and "around:       llama" in done.out
+    assert "sizes:        group 2, head_dim 10," in done.out  # nothing of the towers'
+    done = reshard("convert", written("deepseek_ocr2", scratch), tmp_path / "out", "--tp", "2")
+    words = "carried whole: model.projector, model.qwen2_model, model.sam_model,\n  model.view_seperator\n"
+    assert words in done.out + done.err, done.out + done.err
 
 
 def test_a_language_model_without_a_table_is_refused_by_its_name(scratch: Path, tmp_path: Path) -> None:
