@@ -205,7 +205,7 @@ _FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "alibi_
 _FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs", "bare", "rope_layers", "rope_near", "late_qk_norm", "growth"}
 _FACTS |= {"rope_base", "bare_heads", "window_chunks", "index_top", "index_interleaved", "borrowed"}
 _FACTS |= {"post_norm", "pos_offset", "rope_size", "head_norm"}
-_FACTS |= {"attn_clip", "embed_factor", "residual_factor", "logit_factor", "attn_factor"}
+_FACTS |= {"attn_clip", "value_factor", "embed_factor", "residual_factor", "logit_factor", "attn_factor"}
 _ROUTING = {"divide", "top", "score", "renormalize", "jitter", "scale", "groups", "group_top", "group_best", "weigh_input", "wide"}
 
 

@@ -140,7 +140,7 @@ def _plain(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries, keys and values of the heads, and the gate [batch, seq, heads · features] of what comes out, where there is one."""
     batch, seq, _ = x.shape
-    n, m, size = len(heads.ids), heads.kv, heads.size
+    n, m, size, value = len(heads.ids), heads.kv, heads.size, heads.value
     gate, turn = None, context.of(layer, spec).turn
     if (lender := spec.lenders.get(layer)) is not None:
         q = weights.linear(x, "attn.q").reshape(batch, seq, -1, size).transpose(1, 2)
@@ -153,7 +153,8 @@ def _plain(
         q, k, v = weights.linear(x, "attn.qgkv").split([2 * n * size, m * size, m * size], -1)
         q, gate = (part.flatten(2) for part in q.reshape(batch, seq, n, 2 * size).split(size, -1))
     else:
-        q, k, v = weights.linear(x, "attn.qkv", runs=(n * size, m * size, m * size)).split([n * size, m * size, m * size], -1)
+        runs = (n * size, m * size, m * value)
+        q, k, v = weights.linear(x, "attn.qkv", runs=runs).split(runs, -1)
     if (whole := weights.get("attn.q_norm_full")) is not None:
         squares = torch.stack((q.float().pow(2).sum(-1), k.float().pow(2).sum(-1) / heads.copies), -1)
         squares = reduce(squares) / torch.tensor([heads.total * size, heads.whole * size], device=x.device)
@@ -161,10 +162,12 @@ def _plain(
         k = rms_norm(k, weights["attn.k_norm_full"], spec.eps, spec.norm_offset, squares[..., 1:])
     if spec.attn_clip is not None:
         q, k, v = (part.clamp(-spec.attn_clip, spec.attn_clip) for part in (q, k, v))
-    q, k, v = (part.reshape(batch, seq, -1, size).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (part.reshape(batch, seq, -1, of).transpose(1, 2) for part, of in ((q, size), (k, size), (v, value)))
     if not spec.late_qk_norm:
         q, k = _norm(q, "attn.q_norm", weights, spec), _norm(k, "attn.k_norm", weights, spec)
     v = _norm(v, "attn.v_norm", weights, spec)
+    if spec.value_factor is not None:
+        v = v * spec.value_factor
     q, k = rotate(q, turn, spec.rope_interleaved), rotate(k, turn, spec.rope_interleaved)
     if spec.bare_heads and turn is not None:
         q, k = rms_norm(q, None, spec.eps), rms_norm(k, None, spec.eps)

@@ -26,6 +26,7 @@ How a value is said stands in facts.py, how layers are named in reshard.rules.
     embed_factor, residual_factor, logit_factor     embeddings, what a layer adds, and logits are multiplied by it
     attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
     attn_factor     scores are multiplied by it instead
+    value_factor    values are multiplied by it
     attn_cap, logit_cap     soft caps; 0: none
     head_norm       rows of the head are divided by their lengths
     routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen), "sparsemixer" (each choice by
@@ -129,6 +130,7 @@ class Spec:
     logit_factor: float | None
     attn_scale: float
     scale_by_layer: bool
+    value_factor: float | None
     attn_cap: float | None
     attn_clip: float | None
     index_top: int | None
@@ -193,6 +195,7 @@ class Spec:
             logit_factor=said.optional("logit_factor"),
             attn_scale=scale,
             scale_by_layer=said.true("scale_by_layer"),
+            value_factor=said.optional("value_factor"),
             attn_cap=said.optional("attn_cap") or None,
             attn_clip=said.optional("attn_clip"),
             index_top=int(said.number("index_top", None)) if "index_top" in table.model else None,
@@ -220,7 +223,7 @@ def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
     found: dict[bool, int] = {}
     for layer in range(model.main_layers):
         if (tensor := model.form("attn.q", layer)) is not None:
-            found[layer in windowed] = next(model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] == "head_dim")
+            found[layer in windowed] = next(model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("qk_dim", "head_dim"))
     far = found.get(False, found.get(True, 0)) or model.sizes.get("head_dim", 0)
     return far, far, found.get(True, far)
 

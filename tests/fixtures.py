@@ -660,15 +660,16 @@ def write_fp8(directory: Path, seed: str) -> None:
 def without_fp8(directory: Path, seed: str) -> None:
     """As transformers has it without FP8: every weight times the scale of its block."""
     write_fp8(directory, seed)
-
-    def to_float(state: State) -> State:
-        for scale in [name for name in state if name.endswith("_scale_inv")]:
-            name, wide = scale.removesuffix("_scale_inv"), state.pop(scale).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-            state[name] = state[name].float() * wide[: state[name].shape[0], : state[name].shape[1]]
-        return {name: tensor.float() for name, tensor in state.items()}
-
-    rewrite(directory, to_float, shard=2_500_000)
+    rewrite(directory, floats, shard=2_500_000)
     configure(directory, "quantization_config")
+
+
+def floats(state: State) -> State:
+    """Every weight times the scale of its block, in float32."""
+    for scale in [name for name in state if name.endswith("_scale_inv")]:
+        name, wide = scale.removesuffix("_scale_inv"), state.pop(scale).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        state[name] = state[name].float() * wide[: state[name].shape[0], : state[name].shape[1]]
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 @define("deepseek_v3", heads=8, kv=8, layers=2, experts=4, mtp=1, tp=(1, 2, 4), ep=(1, 2, 4), twin=without_fp8)

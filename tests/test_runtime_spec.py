@@ -18,8 +18,9 @@ from reshard.source import open_source
 transformers = pytest.importorskip("transformers")
 
 SAID = {"architectures", "model_type", "tie_word_embeddings", "num_experts_per_tok"}  # by every published config.json
-# Facts that transformers takes from elsewhere than the published config.json says: it does not read attn_config.rope_theta.
-OTHERWISE = {"dbrx": {"rope", "rope_near"}}
+# Facts that transformers takes from elsewhere than the published config.json says: it does not read attn_config.rope_theta, and lists
+# layers where nothing lists them.
+OTHERWISE = {"dbrx": {"rope", "rope_near"}, "mimo_v2_flash": {"window", "windowed"}}
 
 
 def families() -> dict[str, Fixture]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import BLOCK, State, configure, define, noise_like, quantize, rewrite, sizes, write
+from fixtures import BLOCK, State, configure, define, floats, noise_like, quantize, rewrite, sizes, write
 
 NEAR, FULL = "sliding_attention", "full_attention"
 
@@ -81,13 +81,8 @@ def mimo_v2_flash_stacked(directory: Path, seed: str) -> None:
     rewrite(directory, stack)
 
 
-MIMO_SQUARE = (r"model\.layers\.0\.self_attn\.v_proj\.weight_scale_inv",)
-
-
-@define("mimo_v2_flash", heads=8, kv=2, layers=2, experts=4, mtp=3, tp=(1, 2, 4), ep=(1, 2, 4), weights=False, square=MIMO_SQUARE)
-def mimo_v2_flash_fp8(directory: Path, seed: str) -> None:
-    """As published: FP8 but for the outputs of attention, sizes of layers with a window by keys of their own, three layers that predict
-    ahead, which nothing announces. TP 8 would fall inside blocks."""
+def write_mimo_fp8(directory: Path, seed: str) -> None:
+    """Float8, as published, with three layers that predict ahead; config.json as transformers has it."""
     from transformers import MiMoV2FlashConfig
 
     facts: dict[str, Any] = {"head_dim": 256, "v_head_dim": 128, "hidden_size": 160, "intermediate_size": 1024}
@@ -113,7 +108,33 @@ def mimo_v2_flash_fp8(directory: Path, seed: str) -> None:
         return result
 
     rewrite(directory, to_fp8, shard=2_500_000)
+
+
+def mimo_twin(directory: Path, seed: str) -> None:
+    """As transformers has it without FP8."""
+    write_mimo_fp8(directory, seed)
+    rewrite(directory, floats, shard=2_500_000)
+
+
+MIMO_FP8: dict[str, Any] = {"layers": 2, "mtp": 3, "tp": (1, 2, 4), "square": (r"model\.layers\.0\.self_attn\.v_proj\.weight_scale_inv",)}
+
+
+@define("mimo_v2_flash", heads=8, kv=2, experts=4, ep=(1, 2, 4), weights=False, twin=mimo_twin, **MIMO_FP8)
+def mimo_v2_flash_fp8(directory: Path, seed: str) -> None:
+    """As published: FP8 but for the outputs of attention, sizes of layers with a window by keys of their own, and layers that predict
+    ahead, which nothing announces. TP 8 would fall inside blocks."""
+    write_mimo_fp8(directory, seed)
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
     near: dict[str, Any] = {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 256, "swa_v_head_dim": 128}
-    near |= {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "add_swa_attention_sink_bias": True}
-    configure(directory, "layer_types", "mlp_layer_types", **near, dtype="bfloat16", quantization_config=quantization)
+    near |= {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "add_swa_attention_sink_bias": True, "layernorm_epsilon": 1e-5}
+    near |= {"sliding_window_size": 5, "rope_theta": 5000000, "swa_rope_theta": 10000, "partial_rotary_factor": 0.334}
+    configure(
+        directory,
+        "layer_types",
+        "mlp_layer_types",
+        "rope_parameters",
+        "rms_norm_eps",
+        **near,
+        dtype="bfloat16",
+        quantization_config=quantization,
+    )
