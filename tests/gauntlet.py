@@ -53,13 +53,15 @@ class Reference:
 
 def reference(directory: Path, given: Callable[[Tensor], dict[str, Any]] = lambda ids: {}) -> Reference:
     """What transformers makes of a checkpoint. `given`: what its forward takes besides these tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    alibi = getattr(AutoConfig.from_pretrained(directory), "alibi", False)  # which Falcon's eager attention adds twice
+    known = AutoConfig.from_pretrained(directory)
+    loader = AutoModelForCausalLM if type(known) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    alibi = getattr(known, "alibi", False)  # which Falcon's eager attention adds twice
     how = {"attn_implementation": None if alibi else "eager", "experts_implementation": "eager"}
     logits = {}
     for dtype in (torch.float64, torch.float32):
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **how)
+        model = loader.from_pretrained(directory, dtype=dtype, **how)
         ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits[dtype] = model.eval()(ids, **given(ids)).logits

@@ -1,5 +1,6 @@
 """Decoders with mixtures of experts: one tiny checkpoint for each variant of each family."""
 
+import json
 import re
 import zlib
 from collections.abc import Callable
@@ -213,6 +214,58 @@ def deepseek_v2_lite(directory: Path, seed: str) -> None:
     facts = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": rope}
     write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
     fuse(directory)
+
+
+def deepseek_ocr2_whole(directory: Path, seed: str) -> None:
+    """The language model and its towers, as transformers writes them."""
+    from transformers import AutoModelForImageTextToText, DeepseekOcr2Config
+
+    text = sizes(8, 4, 14, 72, 104, 331, 3) | {"hidden_size": 112, "head_dim": None, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+    text |= {"n_routed_experts": 8, "n_shared_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    text |= {"routed_scaling_factor": 1.5}
+    sam = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "output_channels": 12, "window_size": 2}
+    encoder = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"sam_config": sam | {"downsample_channels": [20, 24]}, "encoder_config": encoder | {"vocab_size": 11}}
+    model = AutoModelForImageTextToText.from_config(DeepseekOcr2Config(text_config=text, vision_config=vision)).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "vision_tower" not in name and "multi_modal" not in name:
+                tensor.copy_(noise_like(seed, name, tensor, 1.0, torch.bfloat16))
+    model.save_pretrained(directory)
+
+
+DEEPSEEK_OCR: dict[str, Any] = {"heads": 8, "kv": 4, "layers": 3, "twin": deepseek_ocr2_whole, **EXPERTS}
+DEEPSEEK_OCR |= {"square": (r"model\.layers\.\d\.self_attn\.[qo]_proj\.weight",)}
+
+
+def deepseek_ocr2_language(directory: Path, seed: str) -> None:
+    deepseek_ocr2_whole(directory, seed)
+    towers = ("model.projector", "model.qwen2_model", "model.sam_model", "model.view_seperator", "model.vision", "model.multi")
+    rewrite(directory, lambda state: {name: tensor for name, tensor in state.items() if not name.startswith(towers)})
+    text = json.loads((directory / "config.json").read_text())["text_config"]
+    configure(directory, "text_config", "vision_config", **text)
+
+
+@define("deepseek_ocr2_text", **DEEPSEEK_OCR)
+def deepseek_ocr2(directory: Path, seed: str) -> None:
+    """The language model alone: ordinary attention, experts as DeepSeek-V2 has them."""
+    deepseek_ocr2_language(directory, seed)
+
+
+@define("deepseek_ocr2_text", **DEEPSEEK_OCR)
+def deepseek_ocr2_stacked(directory: Path, seed: str) -> None:
+    """With experts as transformers has them in memory."""
+    deepseek_ocr2_language(directory, seed)
+
+    def edit(state: State) -> State:
+        found = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+        for part in (1, 2):
+            start = f"model.layers.{part}.mlp.experts"
+            gate, up, down = (torch.stack([state[f"{start}.{n}.{of}_proj.weight"] for n in range(8)]) for of in ("gate", "up", "down"))
+            found |= {f"{start}.gate_up_proj": torch.cat((gate, up), 1), f"{start}.down_proj": down}
+        return found
+
+    rewrite(directory, edit)
 
 
 def kimi_k2_twin(directory: Path, seed: str) -> None:
