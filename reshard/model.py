@@ -399,9 +399,10 @@ def _tensors(
                 problems.add(f"{dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
             axes = (*row.name.axes, *path)
-            if leaf in found and (found[leaf][0] != axes or found[leaf][1].keys() & dtypes.keys()):
+            known, elsewhere = found.get(leaf, (axes, {}))
+            if sorted(known) != sorted(axes) or elsewhere.keys() & dtypes.keys():
                 problems.add(f"logical tensor {leaf} has two rows in one layer ({dotted(row)})")
-            found[leaf] = (axes, found.get(leaf, (axes, {}))[1] | dtypes)
+            found[leaf] = (known, elsewhere | dtypes)
     tensors = {}
     for name, (axes, by_layer) in found.items():
         layers = tuple(sorted(by_layer)) if "layer" in axes and -1 not in by_layer else None

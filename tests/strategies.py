@@ -407,6 +407,7 @@ def inventions(draw: st.DrawFn) -> Invention:
         if variant and table.sizes.get(axis) == table.sizes.get(base):
             sizes |= dict(zip(atoms, [sizes[atom] for atom in reversed(table.axes[base])], strict=True))
     axis_of = {said(expression): axis for axis, expression in table.sizes.items() if axis not in solved}
+    counted = {key for axis in solved & table.sizes.keys() for key in re.findall(r"[\w.]+", table.sizes[axis])}
     config: dict[str, Any] = {"quantization_config": None, "tie_word_embeddings": draw(st.booleans())}
     for key in sorted({key.lstrip("!") for key in table.optional.values()} - config.keys()):
         there = draw(st.booleans())
@@ -416,6 +417,8 @@ def inventions(draw: st.DrawFn) -> Invention:
             config |= {one: sizes[axis_of[one]], other: sizes[axis_of[other]]}
         elif key in axis_of:
             config |= {} if there else {key: None}
+        elif key in counted:
+            config[key] = draw(st.integers(1, 3)) if there else 0
         else:
             config[key] = there
     simple = {said(expression) for axis, expression in table.sizes.items() if axis not in solved or axis == "heads"}

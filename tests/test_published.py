@@ -98,6 +98,7 @@ DEEPSEEK_V4 = {
     "hc_mult": 4, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
 }  # fmt: skip
 CONFIGS |= {
+    "ernie4_5_moe": LLAMA | {"moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_intermediate_size": 32},
     "mimo": LLAMA | {"num_nextn_predict_layers": 1},
     "openpangu": LLAMA,
     "qwen": {"num_attention_heads": 8, "kv_channels": 10, "hidden_size": 80, "vocab_size": 100},
@@ -116,7 +117,7 @@ mimo_v2_flash exaone
 olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
 qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h kimi_linear minimax_m3_vl_text
-hunyuan_v1_moe ernie4_5_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe jetmoe longcat_flash
+hunyuan_v1_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe jetmoe longcat_flash
 """
 QUANTIZED = {
     "qweight": {"quant_method": "awq"},
@@ -126,7 +127,7 @@ QUANTIZED = {
     "embed_tokens.biases": {"bits": 4, "group_size": 64, "mode": "affine"},
 }
 ALSO = {"THUDM/chatglm-6b-int4": {"multi_query_attention": False}, "Tele-AI/TeleChat-52B": {"relative_encoding": "rotary"}}
-LABELS = {"llava_lisa": "llava"}  # what config.json calls what is known by another name
+LABELS = {"llava_lisa": "llava", "ernie4_5_paddle": "ernie4_5_moe"}  # what config.json calls what is known by another name
 
 
 @dataclass(frozen=True)

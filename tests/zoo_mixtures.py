@@ -410,6 +410,31 @@ def ernie4_5_moe_fused(directory: Path, seed: str) -> None:
     fuse(directory)
 
 
+def ernie4_5_paddle_twin(directory: Path, seed: str) -> None:
+    write(directory, seed, ernie4_5_moe_config(4))
+
+
+@define("ernie4_5_moe", heads=8, kv=4, layers=3, twin=ernie4_5_paddle_twin, **EXPERTS)
+def ernie4_5_paddle(directory: Path, seed: str) -> None:
+    """As Paddle stores them: transposed, q, k and v one after another, gate and up too; by another prefix."""
+    ernie4_5_paddle_twin(directory, seed)
+
+    def age(state: State) -> State:
+        found: State = {}
+        for name, tensor in state.items():
+            if any(f".{part}_proj." in name for part in ("k", "v", "up")):
+                continue
+            if ".q_proj." in name:
+                tensor = torch.cat([state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            if ".gate_proj." in name:
+                tensor = torch.cat([tensor, state[name.replace("gate_proj", "up_proj")]])
+            name = name.replace("model.", "ernie.").replace("q_proj", "qkv_proj").replace(".gate_proj", ".up_gate_proj")
+            found[name] = tensor.T if "_proj." in name or name.endswith("mlp.gate.weight") else tensor
+        return found
+
+    rewrite(directory, age)
+
+
 @define("minimax_m2", heads=8, kv=4, layers=3, **EXPERTS)
 def minimax_m2(directory: Path, seed: str) -> None:
     """Norms over all of q and over all of k, a part of each head is rotated: the keys of the published files."""
