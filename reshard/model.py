@@ -399,6 +399,8 @@ def _tensors(
                 problems.add(f"{dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
             axes = (*row.name.axes, *path)
+            if leaf in found and sorted(found[leaf][0]) == sorted(axes):
+                axes = found[leaf][0]  # rows of other layers may have them in another order
             known, elsewhere = found.get(leaf, (axes, {}))
             if sorted(known) != sorted(axes) or elsewhere.keys() & dtypes.keys():
                 problems.add(f"logical tensor {leaf} has two rows in one layer ({dotted(row)})")

@@ -602,7 +602,8 @@ def wrapper_of(config: Config) -> Table | None:
             hint = f"{nearest('families', str(inner))}; or bring one with --family my.toml (docs/notation.md)"
             raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
         head = text.partition("\n[wraps]")[0]
-        left_out = about["left_out"].get(family.name, {}) | about["left_out"].get(kind, {})
+        told = about.get("left_out", {})
+        left_out = told.get(family.name, {}) | told.get(kind, {})
         keys = "".join(f"{key} = {value}\n" for key, value in left_out.items())
         return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{keys}', f"{name}.toml", _shipped("families"))
     return None
