@@ -234,6 +234,20 @@ def test_published_names_plan_without_error(entry: dict) -> None:
     assert plan(shards, published).components
 
 
+def test_a_section_that_says_next_to_nothing_means_what_its_class_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of llava-1.5-7b-hf, whose language model is as large as the class of its config has it."""
+    monkeypatch.setitem(CONFIGS, "llava", LLAMA | {"num_attention_heads": 32, "num_key_value_heads": 32})
+    _, stored = made(next(entry for entry in ENTRIES if entry["family"] == "llava"))
+    section = {"model_type": "llama", "vocab_size": 100, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    config = Config({"model_type": "llava", "text_config": section, "vision_config": {"hidden_size": 24, "num_attention_heads": 3}})
+    table = tables.wrapper_of(config)
+    assert table is not None
+    sizes = understand(table, config, stored).sizes
+    assert {axis: sizes[axis] for axis in ("heads", "kv", "head_dim", "hidden", "layer")} == {
+        "heads": 32, "kv": 32, "head_dim": 10, "hidden": 48, "layer": 32,
+    }  # fmt: skip
+
+
 def test_every_family_with_published_names_is_covered() -> None:
     """Of the shipped families only these have no published names at hand."""
     shipped = set(tables.shipped("families"))
