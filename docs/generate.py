@@ -102,7 +102,8 @@ def _also(table: Table) -> str:
         words.append("multi-token prediction layers")
     for known in table.quantization:
         block = known.get("weight_block_size")
-        words.append(f"FP8, {'×'.join(map(str, block))} blocks" if block else "FP8, a scale for each row")
+        packed = known.get("format") == "pack-quantized"
+        words.append(f"FP8, {'×'.join(map(str, block))} blocks" if block else "4 bits, packed" if packed else "FP8, a scale for each row")
     if len(table.prefixes) > 1:
         words.append(f"names with and without `{table.prefixes[0]}`")
     if table.aside:
