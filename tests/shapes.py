@@ -55,6 +55,44 @@ DEEPSEEK_V3: Config = {
     "tie_word_embeddings": False,
 }
 
+DEEPSEEK_V4: Config = {
+    "model_type": "deepseek_v4",
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "o_lora_rank": 1024,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "num_hash_layers": 3,
+    "num_nextn_predict_layers": 1,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "hc_mult": 4,
+    "vocab_size": 129280,
+    "tie_word_embeddings": False,
+}
+
+DEEPSEEK_V4_FLASH: Config = DEEPSEEK_V4 | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 43,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+}
+
+DEEPSEEK_V4_PRO: Config = DEEPSEEK_V4 | {
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "moe_intermediate_size": 3072,
+    "n_routed_experts": 384,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+}
+
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
 
 
@@ -135,4 +173,74 @@ def deepseek_v3(config: Config) -> Headers:
             plain(f"{at}embed_tokens.weight", vocab, hidden)
             plain(f"{at}shared_head.norm.weight", hidden)
             plain(f"{at}shared_head.head.weight", vocab, hidden)
+    return found
+
+
+def deepseek_v4(config: Config) -> Headers:
+    """DeepSeek-V4 as published: FP8 with a scale of a power of two per 128 × 128, experts in FP4, two to a byte, with a scale per 32."""
+    hidden, heads, head_dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
+    q_lora, o_groups, o_lora = config["q_lora_rank"], config["o_groups"], config["o_groups"] * config["o_lora_rank"]
+    inter, experts, streams = config["moe_intermediate_size"], config["n_routed_experts"], config["hc_mult"]
+    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+    found: Headers = {}
+
+    def plain(name: str, *shape: int, dtype: str = "BF16") -> None:
+        found[name] = Stored(dtype, shape)
+
+    def linear(name: str, out: int, into: int) -> None:
+        plain(f"{name}.weight", out, into, dtype="F8_E4M3")
+        plain(f"{name}.scale", -(-out // 128), -(-into // 128), dtype="F8_E8M0")
+
+    def mixed(name: str, out: int, parts: int | None) -> None:
+        plain(f"{name}_fn", out, streams * hidden, dtype="F32")
+        plain(f"{name}_base", out, dtype="F32")
+        plain(f"{name}_scale", parts or 1, dtype="F32")
+
+    def pooled(name: str, tokens: int, features: int) -> None:
+        series = 2 if tokens == 4 else 1
+        plain(f"{name}.ape", tokens, series * features, dtype="F32")
+        plain(f"{name}.norm.weight", features)
+        plain(f"{name}.wgate.weight", series * features, hidden)
+        plain(f"{name}.wkv.weight", series * features, hidden)
+
+    plain("embed.weight", config["vocab_size"], hidden)
+    plain("norm.weight", hidden)
+    plain("head.weight", config["vocab_size"], hidden)
+    mixed("hc_head", streams, None)
+    main = config["num_hidden_layers"]
+    for layer, tokens in enumerate(config["compress_ratios"]):
+        at = f"layers.{layer}." if layer < main else f"mtp.{layer - main}."
+        plain(f"{at}attn.attn_sink", heads, dtype="F32")
+        plain(f"{at}attn.q_norm.weight", q_lora)
+        plain(f"{at}attn.kv_norm.weight", head_dim)
+        linear(f"{at}attn.wq_a", q_lora, hidden)
+        linear(f"{at}attn.wq_b", heads * head_dim, q_lora)
+        linear(f"{at}attn.wkv", head_dim, hidden)
+        linear(f"{at}attn.wo_a", o_lora, heads * head_dim // o_groups)
+        linear(f"{at}attn.wo_b", hidden, o_lora)
+        if tokens:
+            pooled(f"{at}attn.compressor", tokens, head_dim)
+        if tokens == 4:
+            pooled(f"{at}attn.indexer.compressor", tokens, index_dim)
+            plain(f"{at}attn.indexer.weights_proj.weight", index_heads, hidden)
+            linear(f"{at}attn.indexer.wq_b", index_heads * index_dim, q_lora)
+        for part in ("attn", "ffn"):
+            plain(f"{at}{part}_norm.weight", hidden)
+            mixed(f"{at}hc_{part}", (2 + streams) * streams, 3)
+        plain(f"{at}ffn.gate.weight", experts, hidden)
+        if layer < config["num_hash_layers"]:
+            plain(f"{at}ffn.gate.tid2eid", config["vocab_size"], config["num_experts_per_tok"], dtype="I64")
+        else:
+            plain(f"{at}ffn.gate.bias", experts, dtype="F32")
+        for name, out, into in (("w1", inter, hidden), ("w2", hidden, inter), ("w3", inter, hidden)):
+            linear(f"{at}ffn.shared_experts.{name}", out, into)
+            for expert in range(experts):
+                plain(f"{at}ffn.experts.{expert}.{name}.weight", out, into // 2, dtype="I8")
+                plain(f"{at}ffn.experts.{expert}.{name}.scale", out, into // 32, dtype="F8_E8M0")
+        if layer >= main:
+            linear(f"{at}e_proj", hidden, hidden)
+            linear(f"{at}h_proj", hidden, hidden)
+            mixed(f"{at}hc_head", streams, None)
+            for norm in ("enorm", "hnorm", "norm"):
+                plain(f"{at}{norm}.weight", hidden)
     return found

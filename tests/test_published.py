@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import shapes
 
 from reshard import tables
+from reshard.capacity import sizes_that_work, weight_bytes
 from reshard.errors import ReshardError
 from reshard.join import plan
 from reshard.layout import lay_out
@@ -246,6 +248,25 @@ def test_a_section_that_says_next_to_nothing_means_what_its_class_does(monkeypat
     assert {axis: sizes[axis] for axis in ("heads", "kv", "head_dim", "hidden", "layer")} == {
         "heads": 32, "kv": 32, "head_dim": 10, "hidden": 48, "layer": 32,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "size", "tp"),
+    [(shapes.DEEPSEEK_V4_FLASH, 69_187, 148.65, [1, 2, 4, 8, 16]), (shapes.DEEPSEEK_V4_PRO, 145_116, 805.32, [1, 2, 4, 8])],
+    ids=["flash", "pro"],
+)
+def test_deepseek_v4_in_its_true_shapes_has_as_many_bytes_as_published(
+    config: shapes.Config, tensors: int, size: float, tp: list[int]
+) -> None:
+    """Tensors and GiB are those of the published files; blocks of 128 inside the shared expert say how far it can be cut."""
+    config = config | shapes.FP8
+    stored = shapes.deepseek_v4(config)
+    assert len(stored) == tensors
+    model = understand(tables.load("families", "deepseek_v4"), Config(config), stored)
+    native = tables.load("formats", "native")
+    assert round(sum(weight_bytes(lay_out(native, model, Mesh()))) / 2**30, 2) == size
+    works = sizes_that_work(native, model, Mesh())
+    assert [n for n in works if n & (n - 1) == 0] == tp
 
 
 def test_every_family_with_published_names_is_covered() -> None:
