@@ -54,8 +54,9 @@ def reference_for(source: Source) -> Reference:
         import transformers
     except ImportError:
         return Reference("this runtime at TP 1 (transformers is not installed)", _ours(source))
-    if source.layout.model.family.quantization and source.config.get("quantization_config") is not None:
-        return Reference("this runtime at TP 1 (transformers runs these weights on GPUs only)", _ours(source))
+    if source.layout.model.family.quantization and (method := source.config.get("quantization_config")) is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        return Reference(f"this runtime at TP 1 (transformers does not run {name} weights here)", _ours(source))
 
     def load(dtype: torch.dtype) -> Run:
         with _quiet():

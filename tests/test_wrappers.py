@@ -12,7 +12,7 @@ import pytest
 import torch
 from fixtures import State, configure, rewrite
 from gauntlet import MORE, OPTIONS, SEQ, Reference, convert_and_back, run_like
-from reshard.runtime.check import prompts_for
+from reshard.runtime.check import placeholders, prompts_for
 from reshard.runtime.reference import reference_for
 from running import reshard
 from safetensors.torch import load_file
@@ -243,6 +243,14 @@ def test_a_model_that_transformers_does_not_have_is_compared_with_this_runtime(s
         ids = torch.arange(10).view(1, -1)
         wanted = reference_for(open_source(written("llava", scratch))).logits(ids, torch.float32)
         assert torch.allclose(found.logits(ids, torch.float32), wanted, atol=1e-4)
+
+
+def test_no_text_has_tokens_that_stand_for_images(scratch: Path, tmp_path: Path) -> None:
+    source = renamed(written("llava", scratch), tmp_path / "model", {})
+    configure(source, image_token_index=5, image_token_id=7, eoi_token_index=9)
+    opened = open_source(source)
+    assert placeholders(opened) == {5, 7}
+    assert set(range(331)) - set(prompts_for(opened).flatten().tolist()) == {5, 7}
 
 
 IN_MEMORY = {
