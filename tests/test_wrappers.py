@@ -1,5 +1,6 @@
 """Multimodal checkpoints, written by `transformers`: the language model is cut as its family is, the other towers are carried whole."""
 
+import json
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import State, configure, rewrite
+from fixtures import State, checkpoint, configure, rewrite
 from gauntlet import MORE, OPTIONS, SEQ, Reference, convert_and_back, run_like
 from reshard.runtime.check import placeholders, prompts_for
 from reshard.runtime.reference import reference_for
@@ -196,7 +197,8 @@ def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(n
     source = written(name, scratch)
     model = open_source(source).layout.model
     assert model.family.name == name and MODELS[BY_NAME[name]] in model.family.texts
-    convert_and_back(source, [{"tp": 2, "pp": 2}, {"tp": 8}], tmp_path)
+    experts = [{"tp": 4, "ep": 2}] if "moe.down" in model.tensors else []
+    convert_and_back(source, [{"tp": 2, "pp": 2}, {"tp": 8}, *experts], tmp_path)
     state = load_file(source / "model.safetensors")
     towers = {row.tower for row in model.family.rows if row.tower}
     beside = {key for key in state if any(key.startswith(f"{tower}.") for tower in towers)}
@@ -243,6 +245,26 @@ def test_a_model_that_transformers_does_not_have_is_compared_with_this_runtime(s
         ids = torch.arange(10).view(1, -1)
         wanted = reference_for(open_source(written("llava", scratch))).logits(ids, torch.float32)
         assert torch.allclose(found.logits(ids, torch.float32), wanted, atol=1e-4)
+
+
+def test_experts_of_4_bits_inside_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """As Kimi-K2.5 is published, quantization_config inside of text_config."""
+    shutil.copytree(checkpoint("kimi_k2_int4"), tmp_path / "model")
+
+    def edit(state: State) -> State:
+        tower = {"vision_tower.patch_embed.proj.weight": torch.randn(4, 3, 2, 2), "mm_projector.proj.0.weight": torch.randn(6, 8)}
+        return {f"language_model.{name}": tensor for name, tensor in state.items()} | tower
+
+    rewrite(tmp_path / "model", edit)
+    text = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    convert_and_back(tmp_path / "model", [{"tp": 4, "ep": 2, "pp": 2}], tmp_path / "out")
+    done = reshard("inspect", tmp_path / "model")
+    assert "quantization: compressed-tensors" in done.out and "parameters:   1062344" in done.out, done.out
+    text["quantization_config"]["format"] = "naive-quantized"
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    done = reshard("plan", tmp_path / "model", "--tp", "2")
+    assert done.code == 2 and '"compressed-tensors" (format naive-quantized) is not supported' in done.err, done.err
 
 
 def test_no_text_has_tokens_that_stand_for_images(scratch: Path, tmp_path: Path) -> None:
