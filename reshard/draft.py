@@ -166,9 +166,9 @@ def _ends(family: str) -> Iterator[tuple[str, Meaning]]:
 
 @cache
 def _buffers() -> set[str]:
-    """Ends of the names that shipped tables keep aside."""
+    """Ends of the names that shipped tables keep aside, and none has a row for: what one does not read may be another's weights."""
     texts = {template.text.lstrip("~") for name in tables.shipped("families") for template in tables.load("families", name).aside}
-    return {text.partition("{layer}.")[2] or text for text in texts}
+    return {text.partition("{layer}.")[2] or text for text in texts} - {end for ends in _known().values() for end in ends}
 
 
 def _by_likeness(found: Iterable[Found]) -> list[str]:

@@ -13,7 +13,7 @@ from strategies import differing
 
 from reshard import tables
 from reshard.checkpoint import open_published
-from reshard.draft import draft
+from reshard.draft import _buffers, draft
 from reshard.model import understand
 
 
@@ -129,3 +129,10 @@ def test_strange_checkpoints_are_drafted(tmp_path: Path) -> None:
     save_file({"a.0.1.2": torch.ones(2), "7": torch.ones(()), "x.y": torch.ones(3, 4, 5)}, tmp_path / "model.safetensors")
     done = reshard("inspect", tmp_path, "--draft-table")
     assert done.code == 0 and "TODO" in done.out, done.err
+
+
+def test_what_one_family_does_not_read_is_no_buffer_of_another() -> None:
+    """gemma4_text keeps keys of borrowing layers aside, chatglm a head: a draft that did would convert, and leave weights out."""
+    kept = _buffers()
+    assert "self_attn.rotary_emb.inv_freq" in kept
+    assert not any(end.endswith((".weight", ".bias")) and "attn.bias" not in end for end in kept), kept
