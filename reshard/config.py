@@ -34,11 +34,11 @@ class Config:
         return self.says("tie_word_embeddings") or bool(self.data.get("tie_word_embeddings"))
 
     def says(self, key: str) -> bool:
-        """Truth of a key; `!key` is its opposite; `key == other` and `key != other` compare, with another key or with a number."""
+        """Truth of a key; `!key` is its opposite; `key == other` and `key != other` compare, with another key, a number or `=word`."""
         for word in (" == ", " != "):
             left, compared, right = key.partition(word)
             if compared:
-                other = int(right) if right.isdecimal() else self.get(right)
+                other = int(right) if right.isdecimal() else right[1:] if right.startswith("=") else self.get(right)
                 return self.get(left) is not None and (self.get(left) == other) == (word == " == ")
         return not self.get(key[1:]) if key.startswith("!") else bool(self.get(key))
 

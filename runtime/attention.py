@@ -152,6 +152,8 @@ def _plain(
     elif "attn.qgkv" in weights:  # the gate of a head stands beside its query
         q, k, v = weights.linear(x, "attn.qgkv").split([2 * n * size, m * size, m * size], -1)
         q, gate = (part.flatten(2) for part in q.reshape(batch, seq, n, 2 * size).split(size, -1))
+        if (bias := weights.get("attn.qkv_bias")) is not None:  # and none of the gate
+            q, k, v = (part + own for part, own in zip((q, k, v), bias.split([n * size, m * size, m * size]), strict=True))
     else:
         runs = (n * size, m * size, m * value)
         q, k, v = weights.linear(x, "attn.qkv", runs=runs).split(runs, -1)

@@ -34,11 +34,11 @@ class Facts:
     def _one(self, word: str) -> Any:
         if word in ("true", "false"):
             return word == "true"
-        if word.startswith("="):
-            return word[1:]
         if " if " in word:
             value, _, key = word.partition(" if ")
             return self._one(value) if self.config.says(key) else None
+        if word.startswith("="):
+            return word[1:]
         if word.startswith("!") or " == " in word or " != " in word:
             return self.config.says(word)
         for sign in (" / ", " * "):

@@ -252,7 +252,9 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     if kind not in KINDS:
         raise ReshardError(f'config.json: rope of type "{kind}"', f"the runtime knows {', '.join(KINDS)}")
     positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
-    fraction = scaling.get("partial_rotary_factor") if kind != "proportional" else 1.0  # the rest turns with frequency zero
+    fraction = scaling.get("partial_rotary_factor")
+    if kind == "proportional" or (kind == "default" and "rope_fraction" not in said.facts):
+        fraction = 1.0  # the rest turns with frequency zero; or it is a key that most decoders do not read
     part = size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)
     return Rope(
         kind=kind,

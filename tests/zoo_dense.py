@@ -127,10 +127,11 @@ def olmo(directory: Path, seed: str) -> None:
 
 @define("olmo", heads=8, kv=8, layers=3)
 def olmo_tied(directory: Path, seed: str) -> None:
-    """Tied, not clipped, as OLMo 1B was published: as many key heads as query heads, said by null."""
+    """Tied, not clipped, as OLMo 1B was published: as many key heads as query heads, said by null; biases in attention."""
     from transformers import OlmoConfig
 
-    write(directory, seed, OlmoConfig(**sizes(8, 4, 14, 72, 88, 331, 3) | {"num_key_value_heads": 8}, tie_word_embeddings=True))
+    facts = {"num_key_value_heads": 8, "tie_word_embeddings": True, "attention_bias": True}
+    write(directory, seed, OlmoConfig(**sizes(8, 4, 14, 72, 88, 331, 3) | facts))
     configure(directory, num_key_value_heads=None, clip_qkv=None)
 
 
@@ -172,10 +173,10 @@ def cohere(directory: Path, seed: str) -> None:
 
 @define("cohere", heads=8, kv=2, layers=3, weights=False)
 def cohere_norms(directory: Path, seed: str) -> None:
-    """use_qk_norm: each head has a norm of its own, as in Command R+; the head is stored."""
+    """use_qk_norm: each head has a norm of its own, as in Command R+; the head is stored; biases in attention."""
     from transformers import CohereConfig
 
-    facts = {"use_qk_norm": True, "tie_word_embeddings": False}
+    facts = {"use_qk_norm": True, "tie_word_embeddings": False, "attention_bias": True}
     write(directory, seed, CohereConfig(**sizes(8, 2, 14, 72, 88, 331, 3), **facts))
 
 
@@ -189,10 +190,10 @@ def cohere2(directory: Path, seed: str) -> None:
 
 @define("arcee", heads=8, kv=4, layers=3)
 def arcee(directory: Path, seed: str) -> None:
-    """No gate: the square of what is positive."""
+    """No gate: the square of what is positive; biases everywhere."""
     from transformers import ArceeConfig
 
-    write(directory, seed, ArceeConfig(**sizes(8, 4, 14, 72, 88, 331, 3)))
+    write(directory, seed, ArceeConfig(**sizes(8, 4, 14, 72, 88, 331, 3), attention_bias=True, mlp_bias=True))
 
 
 @define("nemotron", heads=8, kv=2, layers=3, weights=False)
@@ -302,9 +303,25 @@ def apertus(directory: Path, seed: str) -> None:
 
 @define("apertus", heads=8, kv=2, layers=3, weights=False)
 def apertus_old(directory: Path, seed: str) -> None:
-    """The angles under the keys of transformers 4, as published."""
+    """The angles under the keys of transformers 4, as published; biases in attention."""
     from transformers import ApertusConfig
 
-    write(directory, seed, ApertusConfig(**sizes(8, 2, 14, 72, 88, 331, 3)))
+    write(directory, seed, ApertusConfig(**sizes(8, 2, 14, 72, 88, 331, 3), attention_bias=True))
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     configure(directory, "rope_parameters", rope_theta=12000000, rope_scaling=rope)
+
+
+@define("gemma2", heads=8, kv=2, layers=3, weights=False)
+def gemma2_bias(directory: Path, seed: str) -> None:
+    """Biases in attention."""
+    from transformers import Gemma2Config
+
+    write(directory, seed, Gemma2Config(**sizes(8, 2, 14, 72, 104, 331, 3), sliding_window=9, attention_bias=True))
+
+
+@define("olmo2", heads=8, kv=2, layers=3, weights=False)
+def olmo2_bias(directory: Path, seed: str) -> None:
+    """Biases in attention, before its norms."""
+    from transformers import Olmo2Config
+
+    write(directory, seed, Olmo2Config(**sizes(8, 2, 10, 56, 104, 331, 3), attention_bias=True))

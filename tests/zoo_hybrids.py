@@ -53,12 +53,13 @@ def qwen3_next(directory: Path, seed: str) -> None:
 
 @define("qwen3_next", heads=8, kv=2, layers=4, mtp=1, experts=4, ep=(1, 2), weights=False)
 def qwen3_next_fused(directory: Path, seed: str) -> None:
-    """Experts in stacks, also of the layer that predicts ahead; tied; layers as they come."""
+    """Experts in stacks, also of the layer that predicts ahead; tied; layers as they come; biases in attention."""
     from transformers import Qwen3NextConfig
 
     kinds = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
-    facts = dict(SLIM) | {"linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_value_head_dim": 6, "linear_key_head_dim": 10}
-    config = Qwen3NextConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **facts, **EXPERTS, layer_types=kinds, tie_word_embeddings=True)
+    facts = dict(SLIM) | {"tie_word_embeddings": True, "attention_bias": True}
+    facts |= {"linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_value_head_dim": 6, "linear_key_head_dim": 10}
+    config = Qwen3NextConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **facts, **EXPERTS, layer_types=kinds)
     write(directory, seed, config)
 
     def age(state: State) -> State:
@@ -72,10 +73,10 @@ def qwen3_next_fused(directory: Path, seed: str) -> None:
 
 @define("qwen3_5_text", heads=8, kv=4, layers=5, mtp=1)
 def qwen3_5(directory: Path, seed: str) -> None:
-    """Dense; four projections into the linear layers; one layer predicts ahead."""
+    """Dense; four projections into the linear layers; one layer predicts ahead; biases in attention."""
     from transformers import Qwen3_5TextConfig
 
-    write(directory, seed, Qwen3_5TextConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **SLIM))
+    write(directory, seed, Qwen3_5TextConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **SLIM, attention_bias=True))
     rewrite(directory, lambda state: state | ahead(seed, state, 3, 72))
     configure(directory, "layer_types", full_attention_interval=4, mtp_num_hidden_layers=1)
 
@@ -107,10 +108,10 @@ def qwen3_5_moe(directory: Path, seed: str) -> None:
 
 @define("qwen3_5_moe_text", heads=8, kv=4, layers=5, mtp=1, experts=4, ep=(1, 2))
 def qwen3_5_moe_each(directory: Path, seed: str) -> None:
-    """As transformers writes it, and the other way round in the layer that predicts ahead."""
+    """As transformers writes it, and the other way round in the layer that predicts ahead; biases in attention."""
     from transformers import Qwen3_5MoeTextConfig
 
-    given = sizes(8, 4, 12, 72, 88, 331, 5)
+    given = sizes(8, 4, 12, 72, 88, 331, 5) | {"attention_bias": True}
     write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
     rewrite(directory, lambda state: state | fused(ahead(seed, state, 3, 72), "mtp.layers.0.mlp.experts."))
 
@@ -151,16 +152,16 @@ def granitemoehybrid_attends(directory: Path, seed: str) -> None:
     from transformers import GraniteMoeHybridConfig
 
     facts: dict[str, Any] = {"num_local_experts": 0, "shared_intermediate_size": 48, "mamba_d_head": 9, "mamba_n_groups": 1}
-    facts["layer_types"] = ["full_attention"] * 3
+    facts |= {"layer_types": ["full_attention"] * 3, "attention_bias": True}
     write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **STATES, **facts))
 
 
 @define("bamba", heads=8, kv=4, layers=5)
 def bamba(directory: Path, seed: str) -> None:
-    """One group of heads; a dense feed-forward."""
+    """One group of heads; a dense feed-forward; biases in attention."""
     from transformers import BambaConfig
 
-    facts = {"mamba_d_head": 9, "mamba_n_groups": 1, "attn_layer_indices": [1]}
+    facts = {"mamba_d_head": 9, "mamba_n_groups": 1, "attn_layer_indices": [1], "attention_bias": True}
     write(directory, seed, BambaConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **STATES, **facts))
 
 
@@ -175,10 +176,11 @@ def falcon_h1(directory: Path, seed: str) -> None:
 
 @define("falcon_h1", heads=8, kv=2, layers=3, weights=False)
 def falcon_h1_norm(directory: Path, seed: str) -> None:
-    """With that norm, two groups of heads, tied."""
+    """With that norm, two groups of heads, tied; biases in attention."""
     from transformers import FalconH1Config
 
     facts = {"mamba_d_ssm": 96, "mamba_d_head": 6, "mamba_n_groups": 2, "mamba_rms_norm": True, "tie_word_embeddings": True}
+    facts["attention_bias"] = True
     write(directory, seed, FalconH1Config(**sizes(8, 2, 14, 72, 88, 331, 3), **STATES, **facts))
 
 

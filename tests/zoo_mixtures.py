@@ -35,10 +35,10 @@ def mixtral_fused(directory: Path, seed: str) -> None:
 
 @define("qwen3_moe", heads=8, kv=4, layers=3, **EXPERTS)
 def qwen3_moe_fused(directory: Path, seed: str) -> None:
-    """In the names of transformers 5; layer 1 is dense."""
+    """In the names of transformers 5; layer 1 is dense; biases in attention."""
     from transformers import Qwen3MoeConfig
 
-    facts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [1]}
+    facts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [1], "attention_bias": True}
     write(directory, seed, Qwen3MoeConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **facts))
     fuse(directory)
 
@@ -122,8 +122,8 @@ def olmoe(directory: Path, seed: str) -> None:
 
 @define("olmoe", heads=8, kv=4, layers=3, square=OLMOE_SQUARE, **EXPERTS)
 def olmoe_fused(directory: Path, seed: str) -> None:
-    """In the names of transformers 5; queries, keys and values are clipped, weights of experts normalized."""
-    write(directory, seed, olmoe_config(clip_qkv=0.7, norm_topk_prob=True))
+    """In the names of transformers 5; queries, keys and values are clipped and have biases, weights of experts normalized."""
+    write(directory, seed, olmoe_config(clip_qkv=0.7, norm_topk_prob=True, attention_bias=True))
     fuse(directory)
 
 
@@ -175,10 +175,11 @@ def granitemoe(directory: Path, seed: str) -> None:
 
 @define("granitemoe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
 def granitemoe_fused(directory: Path, seed: str) -> None:
-    """In the names of transformers 5; a head of its own."""
+    """In the names of transformers 5; a head of its own; biases in attention."""
     from transformers import GraniteMoeConfig
 
-    write(directory, seed, GraniteMoeConfig(**sizes(8, 2, 14, 72, 40, 331, 3), **GRANITE | {"tie_word_embeddings": False}))
+    facts = GRANITE | {"tie_word_embeddings": False, "attention_bias": True}
+    write(directory, seed, GraniteMoeConfig(**sizes(8, 2, 14, 72, 40, 331, 3), **facts))
     fuse(directory)
 
 
@@ -197,10 +198,11 @@ LATENT |= {"intermediate_size": 104, "moe_intermediate_size": 40, "n_routed_expe
 
 @define("deepseek_v2", heads=8, kv=8, layers=3, **EXPERTS)
 def deepseek_v2(directory: Path, seed: str) -> None:
-    """Experts of the groups that have the best one."""
+    """Experts of the groups that have the best one; biases on all but the outputs of low ranks."""
     from transformers import DeepseekV2Config
 
     facts = {"q_lora_rank": 36, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
+    facts["attention_bias"] = True
     write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
 
 
@@ -370,10 +372,10 @@ def hunyuan_v1_moe(directory: Path, seed: str) -> None:
 
 @define("hunyuan_v1_moe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
 def hunyuan_v1_moe_fused(directory: Path, seed: str) -> None:
-    """In the names of transformers 5; tied."""
+    """In the names of transformers 5; tied; biases in attention."""
     from transformers import HunYuanMoEV1Config
 
-    facts = {"num_experts": 8, "moe_topk": 3, "tie_word_embeddings": True}
+    facts = {"num_experts": 8, "moe_topk": 3, "tie_word_embeddings": True, "attention_bias": True}
     write(directory, seed, HunYuanMoEV1Config(**sizes(8, 2, 14, 72, 40, 331, 3), **facts))
     fuse(directory)
 
@@ -487,8 +489,8 @@ def llama4_text(directory: Path, seed: str) -> None:
 
 @define("llama4_text", heads=8, kv=2, layers=5, weights=False, **EXPERTS)
 def llama4_text_dense(directory: Path, seed: str) -> None:
-    """Every second layer is dense; no norms on q and k, queries do not grow; as published, no word of layers without positions."""
-    facts = {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False}
+    """Every second layer is dense; biases in attention, no norms, no growth; as published, no word of layers without positions."""
+    facts = {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False, "attention_bias": True}
     write(directory, seed, llama4_config(2, **facts))
     configure(directory, "layer_types", "moe_layers", "no_rope_layers")
 
@@ -550,8 +552,8 @@ def afmoe(directory: Path, seed: str) -> None:
 
 @define("afmoe", heads=8, kv=2, layers=5, weights=False, **EXPERTS)
 def afmoe_fused(directory: Path, seed: str) -> None:
-    """In the names of transformers 5; embeddings are not scaled."""
-    write(directory, seed, afmoe_config(2))
+    """In the names of transformers 5; embeddings are not scaled; biases in attention."""
+    write(directory, seed, afmoe_config(2, attention_bias=True))
     fuse(directory)
 
 

@@ -11,7 +11,7 @@ NEAR, FULL = "sliding_attention", "full_attention"
 
 @define("gemma4_text", heads=8, kv=2, layers=6, weights=False)
 def gemma4_text(directory: Path, seed: str) -> None:
-    """Layers without a window have larger heads; the last three look up keys and values of earlier ones, and are twice as wide."""
+    """Layers without a window have larger heads; the last three look up keys and values of earlier ones, are twice as wide; biases."""
     from transformers import Gemma4TextConfig
 
     facts: dict[str, Any] = {
@@ -22,6 +22,7 @@ def gemma4_text(directory: Path, seed: str) -> None:
         "hidden_size_per_layer_input": 6,
         "vocab_size_per_layer_input": 341,
         "sliding_window": 5,
+        "attention_bias": True,
     }
     write(directory, seed, Gemma4TextConfig(**sizes(8, 2, 14, 72, 88, 331, 6), **facts))
 
