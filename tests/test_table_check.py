@@ -15,12 +15,16 @@ from reshard.runtime.parallel import World, run_threads
 from running import reshard as command
 
 import reshard
-from reshard import table_check, tables
+from reshard import damages as damaging
+from reshard import table_check, tables, trials
 from reshard.checkpoint import open_published
+from reshard.damages import Mutation, mutations
 from reshard.errors import ReshardError
+from reshard.made_up import made_up
 from reshard.progress import Lines
-from reshard.table_check import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Mutation, TableCheck, Trial, check_table, made_up, mutations
+from reshard.table_check import TableCheck, check_table
 from reshard.tables import Table
+from reshard.trials import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial
 from reshard.verification import verify
 
 Get = Callable[[str], Path]
@@ -50,7 +54,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Be
 
 
 def tried(name: str, words: str, benches: Callable[[str], list[Bench]]) -> Trial:
-    return table_check._tried(damages(name)[words], family(name), benches(name))
+    return trials.tried(damages(name)[words], family(name), benches(name))
 
 
 # --- every family ------------------------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ def test_what_fits_and_is_wrong_is_caught_by_running(name: str, benches: Callabl
     """A tensor read one further along an axis fits always: some of them, in every family."""
     shifts = [mutation for mutation in damages(name).values() if mutation.shift is not None]
     for mutation in shifts[:: max(1, len(shifts) // 6)]:
-        trial = table_check._tried(mutation, family(name), benches(name))
+        trial = trials.tried(mutation, family(name), benches(name))
         axis = mutation.shift[1] if mutation.shift else ""
         one = all(bench.source.layout.model.sizes.get(axis) == 1 for bench in benches(name))
         assert trial.by in ("numerics", "beyond") or (trial.by == EQUIVALENT and one), trial
@@ -100,9 +104,9 @@ def test_no_wrong_table_can_hide_in_a_made_up_checkpoint(name: str, tmp_path: Pa
 def test_every_row_axis_and_size_is_damaged_and_no_damage_twice(name: str) -> None:
     table, found = family(name), list(mutations(family(name)))
     assert len({mutation.name for mutation in found}) == len(found)
-    keys = [table_check._key(mutation.data) for mutation in found if mutation.data is not None]
+    keys = [damaging.identity(mutation.data) for mutation in found if mutation.data is not None]
     assert len(set(keys)) == len(keys)
-    assert table_check._key(tables.written(table)) not in keys
+    assert damaging.identity(tables.written(table)) not in keys
     assert sum(" dropped" in mutation.name and mutation.name.startswith("row ") for mutation in found) == len(table.rows)
     shifted = {mutation.shift for mutation in found if mutation.shift is not None and mutation.shift[0]}
     axes = {(leaf, axis) for row in table.rows for leaf, path in zip(row.leaves, row.pattern.axes, strict=True) for axis in path}
@@ -202,7 +206,7 @@ def test_what_a_checkpoint_cannot_tell_is_not_called_caught(checkpoint: Get) -> 
     """Attention and feed-forward beside each other add both biases at one place: exchanged, the model is the same."""
     bench = Bench("given", checkpoint("gpt_neox"), family("gpt_neox"), None)
     damage = damages("gpt_neox")["rows attn.o_bias and mlp.down_bias exchanged"]
-    assert table_check._tried(damage, family("gpt_neox"), [bench]).by == "beyond", "run one after the other, they are told apart"
+    assert trials.tried(damage, family("gpt_neox"), [bench]).by == "beyond", "run one after the other, they are told apart"
     trial = Trial(damage.name, MISSED, "the same logits: they differ")
     found = TableCheck("gpt_neox", 16, 7, ("given",), (trial, Trial("other", "opening", "why")))
     assert not found.ok and not found.proven
