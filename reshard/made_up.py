@@ -107,7 +107,8 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     kinds = [*usual, *kinds[plain:]]
     for key in table.extra.values():  # so many, or so many times as a list has entries
         first, *counted = (factor.strip() for factor in _first(key).split("*"))
-        config |= {first: extra} | {factor.removeprefix("count "): [""] for factor in counted}
+        said = [""] * extra if first.startswith("count ") else extra
+        config |= {first.removeprefix("count "): said} | {factor.removeprefix("count "): [""] for factor in counted}
     shapes: Shaped = []
     leaves = {leaf for _, row in rows for leaf in row.leaves}
     for at, row in rows:

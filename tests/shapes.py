@@ -82,6 +82,13 @@ DEEPSEEK_V4_FLASH: Config = DEEPSEEK_V4 | {
     "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
 }
 
+DEEPSEEK_V4_DSPARK: Config = DEEPSEEK_V4_FLASH | {
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_markov_rank": 256,
+    "dspark_target_layer_ids": [40, 41, 42],
+}
+
 DEEPSEEK_V4_PRO: Config = DEEPSEEK_V4 | {
     "hidden_size": 7168,
     "num_hidden_layers": 61,
@@ -237,10 +244,19 @@ def deepseek_v4(config: Config) -> Headers:
             for expert in range(experts):
                 plain(f"{at}ffn.experts.{expert}.{name}.weight", out, into // 2, dtype="I8")
                 plain(f"{at}ffn.experts.{expert}.{name}.scale", out, into // 32, dtype="F8_E8M0")
-        if layer >= main:
+        if layer >= main and "dspark_block_size" not in config:
             linear(f"{at}e_proj", hidden, hidden)
             linear(f"{at}h_proj", hidden, hidden)
             mixed(f"{at}hc_head", streams, None)
             for norm in ("enorm", "hnorm", "norm"):
                 plain(f"{at}{norm}.weight", hidden)
+    if "dspark_block_size" in config:
+        rank = config["dspark_markov_rank"]
+        linear("mtp.0.main_proj", hidden, len(config["dspark_target_layer_ids"]) * hidden)
+        plain("mtp.0.main_norm.weight", hidden)
+        plain("mtp.2.markov_head.markov_w1.weight", config["vocab_size"], rank)
+        plain("mtp.2.markov_head.markov_w2.weight", config["vocab_size"], rank)
+        plain("mtp.2.confidence_head.proj.weight", 1, hidden + rank)
+        mixed("mtp.2.hc_head", streams, None)
+        plain("mtp.2.norm.weight", hidden)
     return found

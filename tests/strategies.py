@@ -429,7 +429,8 @@ def inventions(draw: st.DrawFn) -> Invention:
     extra = draw(st.integers(0, 2)) if table.extra else 0
     for expression in table.extra.values():  # so many, or so many times as a list has entries
         first, *counted = expression.partition(" | ")[0].split(" * ")
-        config |= {first: extra} | {factor.removeprefix("count "): [""] for factor in counted}
+        number = [""] * extra if first.startswith("count ") else extra
+        config |= {first.removeprefix("count "): number} | {factor.removeprefix("count "): [""] for factor in counted}
     for rule in table.layers.values():
         _tell(draw, rule, sizes["layer"], config)
     ruled = {kind: layers_named(rule, sizes["layer"], Config(config), lambda: None) for kind, rule in table.layers.items()}

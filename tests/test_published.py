@@ -112,7 +112,7 @@ CONFIGS |= {
 }  # fmt: skip
 CONFIGS["deepseek_v4"] = DEEPSEEK_V4 | INDEX | FP8
 SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lk": 4, "lv": 8}
-SIZES |= {"inter@late": 56, "group@full": 4}
+SIZES |= {"inter@late": 56, "group@full": 4, "draft_in": 768}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 mimo_v2_flash exaone
@@ -128,7 +128,12 @@ QUANTIZED = {
     "weight_packed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     "embed_tokens.biases": {"bits": 4, "group_size": 64, "mode": "affine"},
 }
-ALSO = {"THUDM/chatglm-6b-int4": {"multi_query_attention": False}, "Tele-AI/TeleChat-52B": {"relative_encoding": "rotary"}}
+DSPARK = {"dspark_block_size": 5, "dspark_markov_rank": 24, "dspark_target_layer_ids": [40, 41, 42]}
+ALSO = {
+    "THUDM/chatglm-6b-int4": {"multi_query_attention": False},
+    "Tele-AI/TeleChat-52B": {"relative_encoding": "rotary"},
+    "deepseek-ai/DeepSeek-V4-Flash-0731": DSPARK,
+}
 LABELS = {"llava_lisa": "llava", "ernie4_5_paddle": "ernie4_5_moe"}  # what config.json calls what is known by another name
 
 
@@ -252,8 +257,12 @@ def test_a_section_that_says_next_to_nothing_means_what_its_class_does(monkeypat
 
 @pytest.mark.parametrize(
     ("config", "tensors", "size", "tp"),
-    [(shapes.DEEPSEEK_V4_FLASH, 69_187, 148.65, [1, 2, 4, 8, 16]), (shapes.DEEPSEEK_V4_PRO, 145_116, 805.32, [1, 2, 4, 8])],
-    ids=["flash", "pro"],
+    [
+        (shapes.DEEPSEEK_V4_FLASH, 69_187, 148.65, [1, 2, 4, 8, 16]),
+        (shapes.DEEPSEEK_V4_DSPARK, 72_317, 155.42, [1, 2, 4, 8, 16]),
+        (shapes.DEEPSEEK_V4_PRO, 145_116, 805.32, [1, 2, 4, 8]),
+    ],
+    ids=["flash", "dspark", "pro"],
 )
 def test_deepseek_v4_in_its_true_shapes_has_as_many_bytes_as_published(
     config: shapes.Config, tensors: int, size: float, tp: list[int]

@@ -97,20 +97,27 @@ def deepseek_v4(directory: Path, seed: str) -> None:
     rewrite(directory, lambda state: listed(state, seed))
 
 
-V4_FP8 = re.compile(r".*\.(wq_a|wq_b|wkv|wo_a|wo_b|e_proj|h_proj|shared_experts\.w[123])\.weight")
+V4_FP8 = re.compile(r".*\.(wq_a|wq_b|wkv|wo_a|wo_b|e_proj|h_proj|main_proj|shared_experts\.w[123])\.weight")
 
 
-def to_v4(state: State, seed: str) -> State:
-    """As DeepSeek-V4-Flash: its own names, one layer that predicts ahead, FP8 with scales that are powers of two, experts in FP4."""
+def to_v4(state: State, seed: str, dspark: bool = False) -> State:
+    """As DeepSeek-V4-Flash: its own names, one layer that predicts ahead, FP8 with scales that are powers of two, experts in FP4; or a
+    drafter of three such layers."""
     found: State = {}
     for name, tensor in listed(state, seed).items():
         name = name.removeprefix("model.").replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
         found[name.replace(".attn.norm.", ".attn.kv_norm.")] = tensor
     last, hidden = "layers.2.", found["norm.weight"].numel()
-    like = {"mtp.0." + name.removeprefix(last): tensor for name, tensor in found.items() if name.startswith(last)}
-    like |= {f"mtp.0.{name}": found[name] for name in ("hc_head_base", "hc_head_fn", "hc_head_scale", "norm.weight")}
-    like |= {f"mtp.0.{part}norm.weight": torch.empty(hidden) for part in "eh"}
-    like |= {f"mtp.0.{part}_proj.weight": torch.empty(hidden, hidden) for part in "eh"}
+    block, count = {name.removeprefix(last): tensor for name, tensor in found.items() if name.startswith(last)}, 3 if dspark else 1
+    like = {f"mtp.{number}.{name}": tensor for number in range(count) for name, tensor in block.items()}
+    like |= {f"mtp.{count - 1}.{name}": found[name] for name in ("hc_head_base", "hc_head_fn", "hc_head_scale", "norm.weight")}
+    if dspark:
+        like |= {"mtp.0.main_norm.weight": torch.empty(hidden), "mtp.0.main_proj.weight": torch.empty(hidden, 3 * hidden)}
+        like |= {f"mtp.2.markov_head.markov_w{number}.weight": torch.empty(found["embed.weight"].shape[0], 24) for number in (1, 2)}
+        like["mtp.2.confidence_head.proj.weight"] = torch.empty(1, hidden + 24)
+    else:
+        like |= {f"mtp.0.{part}norm.weight": torch.empty(hidden) for part in "eh"}
+        like |= {f"mtp.0.{part}_proj.weight": torch.empty(hidden, hidden) for part in "eh"}
     found |= {name: noise_like(seed, name, tensor, 1.0, torch.float32) for name, tensor in like.items()}
     result: State = {}
     for name, tensor in found.items():
@@ -126,7 +133,7 @@ def to_v4(state: State, seed: str) -> State:
             plain = name.endswith(("weight",)) and not name.endswith("tid2eid")
             result[name] = tensor.to(torch.bfloat16) if plain else tensor
             continue
-        result[scale] = torch.randint(90, 130, shape, generator=draw, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        result[scale] = torch.randint(30, 220, shape, generator=draw, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     return result
 
 
@@ -143,13 +150,26 @@ def to_v4(state: State, seed: str) -> State:
 )
 def deepseek_v4_fp8(directory: Path, seed: str) -> None:
     """As published: what layers see by how many tokens make an entry. TP 8 would fall inside blocks, and cut the groups of outputs."""
+    write_v4(directory, seed, False)
+
+
+@define("deepseek_v4", heads=8, kv=1, layers=3, experts=8, mtp=3, tp=(1, 2, 4), ep=(1, 2, 4))
+def deepseek_v4_dspark(directory: Path, seed: str) -> None:
+    """As DeepSeek-V4-Flash-0731: with a drafter of several tokens."""
+    write_v4(directory, seed, True)
+    drafter: dict[str, Any] = {"dspark_block_size": 5, "dspark_markov_rank": 24, "dspark_target_layer_ids": [0, 1, 2]}
+    configure(directory, compress_ratios=[4, 128, 0, 0, 0, 0], **drafter)
+
+
+def write_v4(directory: Path, seed: str, dspark: bool) -> None:
+    """As published, with a layer that predicts ahead, or with a drafter."""
     from transformers import DeepseekV4Config
 
     sizes: dict[str, Any] = {"hidden_size": 160, "head_dim": 64, "q_lora_rank": 384, "o_lora_rank": 128, "moe_intermediate_size": 512}
     sizes |= {"num_hidden_layers": 3, "layer_types": [SPARSE, POOLED, NEAR], "index_head_dim": 32}
     sizes |= {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}}
     write(directory, seed, DeepseekV4Config(**V4 | sizes, mlp_layer_types=["hash_moe", "moe", "moe"]), dtype=torch.float32)
-    rewrite(directory, lambda state: to_v4(state, seed), shard=2_500_000)
+    rewrite(directory, lambda state: to_v4(state, seed, dspark), shard=2_500_000)
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "scale_fmt": "ue8m0"}
     changes: dict[str, Any] = {"compress_ratios": [4, 128, 0, 0], "num_hash_layers": 1, "num_nextn_predict_layers": 1}
     configure(directory, "layer_types", "mlp_layer_types", "compress_rates", **changes, quantization_config=quantization)
