@@ -154,7 +154,7 @@ class Spec:
             )
         said = Facts(table.model, config.with_defaults(table.defaults))
         for condition in table.model.get("runs", ()):
-            if not said.config.says(condition):
+            if not any(said.config.says(alternative) for alternative in condition.split(" | ")):
                 raise ReshardError(f'config.json: family "{table.name}" runs only with {condition}', "it converts and merges all the same")
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors

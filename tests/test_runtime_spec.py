@@ -33,9 +33,9 @@ def families() -> dict[str, Fixture]:
 
 
 def said(table: tables.Table) -> set[str]:
-    """The keys that sizes, optional sets, experts and indexers need."""
+    """The keys that sizes, optional sets and indexers need."""
     texts = [*table.sizes.values(), *map(str, table.optional.values()), *table.extra.values()]
-    texts += [json.dumps(table.model.get(fact)) for fact in ("routing", "index_top")]
+    texts.append(json.dumps(table.model.get("index_top")))
     return SAID | set(re.findall(r"[A-Za-z_]\w*", " ".join(texts)))
 
 

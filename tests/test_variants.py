@@ -1,0 +1,59 @@
+"""Settings that no fixture has, of models that transformers writes: each converts, comes back, and runs as transformers runs it.
+
+A setting is a fixture's config.json with changes; None stands for a key that is null. All of them were found wrong once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures import checkpoint, write
+from gauntlet import convert_and_back, reference, run_like
+from reshard.runtime.spec import Spec
+
+from reshard import tables
+from reshard.errors import ReshardError
+from reshard.mesh import Mesh
+from reshard.source import open_source
+
+transformers = pytest.importorskip("transformers")
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a part that is rotated, which nobody reads": ("llama", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
+    "an activation other than the first release's": ("gemma", {"hidden_act": "silu"}),
+    "a soft cap that nobody reads": ("gemma3_text", {"attn_logit_softcapping": 3.0}),
+    "groups of experts, yet the best of all": ("deepseek_v2_lite", {"n_group": 2, "topk_method": "greedy"}),
+    "always two experts": ("phimoe", {"num_experts_per_tok": 3}),
+}
+
+
+def written(name: str, changes: dict[str, Any], directory: Path) -> Path:
+    """A checkpoint as the fixture would be with these changes."""
+    data = json.loads((checkpoint(name) / "config.json").read_text()) | changes
+    known = type(transformers.AutoConfig.for_model(data["model_type"]))
+    write(directory, name, known.from_dict(data))
+    return directory
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_converts_and_runs_as_transformers_runs_it(setting: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    original = written(*SETTINGS[setting], tmp_path / "model")
+    convert_and_back(original, [{"tp": 2, "pp": 2}], tmp_path)
+    run_like(original, Mesh(tp=2), reference(original))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [("gemma4_moe", {"use_bidirectional_attention": "all"}, "runs only with !use_bidirectional_attention")],
+)
+def test_a_setting_that_does_not_run_says_so_and_converts(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    original = written(name, changes, tmp_path / "model")
+    convert_and_back(original, [{"tp": 2}], tmp_path)
+    source = open_source(original)
+    with pytest.raises(ReshardError, match=words):
+        Spec.of(tables.load("families", source.layout.model.family.name), source.config, source.layout.model)
