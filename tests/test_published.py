@@ -74,7 +74,7 @@ CONFIGS = {
         "n_routed_experts": 160, "n_shared_experts": 1, "moe_intermediate_size": 32, "attention_bias": True, "use_qk_norm": True,
         "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"},
     },
-    "deepseek_v2": LATENT | {"n_routed_experts": 64},
+    "deepseek_v2": LATENT | {"n_routed_experts": 64, "q_lora_rank": None},
     "deepseek_v3": LATENT | FP8 | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
     "kimi_k2": LATENT | FP8 | {"n_routed_experts": 384, "q_lora_rank": 384},
     "deepseek_v32": LATENT | FP8 | INDEX | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
