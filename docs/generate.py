@@ -55,7 +55,7 @@ def _results(table: Table, seen: dict[str, Any]) -> str:
 
 
 def _leaves(table: Table) -> dict[str, Row]:
-    return {leaf: row for row in table.rows for leaf in row.leaves}
+    return {leaf.partition("@")[0]: row for row in reversed(table.rows) for leaf in row.leaves}
 
 
 def _attention(table: Table) -> str:
@@ -67,6 +67,8 @@ def _attention(table: Table) -> str:
         words.append("q, k, v fused" + (", per KV head" if per_head else ""))
     elif "attn.q" in leaves:
         words.append("q, k, v")
+    elif "attn.q_b" in leaves:
+        words.append("latent q, k")
     elif "moa.q" in leaves:
         words.append("k, v; queries of experts")
     if "attn.q_gate" in leaves:
@@ -79,6 +81,10 @@ def _attention(table: Table) -> str:
         words.append("q/k norm of the whole projection")
     if "attn.sinks" in leaves:
         words.append("sinks")
+    if "attn.pool_kv" in leaves:
+        words.append("keys made of several tokens")
+    if "attn.index_q" in leaves:
+        words.append("an indexer")
     words += [name for leaf, name in STATEFUL.items() if leaf in leaves]
     return ", ".join(words)
 
@@ -104,6 +110,8 @@ def _also(table: Table) -> str:
         block = known.get("weight_block_size")
         packed = known.get("format") == "pack-quantized"
         words.append(f"FP8, {'×'.join(map(str, block))} blocks" if block else "4 bits, packed" if packed else "FP8, a scale for each row")
+    if any(axis.endswith("/2") for row in table.rows for pattern in row.layouts for path in pattern.axes for axis in path):
+        words.append("FP4")
     if len(table.prefixes) > 1:
         words.append(f"names with and without `{table.prefixes[0]}`")
     if table.aside:
