@@ -252,6 +252,8 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
         key = _first(text) if isinstance(text, str) else ""
         if fact == "rope_size":
             config[key] = _TURNED
+        if fact in ("groups", "group_top") and re.fullmatch(r"[A-Za-z_]\w*", key):
+            config.setdefault(key, 1)  # whatever it is where it is left out: so few experts are in no groups
         needed = fact in ("top", "attn_scale", "embed_scale", "index_top") and re.fullmatch(r"[A-Za-z_]\w*", key)
         if needed and "|" not in str(text) and (fact in _NUMBERS or asked.get(key) is None):
             config[key] = _NUMBERS.get(fact, 11)
