@@ -220,7 +220,8 @@ class Decoder(nn.Module):
             h = self._apart(x, weights)
         else:
             h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.has.share), "hidden")
-        x = self._added(x, self._norm(_biased(h, weights, "mlp.down_bias"), weights, "post_mlp_norm"))
+        h = _biased(_biased(h, weights, "mlp.down_bias"), weights, "shared.down_bias")
+        x = self._added(x, self._norm(h, weights, "post_mlp_norm"))
         return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
 
     def _apart(self, x: Tensor, weights: Weights) -> Tensor:

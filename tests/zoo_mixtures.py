@@ -202,7 +202,7 @@ def deepseek_v2(directory: Path, seed: str) -> None:
     from transformers import DeepseekV2Config
 
     facts = {"q_lora_rank": 36, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
-    facts["attention_bias"] = True
+    facts |= {"attention_bias": True, "mlp_bias": True}
     write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
 
 
@@ -410,6 +410,12 @@ def ernie4_5_moe_fused(directory: Path, seed: str) -> None:
     """In the names of transformers 5; a head of its own, no shared experts."""
     write(directory, seed, ernie4_5_moe_config(2, tie_word_embeddings=False, moe_num_shared_experts=0))
     fuse(directory)
+
+
+@define("ernie4_5_moe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
+def ernie4_5_moe_bias(directory: Path, seed: str) -> None:
+    """Biases on all but what experts have, the head's too."""
+    write(directory, seed, ernie4_5_moe_config(2, use_bias=True))
 
 
 def ernie4_5_paddle_twin(directory: Path, seed: str) -> None:
