@@ -83,7 +83,7 @@ class Fixture:
         if self.layers > 2:
             yield {"tp": 2, "pp": self.layers}
         if self.ep != (1,):
-            yield {"tp": 4, "ep": 2, "pp": 2}
+            yield {"tp": min(4, max(self.tp)), "ep": 2, "pp": 2}
         if self.weights:
             yield {"tp": 3, "weights": (2, 1, 1)}
 

@@ -88,7 +88,7 @@ def run_meshes(fixture: Fixture, every: bool) -> list[Mesh]:
         return [Mesh(tp=2, ep=2)] if 2 in fixture.ep else [Mesh(tp=2, pp=2)]
     found = [Mesh(tp=tp) for tp in fixture.tp] + [Mesh(pp=2), Mesh(tp=2, pp=2)]
     found += [Mesh(tp=3, weights=(2, 1, 1))] if fixture.weights else []
-    return found + ([Mesh(tp=2, ep=2), Mesh(tp=4, ep=2)] if 2 in fixture.ep else [])
+    return found + [Mesh(tp=tp, ep=2) for tp in (2, 4) if tp in fixture.tp and 2 in fixture.ep]
 
 
 def run_like(directory: Path, mesh: Mesh, wanted: Reference) -> None:
