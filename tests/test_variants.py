@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "an activation other than the first release's": ("gemma", {"hidden_act": "silu"}),
     "a soft cap that nobody reads": ("gemma3_text", {"attn_logit_softcapping": 3.0}),
     "groups of experts, yet the best of all": ("deepseek_v2_lite", {"n_group": 2, "topk_method": "greedy"}),
+    "scores as they are": ("gpt2", {"scale_attn_weights": False}),
     "always two experts": ("phimoe", {"num_experts_per_tok": 3}),
 }
 

@@ -142,7 +142,7 @@ def granitemoehybrid_dense(directory: Path, seed: str) -> None:
         "mamba_n_groups": 2,
         "layer_types": ATTENDS,
     }
-    facts |= {"mamba_conv_bias": False, "tie_word_embeddings": True}
+    facts |= {"mamba_conv_bias": False, "mamba_proj_bias": True, "tie_word_embeddings": True}
     write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **STATES, **facts))
 
 
@@ -158,10 +158,11 @@ def granitemoehybrid_attends(directory: Path, seed: str) -> None:
 
 @define("bamba", heads=8, kv=4, layers=5)
 def bamba(directory: Path, seed: str) -> None:
-    """One group of heads; a dense feed-forward; biases in attention."""
+    """One group of heads; a dense feed-forward; biases everywhere."""
     from transformers import BambaConfig
 
     facts = {"mamba_d_head": 9, "mamba_n_groups": 1, "attn_layer_indices": [1], "attention_bias": True}
+    facts |= {"mamba_proj_bias": True, "mlp_bias": True}
     write(directory, seed, BambaConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **STATES, **facts))
 
 
@@ -176,11 +177,11 @@ def falcon_h1(directory: Path, seed: str) -> None:
 
 @define("falcon_h1", heads=8, kv=2, layers=3, weights=False)
 def falcon_h1_norm(directory: Path, seed: str) -> None:
-    """With that norm, two groups of heads, tied; biases in attention."""
+    """With that norm, two groups of heads, tied; biases everywhere."""
     from transformers import FalconH1Config
 
     facts = {"mamba_d_ssm": 96, "mamba_d_head": 6, "mamba_n_groups": 2, "mamba_rms_norm": True, "tie_word_embeddings": True}
-    facts["attention_bias"] = True
+    facts |= dict.fromkeys(("attention_bias", "mamba_proj_bias", "projectors_bias", "mlp_bias"), True)
     write(directory, seed, FalconH1Config(**sizes(8, 2, 14, 72, 88, 331, 3), **STATES, **facts))
 
 
@@ -189,7 +190,7 @@ def mamba2(directory: Path, seed: str) -> None:
     """State spaces and nothing else, four groups of heads."""
     from transformers import Mamba2Config
 
-    facts = {"num_heads": 16, "head_dim": 9, "state_size": 10, "n_groups": 4, "conv_kernel": 3}
+    facts = {"num_heads": 16, "head_dim": 9, "state_size": 10, "n_groups": 4, "conv_kernel": 3, "use_bias": True}
     write(directory, seed, Mamba2Config(vocab_size=331, hidden_size=72, num_hidden_layers=4, **facts))
 
 
@@ -213,7 +214,7 @@ def lfm2_untied(directory: Path, seed: str) -> None:
     from transformers import Lfm2Config
 
     kinds = ["conv", "full_attention", "conv"]
-    facts = {"tie_word_embeddings": False, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
+    facts = {"tie_word_embeddings": False, "block_auto_adjust_ff_dim": False, "layer_types": kinds, "conv_bias": True}
     given = {key: value for key, value in sizes(8, 2, 12, 72, 88, 331, 3).items() if key != "head_dim"}
     write(directory, seed, Lfm2Config(**given, **facts))
 
@@ -235,8 +236,8 @@ def lfm2_moe(directory: Path, seed: str) -> None:
 
 @define("lfm2_moe", heads=8, kv=4, layers=3, experts=4, ep=(1, 2), square=LFM_SQUARE)
 def lfm2_moe_fused(directory: Path, seed: str) -> None:
-    """Experts in stacks, no such bias, a head."""
-    write(directory, seed, lfm2_moe_config(3, use_expert_bias=False, tie_word_embeddings=False))
+    """Experts in stacks, no such bias, but biases of convolutions; a head."""
+    write(directory, seed, lfm2_moe_config(3, use_expert_bias=False, conv_bias=True, tie_word_embeddings=False))
 
     def age(state: State) -> State:
         for layer in range(3):
@@ -266,8 +267,8 @@ def jamba(directory: Path, seed: str) -> None:
 
 @define("jamba", heads=8, kv=4, layers=3, experts=4, ep=(1, 2), square=JAMBA_SQUARE)
 def jamba_fused(directory: Path, seed: str) -> None:
-    """Experts in stacks; tied; no bias of the convolution."""
-    write(directory, seed, jamba_config(3, mamba_conv_bias=False, tie_word_embeddings=True))
+    """Experts in stacks; tied; no bias of the convolution, but of the projections around it."""
+    write(directory, seed, jamba_config(3, mamba_conv_bias=False, mamba_proj_bias=True, tie_word_embeddings=True))
 
     def age(state: State) -> State:
         for layer in range(3):
@@ -292,7 +293,7 @@ def falcon_mamba(directory: Path, seed: str) -> None:
     """The same tensors; with a head."""
     from transformers import FalconMambaConfig
 
-    facts = {"state_size": 10, "conv_kernel": 3, "time_step_rank": 5, "tie_word_embeddings": False}
+    facts = {"state_size": 10, "conv_kernel": 3, "time_step_rank": 5, "tie_word_embeddings": False, "use_bias": True}
     write(directory, seed, FalconMambaConfig(vocab_size=331, hidden_size=72, num_hidden_layers=3, **facts))
 
 
@@ -316,9 +317,10 @@ def nemotron_ahead(seed: str, state: State, like: tuple[str, str]) -> State:
 
 @define("nemotron_h", heads=8, kv=4, layers=5, experts=4, ep=(1, 2, 4))
 def nemotron_h(directory: Path, seed: str) -> None:
-    """A layer does one thing: it keeps a state, attends, or is a feed-forward, dense or of experts; one group of heads."""
+    """A layer does one thing: it keeps a state, attends, or is a feed-forward, dense or of experts; one group; biases everywhere."""
     kinds = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"]
-    write(directory, seed, nemotron_h_config(8, 4, 14, 1, layers_block_type=kinds))
+    facts = {"moe_latent_size": 36, "use_bias": True, "mlp_bias": True}
+    write(directory, seed, nemotron_h_config(8, 4, 14, 1, layers_block_type=kinds, **facts))
 
 
 @define("nemotron_h", heads=8, kv=2, layers=3, mtp=2, experts=4, ep=(1, 2), weights=False)
