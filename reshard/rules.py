@@ -7,11 +7,12 @@
                     comes
     from KEY        layers ≥ that number
     last KEY        so many layers at the end
-    but KEY         all but each KEY-th: of 4 all but 3, 7, 11, …
+    each KEY        each KEY-th: of 4 these are 3, 7, 11, …
+    but KEY         all but these
     windowed        the layers that have a window; no answer where config.json gives no window
     KEY             those for which that list, of one entry for each layer, says 1 or true
 
-A KEY of `from` and `but` may be a number.
+A KEY of `from`, `each` and `but` may be a number.
 """
 
 from collections.abc import Callable
@@ -36,19 +37,22 @@ def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[
         return windowed()
     if rule in ("all", "even"):
         return tuple(range(0, layers, 1 if rule == "all" else 2))
-    if key and word in ("from", "but", "last"):
+    if key and word in ("from", "each", "but", "last"):
         number = evaluate(key, config.get)
         if number is None:
             return None
         if word == "last":
             return tuple(range(max(layers - number, 0), layers))
-        return tuple(range(number, layers)) if word == "from" else tuple(at for at in range(layers) if not number or (at + 1) % number)
+        if word == "from":
+            return tuple(range(number, layers))
+        each = {at for at in range(layers) if number and (at + 1) % number == 0}
+        return tuple(sorted(each if word == "each" else set(range(layers)) - each))
     if key and word.isidentifier():
         return _listed(word, layers, config, key)
     if key or not rule.isidentifier():
         raise ReshardError(
             f'[model]: "{rule}" does not name layers',
-            'rules are all, even, layer_types, windowed, "from KEY", "but KEY", "KEY WORD" and KEY',
+            'rules are all, even, layer_types, windowed, "from KEY", "each KEY", "but KEY", "KEY WORD" and KEY',
         )
     return _listed(rule, layers, config)
 

@@ -1,6 +1,7 @@
 """Settings that no fixture has, of models that transformers writes: each converts, comes back, and runs as transformers runs it.
 
-A setting is a fixture's config.json with changes; None stands for a key that is null. All of them were found wrong once.
+A setting is a fixture's config.json with changes; GONE are keys that transformers can do without, once it has written the model.
+All of them were found wrong once.
 """
 
 import json
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import checkpoint, write
+from fixtures import checkpoint, configure, write
 from gauntlet import convert_and_back, reference, run_like
 from reshard.runtime.spec import Spec
 
@@ -20,23 +21,32 @@ from reshard.source import open_source
 
 transformers = pytest.importorskip("transformers")
 
+GONE = object()
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "a part that is rotated, which nobody reads": ("llama", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
     "an activation other than the first release's": ("gemma", {"hidden_act": "silu"}),
+    "an activation that has no weights": ("apertus", {"hidden_act": "gelu"}),
     "a soft cap that nobody reads": ("gemma3_text", {"attn_logit_softcapping": 3.0}),
     "groups of experts, yet the best of all": ("deepseek_v2_lite", {"n_group": 2, "topk_method": "greedy"}),
     "scores as they are": ("gpt2", {"scale_attn_weights": False}),
+    "windows where none rotate": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE, "no_rope_layers": GONE, "no_rope_layer_interval": 2},
+    ),
+    "windows where none rotate, listed": ("smollm3_listed", {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE}),
     "always two experts": ("phimoe", {"num_experts_per_tok": 3}),
 }
 
 
 def written(name: str, changes: dict[str, Any], directory: Path) -> Path:
     """A checkpoint as the fixture would be with these changes."""
-    data = json.loads((checkpoint(name) / "config.json").read_text()) | changes
+    gone = [key for key, value in changes.items() if value is GONE]
+    data = json.loads((checkpoint(name) / "config.json").read_text()) | {k: v for k, v in changes.items() if v is not GONE}
     known = type(transformers.AutoConfig.for_model(data["model_type"]))
-    write(directory, name, known.from_dict(data))
+    write(directory, name, known.from_dict({key: value for key, value in data.items() if key not in gone}))
+    configure(directory, *gone)
     return directory
 
 
