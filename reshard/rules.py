@@ -9,10 +9,11 @@
     last KEY        so many layers at the end
     each KEY        each KEY-th: of 4 these are 3, 7, 11, …
     but KEY         all but these
+    RULE before KEY those of a rule that come before that layer
     windowed        the layers that have a window; no answer where config.json gives no window
     KEY             those for which that list, of one entry for each layer, says 1 or true
 
-A KEY of `from`, `each` and `but` may be a number.
+A KEY of `from`, `each`, `but` and `before` may be a number.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,10 @@ def layers_named(rule: str, layers: int, config: Config, windowed: Callable[[], 
 
 
 def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    before, said, end = rule.partition(" before ")
+    if said:
+        found, number = _named(before, layers, config, windowed), evaluate(end, config.get)
+        return None if found is None or number is None else tuple(at for at in found if at < number)
     word, _, key = rule.partition(" ")
     if rule == "windowed":
         return windowed()
@@ -52,7 +57,7 @@ def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[
     if key or not rule.isidentifier():
         raise ReshardError(
             f'[model]: "{rule}" does not name layers',
-            'rules are all, even, layer_types, windowed, "from KEY", "each KEY", "but KEY", "KEY WORD" and KEY',
+            'rules are all, even, layer_types, windowed, "from KEY", "each KEY", "but KEY", "KEY WORD", KEY, and one of these "before KEY"',
         )
     return _listed(rule, layers, config)
 

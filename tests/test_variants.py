@@ -36,6 +36,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE, "no_rope_layers": GONE, "no_rope_layer_interval": 2},
     ),
     "windows where none rotate, listed": ("smollm3_listed", {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE}),
+    "windows in some of the first layers": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "layer_types": GONE},
+    ),
     "always two experts": ("phimoe", {"num_experts_per_tok": 3}),
 }
 
