@@ -22,6 +22,7 @@ from reshard.source import open_source
 transformers = pytest.importorskip("transformers")
 
 GONE = object()
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 7}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,6 +40,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "windows in some of the first layers": (
         "qwen2_moe",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "layer_types": GONE},
+    ),
+    "queries that grow, in the words of transformers 4": (
+        "ministral3",
+        {"rope_parameters": GONE, "rope_theta": 10000.0, "rope_scaling": YARN | {"llama_4_scaling_beta": 0.3}},
     ),
     "always two experts": ("phimoe", {"num_experts_per_tok": 3}),
 }

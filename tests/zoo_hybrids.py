@@ -356,7 +356,7 @@ def nemotron_h_fused(directory: Path, seed: str) -> None:
 KIMI_SQUARE = (r".*\.A_log",)  # [1, 1, heads, 1]
 
 
-def kimi_linear_config(layers: int) -> Any:
+def kimi_linear_config(layers: int, **facts: Any) -> Any:
     from transformers import KimiLinearConfig
 
     given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
@@ -364,7 +364,7 @@ def kimi_linear_config(layers: int) -> Any:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     state = {"linear_head_dim": 10, "linear_num_heads": 8, "linear_conv_kernel_dim": 3}
     kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"][:layers]
-    return KimiLinearConfig(**given | latent, **experts, **state, num_hidden_layers=layers, layer_types=kinds)
+    return KimiLinearConfig(**given | latent, **experts, **state, num_hidden_layers=layers, layer_types=kinds, **facts)
 
 
 @define("kimi_linear", heads=8, kv=8, layers=4, experts=4, ep=(1, 2, 4), square=KIMI_SQUARE)
@@ -379,8 +379,8 @@ def kimi_linear(directory: Path, seed: str) -> None:
 
 @define("kimi_linear", heads=8, kv=8, layers=3, experts=4, ep=(1, 2), square=KIMI_SQUARE)
 def kimi_linear_stacked(directory: Path, seed: str) -> None:
-    """As transformers holds it: experts and convolutions in stacks."""
-    write(directory, seed, kimi_linear_config(3))
+    """As transformers holds it: experts and convolutions in stacks; biases in attention."""
+    write(directory, seed, kimi_linear_config(3, attention_bias=True))
 
     def age(state: State) -> State:
         for layer in range(3):
