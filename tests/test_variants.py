@@ -69,7 +69,10 @@ def test_a_setting_converts_and_runs_as_transformers_runs_it(setting: str, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
-    [("gemma4_moe", {"use_bidirectional_attention": "all"}, "runs only with !use_bidirectional_attention")],
+    [
+        ("gemma4_moe", {"use_bidirectional_attention": "all"}, "runs only with !use_bidirectional_attention"),
+        ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "runs only with !slow_but_exact"),
+    ],
 )
 def test_a_setting_that_does_not_run_says_so_and_converts(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     original = written(name, changes, tmp_path / "model")
