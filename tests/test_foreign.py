@@ -579,7 +579,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         r"missing model\.embed_tokens\.weight.*= None",
     ),
     "a bias promised": ("llama", 2, says(attention_bias=True), "attention_bias = True, yet .* are missing"),
-    "another family": ("qwen3_moe", 2, says(model_type="mixtral"), r"a layer must be one of each, fused: none found"),
+    "another family": ("qwen3_moe", 2, says(model_type="mixtral"), r"a layer must be one of moe, moe_fused: none found"),
     "a family without such names": ("llama", 2, says(model_type="gpt2"), 'format "vllm" has no names for family "gpt2"'),
     "no family": (
         "llama",
