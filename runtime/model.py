@@ -220,7 +220,7 @@ class Decoder(nn.Module):
             h = self._apart(x, weights)
         else:
             h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.has.share), "hidden")
-        h = _biased(_biased(h, weights, "mlp.down_bias"), weights, "shared.down_bias")
+        h = _biased(h, weights, "shared.down_bias" if "shared.down" in weights else "mlp.down_bias")
         x = self._added(x, self._norm(h, weights, "post_mlp_norm"))
         return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
 
