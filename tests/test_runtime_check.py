@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,8 +284,16 @@ def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path, monkeyp
     done = reshard("verify", tmp_path / "other", "--against", out, "--only", "numerics")
     assert done.code == 2
     assert "is no published checkpoint" in done.err
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    there = builtins.__import__
+
+    def without(name: str, *more: Any) -> Any:
+        if name == "transformers":
+            raise ImportError(name)
+        return there(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
     report = api.verify(out, against=checkpoint("llama"), only="numerics")
+    monkeypatch.undo()
     assert report.ok
     assert report.rungs[0].numbers["reference"] == "this runtime at TP 1 (transformers is not installed)"
 
