@@ -134,6 +134,7 @@ def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | N
     borrowed = lenders(model, config)
     for name in names:
         tensor = model.tensors[name]
+        both = {layer for layer in tensor.layers or () if _holds_values(name, layer, model)}
         for piece in layout.holding(name):
             ranges = dict(zip(tensor.axes, piece.box, strict=True))
             per_token = math.prod(high - low for axis, (low, high) in ranges.items() if axis not in ("layer", "hidden"))
@@ -143,7 +144,7 @@ def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | N
                     dtype = _cache_dtype(tensor.dtype({"layer": layer}))
                     dtypes[dtype] = None
                     kept = min(context, tokens) if tokens and layer in short else context
-                    kept *= 2 if _holds_values(name, layer, model) else 1
+                    kept *= 2 if layer in both else 1
                     for rank in _keeping(layer, piece.slot.rank, layout, borrowed):
                         ranks[rank] += per_token * kept * batch * BITS[dtype] // 8
     return Cache(context, batch, tuple(ranks), tuple(dtypes), model.main_layers, windowed, tokens)
