@@ -169,6 +169,16 @@ def rewrite(directory: Path, edit: Callable[[State], State], shard: int = SHARD,
     (directory / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def renamed(state: State, names: Mapping[str, str]) -> State:
+    """The same tensors, every part of a name that is a key of `names` replaced, one after another."""
+    found: State = {}
+    for name, tensor in state.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        found[name] = tensor
+    return found
+
+
 def configure(directory: Path, *removed: str, **changes: Any) -> None:
     """Edit config.json: keys to remove, keys to set."""
     path = directory / "config.json"
@@ -623,6 +633,20 @@ QUANTIZED = re.compile(
 )
 
 
+BLOCK_SCALED = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+
+
+def in_blocks(state: State, *more: str) -> State:
+    """Those matrices, and what ends in one of `more`, in FP8 with their scales; all else in bfloat16."""
+    result = {}
+    for name, tensor in state.items():
+        if QUANTIZED.fullmatch(name) or name.endswith(more):
+            result[name], result[name + "_scale_inv"] = quantize(tensor)
+        else:
+            result[name] = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
+    return result
+
+
 def write_fp8(directory: Path, seed: str) -> None:
     from transformers import DeepseekV3Config
 
@@ -643,18 +667,8 @@ def write_fp8(directory: Path, seed: str) -> None:
     )
     write(directory, seed, config, dtype=torch.float32)
 
-    def to_fp8(state: State) -> State:
-        result = {}
-        for name, tensor in add_mtp(state, seed, 2, torch.float32).items():
-            if QUANTIZED.fullmatch(name):
-                result[name], result[name + "_scale_inv"] = quantize(tensor)
-            else:
-                result[name] = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
-        return result
-
-    rewrite(directory, to_fp8, shard=2_500_000)
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
-    configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=quantization)
+    rewrite(directory, lambda state: in_blocks(add_mtp(state, seed, 2, torch.float32)), shard=2_500_000)
+    configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=BLOCK_SCALED)
 
 
 def without_fp8(directory: Path, seed: str) -> None:

@@ -9,7 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import BLOCK, DEEPSEEK, SHARD, State, add_mtp, configure, define, distinct, noise_like, quantize, rewrite, sizes, write
+from fixtures import (
+    BLOCK,
+    DEEPSEEK,
+    SHARD,
+    State,
+    add_mtp,
+    configure,
+    define,
+    distinct,
+    noise_like,
+    quantize,
+    renamed,
+    rewrite,
+    sizes,
+    write,
+)
 
 EXPERTS: dict[str, Any] = {"experts": 8, "ep": (1, 2, 4)}
 
@@ -572,12 +587,7 @@ def to_bailing(state: State) -> State:
     for name in [name for name in state if name.endswith("q_proj.weight")]:
         parts = [state.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
         state[name.replace("q_proj", "query_key_value")] = torch.cat(parts)
-    found: State = {}
-    for name, tensor in state.items():
-        for old, new in BAILING.items():
-            name = name.replace(old, new)
-        found[name] = tensor
-    return found
+    return renamed(state, BAILING)
 
 
 def bailing_v2_twin(directory: Path, seed: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import COMMON, State, configure, define, rewrite, sizes, write
+from fixtures import COMMON, State, configure, define, renamed, rewrite, sizes, write
 
 GPT: dict[str, Any] = {"n_embd": 80, "n_head": 8, "n_inner": 104, "n_layer": 3, "n_positions": 72, "vocab_size": 331}
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
@@ -287,11 +287,7 @@ def internlm2_twin(directory: Path, seed: str) -> None:
 
 
 def to_internlm2(state: State) -> State:
-    found: State = {}
-    for name, tensor in state.items():
-        for old, new in INTERNLM2.items():
-            name = name.replace(old, new)
-        found[name] = tensor
+    found = renamed(state, INTERNLM2)
     for name in [name for name in found if ".q_proj." in name]:
         parts = [found.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
         grouped = [part.view(4, -1, 12, *part.shape[1:]) for part in parts]  # 4 key heads of 12 features

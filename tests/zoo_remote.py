@@ -4,19 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import State, configure, define, noise_like, rewrite, sizes, write
+from fixtures import State, configure, define, noise_like, renamed, rewrite, sizes, write
 
 OLD = ("head_dim", "rope_parameters", "num_key_value_heads", "num_hidden_layers", "intermediate_size", "rms_norm_eps", "hidden_act")
-
-
-def renamed(state: State, names: dict[str, str]) -> State:
-    """The same tensors, every part of a name that is a key of `names` replaced, one after another."""
-    found: State = {}
-    for name, tensor in state.items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        found[name] = tensor
-    return found
 
 
 def joined(state: State, *parts: str, to: str, dim: int = 0) -> State:

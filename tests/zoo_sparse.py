@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import BLOCK, DEEPSEEK, QUANTIZED, State, add_mtp, configure, define, noise_like, quantize, rewrite, write
+from fixtures import BLOCK, BLOCK_SCALED, DEEPSEEK, State, add_mtp, configure, define, in_blocks, noise_like, quantize, rewrite, write
 
 LATENT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 56, "q_lora_rank": 36, "kv_lora_rank": 28}
 LATENT |= {"qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "intermediate_size": 104, "moe_intermediate_size": 40}
@@ -32,18 +32,8 @@ def deepseek_v32_fp8(directory: Path, seed: str) -> None:
     sizes |= {"v_head_dim": 256, "intermediate_size": 2560, "moe_intermediate_size": 512, "index_head_dim": 96}
     write(directory, seed, DeepseekV32Config(**DEEPSEEK, **LATENT | sizes, num_hidden_layers=2), dtype=torch.float32)
 
-    def to_fp8(state: State) -> State:
-        result = {}
-        for name, tensor in state.items():
-            if QUANTIZED.fullmatch(name) or name.endswith((".wq_b.weight", ".wk.weight")):
-                result[name], result[name + "_scale_inv"] = quantize(tensor)
-            else:
-                result[name] = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16)
-        return result
-
-    rewrite(directory, to_fp8, shard=2_500_000)
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
-    configure(directory, "num_mtp_layers", num_nextn_predict_layers=0, dtype="bfloat16", quantization_config=quantization)
+    rewrite(directory, lambda state: in_blocks(state, ".wq_b.weight", ".wk.weight"), shard=2_500_000)
+    configure(directory, "num_mtp_layers", num_nextn_predict_layers=0, dtype="bfloat16", quantization_config=BLOCK_SCALED)
 
 
 @define("glm_moe_dsa", heads=8, kv=8, layers=4, experts=4, mtp=1, ep=(1, 2, 4))
