@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .checkpoint import extent
-from .engine import Key, Place, in_items
+from .engine import STRIPE, Key, Place, in_items
 from .errors import MismatchError
 from .files import Pool
 from .header import Entry
@@ -138,9 +138,13 @@ class _Stored:
                 rest = (*dims[:at], *([(taken, s, d)] if taken > 1 else []), *dims[at + 1 :])
                 self._read(path, (offset + i * s, to + i * d, rest), window, low, scratch)
             return
+        *outer, (run, step, apart) = dims
+        if len(outer) == 1 and outer[0][1] == run >= STRIPE and (step, apart) == (1, 1):  # rows that follow each other in the source
+            (count, _, pitch), start = outer[0], to - low
+            self.pool.read_into(path, offset, *(window[start + row * pitch : start + row * pitch + run] for row in range(count)))
+            return
         import numpy as np
 
-        *outer, (run, step, _) = dims
         unit = math.gcd(run, 8) if step == 1 else 1
         kind = np.dtype(f"u{unit}")
         view = [*outer, (run // unit, step * unit, dims[-1][2] * unit)]

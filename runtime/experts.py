@@ -86,8 +86,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part: str = "moe") -> tuple[Tensor, Tensor]:
-    """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top]; the same on every rank."""
+def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part: str = "moe") -> tuple[Tensor, Tensor, list[int]]:
+    """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top], and which those are; on every rank the same."""
     if "moe.router_norm" in weights:
         x = rms_norm(x, weights["moe.router_norm"], eps) * routing.divide**-0.5
     scores = SCORES[routing.score](weights.linear(x.float() if routing.wide else x, f"{part}.router").float())
@@ -98,7 +98,8 @@ def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part
         chosen = torch.where(router.imposed < 0, chosen, router.imposed)
     if router.decisions is not None:
         router.decisions.append((chosen, _margin(ranking, groups, chosen, routing)))
-    router.routed.update(torch.unique(chosen).tolist())
+    used = sorted(set(chosen.flatten().tolist()))
+    router.routed.update(used)
     shares = _mixed(scores, chosen, routing.jitter) if routing.score == "sparsemixer" else scores.gather(1, chosen)
     if routing.score == "chosen":
         shares = shares.softmax(-1)
@@ -106,7 +107,7 @@ def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part
         shares = shares / (shares.norm(routing.renormalize, -1, keepdim=True) + 1e-20)
     if "moe.expert_factor" in weights:
         shares = shares * weights["moe.expert_factor"][chosen]
-    return chosen, shares * routing.scale
+    return chosen, shares * routing.scale, used
 
 
 def _mixed(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
@@ -148,11 +149,11 @@ def _margin(ranking: Tensor, groups: Tensor | None, chosen: Tensor, routing: Rou
 
 def experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share, seen: Tensor) -> Tensor:
     """x [tokens, hidden] → the part of this rank's experts of the same; the router chooses by what it has `seen`."""
-    chosen, shares = route(seen, weights, routing, spec.eps)
+    chosen, shares, used = route(seen, weights, routing, spec.eps)
     out = torch.zeros_like(x)
     rows = weights.rows("moe.gate_up") // 2
     biases, last = weights.get("moe.gate_up_bias"), weights.get("moe.down_bias") if share.bias else None
-    for expert in torch.unique(chosen).tolist():
+    for expert in used:
         if not share.first <= expert < share.last:
             continue
         own = expert - share.first

@@ -1,6 +1,5 @@
 """Attention with experts on one rank: each expert makes one query of a token for each key head, and an output of what that query found."""
 
-import torch
 from torch import Tensor
 
 from .attention import Context, Heads, attend
@@ -16,9 +15,9 @@ def mixed_attention(x: Tensor, weights: Weights, layer: int, spec: Spec, heads: 
     batch, seq, hidden = x.shape
     sight = context.of(layer, spec)
     flat = x.flatten(0, 1)
-    chosen, shares = route(flat, weights, spec.routing, spec.eps, "moa")
+    chosen, shares, used = route(flat, weights, spec.routing, spec.eps, "moa")
     top = chosen.shape[1]
-    q = _each(flat[:, None].expand(-1, top, -1), chosen, weights["moa.q"])
+    q = _each(flat[:, None].expand(-1, top, -1), chosen, used, weights["moa.q"])
     q = q.view(batch, seq, top, heads.kv, heads.size).permute(0, 3, 2, 1, 4).flatten(1, 2)  # a key head's queries are neighbours
     k, v = (part.view(batch, seq, heads.kv, heads.size).transpose(1, 2) for part in weights.linear(x, "attn.kv").chunk(2, -1))
     q, k = rotate(q, sight.turn, spec.rope_interleaved), rotate(k, sight.turn, spec.rope_interleaved)
@@ -26,13 +25,13 @@ def mixed_attention(x: Tensor, weights: Weights, layer: int, spec: Spec, heads: 
         k, v = context.cache.write(layer, k, v)
     found = attend(q, k, v, spec.attn_scale, sight.mask, spec.attn_cap, None, None)
     found = found.view(batch, heads.kv, top, seq, heads.size).permute(0, 3, 2, 1, 4).reshape(batch * seq, top, -1)
-    out = _each(found, chosen, weights["moa.o"]) * shares[..., None].to(x.dtype)
+    out = _each(found, chosen, used, weights["moa.o"]) * shares[..., None].to(x.dtype)
     return out.sum(1).view(batch, seq, hidden) / heads.copies  # ranks that hold the same key heads compute the same
 
 
-def _each(x: Tensor, chosen: Tensor, matrices: Tensor) -> Tensor:
-    """x [tokens, top, in], each by the matrix [out, in] of the expert that was chosen there."""
+def _each(x: Tensor, chosen: Tensor, used: list[int], matrices: Tensor) -> Tensor:
+    """x [tokens, top, in], each by the matrix [out, in] of the expert that was chosen there; those are `used`."""
     out = x.new_empty(*chosen.shape, matrices.shape[1])
-    for expert in torch.unique(chosen).tolist():
+    for expert in used:
         out[chosen == expert] = multiply(x[chosen == expert], matrices[expert])
     return out

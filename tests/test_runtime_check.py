@@ -161,7 +161,7 @@ def test_margins_are_those_of_experts_and_of_groups() -> None:
     logits = torch.tensor([[9, 3, 8, 2, 7, 1, 0, 0], [9, 3, 8, 2, 7.75, 1, 0, 0], [9, 8, 8.5, 2, 7.75, 1, 0, 0]], dtype=torch.float64)
     weights = Weights({"moe.router": torch.eye(8, dtype=torch.float64)})
     weights.routers["moe"].decisions = []
-    chosen, _ = route(logits, weights, routing)
+    chosen, _, _ = route(logits, weights, routing)
     ((seen, margins),) = weights.routers["moe"].decisions
     assert torch.equal(seen, chosen)
     assert margins.tolist() == [1.0, 0.25, 0.5]
