@@ -99,7 +99,7 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     sizes = _from_config(table, config)
     table = settle(table, stored, sizes)
     ruled = _ruled(table, config, sizes, stored)
-    points, aside = _claim(table, stored, ruled, problems)
+    points, aside = _claim(table, sizes, stored, ruled, problems)
     check_quantization(table, config)
     layers = _layers(table, config, sizes, points)
     sizes |= {axis: int(axis[1:]) for row in table.rows if row.tower for axis in (*row.name.axes, *row.pattern.axes[0])}
@@ -168,7 +168,14 @@ def _is_in(row: Row, numbers: Sequence[int], ruled: Ruled) -> bool:
     return all(kind_of.get(layer) in row.kinds for group, kind_of in ruled if row.kinds & group and layer in kind_of)
 
 
-def _claim(table: Table, stored: Mapping[str, Stored], ruled: Ruled, problems: Problems) -> tuple[dict[int, Points], list[str]]:
+def _beyond(row: Row, numbers: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    """Whether the numbers of a row's placeholders are beyond its axes; how many layers there are is not known from config.json alone."""
+    return any(axis != "layer" and number >= sizes.get(axis, number + 1) for axis, number in zip(row.name.axes, numbers, strict=True))
+
+
+def _claim(
+    table: Table, sizes: Mapping[str, int], stored: Mapping[str, Stored], ruled: Ruled, problems: Problems
+) -> tuple[dict[int, Points], list[str]]:
     rows: dict[str, list[int]] = defaultdict(list)
     for at, row in enumerate(table.rows):
         rows[row.name.folded].append(at)
@@ -185,6 +192,8 @@ def _claim(table: Table, stored: Mapping[str, Stored], ruled: Ruled, problems: P
     for name in stored:
         key, numbers = fold(name)
         here = claims(name, key, numbers)
+        if key in beside:  # a row's tensors come first; aside are those beyond
+            here = [(at, found) for at, found in here if not _beyond(table.rows[at], found, sizes)]
         if len(here) == 1:
             points[here[0][0]][here[0][1]] = name
         elif here:

@@ -153,6 +153,17 @@ def deepseek_ocr2() -> Any:
     return DeepseekOcr2Config(text_config=TEXT | text, vision_config=vision)
 
 
+def kimi_k25() -> Any:
+    """Written back with all layers called blocks, as those of the vision tower are in the published files."""
+    from transformers import Kimi_K25Config
+
+    text = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
+    text |= {"q_lora_rank": 36, "kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
+    text |= {"model_type": "deepseek_v3", "first_k_dense_replace": 1, "num_key_value_heads": 8, "head_dim": 6}
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return Kimi_K25Config(text_config=TEXT | text, vision_config=vision | {"pos_emb_height": 8, "pos_emb_width": 8})
+
+
 MODELS: dict[Callable[[], Any], str] = {
     llava: "llama",
     mistral3: "mistral",
@@ -166,6 +177,7 @@ MODELS: dict[Callable[[], Any], str] = {
     qwen3_5_moe: "qwen3_5_moe_text",
     glm4v_moe: "glm4_moe",
     deepseek_ocr2: "deepseek_ocr2_text",
+    kimi_k25: "deepseek_v3",
 }
 BY_NAME = {model.__name__: model for model in MODELS}
 

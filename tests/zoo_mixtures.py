@@ -785,15 +785,28 @@ def add_longcat_mtp(state: State, seed: str) -> State:
     return state | {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in found.items()}
 
 
-@define("longcat_flash", heads=8, kv=8, layers=6, mtp=1, runs=False, experts=4, ep=(1, 2, 4))
-def longcat_flash(directory: Path, seed: str) -> None:
-    """Each layer is two, as it was published: without what transformers writes for experts that do nothing."""
+LONGCAT = {"heads": 8, "kv": 8, "layers": 6, "runs": False, "experts": 4}
+
+
+def write_longcat(directory: Path, seed: str) -> None:
     from transformers import LongcatFlashConfig
 
     facts: dict[str, Any] = {"vocab_size": 331, "hidden_size": 56, "ffn_hidden_size": 88, "num_layers": 3, "num_attention_heads": 8}
     facts |= {"q_lora_rank": 36, "kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "head_dim": 6}
     facts |= {"moe_topk": 3, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 40}
     write(directory, seed, LongcatFlashConfig(**facts))
+
+
+@define("longcat_flash", mtp=1, ep=(1, 2, 4), **LONGCAT)
+def longcat_flash(directory: Path, seed: str) -> None:
+    """Each layer is two, as it was published: without what transformers writes for experts that do nothing."""
+    write_longcat(directory, seed)
     unused = re.compile(r".*\.experts\.[45]\..*")
     rewrite(directory, lambda state: {k: t for k, t in add_longcat_mtp(state, seed).items() if not unused.fullmatch(k)})
     configure(directory, num_nextn_predict_layers=1)
+
+
+@define("longcat_flash", **LONGCAT)
+def longcat_flash_idle(directory: Path, seed: str) -> None:
+    """As transformers writes it: experts that do nothing have weights, too, which are kept aside."""
+    write_longcat(directory, seed)
