@@ -9,18 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import tables
-from .conversion import Job, Options, Result
-from .conversion import convert as convert_job
-from .conversion import prepare as prepare_job
+from . import tables, threads
 from .errors import ReshardError
 from .mesh import Mesh
 from .progress import Progress
-from .resplit import parse_size
 from .source import Source, open_source
 from .tables import Table
 
 if TYPE_CHECKING:
+    from .conversion import Job, Options, Result
     from .difference import Difference
     from .digest import FileDigest
     from .explain import Explanation
@@ -88,6 +85,7 @@ def plan(
     batch: int = 1,
 ) -> "Report":
     """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
+    from .conversion import Options
     from .report import build
 
     source = open_any(src, revision, family)
@@ -132,11 +130,14 @@ def convert(
     context: int | None = None,
     batch: int = 1,
     progress: Progress | None = None,
-) -> Result:
+) -> "Result":
     """Convert a checkpoint or a shard directory to `out`: shards for a mesh, or Hugging Face files (`to="hf"`).
 
     The same job again is recognised (`Result.already`). Raises ReshardError before anything is written for whatever can be told before.
     """
+    from .conversion import Options
+    from .conversion import convert as convert_job
+
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version)
     if not str(out):
         raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
@@ -187,7 +188,7 @@ def verify(
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None else None
     wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes))
-    return verify_directory(path, source, Options(workers=workers).threads, progress, wish)
+    return verify_directory(path, source, threads.usual(workers), progress, wish)
 
 
 def check_table(
@@ -213,7 +214,7 @@ def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: in
     from .difference import difference
 
     one, other = (open_any(path, None, family, headers_only=False, progress=progress) for path in (a, b))
-    return difference(one, other, Options(workers=workers).threads, progress)
+    return difference(one, other, threads.usual(workers), progress)
 
 
 def fingerprint(
@@ -229,11 +230,11 @@ def fingerprint(
     """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.fingerprint.combine`."""
     from . import fingerprint as prints
 
-    threads = Options(workers=workers).threads
+    count = threads.usual(workers)
     if rank is not None and Path(src).is_dir() and family is None and revision is None:
-        return prints.of_rank(Path(src), rank, seed=seed, threads=threads, progress=progress)
+        return prints.of_rank(Path(src), rank, seed=seed, threads=count, progress=progress)
     source = open_any(src, revision, family, headers_only=False, progress=progress)
-    share = prints.of_source(source, None if rank is None else [rank], seed=seed, threads=threads, progress=progress)
+    share = prints.of_source(source, None if rank is None else [rank], seed=seed, threads=count, progress=progress)
     return share if rank is not None else prints.combine([share])
 
 
@@ -268,8 +269,10 @@ def _published(out: Path, text: str) -> "dict[str, FileDigest]":
     return hub.digests(text, commit)[1]
 
 
-def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None) -> Job:
+def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_size: int | None) -> "Job":
     """A planned job; a mesh that does not fit is refused with the sizes that would."""
+    from .conversion import prepare as prepare_job
+
     try:
         return prepare_job(source, to, mesh, options, max_file_size)
     except ReshardError as error:
@@ -340,6 +343,8 @@ def said(revision: str | None, family: str | None) -> list[str]:
 
 
 def _size(option: str, text: str | int | None) -> int | None:
+    from .resplit import parse_size
+
     try:
         return parse_size(text) if isinstance(text, str) else text
     except ReshardError as error:

@@ -63,17 +63,6 @@ def piece_bytes(piece: Piece) -> int:
     return elements * sum(BITS[tensor.dtype({"layer": layer})] for layer in exist if low <= layer < high) // 8
 
 
-def logical_bytes(layout: Layout) -> dict[str, int]:
-    """Bytes of every logical tensor, each once: a tied name counts as the tensor that it is a name for."""
-    found, alias = {}, layout.alias
-    for name, tensor in layout.model.tensors.items():
-        if name in alias:
-            continue
-        bits = [BITS[dtype] for dtype in tensor.dtypes]
-        found[name] = tensor.elements * bits[0] // 8 if len(bits) == 1 else tensor.elements // len(bits) * sum(bits) // 8
-    return found
-
-
 def weight_bytes(layout: Layout) -> tuple[int, ...]:
     """Bytes of stored tensors per rank."""
     return tuple(sum(slot_bytes(layout, slot) for slot in slots) for slots in layout.by_rank)

@@ -3,6 +3,8 @@
 Imports nothing heavy before a command needs it, so that `reshard --help` is instant.
 """
 
+import atexit
+import gc
 import io
 import json
 import os
@@ -198,11 +200,12 @@ def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: An
     numerics   the model computes the same        --against SRC, PyTorch
     """
     from . import api
-    from .conversion import usage
 
     with _Talk(progress_kind, quiet) as progress:
         report = api.verify(out, **_arguments(given), progress=progress)
     if as_json:
+        from .conversion import usage
+
         _show(report.to_json() | usage())
     else:
         _say(quiet and report.ok, *report.lines())
@@ -445,6 +448,8 @@ def _interrupted(*_: object) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the one place where errors are printed and exit codes are chosen."""
+    gc.set_threshold(50_000)  # plans are many small values, few of them garbage: looking for cycles so often takes a tenth of starting up
+    atexit.register(gc.freeze)  # nor is there need to look for them at the end
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy moves bytes here; its linear algebra need not start threads
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

@@ -31,6 +31,7 @@ from .progress import Progress, Silent, until
 from .shards import folder, scalar, shard_digest, tensors_json
 from .source import Source
 from .tables import Constant, Table
+from .threads import usual
 from .units import decimal
 from .verdict import WIDTH
 
@@ -52,7 +53,7 @@ class Options:
 
     @property
     def threads(self) -> int:
-        return self.workers or min(8, len(os.sched_getaffinity(0)))
+        return usual(self.workers)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from .digest import BlockHasher
 from .errors import ReshardError
-from .files import Pool
+from .files import Pool, buffer
 from .header import BITS, Entry
 from .join import Copy, Dim, Plan, collapse
 
@@ -207,8 +207,7 @@ class Worker:
 
     def __init__(self, source: Place, destination: Place, sink: Sink, pool: Pool, progress: Callable[[int], None]) -> None:
         self.source, self.destination, self.sink, self.pool, self.progress = source, destination, sink, pool, progress
-        self._in = memoryview(bytearray(TILE))
-        self._out = memoryview(bytearray(TILE))
+        self._in, self._out = buffer(TILE), buffer(TILE)
         self._dealt: tuple[tuple[int, tuple[int, ...]], tuple[list[memoryview], list[memoryview]]] = ((0, ()), ([], []))
 
     def job(self, copies: Sequence[Copy]) -> None:

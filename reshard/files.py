@@ -1,6 +1,7 @@
 """Reading and writing files by offset: a bounded pool of descriptors, whole transfers or a clear error. Never maps a file."""
 
 import errno
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -18,6 +19,11 @@ PIECE = 1 << 20
 VIEWS = os.sysconf("SC_IOV_MAX")  # buffers that one system call fills
 
 CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
+
+
+def buffer(size: int) -> memoryview:
+    """So many bytes of memory, of which no page is taken before it is written to."""
+    return memoryview(mmap.mmap(-1, max(size, 1)))[:size]
 
 
 class Pool:

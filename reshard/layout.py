@@ -16,6 +16,7 @@ from itertools import product
 from types import MappingProxyType
 
 from .errors import ReshardError
+from .header import BITS
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
 from .model import Model, Problems, Tensor
 from .notation import Pattern, block_of
@@ -120,6 +121,15 @@ class Layout:
     def distinct(self, tensor: str) -> tuple[Piece, ...]:
         """One piece for every distinct box, the one on the lowest rank: replicas left out. Proves that they cover the tensor."""
         return _distinct(self.holding(tensor), self.model.tensors[tensor])
+
+    def logical_bytes(self) -> dict[str, int]:
+        """Bytes of every logical tensor, each once: a tied name counts as the tensor that it is a name for."""
+        found, alias = {}, self.alias
+        for name, tensor in self.model.tensors.items():
+            if name not in alias:
+                bits = [BITS[dtype] for dtype in tensor.dtypes]
+                found[name] = tensor.elements * bits[0] // 8 if len(bits) == 1 else tensor.elements // len(bits) * sum(bits) // 8
+        return found
 
     def dtype(self, slot: Slot, point: Mapping[str, int]) -> str:
         """The dtype of one stored tensor; its leaves agree, `lay_out` has seen to that."""

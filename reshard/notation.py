@@ -53,6 +53,8 @@ class Pattern:
     def refined(self, compounds: Mapping[str, tuple[str, ...]]) -> "Pattern":
         """The same pattern with further compound axes written out."""
         dims = tuple(_written_out(dim, compounds) for dim in self.dims)
+        if dims == self.dims:
+            return self
         return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
 
     def renamed(self, name: Callable[[str], str]) -> "Pattern":

@@ -6,7 +6,6 @@ Three kinds: a shard directory, the original files restored, and Hugging Face fi
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import resplit
 from .engine import Key
 from .errors import ReshardError
 from .header import Entry
@@ -82,6 +81,8 @@ def split_anew(source: Source, max_file_size: int) -> Output:
     layout = source.published()
     aside = set(layout.model.aside)
     stored = {name: entry for name, (_, entry) in source.tensors.items() if name not in aside}
+    from . import resplit
+
     order = resplit.loaded_order(stored)
     files, index = resplit.resplit([(name, stored[name].dtype, stored[name].shape) for name in order], max_file_size)
     return Output(

@@ -202,7 +202,7 @@ def build(
     """
     model, mesh = dst.model, dst.mesh
     published = not dst.table.cut
-    logical = capacity.logical_bytes(dst)
+    logical = dst.logical_bytes()
     held: dict[str, int] = dict.fromkeys(logical, 0)
     for name, pieces in dst.pieces.items():
         held[dst.alias.get(name, name)] += sum(map(capacity.piece_bytes, pieces))

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import foreign, header, manifest, tables
+from . import header, manifest, tables
 from .checkpoint import Carried, Origin, Original, Published, extent, merge, open_published, parse_json, read_json, understood
 from .checkpoint import index_map as parse_index
 from .digest import of
@@ -23,6 +24,9 @@ from .mesh import Mesh
 from .model import Config
 from .shards import Shards
 from .tables import Table
+
+if TYPE_CHECKING:
+    from .foreign import Foreign
 
 Extent = tuple[int, int, Path | bytes, int]  # offset in the original file, length, where those bytes are now, offset there
 
@@ -100,6 +104,8 @@ def open_source(path: Path, family: Table | None = None) -> Source:
     try:
         if manifest.present(path):
             return _open_shards(path)
+        from . import foreign
+
         if (table := foreign.recognised(path)) is not None:
             return _from_foreign(foreign.open_shards(path, table, family))
         return from_published(open_published(path), family)
@@ -128,7 +134,7 @@ def from_published(published: Published, family: Table | None = None) -> Source:
     )
 
 
-def _from_foreign(found: foreign.Foreign) -> Source:
+def _from_foreign(found: "Foreign") -> Source:
     published = found.published
     return Source(
         published.where,

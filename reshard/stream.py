@@ -11,18 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .checkpoint import extent
-from .engine import STRIPE, Key, Place, in_items
+from .engine import Key, Place, in_items
 from .errors import MismatchError
-from .files import Pool
-from .header import Entry
+from .files import Pool, buffer
+from .header import BITS, Entry
 from .join import Copy, Dim, Plan, collapse
 from .layout import Point
 from .output import Output
 
-WINDOW = 8 << 20  # bytes
+WINDOW = 4 << 20  # bytes
 PIECE = 512 << 10  # bytes read at once of what is not contiguous: they stay in cache until they are where they belong
 SPARSE = 4  # a stretch of a source is read at once if no more than this many times the bytes wanted lie in it
-
+ROW = 1 << 10  # bytes: the shortest row that a system call should lay down by itself
+KEPT = 32 << 10  # parts of rows that a thread keeps
 NEAR = 64 << 10  # bytes of a source that are read at once anyway
 
 Box = tuple[int, int, tuple[Dim, ...]]  # offset in the source's file, offset in the destination's, dims; all in bytes
@@ -33,6 +34,7 @@ class Streams:
 
     def __init__(self, plan: Plan, source: Place, output: Output, pool: Pool) -> None:
         self.plan, self.source, self.output, self.pool = plan, source, output, pool
+        self._rooms: list[_Room] = []  # those that are free
         self._jobs: dict[Key, tuple[int, Point]] = {}
         for number, component in enumerate(plan.components):
             for point in component.points():
@@ -47,24 +49,39 @@ class Streams:
 
     def windows(self, name: str) -> Iterator[memoryview]:
         """The bytes of one file, in order; each window is good until the next is asked for."""
-        size = self.output.sizes[name]
-        buffer, scratch = bytearray(min(WINDOW, size)), memoryview(bytearray(PIECE))
+        room = self._rooms.pop() if self._rooms else _Room()
+        try:
+            yield from self._filled(name, room)
+        finally:
+            self._rooms.append(room)
+
+    def _filled(self, name: str, room: "_Room") -> Iterator[memoryview]:
         entries, at = self._entries.get(name, []), 0
         active: list[_Stored] = []
-        for low in range(0, size, WINDOW):
-            high = min(low + WINDOW, size)
-            window = memoryview(buffer)[: high - low]
+        for low, high in self._cuts(name):
+            window = room.window[: high - low]
             covered = self._beside(name, window, low, high)
             while at < len(entries) and entries[at][0] < high:
                 active.append(_Stored(self, *entries[at]))
                 at += 1
             for stored in active:
-                stored.fill(window, low, high, scratch)
+                stored.fill(room, low, high)
             covered += _union([(max(stored.low, low), min(stored.high, high)) for stored in active])
             if covered != high - low:
                 raise MismatchError(f"{name}: {covered} of the bytes {low} to {high} are known", "convert again")
             active = [stored for stored in active if stored.high > high]
             yield window
+
+    def _cuts(self, name: str) -> Iterator[tuple[int, int]]:
+        """Where the windows of a file begin and end: in a large tensor at whole rows, so that one window of it is laid out as the next."""
+        at = 0
+        for start, stop, _, entry in self._entries.get(name, ()):
+            if stop - start > WINDOW and start >= at:
+                row = BITS[entry.dtype] * entry.shape[-1] // 8
+                yield from _steps(at, start, WINDOW)
+                yield from _steps(start, stop, max(WINDOW // row, 1) * row if row <= WINDOW else WINDOW)
+                at = stop
+        yield from _steps(at, self.output.sizes[name], WINDOW)
 
     def copies(self, key: Key) -> list[Copy]:
         """Those that make up one stored tensor."""
@@ -88,6 +105,11 @@ class Streams:
         return covered
 
 
+def _steps(low: int, high: int, step: int) -> Iterator[tuple[int, int]]:
+    for at in range(low, high, step):
+        yield at, min(at + step, high)
+
+
 def _lay(window: memoryview, low: int, high: int, offset: int, data: bytes) -> int:
     start, stop = max(offset, low), min(offset + len(data), high)
     if start < stop:
@@ -104,6 +126,26 @@ def _union(ranges: Sequence[tuple[int, int]]) -> int:
     return total
 
 
+class _Room:
+    """What one thread fills: a window of a file, and a buffer for what is not contiguous."""
+
+    def __init__(self) -> None:
+        self.window, self.scratch = buffer(WINDOW), buffer(PIECE)
+        self._rows: dict[tuple[int, int, int, int], list[memoryview]] = {}
+        self._kept = 0
+
+    def rows(self, start: int, count: int, length: int, pitch: int) -> list[memoryview]:
+        """Parts of so many rows of the window, `pitch` bytes apart; kept, as the next window wants the same."""
+        key = start, count, length, pitch
+        if key not in self._rows:
+            self._kept += count
+            if self._kept > KEPT:
+                self._rows.clear()
+                self._kept = count
+            self._rows[key] = [self.window[at : at + length] for at in range(start, start + count * pitch, pitch)]
+        return self._rows[key]
+
+
 class _Stored:
     """One stored tensor of a file, between bytes `low` and `high` of it, and the boxes that it is made of."""
 
@@ -116,17 +158,20 @@ class _Stored:
             scaled = collapse([*((n, s * item, d * item) for n, s, d in dims), (item, 1, 1)])
             self.boxes.append((path, (source.offset + offset * item, low + to * item, scaled)))
 
-    def fill(self, window: memoryview, low: int, high: int, scratch: memoryview) -> None:
+    def fill(self, room: _Room, low: int, high: int) -> None:
         for path, box in self.boxes:
             for part in clip(box, low, high):
-                self._read(path, part, window, low, scratch)
+                self._read(path, part, room, low)
 
-    def _read(self, path: Path, box: Box, window: memoryview, low: int, scratch: memoryview) -> None:
+    def _read(self, path: Path, box: Box, room: _Room, low: int) -> None:
         """One box into the window: by one read where its bytes stand near each other, else part by part of its widest source dimension."""
         offset, to, dims = box
         count = math.prod(n for n, _, _ in dims)
         if len(dims) == 1 and dims[0][1:] == (1, 1):
-            self.pool.read_into(path, offset, window[to - low : to - low + count])
+            self.pool.read_into(path, offset, room.window[to - low : to - low + count])
+            return
+        if len(dims) == 2 and dims[0][1] == dims[1][0] >= ROW and dims[1][1:] == (1, 1):  # rows that follow each other in the source
+            self.pool.read_into(path, offset, *room.rows(to - low, *dims[0]))
             return
         span = sum((n - 1) * s for n, s, _ in dims) + 1
         if span > max(SPARSE * count, NEAR) or span > PIECE:
@@ -136,22 +181,18 @@ class _Stored:
             for i in range(0, n, step):
                 taken = min(step, n - i)
                 rest = (*dims[:at], *([(taken, s, d)] if taken > 1 else []), *dims[at + 1 :])
-                self._read(path, (offset + i * s, to + i * d, rest), window, low, scratch)
-            return
-        *outer, (run, step, apart) = dims
-        if len(outer) == 1 and outer[0][1] == run >= STRIPE and (step, apart) == (1, 1):  # rows that follow each other in the source
-            (count, _, pitch), start = outer[0], to - low
-            self.pool.read_into(path, offset, *(window[start + row * pitch : start + row * pitch + run] for row in range(count)))
+                self._read(path, (offset + i * s, to + i * d, rest), room, low)
             return
         import numpy as np
 
+        *outer, (run, step, _) = dims
         unit = math.gcd(run, 8) if step == 1 else 1
         kind = np.dtype(f"u{unit}")
         view = [*outer, (run // unit, step * unit, dims[-1][2] * unit)]
-        self.pool.read_into(path, offset, scratch[:span])
+        self.pool.read_into(path, offset, room.scratch[:span])
         shape = tuple(n for n, _, _ in view)
-        found = np.ndarray(shape, kind, scratch, 0, tuple(s for _, s, _ in view))
-        np.copyto(np.ndarray(shape, kind, window, to - low, tuple(d for _, _, d in view)), found)
+        found = np.ndarray(shape, kind, room.scratch, 0, tuple(s for _, s, _ in view))
+        np.copyto(np.ndarray(shape, kind, room.window, to - low, tuple(d for _, _, d in view)), found)
 
 
 def clip(box: Box, low: int, high: int) -> Iterator[Box]:

@@ -8,7 +8,6 @@ import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -566,6 +565,8 @@ def nearest(kind: str, name: str) -> str:
     names = shipped(kind)
     if len(names) < 9:
         return f"there are {', '.join(names)}"
+    from difflib import get_close_matches
+
     close = get_close_matches(name, names, 5, 0.5) or [other for other in names if other in name or name in other]
     return f"there are {len(names)} {kind}" + (f", with such names: {', '.join(close[:5])}" if close else ", the README lists them")
 

@@ -1,11 +1,17 @@
 """Threads: work on many items by a few threads, each taking the next item when it is free."""
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def usual(asked: int = 0) -> int:
+    """How many threads there are to be: as many as were asked for, or as there are cores for, at most eight."""
+    return asked or min(8, len(os.sched_getaffinity(0)))
 
 
 def each(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:

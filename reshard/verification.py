@@ -15,13 +15,11 @@ from typing import Any
 import xxhash
 
 from . import engine, manifest
-from .blocks import Block, Blocks
-from .capacity import logical_bytes
 from .checkpoint import Carried
 from .digest import BLOCK, FileDigest
 from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
-from .files import Pool, failed
+from .files import Pool, buffer, failed
 from .join import Plan, plan
 from .manifest import Listed, Manifest
 from .progress import Progress, Silent, until
@@ -38,6 +36,8 @@ FEW = 64 << 10  # bytes
 
 def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung:
     """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing."""
+    from .blocks import Block, Blocks
+
     progress = progress or Silent()
     rung = Rung("integrity")
     try:
@@ -172,7 +172,7 @@ class Comparer:
 
     def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock, padded: bool = True) -> None:
         self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
-        self._buffer = memoryview(bytearray(engine.TILE))
+        self._buffer = buffer(engine.TILE)
         self._seen: dict[Key, int] = {}
         self._bad: set[Key] = set()
 
@@ -274,7 +274,7 @@ def doubles(out: Source, source: Source, threads: int, progress: Progress | None
     if not once:
         return rung
     joined = plan(out.layout, replace(source.layout, pieces=once))
-    sizes = logical_bytes(source.layout)
+    sizes = source.layout.logical_bytes()
     progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
     _hold_against(joined, out, source, lambda pool: _Tied(source, pool, rung, lock), threads, progress)
     return rung
@@ -294,7 +294,7 @@ def replicas(out: Source, threads: int, progress: Progress | None = None) -> Run
     if not again:
         return rung
     joined = plan(layout, replace(layout, pieces=again), range(layout.mesh.world))
-    sizes = logical_bytes(layout)
+    sizes = layout.logical_bytes()
     progress.start("comparing replicas", sum(sizes.get(name, 0) for name in again))
     _hold_against(joined, out, out, lambda pool: _Copy(out, pool, rung, lock, padded=False), threads, progress)
     return rung

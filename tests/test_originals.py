@@ -50,6 +50,8 @@ def test_a_stream_is_the_file(checkpoint: Get, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(stream, "WINDOW", window)
     monkeypatch.setattr(stream, "PIECE", max(window // 2, 16))
     monkeypatch.setattr(stream, "NEAR", window // 8)
+    monkeypatch.setattr(stream, "ROW", 16 if window > 997 else stream.ROW)
+    monkeypatch.setattr(stream, "KEPT", 100)
     for number, mesh in enumerate(meshes(name)[: None if window > 997 else 1]):
         api.convert(checkpoint(name), tmp_path / str(number), **mesh)
         for file, data in streamed(tmp_path / str(number)).items():
