@@ -4,6 +4,7 @@ Imports nothing heavy before a command needs it, so that `reshard --help` is ins
 """
 
 import atexit
+import contextlib
 import gc
 import io
 import json
@@ -436,8 +437,14 @@ def _print(text: str) -> None:
     try:
         click.echo(text)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        _hush()
         sys.exit(141)
+
+
+def _hush() -> None:
+    """What stdout would not take is not tried again: the interpreter would do that at its end, and complain."""
+    with contextlib.suppress(io.UnsupportedOperation):  # stdout that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted(*_: object) -> None:
@@ -470,6 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
         usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "reshard"
         _fail(error.format_message(), f"{usage} --help shows what there is", 2)
     except OSError as error:
+        _hush()
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", None, 3)
 

@@ -396,7 +396,8 @@ def _tiled(cluster: Sequence[Read], low: int, pitch: int, item: int) -> int:
     shapes = {(read.dims[:1], (read.offset - low) // pitch, len(read.dims)) for read in cluster}
     if len(shapes) > 1 or len(cluster[0].dims) != 2 or cluster[0].dims[0][1] != pitch or not _aligned(cluster, low):
         return 0
-    step = max(read.dims[1][1] for read in cluster)
+    steps = [read.dims[1][1] for read in cluster]
+    step = max(steps) if min(steps) else 0  # 0: an element of a view that stands for many
     return step if step * item <= TILE and any(read.transposed for read in cluster) else 0
 
 

@@ -77,9 +77,9 @@ class Streams:
         at = 0
         for start, stop, _, entry in self._entries.get(name, ()):
             if stop - start > WINDOW and start >= at:
-                row = BITS[entry.dtype] * entry.shape[-1] // 8
+                row = max(BITS[entry.dtype] * entry.shape[-1] // 8, 1)
                 yield from _steps(at, start, WINDOW)
-                yield from _steps(start, stop, max(WINDOW // row, 1) * row if row <= WINDOW else WINDOW)
+                yield from _steps(start, stop, WINDOW // row * row or WINDOW)
                 at = stop
         yield from _steps(at, self.output.sizes[name], WINDOW)
 

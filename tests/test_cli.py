@@ -181,11 +181,13 @@ def test_a_reader_that_goes_away_is_no_mismatch(source: Path) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_full_disk_under_stdout_is_said(source: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [("--help",), ("plan", "SRC", "--tp", "2"), ("plan", "SRC", "--tp", "2", "--json")])
+def test_a_full_disk_under_stdout_is_said(source: Path, words: tuple[str, ...], unbuffered: str) -> None:
+    line = command(*(source if word == "SRC" else word for word in words))
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(command("plan", source, "--tp", "2"), stdout=full, stderr=subprocess.PIPE, env=environment())
-    assert done.returncode == 3
-    assert done.stderr.startswith(b"error: No space left on device")
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, env=environment(PYTHONUNBUFFERED=unbuffered))
+    assert (done.returncode, done.stderr) == (3, b"error: No space left on device\n")
 
 
 # Wrong command lines

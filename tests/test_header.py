@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import law
 
 from reshard.errors import PlaceError, ReshardError
 from reshard.header import BITS, MAX_LENGTH, Entry, Header, build, length, library_order, parse, read
@@ -372,14 +373,14 @@ def headers(draw: st.DrawFn) -> tuple[str, int]:
 
 
 @given(headers(), st.sampled_from([0] * 18 + [-1, 1]))
-@settings(max_examples=1000, deadline=None)
+@law(1000)
 def test_any_header_is_taken_as_the_library_takes_it(header: tuple[str, int], more: int) -> None:
     text, size = header
     agree(pack(text, bytes(at % 251 for at in range(max(0, size + more)))))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3))
-@settings(max_examples=1000, deadline=None)
+@law(1000)
 def test_a_damaged_file_is_taken_as_the_library_takes_it(seed: int, damages: int) -> None:
     rng = random.Random(seed)
     raw, header = build([("a.weight", "BF16", (2, 3)), ("é\n", "F4", (4,)), ("c", "I64", ())], {"k": "v", "é": '"'})
@@ -401,7 +402,7 @@ def test_a_damaged_file_is_taken_as_the_library_takes_it(seed: int, damages: int
 
 
 @given(st.integers(0, 10**25), st.none() | st.integers(0, 10**25), st.integers(-3, 3), st.sampled_from(["", "-"]))
-@settings(max_examples=500, deadline=None)
+@law(500)
 def test_the_range_of_an_ignored_number_is_the_librarys(whole: int, fraction: int | None, shift: int, sign: str) -> None:
     """Numbers around the largest double, 1.8e308, with more digits than it can hold."""
     tail = "" if fraction is None else f".{fraction}"
@@ -409,7 +410,7 @@ def test_the_range_of_an_ignored_number_is_the_librarys(whole: int, fraction: in
 
 
 @given(st.text(max_size=10), st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=1))
-@settings(max_examples=300, deadline=None)
+@law(300)
 def test_names_and_metadata_in_any_script_are_written_as_the_library_writes_them(name: str, metadata: dict[str, str]) -> None:
     if name != "__metadata__":
         assert build([(name, "U8", (1,))], metadata)[0] + b"x" == library([(name, "U8", (1,))], metadata, b"x")
@@ -547,7 +548,7 @@ STORED = st.lists(
 
 
 @given(STORED, st.none() | st.dictionaries(st.text(max_size=3), st.text(max_size=3)), st.sampled_from([8, 64, 4096]))
-@settings(max_examples=300, deadline=None)
+@law(300)
 def test_what_is_built_is_read_back_equal_here_and_accepted_by_the_library(
     stored: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None, align: int
 ) -> None:

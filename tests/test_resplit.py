@@ -8,9 +8,10 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from strategies import law
 
 from reshard.errors import ReshardError
 from reshard.header import BITS, parse
@@ -176,7 +177,7 @@ def test_tensors_of_another_dtype_beside_bf16(tmp_path: Path) -> None:
     compare(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="auto"), tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@law(200)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))
 def test_files_are_filled_as_huggingface_hub_fills_them(sizes: list[int], limit: int) -> None:
     """Whatever the sizes, the tensors of each numbered file are those that huggingface_hub puts there."""
