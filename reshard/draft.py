@@ -4,6 +4,7 @@ What is filled in is a guess that the shapes agree with; what could not be guess
 is installed, its own plan for tensor parallelism is a second opinion on what is cut. Prints nothing, writes nothing.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -160,8 +161,13 @@ def _ends(family: str) -> Iterator[tuple[str, Meaning]]:
             text = spelling.lstrip("~")
             yield (
                 text.partition("{layer}.")[2] or text.partition("{layer:extra}.")[2] or text,
-                Meaning(row[1], row[2], family, "?" in " ".join(row[3:])),
+                Meaning(_plain(row[1]), _plain(row[2]), family, "?" in " ".join(row[3:])),
             )
+
+
+def _plain(text: str) -> str:
+    """Without variants: of the kinds of layers that need them elsewhere, nothing is known here."""
+    return re.sub(r"@\w+", "", text)
 
 
 @cache
