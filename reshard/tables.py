@@ -589,25 +589,29 @@ def load_file(path: Path, kind: str = "families") -> Table:
 def wrapper_of(config: Config) -> Table | None:
     """The table of a multimodal checkpoint: a shipped wrapper around the family of its language model, which config.json names.
 
-    Raises ReshardError where there is no table for that.
+    Raises ReshardError where a wrapper is for this `model_type` and there is no table for the language model.
     """
-    for name in shipped("wrappers"):
-        text = (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8")
-        about = tomllib.loads(text)
-        kind, usual = config.model_type, about["wraps"].get(config.model_type)
-        if usual is None:
+    kind = config.model_type
+    texts = {name: (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8") for name in shipped("wrappers")}
+    abouts = {name: tomllib.loads(text) for name, text in texts.items()}
+    for key in (kind, "*"):  # * is for whatever names the family of its language model
+        name = next((name for name, about in abouts.items() if key in about["wraps"]), None)
+        if name is None or kind is None:
             continue
-        inner = config.inner_type or usual
+        inner = config.inner_type or abouts[name]["wraps"][key]
         family = family_of(inner, ())
-        if family is None:
+        if family is None and key == kind:
             hint = f"{nearest('families', str(inner))}; or bring one with --family my.toml (docs/notation.md)"
             raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
-        head = text.partition("\n[wraps]")[0]
-        told = about.get("left_out", {})
-        left_out = told.get(family.name, {}) | told.get(kind, {})
-        keys = "".join(f"{key} = {value}\n" for key, value in left_out.items())
-        return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{keys}', f"{name}.toml", _shipped("families"))
+        if family is not None:
+            return _wrapped(kind, family, name, texts[name], abouts[name].get("left_out", {}))
     return None
+
+
+def _wrapped(kind: str, family: Table, name: str, text: str, told: Mapping[str, dict[str, Any]]) -> Table:
+    head, left_out = text.partition("\n[wraps]")[0], told.get(family.name, {}) | told.get(kind, {})
+    keys = "".join(f"{key} = {value}\n" for key, value in left_out.items())
+    return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{keys}', f"{name}.toml", _shipped("families"))
 
 
 def named(name: str, config: Config) -> Table:

@@ -164,6 +164,14 @@ def kimi_k25() -> Any:
     return Kimi_K25Config(text_config=TEXT | text, vision_config=vision | {"pos_emb_height": 8, "pos_emb_width": 8})
 
 
+def exaone4_5() -> Any:
+    """Of no family that a wrapper lists: what it says of its language model is enough."""
+    from transformers import Exaone4_5_Config
+
+    text = {"model_type": "exaone4", "layer_types": ["full_attention"] * 3}
+    return Exaone4_5_Config(text_config=TEXT | text, vision_config={**QWEN_VISION, "fullatt_block_indexes": [1]}, **BEYOND)
+
+
 MODELS: dict[Callable[[], Any], str] = {
     llava: "llama",
     mistral3: "mistral",
@@ -178,6 +186,7 @@ MODELS: dict[Callable[[], Any], str] = {
     glm4v_moe: "glm4_moe",
     deepseek_ocr2: "deepseek_ocr2_text",
     kimi_k25: "deepseek_v3",
+    exaone4_5: "exaone4",
 }
 BY_NAME = {model.__name__: model for model in MODELS}
 
