@@ -188,7 +188,7 @@ def verify(
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None else None
     wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes))
-    return verify_directory(path, source, threads.usual(workers), progress, wish)
+    return verify_directory(path, source, threads.count(workers), progress, wish)
 
 
 def check_table(
@@ -214,7 +214,7 @@ def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: in
     from .difference import difference
 
     one, other = (open_any(path, None, family, headers_only=False, progress=progress) for path in (a, b))
-    return difference(one, other, threads.usual(workers), progress)
+    return difference(one, other, threads.count(workers), progress)
 
 
 def fingerprint(
@@ -230,7 +230,7 @@ def fingerprint(
     """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.fingerprint.combine`."""
     from . import fingerprint as prints
 
-    count = threads.usual(workers)
+    count = threads.count(workers)
     if rank is not None and Path(src).is_dir() and family is None and revision is None:
         return prints.of_rank(Path(src), rank, seed=seed, threads=count, progress=progress)
     source = open_any(src, revision, family, headers_only=False, progress=progress)

@@ -31,7 +31,7 @@ from .progress import Progress, Silent, until
 from .shards import folder, scalar, shard_digest, tensors_json
 from .source import Source
 from .tables import Constant, Table
-from .threads import usual
+from .threads import count
 from .units import decimal
 from .verdict import WIDTH
 
@@ -53,7 +53,7 @@ class Options:
 
     @property
     def threads(self) -> int:
-        return usual(self.workers)
+        return count(self.workers)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def usual(asked: int = 0) -> int:
+def count(asked: int = 0) -> int:
     """How many threads there are to be: as many as were asked for, or as there are cores for, at most eight."""
     return asked or min(8, len(os.sched_getaffinity(0)))
 
