@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import header
+from .dialect import settle
 from .errors import ReshardError
 from .files import failed
 from .header import Entry
@@ -141,7 +142,9 @@ def understood(published: Published, table: Table | None = None) -> tuple[Model,
 def family_table(published: Published) -> Table:
     """The shipped table for a checkpoint; unknown families are refused with what was seen, folded."""
     config = published.config
-    table = family_of(config.model_type, config.architectures) or wrapper_of(config) or family_of(config.get("model_type"), ())
+    table = family_of(config.model_type, config.architectures) or wrapper_of(config)
+    if table is None and (inner := family_of(config.get("model_type"), ())) is not None:
+        table = inner if _spelled_as(inner, published) else wrapper_of(config, "*")
     if table is not None:
         return table
     kinds: dict[str, list[str]] = {}
@@ -155,6 +158,13 @@ def family_table(published: Published) -> Table:
         f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family my.toml takes it\n"
         f"(docs/notation.md); {nearest('families', config.model_type or '')}",
     )
+
+
+def _spelled_as(family: Table, published: Published) -> bool:
+    """Whether every tensor has a name of the family's own: nothing stands around the language model."""
+    settled = settle(family, {name: entry for name, (_, entry) in published.tensors.items()}, {})
+    names = {template.folded for template in (*(row.name for row in settled.rows), *settled.aside)}
+    return all(fold(name)[0] in names or name in names for name in published.tensors)
 
 
 def extent(entry: Entry) -> int:

@@ -586,25 +586,26 @@ def load_file(path: Path, kind: str = "families") -> Table:
     return parse(text, path.name, _shipped(kind))
 
 
-def wrapper_of(config: Config) -> Table | None:
+def wrapper_of(config: Config, key: str | None = None) -> Table | None:
     """The table of a multimodal checkpoint: a shipped wrapper around the family of its language model, which config.json names.
 
-    Raises ReshardError where a wrapper is for this `model_type` and there is no table for the language model.
+    The wrapper that lists its `model_type`, or `key`: "*" is for whatever names the family. Raises ReshardError where a wrapper lists it
+    and there is no table for the language model.
     """
     kind = config.model_type
-    texts = {name: (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8") for name in shipped("wrappers")}
-    abouts = {name: tomllib.loads(text) for name, text in texts.items()}
-    for key in (kind, "*"):  # * is for whatever names the family of its language model
-        name = next((name for name, about in abouts.items() if key in about["wraps"]), None)
-        if name is None or kind is None:
+    for name in shipped("wrappers") if kind is not None else ():
+        text = (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8")
+        about = tomllib.loads(text)
+        usual = about["wraps"].get(key or kind)
+        if usual is None:
             continue
-        inner = config.inner_type or abouts[name]["wraps"][key]
+        inner = config.inner_type or usual
         family = family_of(inner, ())
-        if family is None and key == kind:
+        if family is not None:
+            return _wrapped(str(kind), family, name, text, about.get("left_out", {}))
+        if key is None:
             hint = f"{nearest('families', str(inner))}; or bring one with --family my.toml (docs/notation.md)"
             raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
-        if family is not None:
-            return _wrapped(kind, family, name, texts[name], abouts[name].get("left_out", {}))
     return None
 
 
@@ -616,7 +617,7 @@ def _wrapped(kind: str, family: Table, name: str, text: str, told: Mapping[str, 
 
 def named(name: str, config: Config) -> Table:
     """The shipped table of that name, which may be that of a multimodal checkpoint."""
-    if name not in shipped("families") and (wrapper := wrapper_of(config)) is not None and wrapper.name == name:
+    if name not in shipped("families") and (wrapper := wrapper_of(config) or wrapper_of(config, "*")) is not None and wrapper.name == name:
         return wrapper
     return load("families", name)
 
