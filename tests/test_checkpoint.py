@@ -402,6 +402,14 @@ def test_a_nested_text_config(tmp_path: Path) -> None:
     assert reshard("inspect", source, "--json").json["family"] == "llama"
 
 
+def test_a_nested_text_config_alone(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model", llama_tensors() | {"model.stray": noise("F32", 5)})
+    (source / "config.json").write_text(json.dumps({"text_config": LLAMA}))
+    refused(reshard("plan", source, "--tp", "2"), 2, 'does not fit the table of family "llama"', "no row claims model.stray")
+    (source / "config.json").write_text(json.dumps({"model_type": "some_wrapper", "text_config": LLAMA}))
+    refused(reshard("plan", source, "--tp", "2"), 2, 'does not fit the table of family "some_wrapper"', "no row claims model.stray")
+
+
 @pytest.mark.parametrize("key", ["num_local_experts", "num_experts"])
 def test_either_spelling_of_the_number_of_experts(key: str, tmp_path: Path) -> None:
     source = fixtures.copy("qwen3_moe", tmp_path / "model")
