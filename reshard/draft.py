@@ -4,7 +4,9 @@ What is filled in is a guess that the shapes agree with; what could not be guess
 is installed, its own plan for tensor parallelism is a second opinion on what is cut. Prints nothing, writes nothing.
 """
 
+import json
 import re
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,9 +70,14 @@ class Draft:
     open: tuple[str, ...]
     like: str | None = None
     doubts: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
 
     def words(self) -> str:
         """What is left to do, in a line or two."""
+        if self.towers:
+            return (
+                f'the language model is as in "{self.like}"; whole on the first stage: {", ".join(self.towers)}; then reshard check-table'
+            )
         if self.like:
             return f'every tensor is as in "{self.like}": say in [model] how it runs, then reshard check-table'
         todo = f"{len(self.open)} names are left to fill in ({OPEN})" if self.open else "no name is left open"
@@ -78,14 +85,21 @@ class Draft:
         return f"{self.filled} names of tensors filled in, {todo}{doubts}; read every row, then reshard check-table"
 
     def to_json(self) -> dict[str, Any]:
-        return {"table": self.text, "filled": self.filled, "open": list(self.open), "like": self.like, "doubts": list(self.doubts)}
+        return {
+            "table": self.text,
+            "filled": self.filled,
+            "open": list(self.open),
+            "like": self.like,
+            "doubts": list(self.doubts),
+            "towers": list(self.towers),
+        }
 
 
 def draft(published: Published) -> Draft:
     """A starter table for a published checkpoint, whether or not a shipped one fits it."""
     name = _name(published.config)
     found = _found(published)
-    alike = _alike(published, found)
+    alike = _alike(published, found) or _around(published, found)
     if alike is not None:
         return alike
     order = _by_likeness(found)
@@ -373,6 +387,35 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
             note = f'# Every tensor has the name and the shape that it has in "{family}".'
             return Draft(f"{HEAD}\n{note}\n{text}", len(found), (), family)
     return None
+
+
+def _around(published: Published, found: list[Found]) -> Draft | None:
+    """A table like that of the language model's family, which config.json names, with whatever stands beside it as towers."""
+    config, stored = published.config, {name: entry for name, (_, entry) in published.tensors.items()}
+    wrapper = tables.wrapper_of(config, "*") if config.inner_type is not None else None
+    if wrapper is None:
+        return None
+    settled = settle(wrapper, stored, {})
+    own = {template.folded for template in (*(row.name for row in settled.rows if not row.tower), *settled.aside)}
+    inside = {start for name in own for start in _starts(name)}
+    towers = tuple(sorted({next((s for s in _starts(each.folded) if s not in inside), "") for each in found if each.folded not in own}))
+    about = tomllib.loads(wrapper.texts[wrapper.name])
+    spelled = {start: [o for o in others if any(each.name.startswith(o) for each in found)] for start, others in about["names"].items()}
+    text = f'name = "{_name(config)}"\nlike = "{about["like"]}"\n'
+    text += f"towers = {json.dumps(towers)}  # carried whole, on the first stage: is none of them a part of the language model?\n[names]\n"
+    text += "".join(f"{json.dumps(start)} = {json.dumps(others)}\n" for start, others in spelled.items() if others)
+    text += "".join(["[defaults]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in about["defaults"].items())])
+    try:
+        understand(tables.parse(text, "draft", _text), config, stored)
+    except ReshardError:
+        return None
+    return Draft(f"{HEAD}\n{text}", len(found), (), about["like"], (), towers)
+
+
+def _starts(name: str) -> tuple[str, ...]:
+    """What a tower may be called to which a name belongs: its first word, its first two."""
+    words = name.split(".")
+    return tuple(".".join(words[:count]) for count in (1, 2) if len(words) >= count)
 
 
 def _respellings(found: Iterable[Found], table: Table) -> Iterator[str]:

@@ -112,7 +112,7 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     solve(table, stored, sizes, {row: points[row] for row in active}, problems)
     problems.raise_if_any(
         f'{where}: does not fit the table of family "{table.name}":',
-        "if the checkpoint is right, bring a table of your own with --family my.toml",
+        "if the checkpoint is right, bring a table of your own with --family my.toml; inspect --draft-table writes one to start from",
     )
     tensors = _tensors(table, stored, sizes, points, active, alias, problems)
     problems.raise_if_any(f'{where}: does not fit the table of family "{table.name}":')

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fixtures import FIXTURES, checkpoint, configure, sizes, write, zoo
-from running import llama, reshard
+from running import LLAMA, llama, llama_tensors, noise, reshard
+from safetensors.torch import load_file
 from strategies import differing
 
 from reshard import tables
@@ -137,3 +138,25 @@ def test_what_one_family_does_not_read_is_no_buffer_of_another() -> None:
     kept = _buffers()
     assert "self_attn.rotary_emb.inv_freq" in kept
     assert {"self_attn.k_proj.weight", "lm_head.weight"} & kept == set()
+
+
+def test_whatever_stands_around_a_known_language_model_is_drafted_as_towers(tmp_path: Path) -> None:
+    source, table = tmp_path / "model", tmp_path / "my.toml"
+    tensors = {f"language_model.{name}": tensor for name, tensor in llama_tensors().items()}
+    tensors |= {f"eye.blocks.{at}.w": noise("BF16", 8, 6, seed=at) for at in range(3)} | {"bridge.weight": noise("BF16", 56, 6)}
+    llama(source, tensors)
+    (source / "config.json").write_text(json.dumps({"model_type": "odd_vl", "vision_config": {}, "text_config": LLAMA}))
+    done = reshard("plan", source, "--tp", "2")
+    assert done.code == 2 and "no row claims bridge.weight" in done.err and "inspect --draft-table" in done.err
+    drafted = reshard("inspect", source, "--draft-table")
+    assert drafted.code == 0 and 'as in "llama"; whole on the first stage: bridge, eye' in drafted.err
+    table.write_text(drafted.out)
+    assert reshard("convert", source, tmp_path / "out", "--tp", "2", "--pp", "2", "--family", table).code == 0
+    assert reshard("verify", tmp_path / "out", "--against", source, "--family", table, "--no-numerics").code == 0
+    held = [load_file(tmp_path / f"out/rank-{rank:05}/model.safetensors").keys() for rank in range(4)]
+    assert ["bridge.weight" in names and "eye.blocks.2.w" in names for names in held] == [True, True, False, False]
+    assert reshard("convert", tmp_path / "out", tmp_path / "back", "--to", "hf").code == 0
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    llama(source, tensors | {"language_model.model.stray": noise("BF16", 5)})
+    (source / "config.json").write_text(json.dumps({"model_type": "odd_vl", "vision_config": {}, "text_config": LLAMA}))
+    assert 'like = "llama"' not in reshard("inspect", source, "--draft-table").out  # that is no tower
