@@ -162,8 +162,7 @@ def family_table(published: Published) -> Table:
 
 def _spelled_as(family: Table, published: Published) -> bool:
     """Whether every tensor has a name of the family's own: nothing stands around the language model."""
-    settled = settle(family, {name: entry for name, (_, entry) in published.tensors.items()}, {})
-    names = {template.folded for template in (*(row.name for row in settled.rows), *settled.aside)}
+    names = settle(family, {name: entry for name, (_, entry) in published.tensors.items()}, {}).claimed()
     return all(fold(name)[0] in names or name in names for name in published.tensors)
 
 

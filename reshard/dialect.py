@@ -43,9 +43,8 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
         rows = [replace(row, name=replace(row.name, base=counted)) if row.name.extra else row for row in rows]
     rows = [replace(row, name=replace(row.name, sizes=_sizes(row.name, sizes))) if row.name.compounds else row for row in rows]
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
-    if table.towers:
-        rows += tower_rows(table.towers, stored, {template.folded for template in (*(row.name for row in rows), *aside)})
-    return replace(table, rows=tuple(rows), aside=aside, prefixes=())
+    settled = replace(table, rows=tuple(rows), aside=aside, prefixes=())
+    return replace(settled, rows=(*rows, *tower_rows(table.towers, stored, settled.claimed()))) if table.towers else settled
 
 
 def _spelled(row: Row, kinds: Collection[str], prefix: str) -> Row:

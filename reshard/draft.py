@@ -395,8 +395,7 @@ def _around(published: Published, found: list[Found]) -> Draft | None:
     wrapper = tables.wrapper_of(config, "*") if config.inner_type is not None else None
     if wrapper is None:
         return None
-    settled = settle(wrapper, stored, {})
-    own = {template.folded for template in (*(row.name for row in settled.rows if not row.tower), *settled.aside)}
+    own = settle(wrapper, stored, {}).claimed()
     inside = {start for name in own for start in _starts(name)}
     towers = tuple(sorted({next((s for s in _starts(each.folded) if s not in inside), "") for each in found if each.folded not in own}))
     about = tomllib.loads(wrapper.texts[wrapper.name])

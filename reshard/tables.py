@@ -102,6 +102,10 @@ class Table:
         """Whether extra layers have names of their own."""
         return any(row.name.extra for row in self.rows)
 
+    def claimed(self) -> set[str]:
+        """The names, folded, that its rows and `aside` have; those of other towers left out."""
+        return {template.folded for template in (*(row.name for row in self.rows if not row.tower), *self.aside)}
+
     def for_family(self, family: str) -> "Table":
         """This format as it stands for one family: the rows and words of `[family.X]` are tried before the common ones."""
         if self.families and family not in self.families:
