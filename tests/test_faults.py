@@ -9,7 +9,7 @@ from planted import ADD, planted
 
 SAMPLE = {
     "llama": ["a KV head repeated wrongly", "config.json edited", "one bit flipped"],
-    "mixtral": ["one expert swapped with another"],
+    "mixtral": ["one expert swapped with another", "gate and up exchanged"],
 }
 
 

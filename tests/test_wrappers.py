@@ -218,8 +218,8 @@ def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(n
     source = written(name, scratch)
     model = open_source(source).layout.model
     assert model.family.name == name and MODELS[BY_NAME[name]] in model.family.texts
-    other = {"tp": 4, "ep": 2} if "moe.down" in model.tensors else {"tp": 8}
-    convert_and_back(source, [{"tp": 2, "pp": 2}, other], tmp_path)
+    experts = [{"tp": 4, "ep": 2}] if "moe.down" in model.tensors else []
+    convert_and_back(source, [{"tp": 2, "pp": 2}, {"tp": 8}, *experts], tmp_path)
     state = load_file(source / "model.safetensors")
     towers = {row.tower for row in model.family.rows if row.tower}
     beside = {key for key in state if any(key.startswith(f"{tower}.") for tower in towers)}
