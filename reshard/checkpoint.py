@@ -144,7 +144,7 @@ def family_table(published: Published) -> Table:
     config = published.config
     table = family_of(config.model_type, config.architectures) or wrapper_of(config)
     if table is None and (inner := family_of(config.get("model_type"), ())) is not None:
-        table = inner if _spelled_as(inner, published) else wrapper_of(config, "*") or inner
+        table = inner if _spelled_as(inner, published) else wrapper_of(config, "*")
     if table is not None:
         return table
     kinds: dict[str, list[str]] = {}
