@@ -11,7 +11,7 @@ import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import header
 from .dialect import settle
@@ -35,8 +35,7 @@ _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx
 CARRIED_MAX = 64 << 20  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Original:
+class Original(NamedTuple):
     """A file of the published checkpoint. `holes`: the byte ranges that rows claim; everything else is its residue."""
 
     name: str
@@ -53,8 +52,7 @@ class Original:
         return [(low, high) for low, high in zip(ends, starts, strict=True) if high > low]
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
+class Carried(NamedTuple):
     """A small file that goes along untouched."""
 
     name: str
@@ -63,8 +61,7 @@ class Carried:
     mtime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Where a checkpoint came from, as far as it is known."""
 
     id: str | None = None

@@ -31,7 +31,7 @@ from .progress import Progress, Silent, until
 from .shards import folder, scalar, shard_digest, tensors_json
 from .source import Source
 from .tables import Constant, Table
-from .threads import count
+from .threads import count, each
 from .units import decimal
 from .verdict import WIDTH
 
@@ -423,34 +423,32 @@ def _sync_path(path: Path, flags: int) -> None:
 def _with_sha256(job: Job, threads: int, progress: Progress) -> Job:
     """The same job with the SHA-256 of every published file, and of every one carried along, that is not known yet."""
     import hashlib
-    from concurrent.futures import ThreadPoolExecutor
 
     source = job.source
     if source.root is None or source.manifest is not None or source.residues:
         return job
-    stop = threading.Event()
+    halt = threading.Event()
     files = {original.name: (source.root / original.name, original.size) for original in source.originals if not original.sha256}
     files |= {file.name: (file.path, file.size) for file in source.carried}
 
-    def digest(path: Path) -> str:
+    found: dict[str, str] = {}
+
+    def digest(item: tuple[str, tuple[Path, int]]) -> None:
+        name, (path, _) = item
         state = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
-            while not stop.is_set() and (piece := file.read(CHUNK)):
+            while not halt.is_set() and (piece := file.read(CHUNK)):
                 state.update(piece)
                 progress.advance(len(piece))
-        return state.hexdigest()
+        found[name] = state.hexdigest()
 
     progress.start("computing SHA-256", sum(size for _, size in files.values()))
     try:
-        with ThreadPoolExecutor(threads) as executor:
-            try:
-                found = dict(zip(files, executor.map(digest, (path for path, _ in files.values())), strict=True))
-            finally:
-                stop.set()  # the executor waits for what is under way
+        each(files.items(), digest, threads, halt)
     except OSError as error:
         raise failed("reading", source.root, error) from error
     progress.finish()
-    originals = tuple(replace(original, sha256=found.get(original.name, original.sha256)) for original in source.originals)
+    originals = tuple(original._replace(sha256=found.get(original.name, original.sha256)) for original in source.originals)
     sums = {file.name: found[file.name] for file in source.carried}
     return replace(job, source=replace(source, originals=originals, sums=sums))
 

@@ -37,11 +37,11 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
     rows = [_spelled(row, kinds, prefix) for row in table.rows]
     if any(row.layouts for row in rows):
         shapes = {fold(name)[0]: each.shape for name, each in stored.items()}
-        rows = [replace(row, pattern=_laid_out(row, shapes.get(row.name.folded), sizes), layouts=()) for row in rows]
+        rows = [row._replace(pattern=_laid_out(row, shapes.get(row.name.folded), sizes), layouts=()) for row in rows]
     if any(row.name.extra for row in rows):
         counted = sizes["layer"] if "layer" in sizes else _layers(rows, stored)
-        rows = [replace(row, name=replace(row.name, base=counted)) if row.name.extra else row for row in rows]
-    rows = [replace(row, name=replace(row.name, sizes=_sizes(row.name, sizes))) if row.name.compounds else row for row in rows]
+        rows = [row._replace(name=row.name._replace(base=counted)) if row.name.extra else row for row in rows]
+    rows = [row._replace(name=row.name._replace(sizes=_sizes(row.name, sizes))) if row.name.compounds else row for row in rows]
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
     settled = replace(table, rows=tuple(rows), aside=aside, prefixes=())
     return replace(settled, rows=(*rows, *tower_rows(table.towers, stored, settled.claimed()))) if table.towers else settled
@@ -49,7 +49,7 @@ def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int])
 
 def _spelled(row: Row, kinds: Collection[str], prefix: str) -> Row:
     names = [_prefixed(name, prefix) for name in (row.name, *row.others)]
-    return replace(row, name=next((name for name in names if name.folded in kinds), names[0]), others=())
+    return row._replace(name=next((name for name in names if name.folded in kinds), names[0]), others=())
 
 
 def _laid_out(row: Row, shape: tuple[int, ...] | None, sizes: Mapping[str, int]) -> Pattern:
@@ -69,7 +69,7 @@ def _prefixed(template: Template, prefix: str) -> Template:
     if not template.text.startswith("~"):
         return template
     form = prefix.replace("{", "{{").replace("}", "}}") + template.form[1:]
-    return replace(template, text=prefix + template.text[1:], form=form)
+    return template._replace(text=prefix + template.text[1:], form=form)
 
 
 def _sizes(name: Template, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def _tower_rows(tower: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
         counts = tuple(1 + max(column) for column in zip(*(numbers for numbers, _ in members), strict=True))
         alone = sum(other == kind for other, _ in groups) > 1 or prod(counts) != len(members) or not counts
         rows += [_tower_row(name, (), shape) for _, name in members] if alone else [_tower_row(kind, counts, shape)]
-    return [replace(row, tower=tower) for row in rows]
+    return [row._replace(tower=tower) for row in rows]
 
 
 def _tower_row(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> Row:
@@ -123,4 +123,4 @@ def _tower_row(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> Ro
     over, own = tuple(axes[: len(counts)]), tuple(axes[len(counts) :])
     form = name.replace("{}", "{{{}}}").format(*over) if over else name
     row = Row(Template(form, over, frozenset(), form), Pattern(tuple((axis,) for axis in own), (own,)), (name.replace("{}", "*"),))
-    return replace(row, stage="first", whole=True)
+    return row._replace(stage="first", whole=True)

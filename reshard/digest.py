@@ -4,8 +4,7 @@ Blocks can be hashed by whoever completes them, checked in parallel and repaired
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -76,8 +75,7 @@ class BlockHasher:
         return [digest for digest in self._blocks if digest is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class FileDigest:
+class FileDigest(NamedTuple):
     """What the digest of a file must be. `kind`: "sha256", or "git" for the id that git gives a file; `by`: who says so, in words."""
 
     kind: str

@@ -12,16 +12,16 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .digest import BlockHasher
 from .errors import ReshardError
 from .files import Pool, buffer
 from .header import BITS, Entry
 from .join import Copy, Dim, Plan, collapse
+from .threads import together
 
 TILE = 4 << 20  # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own
@@ -44,8 +44,7 @@ class Sink(Protocol):
     def done(self, keys: Iterable[Key]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """Where one footprint of the source goes: offsets and strides in items."""
 
     key: Key
@@ -53,8 +52,7 @@ class Target:
     dims: tuple[Dim, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """A strided box of one source tensor and everything that it feeds; `dims` are (extent, stride), outermost first."""
 
     offset: int
@@ -110,38 +108,15 @@ def run(
     """
     jobs = _Jobs(plan, source)
     halt = stop or threading.Event()
-    failures: list[BaseException] = []
 
-    def work(ended: threading.Event) -> None:
-        try:
-            worker = Worker(source, destination, sink(), pool, progress)
-            for copies in jobs:
-                if halt.is_set():
-                    return
-                worker.job(copies)
-        except BaseException as error:
-            failures.append(error)
-            halt.set()
-        finally:
-            ended.set()
+    def work() -> None:
+        worker = Worker(source, destination, sink(), pool, progress)
+        for copies in jobs:
+            if halt.is_set():
+                return
+            worker.job(copies)
 
-    # Not Thread.join: until Python 3.12 a signal that interrupts it makes it take the thread for ended.
-    ends: list[threading.Event] = []
-    try:
-        for n in range(workers):
-            ended = threading.Event()
-            threading.Thread(target=work, args=(ended,), name=f"reshard-{n}", daemon=True).start()
-            ends.append(ended)
-        for ended in ends:
-            while not ended.wait(0.2):  # bounded, so that a signal is handled at once
-                pass
-    except BaseException:
-        halt.set()
-        for ended in ends:
-            ended.wait()
-        raise
-    if failures:
-        raise failures[0]
+    together(work, workers, halt)
 
 
 class _Jobs:

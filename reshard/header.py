@@ -13,8 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from reshard.errors import PlaceError, ReshardError
 
@@ -69,8 +68,7 @@ _IMPOSTORS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one stored tensor lies. `offset` and `nbytes` in bytes, `offset` from the start of its file; `strides` in elements."""
 
     dtype: str  # safetensors' spelling
@@ -80,8 +78,7 @@ class Entry:
     strides: tuple[int, ...] | None = None  # None means row-major, as safetensors always is; tensors of .bin files may be strided
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What one file holds: its tensors in the header's order, its free-text metadata, and the byte at which data starts."""
 
     entries: dict[str, Entry]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
 from .errors import ReshardError
 from .layout import Layout, Piece, Point, Slot
@@ -20,8 +21,7 @@ from .mesh import Range
 Dim = tuple[int, int, int]  # extent, source stride, destination stride
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """One strided copy between two stored tensors; offsets and strides in elements, outermost destination dimension first."""
 
     src: Slot

@@ -218,7 +218,7 @@ def lay_out(
 
 def _with_towers(table: Table, model: Model) -> Table:
     """A format that stores other towers has them under the names of the original, whole, on the stages that it says."""
-    rows = tuple(replace(row, stage=stage) for stage in table.towers for row in model.family.rows if row.tower)
+    rows = tuple(row._replace(stage=stage) for stage in table.towers for row in model.family.rows if row.tower)
     return replace(table, rows=table.rows + rows) if rows else table
 
 
@@ -243,7 +243,7 @@ def _choose(
             continue
         for leaf in row.leaves:
             left[leaf] = left[leaf] - here
-        row = replace(row, pattern=_fitting(row, model), layouts=())
+        row = row._replace(pattern=_fitting(row, model), layouts=())
         chosen.append((at, row, tuple(sorted(here)) if "layer" in row.name.axes else None))
     for name, layers in left.items():
         if layers:

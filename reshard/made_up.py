@@ -48,7 +48,7 @@ def made_up(table: Table, where: Path) -> Iterator[Path]:
     covered: set[tuple[int, Pattern]] = set()
     layouts = range(1 + max(len(row.layouts) for row in table.rows))
     for number, (layout, truths) in enumerate(itertools.product(layouts, _variants(table))):
-        rows = (replace(row, pattern=((row.pattern, *row.layouts)[: layout + 1])[-1], layouts=()) for row in table.rows)
+        rows = (row._replace(pattern=((row.pattern, *row.layouts)[: layout + 1])[-1], layouts=()) for row in table.rows)
         config, shapes = _invented(replace(table, rows=tuple(rows)), truths)
         active = {(at, row.pattern) for at, row, _ in shapes}
         if active <= covered:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .checkpoint import Origin, Original, inside, read_json
 from .digest import of
@@ -24,8 +24,7 @@ SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked 
 NOTATION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """A file of the directory: its path, size in bytes and digest."""
 
     name: str

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from .errors import ReshardError
 
@@ -97,8 +98,7 @@ def shares(size: int, weights: tuple[int, ...], unit: int = 1) -> tuple[Range, .
     return tuple((min(low * unit, size), min(high * unit, size)) for low, high in pairwise(ends))
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """What a table allows for one axis: repetition, zero padding to a multiple, an uneven remainder; `unit` binds weights."""
 
     replicate: bool = False

@@ -9,31 +9,28 @@ Knows nothing about files, meshes or models.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from .errors import ReshardError
 
 Product = tuple["str | Sum", ...]  # row-major, last fastest; a string is an axis, the empty product has size one
 
 
-@dataclass(frozen=True, slots=True)
-class Sum:
+class Sum(NamedTuple):
     """The seam: terms lying one after another at one place of a product."""
 
     terms: tuple[Product, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where one leaf lies inside its stored tensor: first element and the step per axis, in elements."""
 
     offset: int
     strides: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(NamedTuple):
     """One product per stored dimension; `axes[i]` are the axes of leaf i, outermost first."""
 
     dims: tuple[Product, ...]
@@ -273,8 +270,7 @@ _HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra|//[1-9]\d{0,3}|%[1-9]\d{
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole path segment
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(NamedTuple):
     """A stored name with holes for enumerated axes: `model.layers.{layer}.mlp.experts.{experts}.w1`."""
 
     text: str

@@ -4,10 +4,8 @@ What merging would write is streamed and hashed; nothing is written, nothing but
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from typing import Any
 
 from .checkpoint import Carried
 from .digest import FileDigest
@@ -18,7 +16,10 @@ from .output import restored
 from .progress import Progress, Silent
 from .source import Source
 from .stream import Streams
+from .threads import each
 from .verdict import Rung
+
+Job = tuple[str, int, Iterator[memoryview | bytearray]]  # name and size of a file, and its bytes in order
 
 
 def recorded(out: Source) -> dict[str, FileDigest]:
@@ -45,15 +46,16 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
     if missing:
         rung.notes.append(f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}")
     progress.start("hashing what merging would write", sum(file.size for file in known) + sum(file.size for file in along))
-    lock, stop = threading.Lock(), threading.Event()
+    lock, halt = threading.Lock(), threading.Event()
     with closing(Pool()) as pool:
         streams = Streams(plan(out.layout, restored_files.layout), out, restored_files, pool)
 
-        def check(name: str, size: int, windows: Callable[[], Iterator[Any]]) -> None:
+        def check(job: Job) -> None:
+            name, size, windows = job
             digest = wanted[name]
             state = digest.state(size)
-            for window in windows():
-                if stop.is_set():
+            for window in windows:
+                if halt.is_set():
                     return
                 state.update(window)
                 progress.advance(len(window))
@@ -62,18 +64,11 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
                     kind = "SHA-256" if digest.kind == "sha256" else "git id"
                     rung.failures.append(f"{name}: the shards make a file of {kind} {state.hexdigest()}, {digest.value} {digest.by}")
 
-        jobs: list[tuple[str, int, Callable[[], Iterator[Any]]]] = []
-        jobs += [(file.name, file.size, lambda name=file.name: streams.windows(name)) for file in known]  # type: ignore[misc]
-        jobs += [(file.name, file.size, lambda file=file: _read(file, pool)) for file in along]  # type: ignore[misc]
+        jobs: list[Job] = [(file.name, file.size, streams.windows(file.name)) for file in known]
+        jobs += [(file.name, file.size, _read(file, pool)) for file in along]
         jobs.sort(key=lambda job: -job[1])  # the largest first: they end together
         try:
-            with ThreadPoolExecutor(threads) as executor:
-                running = [executor.submit(check, *job) for job in jobs]
-                try:
-                    for future in running:
-                        future.result()
-                finally:
-                    stop.set()  # the executor waits for what is under way
+            each(jobs, check, threads, halt)
         except OSError as error:
             raise failed("reading", out.where, error) from error
     rung.failures.sort()

@@ -264,7 +264,8 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
         return text
 
     family, layout = texts("families"), texts("formats")
-    return tables.parse(family(known.family), known.family, family), tables.parse(layout(known.format), known.format, layout)
+    model = tables.parse(family(known.family), known.family, family)
+    return model, tables.parse(layout(known.format), known.format, layout, model.leaves())
 
 
 def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:

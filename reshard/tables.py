@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from .config import Config
@@ -21,8 +21,7 @@ STAGES = ("first", "last", "every")
 HOME = Path(__file__).parent
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One stored tensor, or a regular set of them: its name, how it is laid out, and the logical tensors it holds."""
 
     name: Template
@@ -44,8 +43,7 @@ class Row:
         return self.kinds <= kinds and all(one & kinds for one in self.either)
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(NamedTuple):
     """A scalar that an engine wants and no checkpoint has; one per layer of the logical tensor `beside`."""
 
     name: Template
@@ -102,6 +100,10 @@ class Table:
         """Whether extra layers have names of their own."""
         return any(row.name.extra for row in self.rows)
 
+    def leaves(self) -> set[str]:
+        """The logical tensors that its rows hold, without their variants."""
+        return {leaf.partition("@")[0] for row in self.rows for leaf in row.leaves}
+
     def claimed(self) -> set[str]:
         """The names, folded, that its rows and `aside` have; those of other towers left out."""
         return {template.folded for template in (*(row.name for row in self.rows if not row.tower), *self.aside)}
@@ -130,7 +132,7 @@ class Table:
         if not new:
             return self
         rows = tuple(
-            replace(row, pattern=row.pattern.refined(new), layouts=tuple(pattern.refined(new) for pattern in row.layouts))
+            row._replace(pattern=row.pattern.refined(new), layouts=tuple(pattern.refined(new) for pattern in row.layouts))
             for row in self.rows
         )
         return replace(self, rows=rows, axes=self.axes | new, sizes=other.sizes | self.sizes)
@@ -166,7 +168,7 @@ def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) 
         return None
     own = {axis.partition("@")[0]: axis for axis in bases(axis for leaf in leaves for axis in tensors[leaf])}
     pattern, *layouts = [one.renamed(lambda axis: own.get(axis, axis)) for one in (row.pattern, *row.layouts)]
-    return replace(row, pattern=pattern, layouts=tuple(layouts), leaves=leaves)
+    return row._replace(pattern=pattern, layouts=tuple(layouts), leaves=leaves)
 
 
 # The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".
@@ -524,8 +526,11 @@ def _check_files(files: Mapping[str, str], where: str) -> None:
             raise ReshardError(f'{where}: files.{key} = "{text}" does not name a file for every rank', "use {rank}, or {tp} and {pp}")
 
 
-def parse(text: str, where: str, parent: Callable[[str], str] | None = None) -> Table:
-    """A table from TOML text; `parent(name)` gives the text of the table that `like` names."""
+def parse(text: str, where: str, parent: Callable[[str], str] | None = None, leaves: Set[str] | None = None) -> Table:
+    """A table from TOML text; `parent(name)` gives the text of the table that `like` names.
+
+    `leaves`: of a format that has been used before, only the rows of these logical tensors, which a family has; the rest is not looked at.
+    """
     texts: dict[str, str] = {}
     chain: list[dict[str, Any]] = []
     while True:
@@ -537,7 +542,10 @@ def parse(text: str, where: str, parent: Callable[[str], str] | None = None) -> 
         chain.append(_checked(data, where))
         like = data.pop("like", None)
         if like is None:
-            return _consistent(_parse(_merged(chain), texts, {}))
+            whole = _merged(chain)
+            if leaves is None:
+                return _consistent(_parse(whole, texts, {}))
+            return _parse(whole | {"rows": [row for row in whole.get("rows", ()) if leaves >= set(row[2].split())]}, texts, {})
         if like in texts or parent is None:
             raise ReshardError(f'{where}: like = "{like}" leads nowhere')
         text, where = parent(like), f"{like}.toml"

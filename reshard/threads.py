@@ -1,9 +1,8 @@
-"""Threads: work on many items by a few threads, each taking the next item when it is free."""
+"""Threads: a few of them at one piece of work, or at many items, each taking the next when it is free."""
 
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,9 +13,44 @@ def count(asked: int = 0) -> int:
     return asked or min(8, len(os.sched_getaffinity(0)))
 
 
-def each(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
+def together(work: Callable[[], None], threads: int, halt: threading.Event) -> None:
+    """`work` in several threads at once. What the first to fail raises is raised, once all have ended; it sets `halt` for the others.
+
+    So does a signal that arrives meanwhile. Not by concurrent.futures: importing it takes as long as verifying a small checkpoint.
+    """
+    failures: list[BaseException] = []
+
+    def run(ended: threading.Event) -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+            halt.set()
+        finally:
+            ended.set()
+
+    # Not Thread.join: until Python 3.12 a signal that interrupts it makes it take the thread for ended.
+    ends: list[threading.Event] = []
+    try:
+        for n in range(threads):
+            ended = threading.Event()
+            threading.Thread(target=run, args=(ended,), name=f"reshard-{n}", daemon=True).start()
+            ends.append(ended)
+        for ended in ends:
+            while not ended.wait(0.2):  # bounded, so that a signal is handled at once
+                pass
+    except BaseException:
+        halt.set()
+        for ended in ends:
+            ended.wait()
+        raise
+    if failures:
+        raise failures[0]
+
+
+def each(items: Iterable[T], work: Callable[[T], None], threads: int, halt: threading.Event | None = None) -> None:
     """`work` on every item; items are made when they are taken. What the first to fail raises is raised, once all have ended."""
-    waiting, lock, stop = iter(items), threading.Lock(), threading.Event()
+    waiting, lock, stop = iter(items), threading.Lock(), halt or threading.Event()
 
     def run() -> None:
         while not stop.is_set():
@@ -26,10 +60,4 @@ def each(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
                 return
             work(item)
 
-    with ThreadPoolExecutor(threads) as executor:
-        running = [executor.submit(run) for _ in range(threads)]
-        try:
-            for future in running:
-                future.result()
-        finally:
-            stop.set()  # the executor waits for what is under way
+    together(run, threads, stop)

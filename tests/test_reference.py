@@ -87,5 +87,5 @@ def test_two_logical_names_exchanged_in_a_table_are_seen_by_the_reference(name: 
 
 def exchanged(table: Table, one: str, two: str) -> Table:
     swap = {one: two, two: one}
-    rows = tuple(replace(row, leaves=tuple(swap.get(leaf, leaf) for leaf in row.leaves)) for row in table.rows)
+    rows = tuple(row._replace(leaves=tuple(swap.get(leaf, leaf) for leaf in row.leaves)) for row in table.rows)
     return replace(table, rows=rows, texts={table.name: load("families", table.name).texts[table.name]})

@@ -336,7 +336,7 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
     found = []
     for at in model_of(name).active:
         row = table.rows[at]
-        twin = replace(row, name=tables.parse_template(row.name.text + ".twin"))
+        twin = row._replace(name=tables.parse_template(row.name.text + ".twin"))
         for what, rows in (("lost", table.rows[:at] + table.rows[at + 1 :]), ("twin", (*table.rows, twin)), ("first", (twin, *table.rows))):
             if fits(name, stored, table=replace(table, rows=rows)):
                 found.append(f"{row.name.text} {what}")
@@ -379,7 +379,7 @@ def test_a_row_with_the_pattern_of_another_is_refused_where_the_shapes_differ(na
         row, like = table.rows[at], table.rows[other]
         if len(row.leaves) != len(like.leaves) or row.pattern == like.pattern:
             continue
-        rows = tuple(replace(r, pattern=like.pattern) if n == at else r for n, r in enumerate(table.rows))
+        rows = tuple(r._replace(pattern=like.pattern) if n == at else r for n, r in enumerate(table.rows))
         if fits(name, stored, table=replace(table, rows=rows)):
             found.append(f"{row.name.text} as {like.name.text}")
     assert found == []
@@ -395,7 +395,7 @@ def test_logical_names_exchanged_between_rows_of_different_axes_are_refused(name
         if len(row.leaves) != len(like.leaves) or axes(row) == axes(like):
             continue
         rows = list(table.rows)
-        rows[at], rows[other] = replace(row, leaves=like.leaves), replace(like, leaves=row.leaves)
+        rows[at], rows[other] = row._replace(leaves=like.leaves), like._replace(leaves=row.leaves)
         if fits(name, stored, table=replace(table, rows=tuple(rows))):
             found.append(f"{row.name.text} and {like.name.text}")
     assert found == []
