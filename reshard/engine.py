@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from .digest import BlockHasher
 from .errors import ReshardError
-from .files import Pool, buffer
+from .files import Batch, Pool, batches, buffer
 from .header import BITS, Entry
 from .join import Copy, Dim, Plan, collapse
 from .threads import together
@@ -183,7 +183,7 @@ class Worker:
     def __init__(self, source: Place, destination: Place, sink: Sink, pool: Pool, progress: Callable[[int], None]) -> None:
         self.source, self.destination, self.sink, self.pool, self.progress = source, destination, sink, pool, progress
         self._in, self._out = buffer(TILE), buffer(TILE)
-        self._dealt: tuple[tuple[int, tuple[int, ...]], tuple[list[memoryview], list[memoryview]]] = ((0, ()), ([], []))
+        self._dealt: tuple[tuple[int, tuple[int, ...]], tuple[list[Batch], list[memoryview]]] = (0, ()), ([], [])
 
     def job(self, copies: Sequence[Copy]) -> None:
         """All copies of one job, sources in the order in which the destination wants them."""
@@ -264,18 +264,18 @@ class Worker:
         """Rows whose every column goes to one target: the system call itself lays each row's pieces into the targets' own buffers."""
         rows, widths = columns[0][1].dims[0][0], tuple(width * item for width, _ in columns)
         views, parts = self._views(rows, widths)
-        self.pool.read_into(path, at, *views)
+        self.pool.scatter(path, at, views)
         self.progress(rows * sum(widths))
         for (_, target), part in zip(columns, parts, strict=True):
             self.sink.put(target.key, target.offset * item, part)
 
-    def _views(self, rows: int, widths: tuple[int, ...]) -> tuple[list[memoryview], list[memoryview]]:
+    def _views(self, rows: int, widths: tuple[int, ...]) -> tuple[list[Batch], list[memoryview]]:
         """Buffers of `rows` pieces each, as pieces in the order of the source's rows, and whole; kept for the next window of the shape."""
         if (rows, widths) != self._dealt[0]:
             starts = [rows * start for start in accumulate(widths, initial=0)]
             buffer = self._out
             views = [buffer[at + row * n : at + (row + 1) * n] for row in range(rows) for at, n in zip(starts, widths, strict=False)]
-            self._dealt = (rows, widths), (views, [buffer[a:b] for a, b in pairwise(starts)])
+            self._dealt = (rows, widths), (batches(views), [buffer[a:b] for a, b in pairwise(starts)])
         return self._dealt[1]
 
     def _scatter(self, target: Target, start: int, dims: tuple[Dim, ...], item: int) -> None:

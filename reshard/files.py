@@ -5,13 +5,14 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .errors import PlaceError
 
 Buffer = bytes | bytearray | memoryview
 Views = Sequence[memoryview]
+Batch = tuple[Views, int]  # what one system call fills, and how many bytes that are
 
 # Bytes per write: ext4 answers larger ones with folios so large that filling them misses every cache, at four times the CPU.
 PIECE = 1 << 20
@@ -26,6 +27,12 @@ def buffer(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, max(size, 1)))[:size]
 
 
+def batches(buffers: Views) -> list[Batch]:
+    """Many buffers as system calls take them; to be kept where they are filled again, since counting takes as long as a call."""
+    parts = [buffers[first : first + VIEWS] for first in range(0, len(buffers), VIEWS)]
+    return [(part, sum(map(len, part))) for part in parts]
+
+
 class Pool:
     """Open descriptors by path, closed in the order of least recent use when there are too many; safe among threads."""
 
@@ -34,10 +41,15 @@ class Pool:
         self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
         self._lock = threading.Lock()
 
-    def read_into(self, path: Path, offset: int, *buffers: memoryview) -> None:
-        """Fill the buffers, one after another, from `offset` on."""
-        for first in range(0, len(buffers), VIEWS):
-            offset = self._transfer(path, offset, buffers[first : first + VIEWS], os.preadv, "reading")
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer from `offset` on."""
+        self._transfer(path, offset, (buffer,), len(buffer), os.preadv, "reading")
+
+    def scatter(self, path: Path, offset: int, batches: Iterable[Batch]) -> None:
+        """Fill many buffers, one after another, from `offset` on."""
+        for buffers, size in batches:
+            self._transfer(path, offset, buffers, size, os.preadv, "reading")
+            offset += size
 
     def read(self, path: Path | bytes, offset: int, length: int) -> bytearray:
         """Bytes of a file, or of bytes that are at hand."""
@@ -51,12 +63,12 @@ class Pool:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         for at in range(0, len(view), PIECE):
-            self._transfer(path, offset + at, (view[at : at + PIECE],), os.pwritev, "writing")
+            piece = view[at : at + PIECE]
+            self._transfer(path, offset + at, (piece,), len(piece), os.pwritev, "writing")
 
-    def _transfer(self, path: Path, offset: int, buffers: Views, call: Callable[[int, Views, int], int], doing: str) -> int:
-        """All of the buffers; where the file goes on after them."""
+    def _transfer(self, path: Path, offset: int, buffers: Views, left: int, call: Callable[[int, Views, int], int], doing: str) -> None:
+        """All of the buffers, which are `left` bytes."""
         descriptor, users = self._take(path)
-        left = sum(map(len, buffers))
         try:
             while left:
                 done = call(descriptor, buffers, offset)
@@ -70,7 +82,6 @@ class Pool:
                 left -= done
                 if left:
                     buffers = _after(buffers, done)
-            return offset
         except OSError as error:
             raise failed(doing, path, error) from error
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 from .checkpoint import extent
 from .engine import Key, Place, in_items
 from .errors import MismatchError
-from .files import Pool, buffer
+from .files import Batch, Pool, batches, buffer
 from .header import BITS, Entry
 from .join import Copy, Dim, Plan, collapse
 from .layout import Point
@@ -131,10 +131,10 @@ class _Room:
 
     def __init__(self) -> None:
         self.window, self.scratch = buffer(WINDOW), buffer(PIECE)
-        self._rows: dict[tuple[int, int, int, int], list[memoryview]] = {}
+        self._rows: dict[tuple[int, int, int, int], list[Batch]] = {}
         self._kept = 0
 
-    def rows(self, start: int, count: int, length: int, pitch: int) -> list[memoryview]:
+    def rows(self, start: int, count: int, length: int, pitch: int) -> list[Batch]:
         """Parts of so many rows of the window, `pitch` bytes apart; kept, as the next window wants the same."""
         key = start, count, length, pitch
         if key not in self._rows:
@@ -142,7 +142,7 @@ class _Room:
             if self._kept > KEPT:
                 self._rows.clear()
                 self._kept = count
-            self._rows[key] = [self.window[at : at + length] for at in range(start, start + count * pitch, pitch)]
+            self._rows[key] = batches([self.window[at : at + length] for at in range(start, start + count * pitch, pitch)])
         return self._rows[key]
 
 
@@ -151,28 +151,30 @@ class _Stored:
 
     def __init__(self, streams: Streams, low: int, high: int, key: Key, entry: Entry) -> None:
         self.low, self.high, self.pool = low, high, streams.pool
-        self.boxes: list[tuple[Path, Box]] = []
+        self.boxes: list[tuple[int, int, Path, Box]] = []  # where each begins and ends in the file
         for copy in streams.copies(key):
             path, source = streams.source.locate((copy.src.rank, copy.src_name))
             offset, to, dims, item = in_items(copy, source, entry)
             scaled = collapse([*((n, s * item, d * item) for n, s, d in dims), (item, 1, 1)])
-            self.boxes.append((path, (source.offset + offset * item, low + to * item, scaled)))
+            start = low + to * item
+            self.boxes.append((start, start + _span(scaled), path, (source.offset + offset * item, start, scaled)))
 
     def fill(self, room: _Room, low: int, high: int) -> None:
-        for path, box in self.boxes:
-            for part in clip(box, low, high):
-                self._read(path, part, room, low)
+        for start, stop, path, box in self.boxes:
+            if start < high and low < stop:
+                for part in clip(box, low, high):
+                    self._read(path, part, room, low)
 
     def _read(self, path: Path, box: Box, room: _Room, low: int) -> None:
         """One box into the window: by one read where its bytes stand near each other, else part by part of its widest source dimension."""
         offset, to, dims = box
-        count = math.prod(n for n, _, _ in dims)
         if len(dims) == 1 and dims[0][1:] == (1, 1):
-            self.pool.read_into(path, offset, room.window[to - low : to - low + count])
+            self.pool.read_into(path, offset, room.window[to - low : to - low + dims[0][0]])
             return
         if len(dims) == 2 and dims[0][1] == dims[1][0] >= ROW and dims[1][1:] == (1, 1):  # rows that follow each other in the source
-            self.pool.read_into(path, offset, *room.rows(to - low, *dims[0]))
+            self.pool.scatter(path, offset, room.rows(to - low, *dims[0]))
             return
+        count = math.prod(n for n, _, _ in dims)
         span = sum((n - 1) * s for n, s, _ in dims) + 1
         if span > max(SPARSE * count, NEAR) or span > PIECE:
             at = max(range(len(dims)), key=lambda level: dims[level][1])
@@ -195,6 +197,11 @@ class _Stored:
         np.copyto(np.ndarray(shape, kind, room.window, to - low, tuple(d for _, _, d in view)), found)
 
 
+def _span(dims: Sequence[Dim]) -> int:
+    """Bytes of a destination from the first to the last of a box."""
+    return sum((n - 1) * d for n, _, d in dims) + 1
+
+
 def clip(box: Box, low: int, high: int) -> Iterator[Box]:
     """The parts of a box whose destination lies in [low, high), as few boxes as may be.
 
@@ -202,7 +209,7 @@ def clip(box: Box, low: int, high: int) -> Iterator[Box]:
     [(11, 4, ((2, 1, 1),)), (20, 6, ((3, 1, 1),))]
     """
     offset, to, dims = box
-    span = sum((n - 1) * d for n, _, d in dims) + 1
+    span = _span(dims)
     if to >= high or to + span <= low:
         return
     if low <= to and to + span <= high:

@@ -75,10 +75,11 @@ def test_the_same_job_again_reads_no_tensor_and_touches_nothing(
     root = tmp_path
     before = stamps(root)
 
-    def reads(self: files.Pool, path: Path, offset: int, *buffers: memoryview) -> None:
+    def reads(self: files.Pool, path: Path, *_: object) -> None:
         raise AssertionError(f"{path} was read")
 
     monkeypatch.setattr(files.Pool, "read_into", reads)
+    monkeypatch.setattr(files.Pool, "scatter", reads)
     for more in ((), ("--overwrite",), ("--workers", "3"), ("--fsync",)):
         done = reshard("convert", source, out, *target, *more, "--json")
         assert done.code == 0, done.err

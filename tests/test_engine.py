@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -286,10 +286,16 @@ class Counted(Pool):
         super().__init__(flags)
         self.read_bytes = self.written = self.calls = 0
 
-    def read_into(self, path: Path, offset: int, *buffers: memoryview) -> None:
-        self.read_bytes += sum(map(len, buffers))
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+        self.read_bytes += len(buffer)
         self.calls += 1
-        super().read_into(path, offset, *buffers)
+        super().read_into(path, offset, buffer)
+
+    def scatter(self, path: Path, offset: int, batches: Iterable[files.Batch]) -> None:
+        batches = list(batches)
+        self.read_bytes += sum(len(buffer) for buffers, _ in batches for buffer in buffers)
+        self.calls += 1
+        super().scatter(path, offset, batches)
 
     def write(self, path: Path, offset: int, data: Any) -> None:
         self.written += len(data)
