@@ -12,6 +12,8 @@ import pytest
 from fixtures import checkpoint
 from running import Done, llama, llama_tensors, noise, reshard, root_signed, sign, tree
 
+from reshard.verification import FEW
+
 DAMAGED = ("config.json", "manifest.json", "rank-00001/model.safetensors", "rank-00001/tensors.json", "source/files.json")
 
 
@@ -122,6 +124,19 @@ def test_a_missing_file_is_found(shards: Path, out: Path) -> None:
         else:
             found(done, f"{name}: is missing")
         (out / name).write_bytes(data)
+
+
+def test_a_bit_of_a_large_tensor_is_found_by_comparing_wherever_it_is(tmp_path: Path) -> None:
+    """One that is read as it stands, and one whose rows are dealt out to the ranks: both too much to be compared as the small ones are."""
+    source, out = llama(tmp_path / "wide", vocab_size=8192, intermediate_size=4096), tmp_path / "out"
+    assert reshard("convert", source, out, "--tp", "2").code == 0
+    for name, rank in ("embed", 0), ("layers.0.mlp.down", 1):
+        path, offset, nbytes = tensor(out, name, rank)
+        assert nbytes > FEW
+        for at in (0, nbytes // 2 + 1, nbytes - 1):
+            flip(path, offset + at)
+            found(reshard("verify", out, "--only", "weights", "--against", source), f"{name} differs", f"first at byte {at} of {nbytes}")
+            flip(path, offset + at)
 
 
 def test_exchanged_rank_files_are_found(out: Path) -> None:
