@@ -5,12 +5,10 @@ is installed, its own plan for tensor parallelism is a second opinion on what is
 """
 
 import json
-import re
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -19,46 +17,13 @@ from . import tables
 from .checkpoint import Published
 from .dialect import settle
 from .errors import ReshardError
+from .likeness import Found, Meaning, Sizes, buffers, by_likeness, fits, found_in, free, meanings
 from .model import Config, understand
-from .notation import evaluate, fold, parse_pattern
-from .sizes import axes_of, extent
+from .notation import evaluate, parse_pattern
+from .sizes import axes_of
 from .tables import Table
 
-LAYERS = ("layers", "h", "blocks", "layer", "block", "decoder_layers", "mtp_layers")  # what stands before the number of a layer
 OPEN = "TODO"
-Sizes = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Found:
-    """A folded stored name: how many tensors it stands for, their usual shape, and the layers they are in."""
-
-    folded: str
-    count: int
-    shape: tuple[int, ...]
-    layers: tuple[int, ...] | None
-    axes: tuple[str, ...]  # one per placeholder: layer, experts, or what has no name yet
-
-    @property
-    def name(self) -> str:
-        """The name as a row has it: model.layers.{layer}.mlp.experts.{experts}.w1"""
-        pieces = self.folded.split("{}")
-        return "".join(piece + hole for piece, hole in zip(pieces, (*(f"{{{axis}}}" for axis in self.axes), ""), strict=True))
-
-    @property
-    def end(self) -> str:
-        """What stands behind the number of the layer, or the whole name."""
-        return self.name.partition("{layer}.")[2] or self.name
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What a stored tensor of some name holds in a shipped table."""
-
-    pattern: str
-    leaves: str
-    table: str
-    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,19 +63,19 @@ class Draft:
 def draft(published: Published) -> Draft:
     """A starter table for a published checkpoint, whether or not a shipped one fits it."""
     name = _name(published.config)
-    found = _found(published)
+    found = found_in(published)
     alike = _alike(published, found) or _around(published, found)
     if alike is not None:
         return alike
-    order = _by_likeness(found)
+    order = by_likeness(found)
     sizes = _sizes(published.config, order)
-    aside = [each for each in found if each.end in _buffers()]
+    aside = [each for each in found if each.end in buffers()]
     rows, unknown = [], []
     used: dict[str, set[int | None]] = defaultdict(set)
     for each in found:
         if each in aside:
             continue
-        meaning = next((m for m in _meanings(each, order) if _fits(m, each, sizes) and _free(m, each, used)), None)
+        meaning = next((m for m in meanings(each, order) if fits(m, each, sizes) and free(m, each, used)), None)
         if meaning is None:
             unknown.append(each)
             continue
@@ -126,123 +91,6 @@ def draft(published: Published) -> Draft:
 def _name(config: Config) -> str:
     name = config.model_type or "mine"
     return f"{name}_draft" if name in tables.shipped("families") else name
-
-
-# --- what is there ---------------------------------------------------------------------------------------------------------------
-
-
-def _found(published: Published) -> list[Found]:
-    groups: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
-    for name, (_, entry) in published.tensors.items():
-        kind, numbers = fold(name)
-        groups[kind].append((numbers, entry.shape))
-    found = []
-    for kind, members in groups.items():
-        axes = _placeholders(kind)
-        layers = tuple(sorted({numbers[axes.index("layer")] for numbers, _ in members})) if "layer" in axes else None
-        shape = Counter(shape for _, shape in members).most_common(1)[0][0]
-        found.append(Found(kind, len(members), shape, layers, axes))
-    return found
-
-
-def _placeholders(kind: str) -> tuple[str, ...]:
-    axes: list[str] = []
-    segments = kind.split(".")
-    for at, segment in enumerate(segments):
-        if segment == "{}":
-            before = segments[at - 1] if at else ""
-            axis = (
-                "layer" if "layer" not in axes and (before in LAYERS or not axes) else "experts" if "expert" in before else f"n{len(axes)}"
-            )
-            axes.append(axis if axis not in axes else f"n{len(axes)}")
-    return tuple(axes)
-
-
-# --- what it is elsewhere --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _known() -> dict[str, dict[str, Meaning]]:
-    """Shipped table → end of a stored name → what it holds there."""
-    return {name: dict(_ends(name)) for name in tables.shipped("families")}
-
-
-def _ends(family: str) -> Iterator[tuple[str, Meaning]]:
-    table = tables.load("families", family)
-    data = tables.written(table)
-    for row in data["rows"]:
-        for spelling in row[0].split(" | "):
-            text = spelling.lstrip("~")
-            yield (
-                text.partition("{layer}.")[2] or text.partition("{layer:extra}.")[2] or text,
-                Meaning(_plain(row[1]), _plain(row[2]), family, "?" in " ".join(row[3:])),
-            )
-
-
-def _plain(text: str) -> str:
-    """Without variants: of the kinds of layers that need them elsewhere, nothing is known here."""
-    return re.sub(r"@\w+", "", text)
-
-
-@cache
-def _buffers() -> set[str]:
-    """Ends of the names that shipped tables keep aside, and none has a row for: what one does not read may be another's weights."""
-    texts = {template.text.lstrip("~") for name in tables.shipped("families") for template in tables.load("families", name).aside}
-    return {text.partition("{layer}.")[2] or text for text in texts} - {end for ends in _known().values() for end in ends}
-
-
-def _by_likeness(found: Iterable[Found]) -> list[str]:
-    """Shipped tables, the one with most of these names and fewest others first; among equals the one that others are like."""
-    ends = {each.end for each in found}
-
-    def distance(name: str) -> tuple[float, int, str]:
-        own = {end for end, meaning in _known()[name].items() if not meaning.optional}
-        return len(ends ^ own) - 2 * len(ends & _known()[name].keys()), -_heirs()[name], name
-
-    return sorted(_known(), key=distance)
-
-
-@cache
-def _heirs() -> Counter[str]:
-    """Shipped table → how many others are like it."""
-    return Counter(parent for name in tables.shipped("families") for parent in tables.load("families", name).texts if parent != name)
-
-
-def _meanings(each: Found, order: Iterable[str]) -> Iterator[Meaning]:
-    """What the name is in the tables most alike; then what a name that ends like it is, by two words and by one."""
-    tail = each.end.split(".")
-    for words in (len(tail), 3, 2):
-        end = ".".join(tail[-words:])
-        for name in order:
-            for known, meaning in _known()[name].items():
-                same = known == end if words >= len(tail) else known.split(".")[-words:] == tail[-words:]
-                if same and ("{layer}" in each.name) == (not _outside(name, known)):
-                    for pattern in meaning.pattern.split(" | "):
-                        yield Meaning(pattern, meaning.leaves, name)
-
-
-@cache
-def _outside(family: str, end: str) -> bool:
-    """Whether the name stands outside the layers."""
-    return any("{layer" not in row.name.text and row.name.text.lstrip("~") == end for row in tables.load("families", family).rows)
-
-
-def _fits(meaning: Meaning, each: Found, sizes: Sizes) -> bool:
-    """Whether the pattern has the dimensions of the shape, and those sizes that are known."""
-    pattern = parse_pattern(meaning.pattern, _compounds(sizes))
-    if len(pattern.dims) != len(each.shape) or any(axis in path for path in pattern.axes for axis in each.axes):
-        return False
-    return all(extent(dim, sizes) == size for dim, size in zip(pattern.dims, each.shape, strict=True) if axes_of(dim) <= sizes.keys())
-
-
-def _free(meaning: Meaning, each: Found, used: Mapping[str, set[int | None]]) -> bool:
-    """Whether nothing else in these layers is that logical tensor."""
-    here = set(each.layers) if each.layers is not None else {None}
-    return not any(used[leaf] & here for leaf in meaning.leaves.split() if leaf in used)
-
-
-def _compounds(sizes: Sizes) -> dict[str, tuple[str, ...]]:
-    return {"heads": ("kv", "group")} if "group" in sizes else {}
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------------------
@@ -372,7 +220,7 @@ HEAD = """# Drafted by `reshard inspect --draft-table`. What is filled in agrees
 def _alike(published: Published, found: list[Found]) -> Draft | None:
     """A table that is like a shipped one, where that explains every tensor as it is, or behind another prefix."""
     stored = {name: entry for name, (_, entry) in published.tensors.items()}
-    for family in _by_likeness(found)[:6]:
+    for family in by_likeness(found)[:6]:
         for names in _respellings(found, tables.load("families", family)):
             head = f'name = "{_name(published.config)}"\nlike = "{family}"\n'
             text = (
@@ -473,7 +321,7 @@ def _lines(
     axes = {axis for each, m in rows for axis in each.axes} | {
         axis for _, m in rows for dim in parse_pattern(m.pattern, {}).dims for axis in axes_of(dim)
     }
-    order = _by_likeness([each for each, _ in rows])
+    order = by_likeness([each for each, _ in rows])
     yield "[sizes]"
     yield from _said(config, sorted(axes | {"layer"}), order)
     if {"heads", "kv"} <= axes:

@@ -12,9 +12,9 @@ from running import LLAMA, llama, llama_tensors, noise, reshard
 from safetensors.torch import load_file
 from strategies import differing
 
-from reshard import tables
+from reshard import likeness, tables
 from reshard.checkpoint import open_published
-from reshard.draft import _buffers, draft
+from reshard.draft import draft
 from reshard.model import understand
 
 
@@ -76,13 +76,13 @@ def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_fil
 
     family = FIXTURES[name].family
     rest = tuple(other for other in tables.shipped("families") if family not in tables.load("families", other).texts)
-    for cached in (module._known, module._heirs, module._outside, module._buffers):
+    for cached in (likeness._known, likeness._heirs, likeness._outside, likeness.buffers):
         cached.cache_clear()
     monkeypatch.setattr(tables, "shipped", lambda kind: rest if kind == "families" else ("native", "vllm"))
     published = open_published(checkpoint(name))
     found = draft(published)
     parsed = tables.parse(found.text, "draft", module._text)
-    for cached in (module._known, module._heirs, module._outside, module._buffers):
+    for cached in (likeness._known, likeness._heirs, likeness._outside, likeness.buffers):
         cached.cache_clear()
     own = tables.load("families", family)
     true = understand(own, published.config, {key: entry for key, (_, entry) in published.tensors.items()}).family
@@ -135,7 +135,7 @@ def test_strange_checkpoints_are_drafted(tmp_path: Path) -> None:
 
 def test_what_one_family_does_not_read_is_no_buffer_of_another() -> None:
     """gemma4_text keeps keys of borrowing layers aside, chatglm a head: a draft that did would convert, and leave weights out."""
-    kept = _buffers()
+    kept = likeness.buffers()
     assert "self_attn.rotary_emb.inv_freq" in kept
     assert {"self_attn.k_proj.weight", "lm_head.weight"} & kept == set()
 
