@@ -131,11 +131,12 @@ class _Check:
     def __init__(self, out: Path, source: "Source", progress: Progress, exhaustive: bool, processes: bool) -> None:
         import torch
 
+        from .load import main_dtype
         from .reference import reference_for
 
         self.out, self.source, self.progress, self.processes, self.rung = out, source, progress, processes, Rung("numerics")
         model = source.layout.model
-        self.vocab, self.stored = model.sizes["vocab"], getattr(torch, _dtype(model.tensors["embed"].dtypes[0]))
+        self.vocab, self.stored = model.sizes["vocab"], main_dtype(model) or torch.float32
         self.reference: Reference = reference_for(source)
         self.prompts, self.others = prompts_for(source, exhaustive), placeholders(source)
         self.routed: dict[Where, set[int]] = {}
@@ -363,10 +364,6 @@ def _positions(source: "Source") -> int:
     from .spec import POSITIONS
 
     return next((int(source.config.get(key)) for key in POSITIONS if source.config.get(key)), 1 << 30)
-
-
-def _dtype(stored: str) -> str:
-    return {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16"}.get(stored, "float32")
 
 
 def _distance(a: "torch.Tensor", b: "torch.Tensor") -> float:

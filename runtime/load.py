@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from reshard.join import Component, Copy, Plan
     from reshard.layout import Layout, Point
     from reshard.mesh import Mesh
+    from reshard.model import Model
     from reshard.source import Source
-    from reshard.tables import Table
+    from reshard.tables import Row, Table
 
     from .model import Decoder
     from .parallel import World
@@ -219,8 +220,9 @@ def load_model(
     The job is `world`, or the initialised process group of torch.distributed, or this process alone; collectives give up after `timeout`
     seconds. `mesh` is how the job cuts the model: by default the directory's own if it is for as many ranks, else tensor parallel.
     At its own mesh a native directory is mapped; from any other each rank reads what it needs, or is refused with
-    `reshard_on_load=False`. `dtype` casts floating weights, one tensor at a time; block-scaled FP8 and its scales stay as they are, and
-    what is stored wider than the weights stays as wide. Raises ReshardError, and Lost where another rank fails or has another checkpoint.
+    `reshard_on_load=False`. `dtype` casts floating weights, one tensor at a time; by default to what most of them are in. Block-scaled FP8
+    and its scales stay as they are, and what is WIDE stays as wide as it is. Raises ReshardError, and Lost where another rank fails or has
+    another checkpoint.
     """
     _known(verify)
     world = world or _world(timeout)
@@ -382,37 +384,57 @@ def _threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+# What is used in float32 whatever the rest is in (routers, recurrences, residual streams), as transformers keeps it: stays as it is stored.
+WIDE = (
+    "moe.router",
+    "moe.score_bias",
+    "lin.",
+    "ssm.",
+    "attn.sinks",
+    "attn.pool_pos",
+    "streams.",
+    "mtp.streams",
+    "mtp_streams",
+    "head_streams",
+)
+
+
 class Cast:
-    """What becomes of a stored tensor before the model gets it: another dtype, another device."""
+    """What becomes of a stored tensor before the model gets it: another dtype, another device.
+
+    Without `dtype` a checkpoint of several becomes one of that which most of it is in, but for what is WIDE.
+    """
 
     def __init__(self, layout: "Layout", rank: int, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-        self.dtype, self.device = dtype, device
-        self.kept = _scales(layout, rank) if dtype is not None else set()
-        elements: Counter[str] = Counter()
-        for tensor in layout.model.tensors.values():
-            elements[tensor.dtypes[0]] += tensor.elements
-        floating = {name: count for name, count in elements.items() if name in ("F64", "F32", "F16", "BF16")}
-        self.main = DTYPES[max(floating, key=floating.__getitem__)] if floating else None
+        self.main = main_dtype(layout.model)
+        self.dtype, self.device = dtype or self.main, device
+        self.scales = _named(layout, rank, lambda row: any("/" in axis for path in row.pattern.axes for axis in path))
+        self.wide = _named(layout, rank, lambda row: any(leaf.startswith(WIDE) for leaf in row.leaves))
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         dtype = tensor.dtype
-        if self.dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 and name not in self.kept:
-            # What a checkpoint keeps in float32 among 16-bit weights (a router's bias, a decay) would not be what it is in 16 bits.
-            wider = self.main is not None and dtype.itemsize > self.main.itemsize
+        if self.dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 and name not in self.scales:
+            wider = name in self.wide and self.main is not None and dtype.itemsize > self.main.itemsize
             dtype = torch.promote_types(dtype, self.dtype) if wider else self.dtype
         return tensor.to(device=self.device, dtype=dtype)
 
 
-def _scales(layout: "Layout", rank: int) -> set[str]:
-    """Stored names that count blocks of another tensor: the scales of block-quantised weights."""
+def main_dtype(model: "Model") -> torch.dtype | None:
+    """What most floating weights of a checkpoint are stored in; None where all of them are of 8 bits or fewer."""
+    elements: Counter[str] = Counter()
+    for tensor in model.tensors.values():
+        for dtype in tensor.dtypes:  # one, or one per layer
+            elements[dtype] += tensor.elements // len(tensor.dtypes)
+    floating = {name: count for name, count in elements.items() if name in ("F64", "F32", "F16", "BF16")}
+    return DTYPES[max(floating, key=floating.__getitem__)] if floating else None
+
+
+def _named(layout: "Layout", rank: int, chosen: "Callable[[Row], bool]") -> set[str]:
+    """The stored names on a rank that some rows have."""
     from reshard.tables import Row
 
-    return {
-        slot.name(point)
-        for slot in layout.by_rank[rank]
-        if isinstance(slot.template, Row) and any("/" in axis for path in slot.template.pattern.axes for axis in path)
-        for point in slot.points()
-    }
+    slots = [slot for slot in layout.by_rank[rank] if isinstance(slot.template, Row) and chosen(slot.template)]
+    return {slot.name(point) for slot in slots for point in slot.points()}
 
 
 # --- through the plan ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures import copy, read, rewrite
 from reshard.runtime import load, load_model, load_shard
 from reshard.runtime.parallel import Lost, World, run_threads
 from running import big_llama, environment, llama, save, sign
@@ -444,6 +445,18 @@ def test_what_is_wider_than_the_weights_stays_as_wide(checkpoint: Get) -> None:
     assert {half[name].dtype for name in wide} == {torch.float32}
     assert {half[name].dtype for name in half if name not in wide} == {torch.float16}
     assert {tensor.dtype for tensor in double.values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("part", ["norm", "lm_head", ".layers.0."])
+def test_a_checkpoint_of_several_dtypes_is_run_in_that_of_most(part: str, tmp_path: Path) -> None:
+    """As transformers does, which casts all of it: norms, or a head, in float32 among 16-bit weights."""
+    source, out = copy("qwen3", tmp_path / "source"), tmp_path / "out"
+    rewrite(source, lambda state: {name: tensor.float() if part in name else tensor for name, tensor in state.items()})
+    assert {tensor.dtype for tensor in read(source).values()} == {torch.float32, torch.bfloat16}
+    reshard.convert(source, out, tp=2)
+    assert reshard.verify(out, against=source, only="numerics").ok
+    assert {parameter.dtype for parameter in load_model(source).parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(out, 2), logits(source), rtol=0.1, atol=0.1)
 
 
 # --- a job -----------------------------------------------------------------------------------------------------------------------
