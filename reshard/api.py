@@ -5,7 +5,7 @@ there: starting up is a quarter of converting a small checkpoint.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,8 +70,8 @@ def plan(
     tp: int | str = 1,
     pp: int = 1,
     ep: int = 1,
-    split: tuple[int, ...] | None = None,
-    pp_layers: tuple[int, ...] | None = None,
+    split: Sequence[int] | None = None,
+    pp_layers: Sequence[int] | None = None,
     to: str = "native",
     revision: str | None = None,
     family: str | None = None,
@@ -112,8 +112,8 @@ def convert(
     tp: int | str = 1,
     pp: int = 1,
     ep: int = 1,
-    split: tuple[int, ...] | None = None,
-    pp_layers: tuple[int, ...] | None = None,
+    split: Sequence[int] | None = None,
+    pp_layers: Sequence[int] | None = None,
     to: str = "native",
     revision: str | None = None,
     family: str | None = None,
@@ -290,13 +290,15 @@ def choose_mesh(
     tp: int | str,
     pp: int,
     ep: int,
-    split: tuple[int, ...] | None,
-    pp_layers: tuple[int, ...] | None,
+    split: Sequence[int] | None,
+    pp_layers: Sequence[int] | None,
     device_memory: int | None,
     context: int | None,
     batch: int,
 ) -> Mesh:
-    """The mesh asked for; `tp="auto"` is the smallest that fits the device."""
+    """The mesh asked for; `tp="auto"` is the smallest that fits the device, `split` and `pp_layers` alone say how many ranks there are."""
+    split, pp_layers = _numbers("split", split), _numbers("pp_layers", pp_layers)
+    tp, pp = len(split) if split and tp == 1 else tp, len(pp_layers) if pp_layers and pp == 1 else pp
     if tp != "auto":
         return Mesh(int(tp), pp, ep, split, pp_layers)
     if to == "hf":
@@ -312,6 +314,14 @@ def choose_mesh(
     if mesh is None:
         raise ReshardError(f"no mesh of this model fits {binary(device_memory)} per device", "use devices with more memory")
     return mesh
+
+
+def _numbers(option: str, given: Sequence[int] | None) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or not all(isinstance(number, int) for number in given):
+        raise ReshardError(f"{option} = {given!r}: whole numbers are needed", "such as (3, 3, 2)")
+    return tuple(given)
 
 
 def facts(source: Source, name: str, *options: str) -> "SourceFacts":
@@ -346,6 +356,6 @@ def _size(option: str, text: str | int | None) -> int | None:
     from .resplit import parse_size
 
     try:
-        return parse_size(text) if isinstance(text, str) else text
+        return text if text is None else parse_size(str(text))
     except ReshardError as error:
         raise ReshardError(f"{option} {text}: is no number of bytes", error.hint) from None

@@ -4,12 +4,15 @@ The index decides which files count; nothing is ever globbed, because repositori
 adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
 """
 
+import errno
 import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,15 +24,10 @@ from .header import Entry
 from .mesh import Range
 from .model import Config, Model, understand
 from .notation import fold
-from .tables import Table, family_of, nearest, wrapper_of
+from .tables import Table, base, family_of, nearest, wrapper_of
 
-# What transformers looks for, in its order: (file, whether it is an index).
-WEIGHTS = (
-    ("model.safetensors.index.json", True),
-    ("model.safetensors", False),
-    ("pytorch_model.bin.index.json", True),
-    ("pytorch_model.bin", False),
-)
+# What transformers looks for, in its order: (file, its index).
+WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 # Weights in any form, and indexes of them: never carried over beside shards.
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|npz|ot|distcp|index\.json)$")
 CARRIED_MAX = 64 << 20  # bytes
@@ -99,23 +97,17 @@ def open_published(root: Path, where: str | None = None) -> Published:
     """
     where = where or str(root)
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
-    name, is_index = choose([path.name for path in root.iterdir()], str(root))
-    if not (root / name).exists():
-        raise ReshardError(
-            f"{root / name}: is a link to {(root / name).readlink()}, which is not there", "the download is not complete: fetch it again"
-        )
-    index_map = _index(root / name) if is_index else None
-    names = sorted(set(index_map.values()), key=natural) if index_map is not None else [name]
+    names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root), config.weights)
     originals, found = [], []
     for file in names:
-        original, entries = _headers(root, file, name if is_index else None)
+        original, entries = _headers(root, file, index)
         originals.append(original)
         found.append(entries)
-    tensors = merge(names, found, index_map, name)
+    tensors = merge(names, found, index_map, index or names[0])
     if not tensors:
         raise ReshardError(f"{where}: the weights files hold no tensors", "is the download complete?")
-    if is_index:
-        originals.append(_plain(root, name))
+    if index is not None:
+        originals.append(_plain(root, index))
     carried, left = beside(root, {original.name for original in originals})
     return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root))
 
@@ -140,10 +132,10 @@ def family_table(published: Published) -> Table:
     """The shipped table for a checkpoint; unknown families are refused with what was seen, folded."""
     config = published.config
     table = family_of(config.model_type, config.architectures) or wrapper_of(config)
-    if table is None and (inner := family_of(config.get("model_type"), ())) is not None:
+    if table is None and (inner := family_of(config.inner_type, ())) is not None:
         table = inner if _spelled_as(inner, published) else wrapper_of(config, "*")
     if table is not None:
-        return table
+        return base(table) if _is_base(table, published) else table
     kinds: dict[str, list[str]] = {}
     for name in published.tensors:
         kinds.setdefault(fold(name)[0], []).append(name)
@@ -155,6 +147,13 @@ def family_table(published: Published) -> Table:
         f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family my.toml takes it\n"
         f"(docs/notation.md); {nearest('families', config.model_type or '')}",
     )
+
+
+def _is_base(family: Table, published: Published) -> bool:
+    """Whether the names of a family's tensors lack the `model.` that they begin with in its table."""
+    if family.prefixes or any(name.startswith("model.") for name in published.tensors):
+        return False
+    return not {f"model.{fold(name)[0]}" for name in published.tensors}.isdisjoint(family.claimed())
 
 
 def _spelled_as(family: Table, published: Published) -> bool:
@@ -200,6 +199,8 @@ def merge(
 def read_json(path: Path, missing: str | None = None) -> dict[str, Any]:
     """A JSON object from a file; ReshardError if it is none."""
     try:
+        if not path.is_file() and path.exists():
+            raise ReshardError(f"{path}: is not a regular file", missing)
         text = path.read_bytes()
     except FileNotFoundError:
         raise ReshardError(f"{path}: no such file", missing) from None
@@ -219,16 +220,17 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The weight map of an index, each file name checked to lie inside the directory."""
+    """The weight map of an index, each file name checked to lie inside the directory, in its plain spelling."""
     weights = data.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
         raise ReshardError(f'{where}: has no "weight_map" from tensor names to file names')
     if not weights:
         raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
+    plain = {file: str(PurePosixPath(file)) for file in set(weights.values())}
     for name, file in weights.items():
-        if not inside(file):
+        if not inside(plain[file]):
             raise ReshardError(f"{where}: {name} is said to be in {file!r}, outside of the directory", "do not use this checkpoint")
-    return weights
+    return {name: plain[file] for name, file in weights.items()}
 
 
 def inside(name: str) -> bool:
@@ -238,16 +240,30 @@ def inside(name: str) -> bool:
     return not odd and re.search(r"[\\\0-\x1f\ud800-\udfff]", name) is None
 
 
-def choose(names: Collection[str], where: str) -> tuple[str, bool]:
-    """Which of the files in the top directory says where the weights are, and whether it is an index; ReshardError if none does."""
-    for name, is_index in WEIGHTS:
-        if name in names:
-            return name, is_index
+def choose(
+    names: Collection[str], where: str, read: Callable[[str], bytes], said: str | None = None
+) -> tuple[list[str], str | None, dict[str, str] | None]:
+    """The weights files of a checkpoint, and the index that names them and what it says, if there is one.
+
+    As transformers chooses: what config.json names (`said`: its transformers_weights), one file before several. `names`: what is in
+    the top directory; `read` gives the bytes of an index. Raises ReshardError if there are no weights.
+    """
+    pairs = ((said, said),) if said is not None else WEIGHTS
+    for single, index in pairs:
+        if index in names and index.endswith(".index.json"):
+            told = index_map(parse_json(read(index), f"{where}/{index}"), f"{where}/{index}")
+            files = sorted(set(told.values()), key=natural)
+            if single not in names or single == index or files == [single]:
+                return files, index, told
+        if single in names:
+            return [single], None, None
+    if said is not None:
+        raise ReshardError(f"{where}: config.json says that the weights are in {said}, which is not there")
     others = sorted(name for name in names if _WEIGHTS.search(name))
     seen = f"; there are {', '.join(others[:5])}" if others else ""
     raise ReshardError(
-        f"{where}: no weights: none of {', '.join(name for name, _ in WEIGHTS)} is there{seen}",
-        "several files need their index; a single one is named model.safetensors",
+        f"{where}: no weights: none of {', '.join(name for pair in WEIGHTS for name in pair)} is there{seen}",
+        "several files need their index; a single one is named model.safetensors, or pytorch_model.bin if torch.save wrote it",
     )
 
 
@@ -272,23 +288,31 @@ def origin_of(root: Path) -> Origin:
     name = commit = None
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         name, commit = parts[-3][len("models--") :].replace("--", "/"), parts[-1]
-    try:
-        with (root / "README.md").open(encoding="utf-8", errors="replace") as card:
-            found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.-]+)\s*\n", card.read(65536))
-    except OSError:
-        found = None
+    card, found = root / "README.md", None
+    with suppress(OSError):
+        if card.is_file():  # a pipe would be waited for
+            with card.open(encoding="utf-8", errors="replace") as text:
+                found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.-]+)\s*\n", text.read(65536))
     return Origin(name, commit, found[1] if found else None)
 
 
 # --- local files -------------------------------------------------------------------------------------------------------------
 
 
-def _index(path: Path) -> dict[str, str]:
-    return index_map(read_json(path), path.name)
+def _read(root: Path, name: str) -> bytes:
+    _check_link(root / name)
+    return (root / name).read_bytes()
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ReshardError(f"{path}: is a link to {path.readlink()}, which is not there", "the download is not complete: fetch it again")
 
 
 def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[str, Entry]]:
     path = root / name
+    if index is None:
+        _check_link(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the other end of a pipe
     except FileNotFoundError:
@@ -338,6 +362,8 @@ def beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tuple
             left.append((path.name, 0))
             continue
         if stat.S_ISREG(status.st_mode) and carries(path.name, status.st_size):
+            if not os.access(path, os.R_OK):
+                raise failed("opening", path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
             carried.append(Carried(path.name, path, status.st_size, status.st_mtime_ns))
         else:
             left.append((path.name + "/" * stat.S_ISDIR(status.st_mode), status.st_size if stat.S_ISREG(status.st_mode) else 0))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
@@ -447,8 +448,17 @@ def _hush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_all() -> None:
+    """Standard streams that were closed (`2>&-`) lead nowhere, or files would be opened in their place, and written to as such."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _interrupted(*_: object) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is clearing up
     raise KeyboardInterrupt
 
@@ -457,8 +467,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the one place where errors are printed and exit codes are chosen."""
     gc.set_threshold(50_000)  # plans are many small values, few of them garbage: looking for cycles so often takes a tenth of starting up
     atexit.register(gc.freeze)  # nor is there need to look for them at the end
+    _open_all()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy moves bytes here; its linear algebra need not start threads
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupted)
     for stream in (sys.stdout, sys.stderr):
@@ -483,7 +494,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
-    click.echo(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
+    with contextlib.suppress(OSError):  # a full disk under stderr, a terminal that was closed
+        click.echo(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
     sys.exit(code)
 
 

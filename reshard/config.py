@@ -54,6 +54,12 @@ class Config:
         return str(found) if found is not None else None
 
     @property
+    def weights(self) -> str | None:
+        """The file with the weights, or their index, where it is not one of the usual."""
+        name = self.data.get("transformers_weights")
+        return name if isinstance(name, str) else None
+
+    @property
     def architectures(self) -> tuple[str, ...]:
         names = self.data.get("architectures")
         return tuple(map(str, names)) if isinstance(names, list) else ()

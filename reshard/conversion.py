@@ -96,7 +96,8 @@ class Result:
             done.append(f"left behind: {names}")
         if self.root is not None:
             done.append(f"root digest: {self.root}")
-        return [*done, f"next: {shlex.join(['reshard', 'verify', str(self.out), '--against', src, *options])}"]
+        out, src = (f"./{name}" if name.startswith("-") else name for name in (str(self.out), src))
+        return [*done, f"next: {shlex.join(['reshard', 'verify', out, '--against', src, *options])}"]
 
 
 def usage() -> dict[str, int]:
@@ -219,6 +220,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
                 f"{out}: holds {theirs}, which is no part of a checkpoint: --overwrite would delete it",
                 "choose another destination, or move it away",
             )
+        publish.check_replaceable(out)
     carried = _carried(job)
     publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
     before = _stamps(source)

@@ -95,8 +95,9 @@ def _codes(dtype: str) -> Array:
 class Holding:
     """A box in stored tensors: from element `first` of `tensor` to element `last` of `last_tensor`, which is another only if `tensors` > 1.
 
-    `rank` is None for an original file. `byte`: of the first element, from the start of `file`, which is relative to the directory.
-    `box`: the part of the logical tensor. `value`, `raw`: the first element as it is stored; None where the file is not at hand.
+    `rank` is None for an original file. `bits`: of the first element, from the start of `file`, which is relative to the directory; a
+    byte's lowest is its first, as kernels take two F4. `box`: the part of the logical tensor. `value`: the first element as it is stored,
+    `raw`: every byte that it touches; None where the file is not at hand.
     """
 
     rank: int | None
@@ -107,7 +108,7 @@ class Holding:
     tensors: int
     elements: int
     file: str
-    byte: int
+    bits: Range
     box: Box = field(default_factory=dict)
     value: Value = None
     raw: str | None = None
@@ -118,12 +119,39 @@ class Holding:
         prefix = "" if self.rank is None else f"{self.rank}:"
         return f"{prefix}{self.tensor}{bracketed(self.first)}"
 
+    @property
+    def byte(self) -> int:
+        return self.bits[0] // 8
+
+    @property
+    def shares(self) -> bool:
+        """The first element is smaller than a byte: its neighbours have bits of the same ones."""
+        return any(bit % 8 for bit in self.bits)
+
+    @property
+    def place(self) -> str:
+        """`byte 12 of FILE`, or where that is shared `bits 6 to 7 of byte 12 and bits 0 to 3 of byte 13 of FILE`."""
+        low, high = self.bits
+        found = [f"byte {self.byte}"]
+        if self.shares and self.elements == 1:
+            starts = range(low // 8 * 8, high, 8)
+            found = [f"bits {max(low - at, 0)} to {min(high - at, 8) - 1} of byte {at // 8}" for at in starts]
+        return f"{' and '.join(found)} of {self.file}"
+
+    @property
+    def code(self) -> int | None:
+        """The bits of the first element, without those of its neighbours."""
+        low, high = self.bits
+        return None if self.raw is None else int.from_bytes(bytes.fromhex(self.raw), "little") >> low % 8 & (1 << high - low) - 1
+
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
         found |= {"tensor": self.tensor, "first": list(self.first)}
         if self.tensors > 1:
             found |= {"tensors": self.tensors, "last_tensor": self.last_tensor}
         found |= {"last": list(self.last), "elements": self.elements, "file": self.file, "byte": self.byte}
+        if self.shares:
+            found["bits"] = [bit - 8 * self.byte for bit in self.bits]
         if self.box:
             found["box"] = {axis: list(span) for axis, span in self.box.items()}
         if self.raw is not None:
@@ -159,7 +187,7 @@ class Explanation:
 
     `kind`: "element", "box", "constant", or "buffer" for what is kept aside and given to no rank. `here`: the stored tensor that was
     asked about, None if it was a logical one. `padding`: how many of its elements no logical tensor has. `kept`: where the bytes of
-    a buffer are now. `published`: the directory is the original itself.
+    a buffer are now. `constant`: what the table says, in the table's precision.
     """
 
     where: str
@@ -170,9 +198,8 @@ class Explanation:
     here: Holding | None = None
     parts: tuple[Part, ...] = ()
     padding: int = 0
-    constant: float | None = None
+    constant: Value = None
     kept: Holding | None = None
-    published: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -201,14 +228,17 @@ class Explanation:
         if self.here is not None:
             found += self._place(self.here)
         if self.constant is not None:
-            found += wrapped(f"is the constant {self.constant}: the engine wants it, no checkpoint has it")
+            there = self.here.value if self.here is not None else None
+            differs = there not in (None, self.constant)
+            what = f"{self.constant} by the table, here it is {there}" if differs else self.constant
+            found += wrapped(f"is the constant {what}: the engine wants it, no checkpoint has it")
         if self.kind == "buffer":
             found += wrapped("is a buffer that an engine recomputes: no rank gets it, it is kept aside")
             if self.kept is not None and self.here is not None and self.kept.file != self.here.file:
-                found += wrapped(f"its bytes are in the residue: byte {self.kept.byte} of {self.kept.file}", 2)
+                found += wrapped(f"its bytes are in the residue: {self.kept.place}", 2)
         if self.padding:
-            what = "is padding" if self.padding == self.elements else f"{self.padding} of its {self.elements} elements are padding"
-            found += wrapped(f"{what}: no logical tensor has an element there")
+            what = "is padding" if self.padding == self.elements else f"has padding: {self.padding} of its {self.elements} elements"
+            found += wrapped(f"{what}, no logical tensor has an element there")
         for part in self.parts:
             found += self._part(part)
         for note in self.notes:
@@ -225,7 +255,7 @@ class Explanation:
     def _place(self, here: Holding) -> Iterator[str]:
         whose = "the original" if here.rank is None else f"rank {here.rank}"
         count = "" if self.single else f"{here.elements} elements, from {bracketed(here.first)} to {bracketed(here.last)}, "
-        yield from wrapped(f"{whose}: {count}byte {here.byte} of {here.file}", 2)
+        yield from wrapped(f"{whose}: {count}{here.place}", 2)
 
     def _part(self, part: Part) -> Iterator[str]:
         yield from wrapped(f"{'is' if self.single else 'holds'} {part.tensor}: {in_words(part.box, part.sizes)}")
@@ -234,8 +264,8 @@ class Explanation:
             yield from self._holdings(part, part.origins)
         here = self.here
         others = [holding for holding in part.held if here is None or (holding.rank, holding.tensor) != (here.rank, here.tensor)]
-        if others and not self.published:
-            yield "held by" if self.here is None or self.here.rank is None else "also held by"
+        if others:
+            yield "also held by" if len(others) < len(part.held) else "held by"
             yield from self._holdings(part, others)
 
     def _holdings(self, part: Part, holdings: Sequence[Holding]) -> Iterator[str]:
@@ -244,7 +274,7 @@ class Explanation:
             more = f" to {holding.last_tensor} ({holding.tensors} tensors)" if holding.tensors > 1 else ""
             yield from wrapped(f"{holding.text}{to}{more}", 2)
             less = {axis: span for axis, span in holding.box.items() if span != part.box[axis]}
-            yield from wrapped(f"byte {holding.byte} of {holding.file}{f': {in_words(less)}' if less else ''}", 4)
+            yield from wrapped(f"{holding.place}{f': {in_words(less)}' if less else ''}", 4)
         if len(holdings) > MOST:
             yield f"  … and {len(holdings) - MOST} more; --json has all"
 
@@ -305,15 +335,16 @@ def unravel(offset: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def byte_of(entry: Entry, indices: Sequence[int]) -> int:
-    """The byte at which an element begins, from the start of its file."""
+def bits_of(entry: Entry, indices: Sequence[int]) -> Range:
+    """The bits of an element, from the start of its file."""
     if entry.strides is not None:
         at = sum(i * stride for i, stride in zip(indices, entry.strides, strict=True))
     else:
         at = 0
         for i, size in zip(indices, entry.shape, strict=True):
             at = at * size + i
-    return entry.offset + at * BITS[entry.dtype] // 8
+    bits = BITS[entry.dtype]
+    return entry.offset * 8 + at * bits, entry.offset * 8 + (at + 1) * bits
 
 
 # --- asking ------------------------------------------------------------------------------------------------------------------------
@@ -338,7 +369,9 @@ def explain(source: Source, text: str) -> Explanation:
         raise asking.unknown(name)
 
 
-_TEXT = re.compile(r"\s*(?:([0-9]{1,9}):)?(?![0-9]+:)([^\[\]]*[^\[\]\s:])\s*(?:\[\s*([0-9]{1,18}(?:\s*,\s*[0-9]{1,18})*)?\s*\])?\s*")
+_TEXT = re.compile(
+    r"\s*(?:([0-9]{1,18})\s*:\s*)?(?!\s|[0-9]+\s*:)([^\[\]]*[^\[\]\s:])\s*(?:\[\s*([0-9]{1,18}(?:\s*,\s*[0-9]{1,18})*)?\s*\])?\s*"
+)
 
 
 def _parse(text: str) -> tuple[int | None, str, tuple[int, ...]]:
@@ -391,11 +424,11 @@ class _Asking:
         count = self._checked(name, indices, entry.shape)
         first, last = _ends(indices, entry.shape)
         file, kept = self.source.originals[at].name, None
-        here = Holding(None, name, first, name, last, 1, count, file, byte_of(entry, first))
+        here = Holding(None, name, first, name, last, 1, count, file, bits_of(entry, first))
         _, (begin, _, place, start) = self.source.buffer(name)
         if isinstance(place, Path) and self.source.root is not None:
-            kept = replace(here, file=self._relative(place), byte=here.byte - begin + start)
-            kept = self._read(kept, place, entry.dtype)
+            low, high = (bit + 8 * (start - begin) for bit in here.bits)
+            kept = self._read(replace(here, file=self._relative(place), bits=(low, high)), place, entry.dtype)
         return self._explanation(
             "buffer", entry.dtype, entry.shape, here=replace(here, value=kept.value, raw=kept.raw) if kept else here, kept=kept
         )
@@ -427,11 +460,12 @@ class _Asking:
         first, last = _ends(indices, slot.shape)
         file, path, entry = locate(slot.rank, name)
         rank = None if layout is self.originals else slot.rank
-        here = Holding(rank, name, first, name, last, 1, count, file, byte_of(entry, first))
+        here = Holding(rank, name, first, name, last, 1, count, file, bits_of(entry, first))
         if path is not None and count:
             here = self._read(here, path, entry.dtype)
         if isinstance(slot.template, Constant):
-            return self._explanation("constant", entry.dtype, slot.shape, here=here, constant=slot.template.value)
+            wanted = np.asarray(slot.template.value, _NUMPY[slot.template.dtype])
+            return self._explanation("constant", entry.dtype, slot.shape, here=here, constant=_plain(wanted))
         start = 0
         for at, size in zip(first, slot.shape, strict=True):
             start = start * size + at
@@ -470,7 +504,7 @@ class _Asking:
             rank = None if layout is self.originals else slot.rank
             start, end = unravel(first, slot.shape), unravel(last, slot.shape)
             count = piece.tensor.count([held[axis] for axis in piece.tensor.axes])
-            found = Holding(rank, names[0], start, names[1], end, len(points), count, file, byte_of(entry, start), held)
+            found = Holding(rank, names[0], start, names[1], end, len(points), count, file, bits_of(entry, start), held)
             yield self._read(found, path, entry.dtype) if single and path is not None else found
 
     def _locate(self, rank: int, name: str) -> tuple[str, Path | None, Entry]:
@@ -487,14 +521,15 @@ class _Asking:
         return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else str(path)
 
     def _read(self, holding: Holding, path: Path, dtype: str) -> Holding:
-        data = self.pool.read(path, holding.byte, max(1, BITS[dtype] // 8))
+        data = self.pool.read(path, holding.byte, -(-holding.bits[1] // 8) - holding.byte)
         values = decode(dtype, data)
         return replace(holding, value=_plain(values[0]) if values is not None else None, raw=data.hex(" "))
 
     def _checked(self, name: str, indices: tuple[int, ...], shape: tuple[int, ...]) -> int:
         """The number of elements that are meant."""
         if len(indices) > len(shape):
-            raise ReshardError(f"{self.asked}: {len(indices)} indices, {name} has {len(shape)} dimensions: {list(shape)}")
+            given = _counted(len(indices), "index", "indices")
+            raise ReshardError(f"{self.asked}: {given}, {name} has {_counted(len(shape), 'dimension')}: {list(shape)}")
         for dimension, (at, size) in enumerate(zip(indices, shape, strict=False)):
             if at >= size:
                 words = f"{self.asked}: index {at} is beyond dimension {dimension} of {name}, which has size {size}"
@@ -502,11 +537,11 @@ class _Asking:
         return math.prod(shape[len(indices) :])
 
     def _explanation(self, kind: str, dtype: str, shape: tuple[int, ...], **given: Any) -> Explanation:
-        found = Explanation(self.source.where, self.asked.strip(), kind, dtype, tuple(shape), published=self.published, **given)
+        found = Explanation(self.source.where, self.asked.strip(), kind, dtype, tuple(shape), **given)
         notes, layout = [], self.source.layout
         for part in found.parts if found.single else ():
-            raw = {holding.raw for holding in part.held if holding.raw is not None}
-            notes += ["they do not hold the same bytes: reshard verify finds out which are damaged"] * (len(raw) > 1)
+            codes = {holding.code for holding in part.held} - {None}
+            notes += ["they do not hold the same bytes: reshard verify finds out which are damaged"] * (len(codes) > 1)
         if found.padding:
             axes = {axis for piece in self._pieces(found) for axis in piece.tensor.axes} & layout.padding.keys()
             padded = [(axis, *layout.padding[axis]) for axis in sorted(axes)]
@@ -540,7 +575,7 @@ class _Asking:
         layout = self.source.layout
         ranks = [rank for rank in range(layout.mesh.world) if _find(layout.by_rank[rank], name) is not None]
         if ranks:
-            words = f"{self.asked}: {name} is stored by {len(ranks)} ranks: which one?"
+            words = f"{self.asked}: {name} is stored by {_counted(len(ranks), 'rank')}: which one?"
             return ReshardError(words, f"for example {ranks[0]}:{self.asked.strip()}")
         for tied, same in self.same.items():  # a tied name that the original does not store
             row = next((row for row in layout.model.family.rows if row.leaves == (tied,)), None)
@@ -577,6 +612,10 @@ def _nearest(name: str, names: Sequence[str]) -> str | None:
 def _apart(these: Sequence[int], those: Sequence[int]) -> tuple[int, int]:
     """How far apart the numbers of two names are."""
     return abs(len(these) - len(those)), sum(abs(a - b) for a, b in zip(these, those, strict=False))
+
+
+def _counted(number: int, one: str, more: str | None = None) -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def _ends(indices: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -32,12 +32,15 @@ Knows nothing about the command line, engines or torch.
 import hashlib
 import json
 import math
+import re
+import reprlib
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,8 @@ from .threads import each
 VERSION = "1"
 P = 2**31 - 1
 LANES = 4
+RANKS = 65536  # of a layout, at most; as in `Mesh`
+MOST = 2**63 - 1  # elements of a tensor
 TILE = 4 << 20  # bytes read at a time
 FLOATS = 1 << 18  # elements turned into float64 at a time
 BLOCK = 256  # products of 15 and 30 bits that a float64 adds up exactly
@@ -260,9 +265,14 @@ class Line:
         return "".join(f"{number:08x}" for number in self.sums)
 
     @property
-    def text(self) -> str:
+    def tensor(self) -> str:
+        """What it is, in words."""
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.sizes, strict=True))
-        return f"{self.value}  {self.dtype:<8} {self.name} [{sizes}]"
+        return f"{self.dtype:<8} {self.name} [{sizes}]"
+
+    @property
+    def text(self) -> str:
+        return f"{self.value}  {self.tensor}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -323,19 +333,49 @@ def share_from_json(data: Any, where: str = "share") -> Share:
             raise ReshardError(
                 f"{where}: fingerprint version {data['fingerprint']}, this is version {VERSION}", "use one version for all ranks"
             )
-        lines = []
-        for line in data["tensors"]:
-            value, sizes = line["fingerprint"], tuple(map(int, line["sizes"]))
-            sums = tuple(int(value[at : at + 8], 16) for at in range(0, len(value), 8))
-            if len(value) != 8 * LANES or max(sums) >= P:
-                raise ValueError(f"{value} is no fingerprint of {8 * LANES} digits")
-            lines.append(Line(str(line["name"]), str(line["dtype"]), tuple(map(str, line["axes"])), sizes, int(line["elements"]), sums))
-        ranks = tuple(map(int, data["ranks"]))
-        return Share(ranks, int(data["world"]), str(data["facts"]), tuple(lines), str(data["seed"]))
+        world = _whole(data["world"], "world", 1, RANKS)
+        ranks = tuple(_whole(rank, "rank", 0, world - 1) for rank in _list(data["ranks"]))
+        lines = tuple(map(_line_from_json, _list(data["tensors"])))
+        for one, other in pairwise(lines):
+            if one.name >= other.name:
+                raise ValueError(f"tensor {other.name} stands after {one.name}: they are sorted by name, each there once")
+        return Share(ranks, world, _text(data["facts"]), lines, _text(data["seed"]))
     except (KeyError, TypeError, ValueError) as error:
+        words = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise ReshardError(
-            f"{where}: is no share of a fingerprint: {error!r}", "one that `reshard fingerprint PATH --rank N` printed"
+            f"{where}: is no share of a fingerprint: {words}", "one that `reshard fingerprint PATH --rank N` printed"
         ) from None
+
+
+def _line_from_json(entry: Any) -> Line:
+    name = _text(entry["name"])
+    axes = tuple(_text(axis) for axis in _list(entry["axes"]))
+    sizes = tuple(_whole(size, f"{name}: size") for size in _list(entry["sizes"]))
+    if len(axes) != len(sizes):
+        raise ValueError(f"{name}: {len(axes)} axes have {len(sizes)} sizes")
+    value = _text(entry["fingerprint"])
+    sums = tuple(int(digits, 16) for digits in re.findall("[0-9a-f]{8}", value))
+    if len(value) != 8 * LANES or len(sums) != LANES or max(sums) >= P:
+        raise ValueError(f"{name}: {reprlib.repr(value)} is no fingerprint of {8 * LANES} digits")
+    return Line(name, _text(entry["dtype"]), axes, sizes, _whole(entry["elements"], f"{name}: elements"), sums)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{reprlib.repr(value)} is no text")
+    return value.encode().decode()  # half a surrogate pair is no text either
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{reprlib.repr(value)} is no list")
+    return value
+
+
+def _whole(value: Any, what: str, low: int = 0, high: int = MOST) -> int:
+    if type(value) is not int or not low <= value <= high:  # true is an int, too
+        raise ValueError(f"{what} {reprlib.repr(value)} is no whole number from {low} to {high}")
+    return value
 
 
 def read_share(path: Path) -> Share:
@@ -344,7 +384,7 @@ def read_share(path: Path) -> Share:
         return share_from_json(json.loads(path.read_bytes()), str(path))
     except OSError as error:
         raise ReshardError(f"{path}: cannot be read: {error.strerror}", "give files of shares, one for each rank") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReshardError(f"{path}: is no JSON: {error}", "give files of shares, one for each rank") from None
 
 
@@ -365,6 +405,12 @@ def combine(shares: Iterable[Share]) -> Fingerprint:
             raise ReshardError(
                 f"the shares are of different models, layouts or seeds: {one}; {other}", "combine the ranks of one directory"
             )
+        for line, beside in zip_longest(first.lines, share.lines):
+            if line is None or beside is None or replace(line, elements=0, sums=()) != replace(beside, elements=0, sums=()):
+                one, other = (
+                    f"ranks {_folded(s.ranks)} have {at.tensor if at else 'no more'}" for s, at in ((first, line), (share, beside))
+                )
+                raise ReshardError(f"the shares have different tensors: {one}; {other}", "make the shares anew, and leave them as they are")
         for rank in share.ranks:
             if rank in seen:
                 raise ReshardError(f"the share of rank {rank} is there twice", "give each rank's share once")

@@ -107,10 +107,10 @@ def _patterns(table: Table) -> dict[str, re.Pattern[str]]:
 
 
 def _has_published(root: Path, names: Iterable[str]) -> bool:
-    return any(
-        name in names and (not is_index or any((root / file).exists() for file in set(index_map(read_json(root / name), name).values())))
-        for name, is_index in WEIGHTS
-    )
+    def held(index: str) -> bool:
+        return index in names and any((root / file).exists() for file in set(index_map(read_json(root / index), index).values()))
+
+    return any(single in names or held(index) for single, index in WEIGHTS)
 
 
 def _ranks(root: Path, table: Table) -> tuple[dict[tuple[int, int], list[str]], int, int]:
@@ -391,7 +391,7 @@ def _as_transformers_would(model: Model, mtime_ns: int) -> tuple[tuple[Original,
     sizes = {file.name: len(file.header) + sum(entry.nbytes for _, entry in file.tensors) for file in files}
     originals = [Original(name, size, "safetensors", mtime_ns) for name, size in sizes.items()]
     if index is not None:
-        name = WEIGHTS[0][0]
+        name = WEIGHTS[0][1]
         residues[name] = index
         originals.append(Original(name, len(index), "plain", mtime_ns))
     return tuple(originals), tensors, residues

@@ -35,9 +35,7 @@ from .checkpoint import (
     carries,
     choose,
     container,
-    index_map,
     merge,
-    natural,
     open_published,
     parse_json,
 )
@@ -224,11 +222,8 @@ def _weights(repo: Repo, read: Callable[[str], bytes]) -> tuple[list[str], str |
         raise ReshardError(
             f"{repo.id}: has no config.json; it holds {seen or 'nothing'}", "every checkpoint has one; is this the right model?"
         )
-    name, is_index = choose(top, repo.id)
-    if not is_index:
-        return [name], None, None
-    index = index_map(parse_json(read(name), f"{repo.id}/{name}"), f"{repo.id}/{name}")
-    files = sorted(set(index.values()), key=natural)
+    said = Config(parse_json(read("config.json"), f"{repo.id}/config.json")).weights
+    files, name, index = choose(top, repo.id, read, said)
     lost = next((file for file in files if file not in repo.files), None)
     if lost is not None:
         raise ReshardError(
@@ -431,11 +426,12 @@ def _cached(where: Ref) -> Path:
         at = f" at revision {where.revision}" if where.revision else ""
         raise PlaceError(
             f"{where.id}: there is no such path here, and HF_HUB_OFFLINE is set while the Hub's cache does not hold it{at}",
-            f"{again}; the cache is {constants.HF_HUB_CACHE} (HF_HOME)",
+            f"{again}; the cache is {constants.HF_HUB_CACHE} (HF_HOME, HF_HUB_CACHE)",
         )
     root = Path(found).parent
-    name, is_index = choose([path.name for path in root.iterdir() if path.exists()], f"{where.id} in {root}")
-    files = sorted(set(index_map(parse_json((root / name).read_bytes(), name), name).values()), key=natural) if is_index else [name]
+    names = [path.name for path in root.iterdir() if path.exists()]
+    said = Config(parse_json(Path(found).read_bytes(), found)).weights
+    files, _, _ = choose(names, f"{where.id} in {root}", lambda name: (root / name).read_bytes(), said)
     lost = [file for file in files if not (root / file).exists()]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

@@ -20,7 +20,8 @@ from . import header
 from .config import Config
 from .damages import Data
 from .dialect import settle
-from .notation import Pattern, block_of, evaluate
+from .errors import ReshardError
+from .notation import Pattern, bases, block_of, evaluate
 from .sizes import axis_size
 from .tables import Row, Table
 
@@ -36,6 +37,7 @@ _BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "
 _BLOCKED |= {"o_groups": 2, "o_heads": 2, "o_lora": 128}
 _FREE = (22, 26, 34, 38, 46, 50, 58, 62, 68, 74, 76, 82, 86, 92, 94)  # for axes that nobody knows
 _NUMBERS = {"top": 2, "index_top": 9}  # of facts that config.json must have
+LARGEST, MOST = 1 << 20, 1 << 26  # size of an axis; elements of a checkpoint
 _TURNED = 6  # features of a head that are rotated
 _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 
@@ -43,13 +45,18 @@ _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 def made_up(table: Table, where: Path) -> Iterator[Path]:
     """Random checkpoints of a family from its table alone, one directory for each set of optional rows, until every row is in one.
 
-    Where rows have several layouts, until each has been in one in every layout.
+    Where rows have several layouts, until each has been in one in every layout. Raises ReshardError where the table makes none.
     """
     covered: set[tuple[int, Pattern]] = set()
-    layouts = range(1 + max(len(row.layouts) for row in table.rows))
+    layouts = range(1 + max((len(row.layouts) for row in table.rows), default=0))
     for number, (layout, truths) in enumerate(itertools.product(layouts, _variants(table))):
         rows = (row._replace(pattern=((row.pattern, *row.layouts)[: layout + 1])[-1], layouts=()) for row in table.rows)
-        config, shapes = _invented(replace(table, rows=tuple(rows)), truths)
+        try:
+            config, shapes = _invented(replace(table, rows=tuple(rows)), truths)
+        except ReshardError as error:
+            raise _none(table, error.message) from None
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a table may say anything
+            raise _none(table, f"what it says of sizes, kinds or config keys has no meaning here: {error!r}") from None
         active = {(at, row.pattern) for at, row, _ in shapes}
         if active <= covered:
             continue
@@ -59,6 +66,14 @@ def made_up(table: Table, where: Path) -> Iterator[Path]:
         (directory / "config.json").write_text(json.dumps(config, indent=1))
         _fill(table, shapes, directory / "model.safetensors")
         yield directory
+    if not covered:
+        raise _none(table, "it has no row, or none that stands in any layer")
+
+
+def _none(table: Table, why: str) -> ReshardError:
+    return ReshardError(
+        f'family "{table.name}": no checkpoint can be made up from its table: {why}', "docs/notation.md shows the form of every key"
+    )
 
 
 def _variants(table: Table) -> list[dict[str, bool]]:
@@ -93,9 +108,14 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     tags = {tag for row in table.rows for tag in row.tags}
     tags = {tag for tag in tags if (key := table.optional.get(tag)) is None or truths[key.lstrip("!")] != key.startswith("!")}
     rows = [(at, row) for at, row in enumerate(table.rows) if row.tags <= tags]
+    if empty := next((axis for axis, atoms in table.axes.items() if not atoms), None):
+        raise ReshardError(f'[axes] {empty} = "" has no parts')
     kinds = _kinds(table)
     extra = sum(not table.extra.keys().isdisjoint(kind) for kind in kinds)
+    if extra == len(kinds):
+        raise ReshardError(f"one_of = {list(map(list, table.one_of))} leaves no kind for the layers that are not extra")
     config, sizes = _sized(table, [row for _, row in rows], truths, 2 * (len(kinds) - extra))
+    _check(table, [row for _, row in rows], sizes)
     main = sizes["layer"]
     table = settle(table, {}, sizes)
     rows = [(at, table.rows[at]) for at, _ in rows]
@@ -110,12 +130,13 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
         said = [""] * extra if first.startswith("count ") else extra
         config |= {first.removeprefix("count "): said} | {factor.removeprefix("count "): [""] for factor in counted}
     shapes: Shaped = []
+    elements = 0
     leaves = {leaf for _, row in rows for leaf in row.leaves}
     for at, row in rows:
         shape = row.pattern.measure(lambda _, axis: axis_size(axis, sizes))[0]
         dtype = "F8_E4M3" if any(f"{leaf}_scale" in leaves for leaf in row.leaves) else "F32"
         dtype = "I32" if any(leaf.endswith("_packed") for leaf in row.leaves) else dtype
-        ranges: list[Iterable[int]] = []
+        ranges: list[Sequence[int]] = []
         for axis in row.name.axes:
             if axis == "layer":
                 apart = table.counts_apart
@@ -124,10 +145,24 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
                 )
             else:
                 ranges.append(range(sizes[axis]))
+        elements += math.prod(map(len, ranges)) * math.prod(shape)
+        if elements > MOST:
+            raise ReshardError(f"with the sizes that it fixes it has more than {MOST} elements")
         names = [row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)]
         if names:
             shapes.append((at, row, [(name, dtype, shape) for name in names]))
     return config, shapes
+
+
+def _check(table: Table, rows: Iterable[Row], sizes: Mapping[str, int]) -> None:
+    """Every axis of these rows has a size that files can have."""
+    needed = {"layer"} | bases(axis for row in rows for path in row.pattern.axes for axis in (*row.name.axes, *path))
+    for axis in sorted(needed, key=lambda axis: (axis not in table.sizes, axis)):  # what follows from others last
+        what = f'axis {axis} ([sizes] {axis} = "{table.sizes[axis]}")' if axis in table.sizes else f"axis {axis}"
+        if axis not in sizes:
+            raise ReshardError(f"{what} has no size, whatever config.json says")
+        if not 1 <= sizes[axis] <= LARGEST:
+            raise ReshardError(f"{what} has size {sizes[axis]}, one from 1 to {LARGEST} is needed")
 
 
 def _placed(table: Table, kinds: list[list[str]]) -> list[list[str]]:
@@ -203,7 +238,7 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
             config[key] = None if key in sized else False
         elif key not in sized:
             config[key] = True
-    free = iter(_FREE)
+    free = itertools.chain(_FREE, itertools.count(_FREE[-1] + 4, 4))  # none of those known
     sizes: dict[str, int] = {}
     composite = {axis for axis, text in table.sizes.items() if re.search(r"[+*]", _first(text))}
     by_key: dict[str, str] = {}
@@ -232,12 +267,13 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
             sizes[atoms[-1]] = sizes[by_key[key]] // max(1, math.prod(sizes[atom] for atom in atoms[:-1]))
         elif key and all(atom in sizes for atom in atoms):
             whole = config.setdefault(key, math.prod(sizes[atom] for atom in atoms))
-            sizes[atoms[-1]] = whole // math.prod(sizes[atom] for atom in atoms[:-1])
+            if isinstance(whole, int):  # else it is refused below, when the size is evaluated
+                sizes[atoms[-1]] = whole // max(1, math.prod(sizes[atom] for atom in atoms[:-1]))
     for axis in sorted(composite):
         for key in re.findall(r"[A-Za-z_][\w.]*", _first(table.sizes[axis])):
             config.setdefault(key, _SHARED if "*" in table.sizes[axis] else _SMALL.get(axis, _SHARED))
     for key in (key for key, truth in truths.items() if " != " in key and not truth):
-        config[key.partition(" != ")[0]] = config[key.partition(" != ")[2]]
+        config[key.partition(" != ")[0]] = config.get(key.partition(" != ")[2])
     asked = Config(_nested(config), table.defaults)
     for axis, text in table.sizes.items():
         value = evaluate(text, asked.get)
@@ -268,6 +304,8 @@ def _nested(config: Data) -> Data:
         place = found
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ReshardError(f"{section} is a section of config.json in {key}, and a value elsewhere")
         place[last] = value
     return found
 

@@ -14,6 +14,7 @@ from .checkpoint import Origin, Original, inside, read_json
 from .digest import of
 from .digest import root as root_digest
 from .errors import MismatchError, PlaceError, ReshardError
+from .files import failed
 from .layout import Layout
 from .mesh import Mesh
 from .shards import FORMAT_VERSION
@@ -127,11 +128,26 @@ def _listed(file: Listed) -> dict[str, Any]:
 
 
 def present(directory: Path) -> bool:
-    """Whether a directory has a manifest of ours; a checkpoint may hold a file of that name that is none."""
+    """Whether a directory has a manifest of ours; a checkpoint may hold a file of that name that is none.
+
+    Raises PlaceError where it cannot be read.
+    """
+    path = directory / NAME
     try:
-        return b'"reshard"' in (directory / NAME).read_bytes()[:4096]
-    except OSError:
-        return False
+        if path.is_file():
+            with path.open("rb") as file:
+                return b'"reshard"' in file.read(4096)
+    except OSError as error:
+        raise failed("reading", path, error) from error
+    return False
+
+
+def check_lost(directory: Path) -> None:
+    """Raise MismatchError where a directory without a manifest holds shards of ours."""
+    if (directory / FILES).is_file() and (directory / "rank-00000").is_dir():
+        raise MismatchError(
+            f"{directory / NAME}: is missing or damaged, yet rank-00000 and {FILES} are there", "fetch it again, or convert again"
+        )
 
 
 def load(directory: Path) -> Manifest:

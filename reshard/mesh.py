@@ -37,7 +37,7 @@ class Mesh:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "ep"):
             if not 1 <= getattr(self, name) <= 65536:
-                raise ReshardError(f"--{name} {getattr(self, name)} is not a number of ranks", "give 1 or more")
+                raise ReshardError(f"--{name} {getattr(self, name)} is not a number of ranks", "give 1 to 65536")
         if self.world > 65536:
             raise ReshardError(f"--tp {self.tp} × --pp {self.pp} makes {self.world} ranks, at most 65536 are supported")
         if self.tp % self.ep:

@@ -382,6 +382,8 @@ def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Pro
             continue
         for name in missing:
             row = next((row for row in table.rows if name in row.leaves), None)
+            if row is not None and row.tags:
+                continue  # may be missing
             said = config.get("tie_word_embeddings")
             text = row.name.text if row else name
             problems.add(f"missing {text}: config.json says tie_word_embeddings = {said!r}")

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
@@ -85,6 +86,14 @@ class _Counting:
     def show(self, seconds: float, end: bool) -> None:
         raise NotImplementedError
 
+    def say(self, line: str) -> None:
+        """A line; where nobody can read it (a full disk, a reader that went away) the work goes on in silence."""
+        try:
+            print(line, file=self.stream, flush=True)
+        except OSError:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
     def left(self, seconds: float) -> float | None:
         """Seconds left, if they can be told."""
         return seconds * (self.total - self.done) / self.done if self.done else None
@@ -109,7 +118,7 @@ class Lines(_Counting):
         tail = "" if end or left is None else f", {duration(left)} left"
         share = 100 * self.done / self.total if self.total else 100
         done, total, each = map(self._words, (self.done, self.total, rate))
-        print(f"{self.what}: {done} of {total} ({share:.0f} %), {each}/s{tail}", file=self.stream, flush=True)
+        self.say(f"{self.what}: {done} of {total} ({share:.0f} %), {each}/s{tail}")
 
     def _words(self, n: float) -> str:
         return decimal(round(n)) if self.unit == BYTES else f"{n:,.0f}"
@@ -128,7 +137,7 @@ class Json(_Counting):
             "left": None if left is None else round(max(left, 0), 1),
             "end": end,
         }
-        print(json.dumps(record), file=self.stream, flush=True)
+        self.say(json.dumps(record))
 
 
 class Bar(_Counting):
@@ -157,7 +166,7 @@ class Bar(_Counting):
 def reporter(kind: Kind, stream: TextIO | None = None) -> Progress:
     """The progress that fits the stream: a bar on a terminal, lines elsewhere."""
     stream = stream or sys.stderr
-    if kind == "none":
+    if kind == "none" or stream is None:  # closed: 2>&-
         return Silent()
     if kind == "json":
         return Json(stream)

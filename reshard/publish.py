@@ -24,6 +24,7 @@ from .files import failed
 from .units import decimal
 
 _WORK, _OLD, _LIST = ".reshard-work", ".reshard-old", ".reshard-entries"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOBODYS = (_WORK, _OLD, "lost+found")  # names that do not make a directory occupied, and that are never published or replaced
 
 
@@ -227,12 +228,12 @@ def _lock(work: Path, out: Path) -> int:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the end: what must not be torn is not torn."""
+    """Signals to stop wait until the end: what must not be torn is not torn."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     waiting: list[int] = []
-    handlers = {kind: signal.signal(kind, lambda number, _: waiting.append(number)) for kind in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {kind: signal.signal(kind, lambda number, _: waiting.append(number)) for kind in STOPS}
     try:
         yield
     finally:
@@ -290,6 +291,13 @@ def check_destination(out: Path, source: Path | None) -> None:
         raise ReshardError(f"{out}: lies inside the source {source}", "choose a destination outside of it")
     if here in there.parents:
         raise ReshardError(f"{out}: holds the source {source}", "choose a destination that does not contain it")
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace what cannot be deleted: a directory in it is read-only."""
+    for base, _, _ in os.walk(out):
+        if not os.access(base, os.W_OK | os.X_OK):
+            raise PlaceError(f"{base}: is read-only, --overwrite would delete what is in it", "chmod -R u+w, or choose another destination")
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -104,6 +104,7 @@ def open_source(path: Path, family: Table | None = None) -> Source:
     try:
         if manifest.present(path):
             return _open_shards(path)
+        manifest.check_lost(path)
         from . import foreign
 
         if (table := foreign.recognised(path)) is not None:
@@ -211,6 +212,8 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> Source:
 def check_prologue(path: Path, prologue: bytes, size: int) -> None:
     """A shard begins with exactly the header that its manifest implies and has its size: not truncated, exchanged or stray."""
     try:
+        if path.exists() and not path.is_file():
+            raise MismatchError(f"{path}: is not a regular file", "fetch the file again, or convert again")
         with path.open("rb") as file:
             found, actual = os.fstat(file.fileno()).st_size, file.read(len(prologue))
     except FileNotFoundError:

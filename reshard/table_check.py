@@ -26,10 +26,11 @@ from .damages import Mutation, mutations
 from .errors import ReshardError
 from .made_up import made_up
 from .progress import Progress, Silent
-from .tables import Table
+from .tables import Table, written
 from .trials import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial, one_thread, tried
 from .verdict import WIDTH
 
+_OF_FORMATS = ("files", "engine", "cut", "replicate", "uneven", "weighted", "pad", "constants", "families", "family")
 SHOWN = 40  # damages that are not caught, told one by one
 
 
@@ -127,6 +128,11 @@ def check_table(table: Table, given: Path | None = None, sample: int | None = No
     `sample`: at most so many damages, spread over all. Raises ReshardError where the table itself does not fit, or no checkpoint can be
     made up from it.
     """
+    data = written(table)
+    if word := next((word for word in _OF_FORMATS if data.get(word)), None):
+        raise ReshardError(
+            f'"{table.name}" is the table of a format, not of a family: it has "{word}"', "give that of a family; shipped ones go by name"
+        )
     progress = progress or Silent()
     skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
     with tempfile.TemporaryDirectory(prefix="reshard-check-") as scratch, _quiet_torch(skipped):

@@ -3,6 +3,7 @@
 Reads TOML (docs/notation.md) into frozen rows. Knows nothing about checkpoints, sizes or meshes.
 """
 
+import json
 import re
 import tomllib
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ from .notation import Pattern, Template, bases, parse_pattern, parse_template, v
 
 STAGES = ("first", "last", "every")
 HOME = Path(__file__).parent
+BASE = "_base"  # ends the name of the table of a base model
 
 
 class Row(NamedTuple):
@@ -576,10 +578,10 @@ def nearest(kind: str, name: str) -> str:
     """The shipped tables whose names are most like this one, in words."""
     names = shipped(kind)
     if len(names) < 9:
-        return f"there are {', '.join(names)}"
+        return f"there are {', '.join(names)}" + (", and hf: Hugging Face files" if kind == "formats" else "")
     from difflib import get_close_matches
 
-    close = get_close_matches(name, names, 5, 0.5) or [other for other in names if other in name or name in other]
+    close = get_close_matches(name.lower(), names, 5, 0.5) or [other for other in names if other in name or name in other]
     return f"there are {len(names)} {kind}" + (f", with such names: {', '.join(close[:5])}" if close else ", the README lists them")
 
 
@@ -627,8 +629,19 @@ def _wrapped(kind: str, family: Table, name: str, text: str, told: Mapping[str, 
     return parse(f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{keys}', f"{name}.toml", _shipped("families"))
 
 
+def base(family: Table) -> Table:
+    """The table of a family's base model, stored without `model.` and perhaps without a head; without one it runs if that is tied."""
+    heads = [row for row in written(family)["rows"] if row[2] == "head"]
+    rows = [[*row[:3], " ".join([*row[3:], "head?"])] for row in heads]
+    text = f'name = "{family.name}{BASE}"\nlike = "{family.name}"\nrows = {json.dumps(rows)}\n[names]\n"model." = [""]\n'
+    text += "" if "runs" in family.model else '[model]\nruns = ["tie_word_embeddings"]\n'
+    return parse(text, f"{family.name}{BASE}", _shipped("families"))
+
+
 def named(name: str, config: Config) -> Table:
-    """The shipped table of that name, which may be that of a multimodal checkpoint."""
+    """The shipped table of that name, which may be that of a multimodal checkpoint, or of a base model."""
+    if name.endswith(BASE):
+        return base(load("families", name.removesuffix(BASE)))
     if name not in shipped("families") and (wrapper := wrapper_of(config) or wrapper_of(config, "*")) is not None and wrapper.name == name:
         return wrapper
     return load("families", name)

@@ -5,11 +5,16 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from .errors import ReshardError
+
 T = TypeVar("T")
+MOST = 256
 
 
 def count(asked: int = 0) -> int:
     """How many threads there are to be: as many as were asked for, or as there are cores for, at most eight."""
+    if not 0 <= asked <= MOST:
+        raise ReshardError(f"--workers {asked} is no number of threads", f"give 1 to {MOST}; 0 is one for each core, at most eight")
     return asked or min(8, len(os.sched_getaffinity(0)))
 
 

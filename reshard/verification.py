@@ -4,6 +4,7 @@ The other rungs are climbed elsewhere: sha256 in originals, numerics in the runt
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import xxhash
 
 from . import engine, manifest
-from .checkpoint import Carried
+from .checkpoint import WEIGHTS, Carried
 from .digest import BLOCK, FileDigest
 from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
@@ -58,7 +59,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
             rung.failures.append(f"{file.name}: is missing")
         elif (size := path.stat().st_size) != file.size:
             rung.failures.append(f"{file.name}: has {size} bytes, {file.size} were written")
-    strays = {str(path.relative_to(out)) for path in out.rglob("*.safetensors")} - {file.name for file in listed}
+    strays = {str(path.relative_to(out)) for path in _weights_in(out)} - {file.name for file in listed}
     rung.failures += [f"{name}: is none of the files of {manifest.NAME}, and an engine might load it" for name in sorted(strays)]
     broken = {failure.split(":")[0] for failure in rung.failures}
     whole = [file for file in listed if file.name not in broken]
@@ -104,6 +105,16 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
         rung.failures += _contradictions(out, known)
     progress.finish()
     return rung
+
+
+def _weights_in(out: Path) -> Iterator[Path]:
+    """Whatever an engine might load from a directory, through links, too: what ends in .safetensors, and what transformers looks for."""
+    names, seen = {name for pair in WEIGHTS for name in pair}, set()
+    for base, folders, files in os.walk(out, followlinks=True):
+        real = os.path.realpath(base)
+        folders[:] = [] if real in seen else folders  # links may lead round
+        seen.add(real)
+        yield from (Path(base, name) for name in files if name.lower().endswith(".safetensors") or (name in names and Path(base) == out))
 
 
 def _contradictions(out: Path, known: Manifest) -> list[str]:
@@ -257,10 +268,11 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
                 rung.failures.append(f"{path.name}: {key[1]} is not {slot.template.value}")
-        if out.manifest is not None:
+        if out.manifest is not None and {file.name for file in out.originals} == {file.name for file in source.originals}:
             _residues(out, source, pool, rung)
         else:
             _buffers(out, source, pool, rung)
+            rung.notes += [f"{source.where} is cut into other files than those that merging writes"] if out.manifest is not None else []
         _carried(out.carried, source.carried, pool, rung)
     finally:
         pool.close()
@@ -326,10 +338,10 @@ def _same_model(out: Source, source: Source) -> None:
 
 
 def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
-    """Buffers kept aside, as far as Hugging Face files have them: what transformers would not write may be missing."""
+    """Buffers kept aside, as far as both have them: what transformers would not write may be missing."""
     for name in out.layout.model.aside:
         if name not in source.tensors:
-            rung.failures.append(f"{name}: is not in the source")
+            (rung.failures if out.manifest is None else rung.notes).append(f"{name}: is not in the source")
             continue
         (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(other, there, m):
@@ -339,8 +351,8 @@ def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
 def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
     mine = {original.name: original for original in out.originals}
     for original in source.originals:
-        other = mine.pop(original.name, None)
-        if other is None or (other.size, other.holes) != (original.size, original.holes):
+        other = mine[original.name]
+        if (other.size, other.holes) != (original.size, original.holes):
             rung.failures.append(f"{original.name}: the shards do not remember it as it is")
             continue
         for (_, length, path, at), (_, _, other_path, other_at) in zip(source.residue(original), out.residue(other), strict=True):
@@ -350,7 +362,6 @@ def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
                     rung.failures.append(f"{original.name}: header or buffers differ from what the shards remember")
                     break
         rung.files += 1
-    rung.failures += [f"{name}: remembered by the shards, not in the source" for name in mine]
 
 
 def _carried(out: Iterable[Carried], source: Iterable[Carried], pool: Pool, rung: Rung) -> None:
@@ -382,6 +393,8 @@ class Wish:
 def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
     """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails."""
     progress, shards = progress or Silent(), manifest.present(out)
+    if not shards:
+        manifest.check_lost(out)
     if not shards and source is None and wish.published is None:
         raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
     opened: list[Source] = []
@@ -408,6 +421,8 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
     def compute() -> Rung:
         if wish.numerics is None:
             return Rung("numerics", skipped="not asked for: --numerics, --only numerics")
+        if source is not None:
+            _same_model(open_out(), source)
         return wish.numerics(out, source, progress)
 
     no_manifest = None if shards else "no manifest"

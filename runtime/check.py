@@ -80,7 +80,7 @@ def numerics(
 
     if source is None:
         return skipped("there is nothing to compare with", "--against SRC")
-    if source.root is None or source.manifest is not None:
+    if source.root is None or source.manifest is not None or source.residues:
         return skipped(f"{source.where} is no published checkpoint", "--against the original")
     elements = sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
     if (needed := MEMORY * elements) > UNASKED and not must:
@@ -197,7 +197,7 @@ class _Check:
 
         given: dict[str, Any] = {"out": self.out, "dtype": dtype, "prompts": self.prompts, "routes": routes}
         if goes_on:
-            given |= {"starts": self._starts.tolist(), "new": NEW}
+            given |= {"starts": self._starts.tolist(), "new": self._new}
         found = on_ranks(self._opened.layout.mesh, self.processes, compute, **given)
         for one in found:
             for layer, experts in one.routed.items():
@@ -241,10 +241,15 @@ class _Check:
     def _starts(self) -> "torch.Tensor":
         return self.prompts[:4, : LENGTH // 4]
 
+    @property
+    def _new(self) -> int:
+        """Tokens to go on with: as many as a model of few positions has room for."""
+        return min(NEW, _positions(self.source) - self._starts.shape[1])
+
     def _continuations(self, tokens: Sequence[Sequence[int]], limit: float) -> None:
         """The same tokens as the reference's, where it is surer of them than the bound, and no router tosses up."""
         agreed, distinct, tossed = 0, set(), 0
-        theirs, margins = (found.tolist() for found in self.reference.greedy(self._starts, NEW))
+        theirs, margins = (found.tolist() for found in self.reference.greedy(self._starts, self._new))
         for number, (start, ours) in enumerate(zip(self._starts.tolist(), tokens, strict=True), 1):
             each = zip(ours, theirs[number - 1], margins[number - 1], strict=True)
             for at, (one, other, margin) in enumerate(each):
@@ -346,7 +351,8 @@ def prompts_for(source: "Source", exhaustive: bool = False) -> "torch.Tensor":
     import torch
 
     vocab, others = source.layout.model.sizes["vocab"], placeholders(source)
-    length = max(2, min(LENGTH, _positions(source) - NEW))
+    positions = _positions(source)
+    length = min(LENGTH, max(positions - NEW, positions // 2))
     count = -(-(vocab - len(others)) // length)
     count = max(4, count if exhaustive else min(count, MOST))
     order = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))

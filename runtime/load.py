@@ -120,7 +120,7 @@ def _mapped(root: Path, known: Manifest, rank: int) -> tuple[mmap.mmap, dict[str
     """A rank's file in memory, and where each tensor is in it."""
     path, size = root / known.ranks[rank][0].name, known.ranks[rank][0].size
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the other end of a pipe
     except FileNotFoundError:
         raise MismatchError(f"{path}: is missing; it should have {size} bytes", "fetch the file again, or convert again") from None
     except OSError as error:

@@ -113,13 +113,47 @@ def test_the_index_decides_which_files_count_whatever_their_names(tmp_path: Path
     assert all(tree(source)[name] == data for name, data in back.items())
 
 
-def test_the_index_decides_where_one_file_lies_beside_it(tmp_path: Path) -> None:
+def test_one_file_counts_before_an_index_as_for_transformers(tmp_path: Path) -> None:
+    """An old set of files beside a new single one; unless the index names just that."""
     source = llama(tmp_path / "model", llama_tensors(seed=5))
     save_index(source, {"a.safetensors": llama_tensors(seed=1)})
+    out = tmp_path / "first"
+    left = reshard("convert", source, out, "--tp", "2", "--json").json["left"]
+    assert {entry["name"] for entry in left} == {"a.safetensors", "model.safetensors.index.json"}
+    (source / "a.safetensors").unlink()
+    (source / "model.safetensors.index.json").unlink()
+    assert reshard("verify", out, "--against", source, "--no-numerics").code == 0
+    save_index(source, {"./model.safetensors": llama_tensors(seed=5)})
     there_and_back(source)
-    assert {entry["name"] for entry in reshard("convert", source, tmp_path / "out0", "--tp", "2", "--json").json["left"]} == {
-        "model.safetensors"
-    }
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_tied", "mixtral"])
+def test_base_models_are_stored_without_model_and_perhaps_without_a_head(name: str, tmp_path: Path) -> None:
+    """As embedding models are published. One whose head is its embedding runs, too."""
+    source = fixtures.copy(name, tmp_path / "model")
+    fixtures.rewrite(source, lambda state: {key.removeprefix("model."): tensor for key, tensor in state.items() if key != "lm_head.weight"})
+    there_and_back(source, meshes=(("--tp", "2"), ("--tp", "2", "--pp", "2")))
+    done = reshard("verify", tmp_path / "out0", "--against", source, "--only", "numerics", "--json")
+    assert done.code == 0 and ("numbers" in done.json["rungs"][0]) == (name == "qwen3_tied"), done
+    fixtures.rewrite(source, lambda state: {key: tensor for key, tensor in state.items() if "layers.1.input" not in key})
+    refused(reshard("plan", source, "--tp", "2"), 2, "missing layers.{layer}.input_layernorm.weight", "layers.1.input_layernorm.weight")
+
+
+def test_config_json_may_name_the_weights(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model", transformers_weights="other.safetensors")
+    refused(reshard("convert", source, tmp_path / "no", "--tp", "2"), 2, "other.safetensors", "is not there")
+    save(source / "other.safetensors", llama_tensors(seed=3))
+    out = there_and_back(source)
+    assert [file["name"] for file in json.loads((out / "source" / "files.json").read_text())] == ["other.safetensors"]
+
+
+def test_pipes_and_what_cannot_be_read_are_refused_at_once(tmp_path: Path) -> None:
+    source = llama(tmp_path / "model")
+    os.mkfifo(source / "README.md")
+    assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
+    (source / "config.json").unlink()
+    os.mkfifo(source / "config.json")
+    refused(reshard("plan", source, "--tp", "2"), 2, "config.json: is not a regular file")
 
 
 def test_of_two_files_with_one_tensor_the_index_says_which_counts(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_full_disk_under_stdout_is_said(source: Path, words: tuple[str, ...], 
 
 WRONG: list[tuple[str, tuple[str, ...]]] = [
     ("plan SRC --tp x", ("--tp x", "auto")),
-    ("plan SRC --tp -1", ("--tp -1", "1 or more")),
+    ("plan SRC --tp -1", ("--tp -1", "1 to 65536")),
     ("plan SRC --tp 0", ("--tp 0",)),
     ("plan SRC --tp 1.5", ("--tp 1.5",)),
     ("plan SRC --tp 99999999999", ("--tp 99999999999",)),

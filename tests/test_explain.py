@@ -20,11 +20,13 @@ from fixtures import FIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Joint, fitting, hold, joints, law, numbered
-from test_foreign import saved
+from test_checkpoint import mine
+from test_foreign import edit, saved
+from test_foreign import holding as file_of
 
 from reshard import api, tables
 from reshard.errors import ReshardError
-from reshard.explain import Explanation, Holding, _parse, byte_of, decode, explain, floating, inside
+from reshard.explain import Explanation, Holding, _parse, bits_of, decode, explain, floating, inside
 from reshard.header import BITS
 from reshard.layout import lay_out
 from reshard.mesh import Mesh
@@ -121,7 +123,7 @@ def test_every_place_named_holds_the_bytes_of_the_element_and_there_and_back_com
                 assert read(shards(name, mesh), other, entry.dtype) == data, other
             for source in part.origins:
                 entry_there = published(name).tensors[source.tensor][1]
-                assert byte_of(entry_there, source.first) == source.byte
+                assert bits_of(entry_there, source.first) == source.bits
                 assert read(original, source, entry.dtype) == data, source
                 value = state[source.tensor][source.first]
                 assert decode(entry.dtype, data)[0] == value.double().item() == found.here.value  # type: ignore[index]
@@ -239,6 +241,16 @@ def test_constants_are_said_to_be_constants(shards: Callable[..., Path]) -> None
     assert any("the constant 1.0" in line for line in found.lines())
 
 
+def test_a_constant_that_is_another_is_said_to_be_another(tmp_path: Path) -> None:
+    key = "model.layers.0.self_attn.attn._k_scale"
+    out = saved(tmp_path / "v", "llama", 2)
+    assert any(line.startswith("is the constant 1.0: ") for line in explain(open_source(out), f"0:{key}").lines())
+    edit(file_of(out, key), lambda state: state.update({key: torch.tensor(math.nan)}))
+    found = explain(open_source(out), f"0:{key}")
+    assert any(line.startswith("is the constant 1.0 by the table, here it is nan: ") for line in found.lines())
+    assert (found.to_json()["constant"], found.to_json()["here"]["value"]) == (1.0, "nan")
+
+
 def test_padding_is_said_to_be_padding(shards: Callable[..., Path]) -> None:
     """Of a vocabulary of 331 on 8 ranks the last five rows of rank 7 are nobody's."""
     out = open_source(shards("llama"))
@@ -307,6 +319,60 @@ def test_a_logical_element_is_found_by_its_axes(shards: Callable[..., Path]) -> 
     assert explain(out, "attn.k").parts[0].elements == 5 * 4 * 10 * 56
 
 
+@pytest.mark.parametrize(
+    ("question", "place"),
+    [
+        ("attn.k[1,0,3,4]", "model.layers.1.self_attn.k_proj.weight[3,4]"),
+        ("attn.k[1,1]", "model.layers.1.self_attn.k_proj.weight[10,0] to [19,55]"),
+        ("attn.k", "model.layers.0.self_attn.k_proj.weight[0,0] to"),
+        ("norm", "model.norm.weight[0] to [55]"),
+    ],
+)
+def test_a_published_checkpoint_says_where_a_logical_element_is(question: str, place: str) -> None:
+    found = explain(published("llama"), question)
+    (held,) = found.parts[0].held
+    assert f"held by\n  {place}" in (lines := "\n".join(found.lines())) and f"    byte {held.byte} of {held.file}" in lines
+    assert found.to_json()["parts"][0]["held"] == [held.to_json()]
+    here = explain(published("llama"), held.text).here
+    assert here is not None and (here.file, here.bits) == (held.file, held.bits)
+    assert not any("held by" in line for line in explain(published("llama"), held.text).lines())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words", "bits"),
+    [
+        ("F4", "bits 4 to 7 of byte {}", [4, 8]),
+        ("F6_E2M3", "bits 6 to 7 of byte {} and bits 0 to 3 of byte {}", [6, 12]),
+        ("F8_E4M3", "byte {}", None),
+    ],
+)
+def test_every_byte_that_an_element_touches_is_told_and_which_bits(dtype: str, words: str, bits: list[int] | None, tmp_path: Path) -> None:
+    """The bits told make up the row, in order; and a neighbour's damage is not the element's."""
+    source, option = mine(tmp_path, dtype)
+    api.convert(source, tmp_path / "out", tp=8, family=option.removeprefix("--family="))
+    out, row = open_source(tmp_path / "out"), "blocks.1.k.weight[5,{}]"
+    found = [explain(out, row.format(at)) for at in range(24)]
+    held = [one.parts[0].held[0] for one in found]
+    first, there = found[0].here, found[1].here
+    assert first is not None and there is not None
+    joined = sum((one.code or 0) << at * BITS[dtype] for at, one in enumerate(held))
+    raw = (source / there.file).read_bytes()[first.byte :]
+    assert joined.to_bytes(3 * BITS[dtype], "little") == raw[: 3 * BITS[dtype]]
+    assert raw[there.byte - first.byte :].startswith(bytes.fromhex(held[1].raw or ""))
+    assert len(bytes.fromhex(held[1].raw or "")) == (2 if dtype == "F6_E2M3" else 1)
+    for holding in (there, held[1]):
+        told = words.format(holding.byte, holding.byte + 1)
+        assert f" {told} of {holding.file}" in " ".join(" ".join(found[1].lines()).split())
+        assert holding.to_json().get("bits") == bits
+    assert f", byte {first.byte} of {first.file}" in " ".join(" ".join(explain(out, "blocks.1.k.weight[5]").lines()).split())
+
+    path, low = tmp_path / "out" / held[1].file, held[1].bits[0]
+    data = bytearray(path.read_bytes())  # one of the two ranks that have this KV head
+    data[low // 8] ^= 1 << low % 8
+    path.write_bytes(data)
+    assert [bool(explain(open_source(tmp_path / "out"), row.format(at)).notes) for at in range(3)] == [False, True, False]
+
+
 # Words
 
 
@@ -338,9 +404,13 @@ def test_lines_fit_80_columns_and_json_is_json(name: str, mesh: str, shards: Cal
         ("3:layers.2.attn.qkv[30,0]", ("index 30", "dimension 0", "size 30")),
         ("model.norm.weight[56]", ("index 56", "dimension 0", "size 56")),
         ("attn.k[5]", ("index 5", "size 5")),
-        ("3:layers.2.attn.qkv[1,2,3]", ("3 indices", "2 dimensions")),
+        ("3:layers.2.attn.qkv[1,2,3]", ("3 indices, ", " has 2 dimensions: [30, 56]")),
+        ("norm[1,2]", ("2 indices, norm has 1 dimension: [56]",)),
+        ("99999999999:embed", ("rank 99999999999", "ranks 0 to 7")),
         ("", ("names no element",)),
         ("3:", ("names no element",)),
+        ("3: ", ("names no element",)),
+        ("3: 4:embed", ("names no element",)),
         ("embed[1", ("names no element",)),
         ("embed[-1]", ("names no element",)),
         ("embed[1,,2]", ("names no element",)),
@@ -356,6 +426,11 @@ def test_what_there_is_not_is_said_with_what_there_is(text: str, words: tuple[st
     assert caught.value.exit_code == 2
 
 
+def test_one_index_is_one_index(shards: Callable[..., Path]) -> None:
+    with pytest.raises(ReshardError, match=r": 1 index, \S+ has 0 dimensions: \[\]"):
+        explain(open_source(shards("llama", "tp2", "vllm")), "0:model.layers.0.self_attn.attn._k_scale[0]")
+
+
 def test_ranks_that_have_a_tensor_are_named(shards: Callable[..., Path]) -> None:
     with pytest.raises(ReshardError, match=r"rank 1 has no layers\.0\.attn\.qkv\n\nhint: rank 0 has it"):
         explain(open_source(shards("llama", "pp2")), "1:layers.0.attn.qkv")
@@ -366,6 +441,8 @@ def test_ranks_that_have_a_tensor_are_named(shards: Callable[..., Path]) -> None
     [
         ("3:layers.7.attn.qkv[700,12]", (3, "layers.7.attn.qkv", (700, 12))),
         (" 3:a [ 1 , 2 ] ", (3, "a", (1, 2))),
+        ("0: embed", (0, "embed", ())),
+        (" 0 :  embed [1]", (0, "embed", (1,))),
         ("a.b", (None, "a.b", ())),
         ("a[]", (None, "a", ())),
         ("a:b[1]", (None, "a:b", (1,))),

@@ -529,6 +529,19 @@ def test_shares_that_are_not_one_model_s_are_refused(shards: Path, tmp_path: Pat
     less = replace(shares[0], lines=(replace(shares[0].lines[0], elements=1), *shares[0].lines[1:]))
     with pytest.raises(MismatchError, match=r"attn\.k: the shares have"):
         fingerprint.combine([less, *shares[1:]])
+    one, two, *rest = shares[3].lines
+    for lines, words in (
+        ((two, *rest), r"ranks 0 have BF16 +attn\.k .*; ranks 3 have BF16 +attn\.o "),
+        ((one, two, *rest[:-1]), r"ranks 0 have BF16 +norm \[hidden 56\]; ranks 3 have no more"),
+        ((*shares[3].lines, replace(one, name="z")), r"ranks 0 have no more; ranks 3 have BF16 +z "),
+        ((two, one, *rest), r"attn\.k .*attn\.o "),
+        ((replace(one, name="attn.l"), two, *rest), r"attn\.k .*attn\.l "),
+        ((replace(one, dtype="F16"), two, *rest), r"ranks 0 have BF16 +attn\.k .*; ranks 3 have F16 +attn\.k "),
+        ((replace(one, axes=("group", *one.axes[1:])), two, *rest), r"attn\.k \[layer 3, .*attn\.k \[group 3, "),
+        ((replace(one, sizes=(4, *one.sizes[1:])), two, *rest), r"attn\.k \[layer 3, .*attn\.k \[layer 4, "),
+    ):
+        with pytest.raises(ReshardError, match=f"different tensors: .*{words}"):
+            fingerprint.combine([*shares[:3], replace(shares[3], lines=lines), *shares[4:]])
 
 
 def test_a_file_that_is_no_share_is_refused_with_its_name(shards: Path, tmp_path: Path) -> None:
@@ -550,6 +563,32 @@ def test_a_file_that_is_no_share_is_refused_with_its_name(shards: Path, tmp_path
     ):
         path.write_text(bad)
         with pytest.raises(ReshardError, match=r"share\.json"):
+            fingerprint.read_share(path)
+    name, other = tensor["name"], good["tensors"][1]
+    edits: list[tuple[dict[str, Any], str]] = [
+        ({"world": 10**9}, "world 1000000000 is no whole number from 1 to 65536"),
+        ({"world": 0}, "world 0"),
+        ({"world": True}, "world True"),
+        ({"ranks": [0, 8]}, "rank 8 is no whole number from 0 to 7"),
+        ({"ranks": [-1, 0]}, "rank -1"),
+        ({"ranks": [0.0]}, r"rank 0\.0"),
+        ({"ranks": [False]}, "rank False"),
+        ({"ranks": "0"}, "'0' is no list"),
+        ({"seed": 3}, "3 is no text"),
+        ({"facts": "\ud800"}, "surrogates"),
+        ({"tensors": {}}, "{} is no list"),
+        ({"tensors": [other, tensor]}, f"tensor {name} stands after {other['name']}"),
+        ({"tensors": [tensor, tensor]}, f"tensor {name} stands after {name}"),
+        ({"tensors": [tensor | {"sizes": [*tensor["sizes"], 1]}]}, f"{name}: 4 axes have 5 sizes"),
+        ({"tensors": [tensor | {"sizes": [1.0, *tensor["sizes"][1:]]}]}, rf"{name}: size 1\.0"),
+        ({"tensors": [tensor | {"axes": "abc"}]}, "'abc' is no list"),
+        ({"tensors": [tensor | {"elements": math.inf}]}, f"{name}: elements inf is no whole number"),
+        ({"tensors": [tensor | {"elements": True}]}, f"{name}: elements True"),
+        ({"tensors": [tensor | {"fingerprint": "0x" + "1" * 30}]}, f"{name}: .* is no fingerprint of 32 digits"),
+    ]
+    for text, words in [*((json.dumps(good | edit), words) for edit, words in edits), ("[" * 200_000, "is no JSON")]:
+        path.write_text(text)
+        with pytest.raises(ReshardError, match=rf"share\.json: .*{words}"):
             fingerprint.read_share(path)
     with pytest.raises(ReshardError, match=r"none\.json"):
         fingerprint.read_share(tmp_path / "none.json")

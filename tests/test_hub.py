@@ -496,7 +496,7 @@ def test_the_command_line_tells_errors(reshard: Client, hub: Hub, tiny: Path, tm
 ODD: list[tuple[dict[str, str], str]] = [
     ({}, "has no config.json; it holds nothing"),
     ({"model.gguf": "x", "README.md": "x"}, "has no config.json; it holds README.md, model.gguf"),
-    ({"config.json": "{}", "model.gguf": "x"}, "no weights: none of model.safetensors.index.json, .*there are model.gguf"),
+    ({"config.json": "{}", "model.gguf": "x"}, "no weights: none of model.safetensors, .*there are model.gguf"),
     ({"config.json": "{}", INDEX: '{"weight_map": {"a": "gone.safetensors"}}'}, "names gone.safetensors, which is not in the repository"),
     ({"config.json": "{}", INDEX: '{"weight_map": {"a": "../../x"}}'}, "outside of the directory"),
     ({"config.json": "{}", INDEX: "<html>"}, "not JSON"),

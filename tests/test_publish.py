@@ -505,6 +505,7 @@ def test_a_mount_point(kind: str, source: Path, outputs: dict[str, dict[str, byt
 
 @pytest.mark.parametrize("kind", ["shards", "published"])
 @pytest.mark.parametrize("thing", ["notes.txt", "thesis.docx", "photos/cat.jpg", "rank-00000/notes.txt", ".git/config", "model.py", "link"])
+@pytest.mark.usefixtures("outputs")
 def test_overwrite_never_deletes_what_is_no_checkpoint(kind: str, thing: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(source.parent / "old" if kind == "shards" else source, out)

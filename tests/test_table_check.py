@@ -260,6 +260,56 @@ def test_a_table_of_axes_that_nobody_knows_is_checked_too(tmp_path: Path) -> Non
     assert found.ok and not found.proven and found.count[OPEN] > 0
 
 
+@pytest.mark.parametrize("name", tables.shipped("formats"))
+def test_the_table_of_a_format_is_refused(name: str) -> None:
+    done = command("check-table", str(tables.HOME / "formats" / f"{name}.toml"), "--sample", "1")
+    assert (done.code, done.out) == (2, "") and f'"{name}" is the table of a format, not of a family' in done.err
+
+
+ODD = {
+    "no size but zero": ('like = "llama"\n[sizes]\nkv = "a * 0"', r'\[sizes\] kv = "a \* 0"\) has size 0, one from 1'),
+    "a size of zero": ('like = "llama"\n[sizes]\ninter = "0"', r'\[sizes\] inter = "0"\) has size 0, one from 1'),
+    "a part of zero": ('like = "llama"\n[sizes]\nkv = "0"\nheads = "h"', r'\[sizes\] kv = "0"\) has size 0, one from 1'),
+    "half a sum": ('like = "llama"\n[sizes]\nvocab = "hidden+"', r'\[sizes\] vocab = "hidden\+"\) has no size'),
+    "half a sum of layers": ('like = "llama"\n[sizes]\nlayer = "a+"', r'\[sizes\] layer = "a\+"\) has no size'),
+    "half a sum elsewhere": ('like = "granitemoehybrid"\n[sizes]\nvocab = "a + "', r'\[sizes\] vocab = "a \+ "\) has no size'),
+    "a compound of nothing": ('like = "llama"\n[axes]\nheads = ""', r'\[axes\] heads = "" has no parts'),
+    "extra layers only": ('like = "deepseek_v3"\none_of = [["mtp"]]', r"one_of = .*\['mtp'\]\] leaves no kind for the layers"),
+    "no rows": ("", "it has no row"),
+    "a size that is text": ('like = "llama"\n[sizes]\nheads = "model_type"', "model_type is 'odd', a non-negative integer is needed"),
+    "a value and a section": ('like = "llama"\n[sizes]\nlayer = "a"\nhidden = "a.b"', "a is a section of config.json in a.b"),
+    "a very long axis": (
+        'like = "llama"\n[sizes]\nvocab = "99999999999"',
+        r'vocab = "99999999999"\) has size 99999999999, one from 1 to 1048576',
+    ),
+    "a very large model": ('like = "llama"\n[sizes]\nvocab = "131072"\nhidden = "16384"', "more than 67108864 elements"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_table_of_which_no_checkpoint_can_be_made_up_is_refused_with_the_reason(what: str, tmp_path: Path) -> None:
+    """Never a traceback, and never a verdict such as "0 of 1 caught"."""
+    text, why = ODD[what]
+    (tmp_path / "odd.toml").write_text(f'name = "odd"\n{text}\n')
+    with pytest.raises(ReshardError, match=f'family "odd": no checkpoint can be made up from its table: .*{why}'):
+        check_table(tables.load_file(tmp_path / "odd.toml"), sample=1)
+
+
+def test_whatever_else_a_table_says_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reshard.made_up._sized", lambda *_: {}["nothing"])
+    with pytest.raises(ReshardError, match=r"no checkpoint can be made up .* KeyError\('nothing'\)"):
+        next(made_up(family("llama"), tmp_path))
+
+
+def test_a_table_may_have_any_number_of_axes_that_nobody_knows(tmp_path: Path) -> None:
+    """All of them get sizes that no other has."""
+    rows = [["wte", "vocab hidden", "embed"], *([f"w{n}", f"a{n} hidden", f"x{n}"] for n in range(40))]
+    (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows}))
+    root = next(made_up(tables.load_file(tmp_path / "mine.toml"), tmp_path))
+    shapes = [entry.shape for _, entry in open_published(root).tensors.values()]
+    assert len({shape[0] for shape in shapes} | {shapes[0][1]}) == 42
+
+
 # --- saying it -----------------------------------------------------------------------------------------------------------------------
 
 

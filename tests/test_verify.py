@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fixtures import checkpoint
-from running import Done, llama, llama_tensors, noise, reshard, root_signed, sign, tree
+from running import Done, environment, llama, llama_tensors, noise, reshard, root_signed, sign, tree
 
 from reshard.verification import FEW
 
@@ -120,7 +123,7 @@ def test_a_missing_file_is_found(shards: Path, out: Path) -> None:
         (out / name).unlink()
         done = reshard("verify", out)
         if name == "manifest.json":
-            assert done.code == 2 and "has no manifest" in done.err
+            assert done.code == 1 and "manifest.json: is missing or damaged" in done.err
         else:
             found(done, f"{name}: is missing")
         (out / name).write_bytes(data)
@@ -381,3 +384,57 @@ def test_families_with_transpositions_buffers_and_experts(family: str, tmp_path:
     assert done.code == 1
     assert done.json["rungs"][0]["ok"] is True
     assert done.json["rungs"][1]["failed"] == len({t["row"] for t in stored})
+
+
+def test_another_model_is_told_before_it_is_run(shards: Path, tmp_path: Path) -> None:
+    other = llama(tmp_path / "other", num_hidden_layers=2)
+    done = reshard("verify", shards, "--against", other, "--only", "numerics")
+    assert done.code == 1 and "these are different models" in done.err, done
+    assert "Traceback" not in done.err
+
+
+def test_the_same_weights_cut_into_other_files_are_the_same_weights(source: Path, shards: Path, tmp_path: Path) -> None:
+    """Every element is compared; that the files are others is said, and is no failure."""
+    again = tmp_path / "again"
+    assert reshard("convert", source, again, "--to", "hf", "--max-file-size", "100KB").code == 0
+    done = reshard("verify", shards, "--against", again, "--only", "weights")
+    assert done.code == 0 and "is cut into other files than those that merging writes" in " ".join(done.out.split()), done
+    path = next(again.glob("*.safetensors"))
+    flip(path, -1)
+    assert reshard("verify", shards, "--against", again, "--only", "weights").code == 1
+
+
+def test_weights_that_no_rank_has_are_found_behind_links_and_under_other_names(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "rank-00000", tmp_path / "elsewhere")
+    (out / "rank-00007").symlink_to(tmp_path / "elsewhere")
+    (out / "round").symlink_to(out)
+    found(reshard("verify", out), "rank-00007/model.safetensors: is none of the files")
+    (out / "rank-00007").unlink()
+    (out / "round").unlink()
+    assert reshard("verify", out).code == 0
+    (out / "pytorch_model.bin").write_bytes(b"")
+    found(reshard("verify", out), "pytorch_model.bin: is none of the files")
+
+
+@pytest.mark.parametrize("name", ["rank-00000/model.safetensors", "manifest.json", "config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_waited_for_by_nobody(out: Path, name: str) -> None:
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    for words in (("verify", out), ("fingerprint", out), ("explain", out, "norm")):
+        done = reshard(*words)
+        assert done.code == 1 and name.split("/")[-1] in done.out + done.err, (words, done)
+
+
+@pytest.mark.parametrize(
+    "command", [("verify", "OUT", "--only", "integrity"), ("fingerprint", "OUT"), ("diff", "OUT", "OUT")], ids=" ".join
+)
+def test_closed_standard_error_is_no_failure(shards: Path, command: tuple[str, ...]) -> None:
+    words = [str(shards) if word == "OUT" else word for word in command]
+    for redirect in ("2>&-", "2>/dev/full --progress json"):
+        line = f"{shlex.join([sys.executable, '-m', 'reshard', *words])} {redirect}"
+        done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, env=environment(), timeout=60, check=False)
+        assert done.returncode == 0 and done.stdout, line
+    done = subprocess.run(
+        ["sh", "-c", f"{shlex.join([sys.executable, '-m', 'reshard', 'verify', 'no'])} 2>/dev/full"], env=environment(), check=False
+    )
+    assert done.returncode == 2
