@@ -2,6 +2,7 @@
 
 import reshard
 reshard.plan(src, tp=8)        reshard.convert(src, out, tp=8)        reshard.verify(out, against=src)
+reshard.inspect(src)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
     from .api import convert as convert
     from .api import plan as plan
     from .api import verify as verify
+    from .describe import describe as inspect
 
-__all__ = ["MismatchError", "PlaceError", "ReshardError", "convert", "plan", "verify"]
+__all__ = ["MismatchError", "PlaceError", "ReshardError", "convert", "inspect", "plan", "verify"]
 __version__ = "0.1.0"
 
 
@@ -23,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from . import api
 
         return getattr(api, name)
+    if name == "inspect":
+        from .describe import describe
+
+        return describe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The functions behind the commands, for use from Python: `reshard.plan`, `reshard.convert`, `reshard.verify`, `reshard.inspect`.
+"""The functions behind the commands, for use from Python: `reshard.plan`, `reshard.convert`, `reshard.verify`.
 
 Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises ReshardError. What one function alone needs is imported
 there: starting up is a quarter of converting a small checkpoint.

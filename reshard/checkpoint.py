@@ -140,10 +140,11 @@ def family_table(published: Published) -> Table:
     for name in published.tensors:
         kinds.setdefault(fold(name)[0], []).append(name)
     lines = [f"  {len(names):>6} × {kind}  {list(published.tensors[names[0]][1].shape)}" for kind, names in list(kinds.items())[:40]]
+    said = f'no table for model_type "{config.model_type}"' if config.model_type else "config.json has no model_type"
     if len(kinds) > 40:
         lines.append(f"  … and {len(kinds) - 40} more")
     raise ReshardError(
-        "\n".join([f'{published.where}: no table for model_type "{config.model_type}"; it holds', *lines]),
+        "\n".join([f"{published.where}: {said}; it holds", *lines]),
         f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family my.toml takes it\n"
         f"(docs/notation.md); {nearest('families', config.model_type or '')}",
     )
@@ -220,13 +221,13 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The weight map of an index, each file name checked to lie inside the directory, in its plain spelling."""
+    """The weight map of an index, each file name checked to lie inside the directory; without the "./" that some begin with."""
     weights = data.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
         raise ReshardError(f'{where}: has no "weight_map" from tensor names to file names')
     if not weights:
         raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
-    plain = {file: str(PurePosixPath(file)) for file in set(weights.values())}
+    plain = {file: file.removeprefix("./") for file in set(weights.values())}
     for name, file in weights.items():
         if not inside(plain[file]):
             raise ReshardError(f"{where}: {name} is said to be in {file!r}, outside of the directory", "do not use this checkpoint")
@@ -352,7 +353,7 @@ def _plain(root: Path, name: str) -> Original:
 def beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tuple[tuple[str, int], ...]]:
     """What goes along, and what is left: weights in other forms, large files, directories."""
     carried, left = [], []
-    skip = set(taken)
+    skip = {name.partition("/")[0] for name in taken}  # a directory of weights, too
     for path in sorted(root.iterdir()):
         if path.name in skip:
             continue

@@ -55,13 +55,13 @@ def _wrap(name: str, items: list[str], width: int = 80) -> list[str]:
     return lines
 
 
-def describe(src: str, revision: str | None = None, family: str | None = None) -> Description:
+def describe(src: str | Path, revision: str | None = None, family: str | None = None) -> Description:
     """Describe a source. A checkpoint that no table fits is described by its headers, with the reason."""
     try:
-        return Description(_understood(api.open_any(src, revision, family), src))
+        return Description(_understood(api.open_any(src, revision, family), str(src)))
     except ReshardError as error:
         try:
-            return Description(_headers(published(src, revision)), str(error))
+            return Description(_headers(published(str(src), revision)), str(error))
         except ReshardError:
             raise error from None
 

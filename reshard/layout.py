@@ -344,7 +344,7 @@ class _Cutter:
             return None
         if any(tensor.dtypes != tensors[0].dtypes for tensor in tensors):
             kinds = ", ".join(f"{tensor.name} {'/'.join(sorted(set(tensor.dtypes)))}" for tensor in tensors)
-            self.problems.add(f"{row.name.text} cannot hold tensors of different dtypes: {kinds}")
+            self.problems.add(f"{row.name.text} cannot hold tensors of different dtypes, cast them to one before: {kinds}")
         pieces = []
         for tensor, box, span in zip(tensors, boxes, spans, strict=True):
             if row.zero and self.mesh.coordinate("tp", rank).index:

@@ -42,7 +42,7 @@ class Tokenizer:
         except ImportError:
             raise ReshardError("text needs the package tokenizers, which is not installed", NEEDS) from None
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path may be any bytes
         except Exception as error:  # the library raises nothing more specific
             raise ReshardError(f"{path}: cannot be read: {error}", "fetch the file again") from None
         self._tokenizer.no_truncation()

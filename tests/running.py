@@ -70,7 +70,7 @@ def reshard(*words: str | os.PathLike[str]) -> Done:
     if words[:1] == ("verify",) and "--against" in words and not {"--only", "--numerics"} & {*map(str, words)}:
         words = (*words, "--no-numerics")
     out, err, code = _Stream(), _Stream(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main([os.fspath(word) for word in words])

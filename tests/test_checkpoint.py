@@ -97,7 +97,7 @@ def test_the_index_decides_which_files_count_whatever_their_names(tmp_path: Path
     (source / "tokenizer.json").write_text("{}")
     done = reshard("convert", source, tmp_path / "out", "--tp", "2")
     assert done.code == 0, done.err
-    left = {"adapter_model.safetensors", "consolidated.safetensors", "original/", "part two/", "pytorch_model.bin", "tf_model.h5"}
+    left = {"adapter_model.safetensors", "consolidated.safetensors", "original/", "pytorch_model.bin", "tf_model.h5"}
     left |= {"flax_model.msgpack", "model.gguf", "model.onnx", "training_args.bin", "optimizer.pt", "model.fp16.safetensors"}
     told = reshard("convert", source, tmp_path / "out", "--tp", "2", "--json").json["left"]
     assert {entry["name"] for entry in told} == left

@@ -29,7 +29,9 @@ from running import (
 from test_cli import SLOW
 from test_publish import begun
 
-from reshard import files, publish
+from reshard import api, files, publish
+from reshard import inspect as api_inspect
+from reshard.errors import ReshardError
 
 Target = tuple[str, ...]
 TARGETS: list[Target] = [("--tp", "2"), ("--tp", "2", "--to", "vllm"), ("--to", "hf"), ("--to", "hf", "--max-file-size", "60KB")]
@@ -401,3 +403,27 @@ def test_equal_bytes_in_another_order_are_no_other_checkpoint(tmp_path: Path) ->
     for rank in ("rank-00000", "rank-00001"):
         assert tree(tmp_path / "out-a" / rank) == tree(tmp_path / "out-b" / rank)
     assert noise("F32", 3) == noise("F32", 3)
+
+
+# As a library
+
+
+def test_numbers_that_are_none_are_refused_by_the_library_too(source: Path, tmp_path: Path) -> None:
+    for words, given in (
+        ("--workers -1", {"workers": -1}),
+        ("--workers 257", {"workers": 257}),
+        ("split = '1:1'", {"split": "1:1"}),
+        ("pp_layers = '1,2'", {"pp_layers": "1,2"}),
+        ("--max-file-size 0", {"to": "hf", "max_file_size": 0}),
+    ):
+        with pytest.raises(ReshardError, match=words):
+            api.convert(source, tmp_path / "no", **given)  # type: ignore[arg-type]
+        assert not (tmp_path / "no").exists()
+    with pytest.raises(ReshardError, match="--workers -1"):
+        api.verify(source, against=source, workers=-1)
+
+
+def test_lists_are_as_good_as_tuples_and_say_how_many_ranks_there_are(source: Path, tmp_path: Path) -> None:
+    api.convert(source, tmp_path / "out", split=[1, 1])
+    assert reshard("inspect", tmp_path / "out", "--json").json == api_inspect(tmp_path / "out").to_json()
+    assert api.plan(source, pp_layers=[1, 2]).to_json()["mesh"]["pp"] == 2

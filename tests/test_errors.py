@@ -87,7 +87,7 @@ def test_a_config_that_is_a_directory_or_no_text(source: Path) -> None:
     refuses(source, "config.json")
     (source / "config.json").unlink()
     (source / "config.json").mkdir()
-    refuses(source, "config.json", "Is a directory", code=3)
+    refuses(source, "config.json: is not a regular file")
 
 
 JUNK: list[Any] = [None, True, 0, -1, 3.5, 1e400, 10**30, "", "three", "\ud800", [], [1], {}, {"a": 1}, 7]
@@ -171,7 +171,7 @@ def test_an_unknown_family_is_described_and_how_to_bring_a_table_is_said(source:
 @pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "x" * 1000}, {"architectures": ["Unknown"]}])
 def test_a_config_that_names_no_family(config: dict[str, Any], source: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
-    refuses(source, "no table for model_type", "--family")
+    refuses(source, "no table for model_type" if config.get("model_type") else "config.json has no model_type", "--family")
 
 
 def broken(tensors: Tensors, source: Path) -> Path:
@@ -298,7 +298,7 @@ def test_an_index_that_names_a_tensor_which_its_file_lacks(source: Path) -> None
         "",
         "a\\b",
         "a\0b",
-        "./a.safetensors",
+        ".//a.safetensors",
         "a.safetensors/",
         "\ud800",
     ],

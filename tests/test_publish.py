@@ -258,7 +258,7 @@ def test_killed_at_any_time_it_leaves_no_out(big: Path, tmp_path: Path) -> None:
     assert reshard("verify", out, "--against", big).code == 0
 
 
-@pytest.mark.parametrize(("sign", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 3)])
+@pytest.mark.parametrize(("sign", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGHUP, 1)])
 def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times: int, big: Path, tmp_path: Path) -> None:
     """Exit 130 in a moment, although a tensor is being written; also when the signal comes again during the cleaning up."""
     out = tmp_path / "above" / "it" / "out"
@@ -595,3 +595,22 @@ def test_a_failed_job_takes_the_directories_away_that_it_made(source: Path, tmp_
     assert done.code == 3
     assert names(tmp_path) == ["mine"]
     assert names(tmp_path / "mine") == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.usefixtures("outputs")
+def test_what_is_read_only_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    """Told before anything is written, not when the old directory cannot be deleted."""
+    out = Path(shutil.copytree(source.parent / "old", tmp_path / "out"))
+    for path in (*source.parents, *out.parents):
+        if path.stat().st_uid == 0 and path.stat().st_mode & 0o777 == 0o700:
+            path.chmod(0o711)
+    for path in (tmp_path, out, *out.rglob("*")):
+        os.chown(path, 65534, -1)
+    (out / "rank-00001").chmod(0o555)
+    before = tree(out)
+    demote = "import os, sys\nfrom reshard import api, cli, conversion, report\nos.setresuid(65534, 65534, 65534)\ncli.main(sys.argv[1:])"
+    words = [sys.executable, "-c", demote, "convert", str(source), str(out), "--tp", "4", "--overwrite"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 3 and "rank-00001: is read-only" in done.stderr, done
+    assert tree(out) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
