@@ -186,7 +186,7 @@ def verify(
     if only is not None and only not in RUNGS:
         raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
-    published = _published(path, hub) if hub is not None else None
+    published = _published(path, hub) if hub is not None and only in (None, "sha256") else None
     wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes))
     return verify_directory(path, source, threads.count(workers), progress, wish)
 

@@ -24,7 +24,7 @@ from .header import Entry
 from .mesh import Range
 from .model import Config, Model, understand
 from .notation import fold
-from .tables import Table, base, family_of, nearest, wrapper_of
+from .tables import Table, base, family_of, nearest, shipped, wrapper_of
 
 # What transformers looks for, in its order: (file, its index).
 WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -135,7 +135,7 @@ def family_table(published: Published) -> Table:
     if table is None and (inner := family_of(config.inner_type, ())) is not None:
         table = inner if _spelled_as(inner, published) else wrapper_of(config, "*")
     if table is not None:
-        return base(table) if _is_base(table, published) else table
+        return base(table) if table.name in shipped("families") and _is_base(table, published) else table
     kinds: dict[str, list[str]] = {}
     for name in published.tensors:
         kinds.setdefault(fold(name)[0], []).append(name)

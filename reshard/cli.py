@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -438,14 +438,14 @@ def _print(text: str) -> None:
     try:
         click.echo(text)
     except BrokenPipeError:
-        _hush()
+        _hush(sys.stdout)
         sys.exit(141)
 
 
-def _hush() -> None:
-    """What stdout would not take is not tried again: the interpreter would do that at its end, and complain."""
-    with contextlib.suppress(io.UnsupportedOperation):  # stdout that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _hush(stream: TextIO) -> None:
+    """What a stream would not take is not tried again: the interpreter would do that at its end, and complain."""
+    with contextlib.suppress(io.UnsupportedOperation):  # a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_all() -> None:
@@ -488,14 +488,16 @@ def main(arguments: list[str] | None = None) -> None:
         usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "reshard"
         _fail(error.format_message(), f"{usage} --help shows what there is", 2)
     except OSError as error:
-        _hush()
+        _hush(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", None, 3)
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
-    with contextlib.suppress(OSError):  # a full disk under stderr, a terminal that was closed
+    try:
         click.echo(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
+    except OSError:  # a full disk under stderr, a terminal that was closed
+        _hush(sys.stderr)
     sys.exit(code)
 
 

@@ -141,4 +141,5 @@ def failed(doing: str, path: Path | str, error: OSError) -> PlaceError:
         errno.EIO: "the storage reports a failure: check it, then try again",
         errno.ENOENT: "the file disappeared: was it moved or deleted meanwhile?",
     }
-    return PlaceError(f"{doing} {path} failed: {error.strerror or error}", hints.get(error.errno or 0))
+    where = error.filename if isinstance(error.filename, str) else path  # what was being read of a directory
+    return PlaceError(f"{doing} {where} failed: {error.strerror or error}", hints.get(error.errno or 0))

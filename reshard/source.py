@@ -104,11 +104,11 @@ def open_source(path: Path, family: Table | None = None) -> Source:
     try:
         if manifest.present(path):
             return _open_shards(path)
-        manifest.check_lost(path)
         from . import foreign
 
         if (table := foreign.recognised(path)) is not None:
             return _from_foreign(foreign.open_shards(path, table, family))
+        manifest.check_lost(path)
         return from_published(open_published(path), family)
     except OSError as error:
         raise failed("reading", path, error) from error

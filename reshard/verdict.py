@@ -8,7 +8,7 @@ from typing import Any
 
 from .units import decimal
 
-MOST = 20  # failures told one by one
+MOST = 20  # failures told one by one to people
 WIDTH = 80  # columns
 RUNGS = ("integrity", "weights", "sha256", "numerics")
 
@@ -62,7 +62,7 @@ class Rung:
             "tensors": self.tensors,
             "files": self.files,
             "seconds": round(self.seconds, 3),
-            "failures": self.failures[:MOST],
+            "failures": self.failures,
             "failed": len(self.failures),
             "unproven": self.notes,
             **({"numbers": self.numbers} if self.numbers else {}),

@@ -263,11 +263,11 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
         constants = {(slot.rank, slot.name(point)): slot for slot in out.layout.constants for point in slot.points()}
         rest = Comparer(out, pool, rung, lock, ours)
         rest.done([key for key in out.places if key not in compared and key not in constants])
-        for key, slot in constants.items() if ours else ():
+        for key, slot in constants.items():
             path, entry = out.locate(key)
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
-                rung.failures.append(f"{path.name}: {key[1]} is not {slot.template.value}")
+                (rung.failures if ours else rung.notes).append(f"{path.name}: {key[1]} is not {slot.template.value}")
         if out.manifest is not None and {file.name for file in out.originals} == {file.name for file in source.originals}:
             _residues(out, source, pool, rung)
         else:
@@ -278,6 +278,7 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
         pool.close()
     progress.finish()
     rung.failures += doubles(out, source, threads, progress).failures
+    rung.failures.sort()
     return rung
 
 
@@ -393,9 +394,8 @@ class Wish:
 def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
     """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails."""
     progress, shards = progress or Silent(), manifest.present(out)
-    if not shards:
-        manifest.check_lost(out)
     if not shards and source is None and wish.published is None:
+        manifest.check_lost(out)
         raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
     opened: list[Source] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import FIXTURES, copy
+from fixtures import FIXTURES, copy, rewrite
 from reshard.runtime import ranks
 from reshard.runtime.experts import route
 from reshard.runtime.load import load_model
@@ -330,3 +331,23 @@ def test_the_reference_adds_alibi_once(checkpoint: Get) -> None:
     assert reference.independent
     ours = load_model(source, torch.float32, world=alone())(ids)
     assert (reference.logits(ids, torch.float32) - ours).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("positions", [6, 33])
+def test_models_of_few_positions_are_run_as_far_as_these_go(tmp_path: Path, positions: int) -> None:
+    source = copy("gpt2", tmp_path / "source")
+    rewrite(source, lambda state: {name: t[:positions].clone() if name.endswith("wpe.weight") else t for name, t in state.items()})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"n_positions": positions}))
+    api.convert(source, tmp_path / "out", tp=2)
+    report = api.verify(tmp_path / "out", against=source, only="numerics")
+    assert report.ok and 0 < report.rungs[0].numbers["continuations"]["tokens"] <= 4 * positions
+
+
+def test_what_an_engine_wrote_is_no_original(checkpoint: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.convert(checkpoint("llama_tied"), out, tp=2, to="vllm")
+    for path in (out / "manifest.json", out / "source", *out.glob("rank-*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (rung,) = [rung for rung in api.verify(out, against=out).rungs if rung.name == "numerics"]
+    assert rung.skipped is not None and "is no published checkpoint" in rung.skipped
