@@ -52,8 +52,9 @@ def test_a_plan_states_the_bound(sparse: Path) -> None:
 
 
 def test_ten_times_the_model_takes_no_more(tmp_path: Path) -> None:
+    """By one worker: of two, one may do so much of a small model that the other's buffers are hardly used."""
     used = [
-        peak("convert", big_llama(tmp_path / f"model{size}", size, sparse=True), tmp_path / f"out{size}", "--tp", "4", "--workers", "2")
+        peak("convert", big_llama(tmp_path / f"model{size}", size, sparse=True), tmp_path / f"out{size}", "--tp", "4", "--workers", "1")
         for size in (100, 1000)
     ]
     assert abs(used[1] - used[0]) < 4 * MIB, [number / MIB for number in used]
