@@ -67,7 +67,7 @@ def family_table(family: str | None) -> Table | None:
 def plan(
     src: str | Path,
     *,
-    tp: int | str = 1,
+    tp: int | str | None = None,
     pp: int = 1,
     ep: int = 1,
     split: Sequence[int] | None = None,
@@ -109,7 +109,7 @@ def convert(
     src: str | Path,
     out: str | Path,
     *,
-    tp: int | str = 1,
+    tp: int | str | None = None,
     pp: int = 1,
     ep: int = 1,
     split: Sequence[int] | None = None,
@@ -287,7 +287,7 @@ def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_si
 def choose_mesh(
     source: Source,
     to: str,
-    tp: int | str,
+    tp: int | str | None,
     pp: int,
     ep: int,
     split: Sequence[int] | None,
@@ -298,7 +298,10 @@ def choose_mesh(
 ) -> Mesh:
     """The mesh asked for; `tp="auto"` is the smallest that fits the device, `split` and `pp_layers` alone say how many ranks there are."""
     split, pp_layers = _numbers("split", split), _numbers("pp_layers", pp_layers)
-    tp, pp = len(split) if split and tp == 1 else tp, len(pp_layers) if pp_layers and pp == 1 else pp
+    if tp is None:
+        tp = len(split) if split else 1
+    if pp_layers and pp == 1:
+        pp = len(pp_layers)
     if tp != "auto":
         return Mesh(int(tp), pp, ep, split, pp_layers)
     if to == "hf":

@@ -1,7 +1,7 @@
 """Checkpoints as they are published: config.json, one weights file or an index of several, and what lies beside them.
 
-The index decides which files count; nothing is ever globbed, because repositories also hold `consolidated.safetensors`, `original/`,
-adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
+config.json or the index decides which files count; nothing is ever globbed, because repositories also hold
+`consolidated.safetensors`, `original/`, adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
 """
 
 import errno
@@ -135,7 +135,7 @@ def family_table(published: Published) -> Table:
     if table is None and (inner := family_of(config.inner_type, ())) is not None:
         table = inner if _spelled_as(inner, published) else wrapper_of(config, "*")
     if table is not None:
-        return base(table) if table.name in shipped("families") and _is_base(table, published) else table
+        return base(table) if _is_base(table, published) and table.name in shipped("families") else table
     kinds: dict[str, list[str]] = {}
     for name in published.tensors:
         kinds.setdefault(fold(name)[0], []).append(name)

@@ -4,7 +4,6 @@ Imports nothing heavy before a command needs it, so that `reshard --help` is ins
 """
 
 import atexit
-import contextlib
 import gc
 import io
 import json
@@ -401,10 +400,6 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     for option in ("pad", "repeat"):
         if given.get(f"no_{option}"):
             arguments[option] = False
-    if "split" in arguments and "tp" not in arguments:
-        arguments["tp"] = len(arguments["split"])
-    if "pp_layers" in arguments and arguments.get("pp") == 1:
-        arguments["pp"] = len(arguments["pp_layers"])
     return arguments
 
 
@@ -443,9 +438,9 @@ def _print(text: str) -> None:
 
 
 def _hush(stream: TextIO) -> None:
-    """What a stream would not take is not tried again: the interpreter would do that at its end, and complain."""
-    with contextlib.suppress(io.UnsupportedOperation):  # a stream that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    from .progress import hush
+
+    hush(stream)
 
 
 def _open_all() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +125,7 @@ def published(text: str, revision: str | None) -> Published:
     if repo is None:
         return _local(_cached(where), where)
 
+    @cache
     def read(name: str) -> bytes:
         return _File(repo, name, AHEAD)(repo.files[name][0], 0)
 

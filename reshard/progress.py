@@ -91,8 +91,7 @@ class _Counting:
         try:
             print(line, file=self.stream, flush=True)
         except OSError:
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            hush(self.stream)
 
     def left(self, seconds: float) -> float | None:
         """Seconds left, if they can be told."""
@@ -161,6 +160,12 @@ class Bar(_Counting):
         self._bar.update(self.done - self._bar.n)
         if end:
             self._bar.close()
+
+
+def hush(stream: TextIO) -> None:
+    """What a stream would not take is not tried again: the interpreter would do that at its end, and complain."""
+    with suppress(OSError, ValueError):  # a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def reporter(kind: Kind, stream: TextIO | None = None) -> Progress:
