@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+if __name__ != "reshard.runtime":  # the checkout's folder runtime/, found by that name: every module would exist twice
+    raise ImportError(f"this package is reshard.runtime, not {__name__}")
+
 if TYPE_CHECKING:
     from .load import load_model, load_shard
 

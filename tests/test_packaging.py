@@ -22,23 +22,33 @@ HEAVY = ("numpy", "torch", "huggingface_hub", "transformers", "tqdm", "xxhash")
 EXTRAS = ("torch", "transformers", "tokenizers", "jinja2", "safetensors", "pytest", "hypothesis", "jsonschema")  # what the base has not
 
 
-def _run(*command: object, **environment: str) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **environment}, cwd="/")
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
+def _run(*command: object, directory: object = "/", fails: bool = False) -> str:
+    """What a command prints; on both streams, where it is to fail."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=str(directory))
+    assert bool(done.returncode) == fails, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr if fails else done.stdout
+
+
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that `pip install .` builds; from a copy, so that nothing is left in the checkout."""
-    work = tmp_path_factory.mktemp("wheel")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that nothing is left in the one that is tested."""
+    home = tmp_path_factory.mktemp("checkout")
     for name in ("reshard", "runtime", "docs"):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, work / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, home / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, work / "src" / name)
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    _run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, work / "src")
+        shutil.copy(ROOT / name, home / name)
+    return home
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that `pip install .` builds."""
+    work = tmp_path_factory.mktemp("wheel")
+    _run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, checkout)
     (found,) = work.glob("*.whl")
     return found
 
@@ -46,17 +56,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel and what the base requires, but nothing of the extras: they cannot be imported."""
-    home = tmp_path_factory.mktemp("installed") / "with a space"
+    home = _environment(tmp_path_factory.mktemp("installed") / "with a space")
+    _run(*PIP, "--python", home / "bin/python", "install", "--no-deps", "--no-index", wheel)
+    return home
+
+
+def _environment(home: Path, *more: str) -> Path:
+    """A virtual environment with what the base requires, and more."""
     _run(sys.executable, "-m", "venv", "--without-pip", home)
-    python = home / "bin/python"
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", python)
-    _run(*pip, "install", "--no-deps", "--no-index", wheel)
     (site,) = home.glob("lib/python*/site-packages")
     # The dependencies are those of this environment, one by one, so that an undeclared one is missed.
-    for name in _closure(PROJECT["dependencies"]):
+    for name in _closure([*PROJECT["dependencies"], *more]):
         for entry in _top_level(name):
             if not (site / entry.name).exists():
                 (site / entry.name).symlink_to(entry)
+    return home
+
+
+@pytest.fixture(scope="module")
+def editable(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an editable install of the copy."""
+    home = _environment(tmp_path_factory.mktemp("editable") / "venv", "setuptools")
+    _run(*PIP, "--python", home / "bin/python", "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", checkout)
     return home
 
 
@@ -86,6 +107,7 @@ def test_wheel_is_complete(wheel: Path) -> None:
     """The wheel has every module and every table, the licence and py.typed, and no tests."""
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "reshard").rglob("*") if path.suffix in (".py", ".toml", ".typed")}
+    sources |= {f"reshard/runtime/{path.name}" for path in (ROOT / "runtime").glob("*.py")}
     assert len([name for name in sources if name.endswith(".toml")]) > 10
     assert sources <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -116,6 +138,30 @@ def test_command_works_without_extras(installed: Path, checkpoint: Callable[[str
     _run(command, "convert", tmp_path / "out", tmp_path / "back", "--to", "hf")
     for path in source.iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("way", ["wheel", "editable", "checkout", "checkout with the wheel installed"])
+def test_the_runtime_is_found_wherever_reshard_is(
+    way: str, checkout: Path, installed: Path, editable: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Python and mypy find `reshard.runtime` in each kind of install, and in a checkout with or without one; as one module, not two."""
+    home = {"editable": editable, "checkout": _environment(tmp_path_factory.mktemp("bare") / "venv")}.get(way, installed)
+    project = checkout if "checkout" in way else tmp_path_factory.mktemp("project")
+    found = _run(home / "bin/python", "-c", "from reshard.runtime import load_model", directory=project, fails=True)
+    assert "torch" in found  # which is not there: the module that needs it was
+    if "checkout" not in way:  # there mypy is part of scripts/test
+        (project / "uses.py").write_text(
+            "from reshard.runtime import load_model, load_shard\nload_shard('out', 0).keys()\nload_model(1.5)\n"
+        )
+        mypy = ("mypy", "--strict", "--python-executable", home / "bin/python", "--cache-dir", checkout.parent / "mypy", "uses.py")
+        found = _run(sys.executable, "-m", *mypy, directory=project, fails=True)
+        assert 'Argument 1 to "load_model" has incompatible type "float"' in found
+        assert found.endswith("Found 1 error in 1 file (checked 1 source file)\n"), found
+        return
+    found = _run(home / "bin/python", "-c", "import runtime.launch", directory=project, fails=True)
+    assert "this package is reshard.runtime" in found
+    done = subprocess.run([home / "bin/python", "-m", "reshard.runtime", "generate", "no"], cwd=project, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.partition("\n")[0]) == (2, "error: there is no prompt")
 
 
 def test_module_works_like_the_command(installed: Path) -> None:
