@@ -324,9 +324,24 @@ def _remedies(table: Table, model: Model, mesh: Mesh) -> Iterator[str]:
             yield f"EP sizes that work with TP {mesh.tp}: {listed(others)}"
         elif plain := sizes_that_work(table, model, Mesh(tp=mesh.tp, pp=mesh.pp)):
             yield f"EP {mesh.ep} never works for this model; TP sizes that work without: {listed(plain)}"
+    if (other := _as_many_ranks(table, model, mesh)) is not None:
+        yield " ".join(f"--{name} {n}" for name in ("tp", "pp", "ep") if (n := getattr(other, name)) > 1)
     weights = split_that_works(table, model, mesh) if mesh.tp <= WIDEST_TP else None
     if weights is not None and weights != mesh.weights:
         yield f"--tp {mesh.tp} --split {':'.join(map(str, weights))}"
+
+
+def _as_many_ranks(table: Table, model: Model, mesh: Mesh) -> Mesh | None:
+    """A mesh of as many ranks that works: of fewer tensor parallel ones, but as many as can be, and of more stages."""
+    if mesh.weights is not None or mesh.layers is not None or mesh.tp > TRIED_TP:
+        return None
+    for tp in range(mesh.tp - 1, 1, -1):
+        if mesh.world % tp or not _works(table, model, Mesh(pp=mesh.world // tp)):
+            continue
+        for ep in range(min(mesh.ep, tp), 1 if mesh.ep > 1 else 0, -1):
+            if tp % ep == 0 and _works(table, model, _Firsts(tp, mesh.world // tp, ep)):
+                return Mesh(tp, mesh.world // tp, ep)
+    return None
 
 
 def listed(numbers: Iterable[int]) -> str:

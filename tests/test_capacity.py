@@ -1,6 +1,7 @@
 """What a mesh costs at run time: bytes per rank and caches against tables computed by hand, fitting, sizes that work."""
 
 import itertools
+import re
 from functools import cache as once
 from typing import Any
 
@@ -382,13 +383,34 @@ def refused(model: Model, format: str = "native", **mesh: Any) -> str:
 def test_a_refusal_names_the_sizes_that_would_work() -> None:
     """And the split where there is one; pipeline and expert parallel sizes where these are what is wrong."""
     assert refused(llama(), tp=3) == "TP sizes that work: 1, 2, 4, 8, 16, 32, 64; or --tp 3 --split 3:3:2"
-    assert refused(llama(), tp=12) == "TP sizes that work: 1, 2, 4, 8, 16, 32, 64"
+    assert refused(llama(), tp=12) == "TP sizes that work: 1, 2, 4, 8, 16, 32, 64; or --tp 4 --pp 3"
     assert refused(llama(), tp=8, pp=81) == "PP sizes that work: 1-80"
     assert refused(llama(), "vllm", tp=8, pp=3) == "PP sizes that work: 1, 2, 4, 5, 8, 10, 16, 20, 40, 80"
-    assert refused(deepseek(True), tp=32, ep=1) == "TP sizes that work: 1, 2, 4, 8, 16"
-    assert refused(deepseek(False), tp=48, ep=16).startswith("TP sizes that work with EP 16: 16, 32, 64, 128; or --tp 48 --split 3:3:")
+    assert refused(deepseek(True), tp=32, ep=1) == "TP sizes that work: 1, 2, 4, 8, 16; or --tp 16 --pp 2"
+    never = "EP 32 never works for this model; TP sizes that work without: 1, 2, 4, 8, 16"
+    assert refused(deepseek(True), tp=32, ep=32) == f"{never}; or --tp 16 --pp 2 --ep 16"
+    hint = refused(deepseek(False), tp=48, ep=16)
+    assert hint.startswith("TP sizes that work with EP 16: 16, 32, 64, 128; or --tp 16 --pp 3 --ep 16; or --tp 48 --split 3:3:")
     assert refused(llama(), tp=8, weights=(1,) * 7 + (90,)) == "without --split this mesh works"
     assert refused(llama(), tp=2, pp=2, layers=(40, 41)) == ""
+
+
+def test_a_mesh_that_a_refusal_names_works() -> None:
+    """Every mesh that is named lays out on all of its ranks, and has as many ranks as were asked for."""
+    vllm, named = tables.load("formats", "vllm"), 0
+    asked = [(deepseek(True), Mesh(32), NATIVE), (deepseek(True), Mesh(64, ep=32), NATIVE), (llama(), Mesh(12, 2), vllm)]
+    asked += [(small(), Mesh(tp, pp), table) for tp in (5, 6, 12, 20, 64) for pp in (1, 2, 3) for table in (NATIVE, vllm)]
+    for model, mesh, table in asked:
+        try:
+            lay_out(table, model, mesh)
+        except ReshardError as error:
+            hint = capacity.explain_refusal(error, table, model, mesh).hint or ""
+            for words in re.findall(r"--tp \d+(?: --pp \d+)?(?: --ep \d+)?(?! --split)(?:$|;)", hint):
+                other = Mesh(**{name: int(n) for name, n in re.findall(r"--(\w+) (\d+)", words)})
+                assert other.world == mesh.world, hint
+                lay_out(table, model, other)
+                named += 1
+    assert named > 6, named
 
 
 def test_numbers_are_listed_with_long_runs_folded() -> None:
