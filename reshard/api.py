@@ -155,6 +155,7 @@ def verify(
     family: str | None = None,
     sha256: bool = False,
     hub: str | None = None,
+    strict: bool = False,
     only: str | None = None,
     numerics: bool | None = None,
     exhaustive: bool = False,
@@ -173,7 +174,7 @@ def verify(
                  the vocabulary; `layers`: layer by layer, in the memory of one; `processes`: ranks are processes, connected by gloo, and
                  not threads
 
-    `only` names one rung.
+    `only` names one rung. `strict`: files that the manifest does not list are a mismatch, and not just unproven.
     """
     from .verdict import RUNGS
     from .verification import Wish
@@ -187,7 +188,9 @@ def verify(
         raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None and only in (None, "sha256") else None
-    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes))
+    if strict and only not in (None, "integrity"):
+        raise ReshardError(f"--strict is of integrity, --only {only} leaves that out", "leave out one of them")
+    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes), strict)
     return verify_directory(path, source, threads.count(workers), progress, wish)
 
 

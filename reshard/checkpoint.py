@@ -4,19 +4,19 @@ config.json or the index decides which files count; nothing is ever globbed, bec
 `consolidated.safetensors`, `original/`, adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
 """
 
-import errno
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import header
+from . import companions, header
+from .companions import Carried, Left, beside, inside
 from .dialect import settle
 from .errors import ReshardError
 from .files import failed
@@ -28,9 +28,6 @@ from .tables import Table, base, family_of, nearest, shipped, wrapper_of
 
 # What transformers looks for, in its order: (file, its index).
 WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-# Weights in any form, and indexes of them: never carried over beside shards.
-_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|npz|ot|distcp|index\.json)$")
-CARRIED_MAX = 64 << 20  # bytes
 
 
 class Original(NamedTuple):
@@ -48,15 +45,6 @@ class Original(NamedTuple):
         ends = [0, *(high for _, high in self.holes)]
         starts = [*(low for low, _ in self.holes), self.size]
         return [(low, high) for low, high in zip(ends, starts, strict=True) if high > low]
-
-
-class Carried(NamedTuple):
-    """A small file that goes along untouched."""
-
-    name: str
-    path: Path
-    size: int
-    mtime_ns: int
 
 
 class Origin(NamedTuple):
@@ -77,7 +65,7 @@ class Published:
     originals: tuple[Original, ...]
     tensors: dict[str, tuple[int, Entry]]
     carried: tuple[Carried, ...] = ()
-    left: tuple[tuple[str, int], ...] = ()
+    left: tuple[Left, ...] = ()
     origin: Origin = field(default_factory=Origin)
 
     @property
@@ -234,13 +222,6 @@ def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
     return {name: plain[file] for name, file in weights.items()}
 
 
-def inside(name: str) -> bool:
-    """Whether a name leads to a file in the directory that it counts from, spelled in the one plain way."""
-    path = PurePosixPath(name)
-    odd = path.is_absolute() or ".." in path.parts or not path.name or str(path) != name
-    return not odd and re.search(r"[\\\0-\x1f\ud800-\udfff]", name) is None
-
-
 def choose(
     names: Collection[str], where: str, read: Callable[[str], bytes], said: str | None = None
 ) -> tuple[list[str], str | None, dict[str, str] | None]:
@@ -260,17 +241,12 @@ def choose(
             return [single], None, None
     if said is not None:
         raise ReshardError(f"{where}: config.json says that the weights are in {said}, which is not there")
-    others = sorted(name for name in names if _WEIGHTS.search(name))
+    others = sorted(name for name in names if companions.WEIGHTS.search(name))
     seen = f"; there are {', '.join(others[:5])}" if others else ""
     raise ReshardError(
         f"{where}: no weights: none of {', '.join(name for pair in WEIGHTS for name in pair)} is there{seen}",
         "several files need their index; a single one is named model.safetensors, or pytorch_model.bin if torch.save wrote it",
     )
-
-
-def carries(name: str, size: int) -> bool:
-    """Whether a file of the top directory goes along with shards: small, and no weights in any form."""
-    return size <= CARRIED_MAX and not _WEIGHTS.search(name) and inside(name)
 
 
 def container(name: str) -> str:
@@ -348,27 +324,6 @@ def _known_sha256(path: Path) -> str | None:
 def _plain(root: Path, name: str) -> Original:
     status = (root / name).stat()
     return Original(name, status.st_size, "plain", status.st_mtime_ns)
-
-
-def beside(root: Path, taken: Iterable[str]) -> tuple[tuple[Carried, ...], tuple[tuple[str, int], ...]]:
-    """What goes along, and what is left: weights in other forms, large files, directories."""
-    carried, left = [], []
-    skip = {name.partition("/")[0] for name in taken}  # a directory of weights, too
-    for path in sorted(root.iterdir()):
-        if path.name in skip:
-            continue
-        try:
-            status = path.stat()
-        except OSError:
-            left.append((path.name, 0))
-            continue
-        if stat.S_ISREG(status.st_mode) and carries(path.name, status.st_size):
-            if not os.access(path, os.R_OK):
-                raise failed("opening", path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-            carried.append(Carried(path.name, path, status.st_size, status.st_mtime_ns))
-        else:
-            left.append((path.name + "/" * stat.S_ISDIR(status.st_mode), status.st_size if stat.S_ISREG(status.st_mode) else 0))
-    return tuple(carried), tuple(left)
 
 
 def _union(spans: list[Range]) -> list[Range]:

@@ -183,6 +183,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 @click.option("--against", metavar="SRC", help="Compare every element with the original, bit by bit.")
 @click.option("--sha256", is_flag=True, help="Hash the files that merging would write; an error where no digest of them is known.")
 @click.option("--hub", metavar="ID", help="Compare these hashes with those that the Hub publishes; downloads no file.")
+@click.option("--strict", is_flag=True, help="Files that the manifest does not list are a mismatch; otherwise they are unproven.")
 @click.option("--only", metavar="RUNG", help="One of integrity, weights, sha256, numerics.")
 @click.option("--numerics/--no-numerics", default=None, help="Run the model against the original (default: where it can be run here).")
 @click.option("--exhaustive", is_flag=True, help="Run it on every row of the vocabulary.")
@@ -199,6 +200,9 @@ def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: An
     weights    every element is the original's    --against SRC
     sha256     merging makes the published files  digests recorded, or --hub ID
     numerics   the model computes the same        --against SRC, PyTorch
+
+    Digests prove integrity, not authenticity: whoever can change OUT can change its digests,
+    too. Compare the root digest (reshard inspect OUT) with one from a source you trust, or use --hub.
     """
     from . import api
 

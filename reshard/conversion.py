@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from . import engine, manifest, output, publish, rerun
 from .checkpoint import Original
+from .companions import Left, words
 from .digest import of, of_blocks
 from .engine import Key, Writer, in_items
 from .errors import PlaceError, ReshardError
@@ -66,7 +67,7 @@ class Result:
     read: int
     written: int
     seconds: float
-    left: tuple[tuple[str, int], ...] = ()
+    left: tuple[Left, ...] = ()
     towers: tuple[str, ...] = ()  # that stand whole on several ranks
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class Result:
             "bytes_read": self.read,
             "bytes_written": self.written,
             "seconds": round(self.seconds, 3),
-            "left": [{"name": name, "size": size} for name, size in self.left],
+            "left": [file._asdict() for file in self.left],
             "towers": list(self.towers),
             **usage(),
         }
@@ -91,9 +92,7 @@ class Result:
             done = [f"{self.out}: {decimal(self.written)} written in {self.seconds:.1f} s ({rate}/s)"]
         if self.towers:
             done += textwrap.wrap(f"carried whole: {', '.join(self.towers)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-        if self.left:
-            names = ", ".join(name for name, _ in self.left[:6]) + (f" and {len(self.left) - 6} more" if len(self.left) > 6 else "")
-            done.append(f"left behind: {names}")
+        done += words(self.left, WIDTH)
         if self.root is not None:
             done.append(f"root digest: {self.root}")
         out, src = (f"./{name}" if name.startswith("-") else name for name in (str(self.out), src))
@@ -333,6 +332,8 @@ def _keep_source(job: Job, reader: Pool) -> list[Listed]:
     for name, content in data.items():
         _write(out.root / name, content)
         kept.append(Listed(name, len(content), of(content)))
+    if source.left:
+        _write(out.root / manifest.LEFT, manifest.dump_left(source.left))
     return kept
 
 
@@ -345,6 +346,12 @@ def _pieces(source: Source, original: Original, reader: Pool) -> Iterator[bytear
 def _copy(name: str, path: Path, mtime_ns: int, root: Path, reader: Pool) -> Listed:
     size = path.stat().st_size
     target = root / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        raise PlaceError(
+            f"{name}: another file was written under this name: the file system takes upper and lower case for the same",
+            "choose a destination that tells them apart",
+        )
     size, digest = _stream(target, (reader.read(path, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)))
     os.utime(target, ns=(mtime_ns, mtime_ns))
     return Listed(name, size, digest)
@@ -365,12 +372,17 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _carried(job: Job) -> list[tuple[str, Path, int]]:
+    """The files that are copied: name, where it is, modification time in ns. Raises ReshardError where we write one of that name."""
     files = [(file.name, file.path, file.mtime_ns) for file in job.source.carried]
+    if "config.json" not in {name for name, _, _ in files}:
+        why = next((file.why for file in job.source.left if file.name == "config.json"), "it is not there")
+        raise ReshardError(f"{job.source.where}: config.json cannot be copied ({why})", "nothing opens a checkpoint without it")
     taken = {*OURS, *(folder(rank) for rank in range(job.output.layout.mesh.world))} if job.output.shards else set()
     taken |= {*job.output.sizes, *job.output.whole}
-    clash = [name for name, _, _ in files if name in taken]
-    if clash:
-        raise ReshardError(f"{job.source.where}: {clash[0]} would be carried over a file of the same name", "rename or move it first")
+    above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
+    for name, _, _ in files:
+        if name in above or any(part in taken for part in (name, *map(str, PurePosixPath(name).parents))):
+            raise ReshardError(f"{job.source.where}: {name} would be carried over a file of the same name", "rename or move it first")
     return files
 
 

@@ -100,7 +100,7 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "towers": _towers(model),
         "kept_aside": len(model.aside),
         "carried": [file.name for file in source.carried],
-        "left": [name for name, _ in source.left],
+        "left": [file.name for file in source.left],
         "root": known.root if known else None,
     }
 

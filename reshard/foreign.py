@@ -17,7 +17,8 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from . import header
-from .checkpoint import WEIGHTS, Original, Published, beside, family_table, index_map, natural, origin_of, read_json, understood
+from .checkpoint import WEIGHTS, Original, Published, family_table, index_map, natural, origin_of, read_json, understood
+from .companions import beside
 from .config import Config
 from .digest import of
 from .engine import Key

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,17 +29,16 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 from . import __version__, header, manifest
 from .checkpoint import (
-    Carried,
     Origin,
     Original,
     Published,
-    carries,
     choose,
     container,
     merge,
     open_published,
     parse_json,
 )
+from .companions import MODULES, Carried, Left, sort_out
 from .digest import FileDigest
 from .errors import PlaceError, ReshardError
 from .files import failed
@@ -108,9 +107,12 @@ def resolve(
         return open_source(path, family)
     if headers_only:
         return open_remote(text, revision, family)
-    root, left = _fetch(ref(text, revision), progress)
+    root, beside = _fetch(ref(text, revision), progress)
     found = _local(root, ref(text, revision))
-    return from_published(found if left is None else replace(found, left=left), family)
+    if beside is not None:  # the cache may hold parts of folders that are left out
+        names, left = beside
+        found = replace(found, carried=tuple(file for file in found.carried if file.name in names), left=left)
+    return from_published(found, family)
 
 
 def open_remote(text: str, revision: str | None, family: Table | None = None) -> Source:
@@ -139,7 +141,7 @@ def published(text: str, revision: str | None) -> Published:
         raise ReshardError(f"{repo.id}: the weights files hold no tensors", "is the upload complete?")
     if index_name is not None:
         originals.append(Original(index_name, repo.files[index_name][0], "plain", 0))
-    carried, left = _beside(repo, {original.name for original in originals})
+    carried, left = _beside(repo, {original.name for original in originals}, read)
     along = tuple(Carried(name, Path(name), repo.files[name][0], 0) for name in carried)
     return Published(repo.id, None, config, tuple(originals), tensors, along, left, Origin(repo.id, repo.commit, repo.license))
 
@@ -235,19 +237,9 @@ def _weights(repo: Repo, read: Callable[[str], bytes]) -> tuple[list[str], str |
     return files, name, index
 
 
-def _beside(repo: Repo, taken: Iterable[str]) -> tuple[list[str], tuple[tuple[str, int], ...]]:
-    """The small files that go along; and what is left, with its size, a directory as one."""
-    carried, left = [], {}
-    for name in sorted(repo.files.keys() - set(taken)):
-        top, _, below = name.partition("/")
-        size = repo.files[name][0]
-        if below:
-            left[f"{top}/"] = 0
-        elif carries(name, size):
-            carried.append(name)
-        else:
-            left[name] = size
-    return carried, tuple(left.items())
+def _beside(repo: Repo, taken: Collection[str], read: Callable[[str], bytes]) -> tuple[list[str], tuple[Left, ...]]:
+    """The small files that are copied, and what is left out."""
+    return sort_out({name: size for name, (size, _) in repo.files.items()}, taken, lambda: read(MODULES))
 
 
 # --- headers ----------------------------------------------------------------------------------------------------------------
@@ -345,8 +337,8 @@ def _opened(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Callable[[
 # --- files ------------------------------------------------------------------------------------------------------------------
 
 
-def _fetch(where: Ref, progress: Progress | None) -> tuple[Path, tuple[tuple[str, int], ...] | None]:
-    """The snapshot's directory, and what was left on the Hub; None where it could not be asked."""
+def _fetch(where: Ref, progress: Progress | None) -> tuple[Path, tuple[list[str], tuple[Left, ...]] | None]:
+    """The snapshot's directory, and what the Hub has beside the weights: fetched, and left out; None where it could not be asked."""
     repo = _listing(where)
     if repo is None:
         return _cached(where), None
@@ -355,10 +347,14 @@ def _fetch(where: Ref, progress: Progress | None) -> tuple[Path, tuple[tuple[str
         if root.name != repo.commit:  # the branch has moved on since
             repo = _listing(Ref(where.id, root.name)) or repo
     at = Ref(repo.id, repo.commit)
-    names, index, _ = _weights(repo, lambda name: _download(at, name).read_bytes())
-    carried, left = _beside(repo, {*names, *([index] if index else ())})
+
+    def read(name: str) -> bytes:
+        return _download(at, name).read_bytes()
+
+    names, index, _ = _weights(repo, read)
+    carried, left = _beside(repo, {*names, *([index] if index else ())}, read)
     _download_all(repo, [*names, *carried], progress or Silent())
-    return root, left
+    return root, (carried, left)
 
 
 def _download_all(repo: Repo, names: list[str], progress: Progress) -> None:

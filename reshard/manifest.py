@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import Origin, Original, inside, read_json
+from .checkpoint import Origin, Original, read_json
+from .companions import Left, inside
 from .digest import of
 from .digest import root as root_digest
 from .errors import MismatchError, PlaceError, ReshardError
@@ -21,8 +22,10 @@ from .shards import FORMAT_VERSION
 
 NAME = "manifest.json"
 FILES = "source/files.json"
+LEFT = "source/left.json"  # what was left out; not listed, since it depends on the copy of the checkpoint and not on the model
 SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked for; as sha256sum writes and checks it
 NOTATION = 1
+_LEFT_MAX = 1 << 20  # bytes
 
 
 class Listed(NamedTuple):
@@ -271,6 +274,31 @@ def load_sums(directory: Path, known: Manifest) -> dict[str, str]:
         return {line[2]: line[1] for line in lines if line is not None}
     except (OSError, ValueError) as error:
         raise MismatchError(f"{directory / SUMS}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
+
+
+def dump_left(left: Iterable[Left]) -> bytes:
+    """The text of source/left.json: what lay beside the weights and was not copied."""
+    return (json.dumps([entry._asdict() for entry in left], indent=1, ensure_ascii=True) + "\n").encode()
+
+
+def load_left(directory: Path) -> tuple[Left, ...]:
+    """Read source/left.json, if there is one."""
+    path = directory / LEFT
+    try:
+        if path.stat().st_size > _LEFT_MAX:
+            raise ValueError(f"it is larger than {_LEFT_MAX} bytes")
+        return tuple(_left(entry) for entry in _list(json.loads(path.read_bytes())))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MismatchError(f"{path}: cannot be read: {error}", "it only says what was not copied, and may be deleted") from None
+
+
+def _left(entry: Mapping[str, Any]) -> Left:
+    name, size, why = entry["name"], entry["size"], entry["why"]
+    if not isinstance(name, str) or type(size) is not int or not isinstance(why, str):
+        raise ValueError(f"{entry!r:.200} is no file and its size")
+    return Left(name, size, why)
 
 
 def residue_path(directory: Path, name: str) -> Path:

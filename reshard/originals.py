@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 
-from .checkpoint import Carried
+from .companions import Carried
 from .digest import FileDigest
 from .errors import ReshardError
 from .files import CHUNK, Pool, failed

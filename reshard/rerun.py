@@ -4,25 +4,18 @@ The same job means the same plan and format version, and for every source file t
 Writes nothing.
 """
 
-import re
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import manifest, publish
+from .companions import CHECKPOINT
 from .errors import ReshardError
 from .files import CHUNK, Pool
 from .progress import Progress
 
 if TYPE_CHECKING:
     from .conversion import Job, Options
-
-# Files of a published checkpoint, by their names: what --overwrite may delete.
-_CHECKPOINT = re.compile(
-    r"[^/]*\.safetensors(\.index\.json)?|(pytorch_)?model[^/]*\.bin(\.index\.json)?|([^/]*_)?config\.json|tokenizer\.[^/]*|[^/]*\.tiktoken"
-    r"|special_tokens_map\.json|added_tokens\.json|vocab\.[^/]*|merges\.txt|spiece\.model|chat_template\.[^/]*"
-    r"|README\.md|LICENSE[^/]*|NOTICE[^/]*|\.gitattributes"
-)
 
 
 def irreplaceable(out: Path, job: "Job") -> str | None:
@@ -31,7 +24,7 @@ def irreplaceable(out: Path, job: "Job") -> str | None:
     files = [name for name in files if name.split("/")[0] not in publish.NOBODYS]
     if manifest.present(out):
         try:
-            known = {manifest.NAME, *(file.name for file in manifest.load(out).files())}
+            known = {manifest.NAME, manifest.LEFT, *(file.name for file in manifest.load(out).files())}
         except ReshardError as error:
             raise ReshardError(
                 f"{out}: --overwrite cannot tell what it would delete: {error.message}",
@@ -39,7 +32,7 @@ def irreplaceable(out: Path, job: "Job") -> str | None:
             ) from None
         return next((name for name in files if name not in known), None)
     known = {*job.output.sizes, *job.output.whole, *(file.name for file in job.source.carried)}
-    beside = next((name for name in files if name not in known and not _CHECKPOINT.fullmatch(name)), None)
+    beside = next((name for name in files if name not in known and not CHECKPOINT.fullmatch(name)), None)
     return beside if beside is not None or (out / "config.json").is_file() else next(iter(files), "directories")
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import header, manifest, tables
-from .checkpoint import Carried, Origin, Original, Published, extent, merge, open_published, parse_json, read_json, understood
+from . import companions, header, manifest, tables
+from .checkpoint import Origin, Original, Published, extent, merge, open_published, parse_json, read_json, understood
 from .checkpoint import index_map as parse_index
+from .companions import Carried, Left
 from .digest import of
 from .engine import Key
 from .errors import MismatchError, ReshardError
@@ -47,7 +48,7 @@ class Source:
     originals: tuple[Original, ...]
     tensors: dict[str, tuple[int, Entry]]  # of the originals: name → (index, entry)
     carried: tuple[Carried, ...] = ()
-    left: tuple[tuple[str, int], ...] = ()
+    left: tuple[Left, ...] = ()
     origin: Origin = field(default_factory=Origin)
     manifest: Manifest | None = None
     residues: dict[str, bytes] = field(default_factory=dict)
@@ -174,8 +175,7 @@ def open_rank(root: Path, rank: int) -> Source:
 def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> Source:
     """The layout follows from manifest.json, config.json and source/; the files of these ranks begin as it says."""
     originals = manifest.load_originals(root)
-    if "config.json" not in {file.name for file in known.carried}:
-        raise MismatchError(f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again")
+    _check_carried(root, known)
     config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
     family, format_table = _tables(root, known)
     tensors = _original_tensors(root, originals)
@@ -206,7 +206,19 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> Source:
         status = (root / file.name).stat()
         carried.append(Carried(file.name, root / file.name, status.st_size, status.st_mtime_ns))
     sums = manifest.load_sums(root, known)
-    return Source(where, root, config, layout, places, originals, tensors, tuple(carried), (), known.origin, known, sums=sums)
+    left = manifest.load_left(root)
+    return Source(where, root, config, layout, places, originals, tensors, tuple(carried), left, known.origin, known, sums=sums)
+
+
+def _check_carried(root: Path, known: Manifest) -> None:
+    """What a manifest lists as copied is what a conversion would copy: merging puts it in the place of the user's choice."""
+    names = [file.name for file in known.carried]
+    if "config.json" not in names:
+        raise MismatchError(f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again")
+    for name in names:
+        why = companions.objection(name) or ("its own name" if name == manifest.NAME else "it is listed twice" * (names.count(name) > 1))
+        if why:
+            raise MismatchError(f"{root / manifest.NAME}: lists {name} as a file to copy: {why}", "do not use this directory")
 
 
 def check_prologue(path: Path, prologue: bytes, size: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .companions import Left, words
 from .units import decimal
 
 MOST = 20  # failures told one by one to people
@@ -75,6 +76,7 @@ class Report:
 
     out: Path
     rungs: tuple[Rung, ...]
+    left: tuple[Left, ...] = ()  # what a conversion left out
 
     @property
     def ok(self) -> bool:
@@ -102,6 +104,8 @@ class Report:
             "sha256": "merging makes the published files",
             "numerics": "the shards compute what the original does",
         }
+        if any(rung.name == "integrity" and rung.notes for rung in self.rungs):
+            said["integrity"] = "the files that the manifest lists are whole"
         done = [said[rung.name] for rung in self.rungs if rung.skipped is None]
         if not done:
             return "nothing was proven"
@@ -111,8 +115,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """What a person wants to know."""
-        return [*(line for rung in self.rungs for line in rung.lines()), *textwrap.wrap(self.verdict, WIDTH)]
+        return [*(line for rung in self.rungs for line in rung.lines()), *words(self.left, WIDTH), *textwrap.wrap(self.verdict, WIDTH)]
 
     def to_json(self) -> dict[str, Any]:
         rungs = [rung.to_json() for rung in self.rungs]
-        return {"out": str(self.out), "ok": self.ok, "proven": self.proven, "verdict": self.verdict, "rungs": rungs}
+        told = {"out": str(self.out), "ok": self.ok, "proven": self.proven, "verdict": self.verdict, "rungs": rungs}
+        return told | {"left": [file._asdict() for file in self.left]}

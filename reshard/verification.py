@@ -7,8 +7,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 import xxhash
 
 from . import engine, manifest
-from .checkpoint import WEIGHTS, Carried
+from .checkpoint import WEIGHTS
+from .companions import Carried, Left
 from .digest import BLOCK, FileDigest
 from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
@@ -25,6 +26,7 @@ from .files import Pool, buffer, failed
 from .join import Plan, plan
 from .manifest import Listed, Manifest
 from .progress import Progress, Silent, until
+from .publish import NOBODYS
 from .shards import Shards, scalar, tensors_json
 from .source import Source, open_source
 from .tables import Constant
@@ -36,8 +38,11 @@ FEW = 64 << 10  # bytes: below, importing ctypes takes longer than they do
 # --- integrity ---------------------------------------------------------------------------------------------------------------------
 
 
-def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung:
-    """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing."""
+def integrity(out: Path, threads: int, progress: Progress | None = None, strict: bool = False) -> Rung:
+    """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing.
+
+    Files that no manifest lists prove nothing: named as unproven, as a failure where an engine might load them, or if `strict`.
+    """
     from .blocks import Block, Blocks
 
     progress = progress or Silent()
@@ -59,8 +64,17 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
             rung.failures.append(f"{file.name}: is missing")
         elif (size := path.stat().st_size) != file.size:
             rung.failures.append(f"{file.name}: has {size} bytes, {file.size} were written")
-    strays = {str(path.relative_to(out)) for path in _weights_in(out)} - {file.name for file in listed}
-    rung.failures += [f"{name}: is none of the files of {manifest.NAME}, and an engine might load it" for name in sorted(strays)]
+    strays = sorted({*_files_in(out)} - {manifest.NAME, manifest.LEFT, *(file.name for file in listed)})
+    loaded = [name for name in strays if _might_be_loaded(name)]
+    rung.failures += [f"{name}: is none of the files of {manifest.NAME}, and an engine might load it" for name in loaded]
+    if others := [name for name in strays if not _might_be_loaded(name)]:
+        rung.numbers = {"unlisted": others}
+        if strict:
+            rung.failures += [f"{name}: is none of the files of {manifest.NAME}" for name in others]
+        else:
+            rung.notes.append(
+                f"{manifest.NAME} does not list {_names(others)}, so that nothing is known of {'it' * (len(others) == 1) or 'them'}"
+            )
     broken = {failure.split(":")[0] for failure in rung.failures}
     whole = [file for file in listed if file.name not in broken]
     weights = {weights.name: tensors for weights, tensors in known.ranks}
@@ -107,14 +121,23 @@ def integrity(out: Path, threads: int, progress: Progress | None = None) -> Rung
     return rung
 
 
-def _weights_in(out: Path) -> Iterator[Path]:
-    """Whatever an engine might load from a directory, through links, too: what ends in .safetensors, and what transformers looks for."""
-    names, seen = {name for pair in WEIGHTS for name in pair}, set()
+def _files_in(out: Path) -> Iterator[str]:
+    """Every file of a directory, through links, too; but for the work of jobs that are at it."""
+    seen = set()
     for base, folders, files in os.walk(out, followlinks=True):
         real = os.path.realpath(base)
-        folders[:] = [] if real in seen else folders  # links may lead round
+        folders[:] = [] if real in seen else [name for name in folders if Path(base) != out or name not in NOBODYS]  # links may lead round
         seen.add(real)
-        yield from (Path(base, name) for name in files if name.lower().endswith(".safetensors") or (name in names and Path(base) == out))
+        yield from (str(Path(base, name).relative_to(out)) for name in files)
+
+
+def _might_be_loaded(name: str) -> bool:
+    """Whether an engine might take a file for weights: what ends in .safetensors, and what transformers looks for."""
+    return name.lower().endswith(".safetensors") or name in {file for pair in WEIGHTS for file in pair}
+
+
+def _names(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _contradictions(out: Path, known: Manifest) -> list[str]:
@@ -365,7 +388,7 @@ def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
         rung.files += 1
 
 
-def _carried(out: Iterable[Carried], source: Iterable[Carried], pool: Pool, rung: Rung) -> None:
+def _carried(out: Sequence[Carried], source: Sequence[Carried], pool: Pool, rung: Rung) -> None:
     there = {file.name: file for file in out}
     for file in source:
         other = there.get(file.name)
@@ -373,6 +396,8 @@ def _carried(out: Iterable[Carried], source: Iterable[Carried], pool: Pool, rung
             rung.failures.append(f"{file.name}: was not carried along")
         elif other.size != file.size or pool.read(file.path, 0, file.size) != pool.read(other.path, 0, other.size):
             rung.failures.append(f"{file.name}: differs from the source's")
+    if more := sorted(there.keys() - {file.name for file in source}):
+        rung.notes.append(f"the source has no {_names(more)} to compare with")
         rung.files += 1
 
 
@@ -383,12 +408,14 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
 
 @dataclass(frozen=True)
 class Wish:
-    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known."""
+    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known;
+    `strict`: files that no manifest lists are a failure."""
 
     only: str | None = None
     sha256: bool = False
     published: Mapping[str, FileDigest] | None = None
     numerics: Callable[[Path, Source | None, Progress], Rung] | None = None
+    strict: bool = False
 
 
 def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
@@ -427,7 +454,7 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
 
     no_manifest = None if shards else "no manifest"
     climbs: dict[str, tuple[str | None, Callable[[], Rung]]] = {
-        "integrity": (no_manifest, lambda: integrity(out, threads, progress)),
+        "integrity": (no_manifest, lambda: integrity(out, threads, progress, wish.strict)),
         "weights": (None if source is not None else "there is nothing to compare with: --against SRC", weigh),
         "sha256": (None, restore),
         "numerics": (None, compute),
@@ -455,4 +482,13 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
             rung = Rung(name, failures=[error.message])
         rung.seconds = time.monotonic() - began
         rungs.append(rung)
-    return Report(out, tuple(rungs))
+    return Report(out, tuple(rungs), _left(out if shards else None, source))
+
+
+def _left(out: Path | None, source: Source | None) -> tuple[Left, ...]:
+    """What is not in a directory of what lay beside the weights: as its conversion noted it, and as it lies there now."""
+    noted: tuple[Left, ...] = ()
+    with suppress(MismatchError):  # whatever is wrong with it, integrity says it
+        noted = manifest.load_left(out) if out is not None else ()
+    known = {file.name: file for file in (*noted, *(source.left if source is not None else ()))}
+    return tuple(known[name] for name in sorted(known))

@@ -179,7 +179,7 @@ def test_large_files_are_left_behind(tmp_path: Path) -> None:
         with (source / name).open("wb") as file:
             file.truncate(size)
     done = reshard("convert", source, tmp_path / "out", "--tp", "2", "--json")
-    assert done.json["left"] == [{"name": "stays.behind", "size": (64 << 20) + 1}]
+    assert done.json["left"] == [{"name": "stays.behind", "size": (64 << 20) + 1, "why": "over 64 MiB"}]
     assert (tmp_path / "out" / "goes.along").stat().st_size == 64 << 20
     assert not (tmp_path / "out" / "stays.behind").exists()
 

@@ -24,7 +24,7 @@ CARD = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n"
 WEIGHTS = {f"model-{n:05}-of-00007.safetensors" for n in range(1, 8)}
 INDEX = "model.safetensors.index.json"
 SMALL = {".gitattributes", "README.md", "config.json", "generation_config.json", "tokenizer.json"}
-OTHERS = {"consolidated.safetensors", "model.gguf", "original/consolidated.00.pth", "pytorch_model.bin", "onnx/config.json"}
+OTHERS = {"consolidated.safetensors", "model.gguf", "original/consolidated.00.pth", "pytorch_model.bin", "onnx/model.onnx"}
 
 # Run in the client; `run` gives expressions. Pauses between attempts are shortened, nothing else is.
 CLIENT = """
@@ -169,7 +169,7 @@ def test_a_remote_checkpoint_reads_as_the_local_one(run: Client, hub: Hub, tiny:
     assert [(name, size) for name, size, _ in found["originals"]] == [(name, size) for name, size, _ in here["originals"]]
     assert {name: digest for name, _, digest in found["originals"]} == {name: sha256(tiny / name) for name in WEIGHTS} | {INDEX: None}
     assert found["carried"] == here["carried"] and {name for name, _ in found["carried"]} == SMALL
-    assert found["left"] == here["left"] and ["original/", 0] in found["left"]
+    assert found["left"] == here["left"] and ["original/", 0, "other weights"] in found["left"]
     assert found["origin"] == [ID, hub.repos[ID].revisions["main"], "apache-2.0"]
     assert found["where"] == ID and found["root"] is None
 
@@ -298,6 +298,42 @@ def test_what_stays_on_the_hub_is_said(run: Client, hub: Hub, tiny: Path) -> Non
     """The report of a convert names the files that were left, although they were not downloaded."""
     fetched, listed, here = run(local(), remote(), remote(str(tiny)))
     assert fetched["left"] == listed["left"] == here["left"]
+
+
+def test_folders_beside_the_weights_come_along_from_the_hub(reshard: Client, run: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    """As from a directory: small ones with all that is in them, those with weights if modules.json names them; hidden ones never.
+
+    What of a folder that is left out lies in the cache already does not come along either.
+    """
+    modules = [{"idx": n, "name": str(n), "path": path, "type": "m"} for n, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    folders = {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tool_use.jinja"}
+    others = {
+        "original/params.json",
+        "original/tokenizer.model",
+        ".github/workflows/ci.yml",
+        "3_Dense/model.safetensors",
+        "deep/.git/config",
+    }
+    for name in folders | others:
+        (tiny / name).parent.mkdir(exist_ok=True, parents=True)
+        (tiny / name).write_bytes(name.encode())
+    (tiny / "modules.json").write_text(json.dumps(modules))
+    hub.add(ID, tiny)
+    fetched = run(f"str(hub._download(hub.ref({ID!r}, None), 'original/params.json'))")
+    assert Path(fetched).read_bytes() == b"original/params.json"
+    hub.clear()
+    code, told, _ = reshard("convert", ID, "hub", "--tp", "2", "--json")
+    assert code == 0 and hub.files() == WEIGHTS | SMALL | {INDEX, "modules.json"} | folders
+    code, here, _ = reshard("convert", tiny, "directory", "--tp", "2", "--json")
+    assert code == 0
+    left = {file["name"]: file["why"] for file in json.loads(told)["left"]}
+    assert json.loads(told)["left"] == json.loads(here)["left"]
+    assert left["original/"] == left["3_Dense/"] == left["onnx/"] == "other weights"
+    assert left[".github/"] == left["deep/.git/"] == "hidden folder"
+    assert folders <= tree(tmp_path / "hub").keys() and not others & tree(tmp_path / "hub").keys()
+    found = run(remote())
+    assert {file["name"] for file in json.loads(told)["left"]} == {name for name, _, _ in found["left"]}
+    assert folders <= {name for name, _ in found["carried"]}
 
 
 def test_the_cache_is_used_and_filled_in(run: Client, hub: Hub, tiny: Path) -> None:
