@@ -125,6 +125,7 @@ def convert(
     checksum: bool = False,
     sha256: bool = False,
     fsync: bool = False,
+    check: bool = True,
     max_file_size: str | int | None = None,
     device_memory: str | int | None = None,
     context: int | None = None,
@@ -133,12 +134,13 @@ def convert(
 ) -> "Result":
     """Convert a checkpoint or a shard directory to `out`: shards for a mesh, or Hugging Face files (`to="hf"`).
 
-    The same job again is recognised (`Result.already`). Raises ReshardError before anything is written for whatever can be told before.
+    A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and the source the
+    same. Raises ReshardError before anything is written for whatever can be told before.
     """
     from .conversion import Options
     from .conversion import convert as convert_job
 
-    options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version)
+    options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
         raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
     source = open_any(src, revision, family, headers_only=False, progress=progress)
@@ -339,7 +341,8 @@ def facts(source: Source, name: str, *options: str) -> "SourceFacts":
     if known is not None:
         sizes = [weights.size for weights, _ in known.ranks]
     else:
-        sizes = [size for size, _ in source.stamps.values()] or [o.size for o in source.originals if o.container != "plain"]
+        weights = [original.size for original in source.originals if original.container != "plain"]
+        sizes = [source.stamps[path].size for path in files] if source.residues else weights
     return SourceFacts(
         name=name,
         files=len(files),

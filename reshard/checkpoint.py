@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from . import companions, header
 from .companions import Carried, Left, beside, inside
 from .dialect import settle
 from .errors import ReshardError
-from .files import failed
+from .files import Stamp, failed
 from .header import Entry
 from .mesh import Range
 from .model import Config, Model, understand
@@ -67,6 +67,7 @@ class Published:
     carried: tuple[Carried, ...] = ()
     left: tuple[Left, ...] = ()
     origin: Origin = field(default_factory=Origin)
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of every file that was read, or is going to be
 
     @property
     def bytes(self) -> int:
@@ -84,11 +85,12 @@ def open_published(root: Path, where: str | None = None) -> Published:
     Raises ReshardError for whatever is missing, truncated, contradictory or outside the directory.
     """
     where = where or str(root)
+    stamps = stamps_of([root / "config.json"])  # before they are read: what changes in between must not go unnoticed
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
-    names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root), config.weights)
+    names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights)
     originals, found = [], []
     for file in names:
-        original, entries = _headers(root, file, index)
+        original, entries, stamps[root / file] = _headers(root, file, index)
         originals.append(original)
         found.append(entries)
     tensors = merge(names, found, index_map, index or names[0])
@@ -97,7 +99,8 @@ def open_published(root: Path, where: str | None = None) -> Published:
     if index is not None:
         originals.append(_plain(root, index))
     carried, left = beside(root, {original.name for original in originals})
-    return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root))
+    stamps = stamps_of(file.path for file in carried) | stamps
+    return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root), stamps)
 
 
 def understood(published: Published, table: Table | None = None) -> tuple[Model, tuple[Original, ...]]:
@@ -276,8 +279,18 @@ def origin_of(root: Path) -> Origin:
 # --- local files -------------------------------------------------------------------------------------------------------------
 
 
-def _read(root: Path, name: str) -> bytes:
+def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """The stamps of files, as far as they are there: whoever reads them says what is missing."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            found[path] = Stamp.of(path.stat())
+    return found
+
+
+def _read(root: Path, stamps: dict[Path, Stamp], name: str) -> bytes:
     _check_link(root / name)
+    stamps |= stamps_of([root / name])
     return (root / name).read_bytes()
 
 
@@ -286,7 +299,7 @@ def _check_link(path: Path) -> None:
         raise ReshardError(f"{path}: is a link to {path.readlink()}, which is not there", "the download is not complete: fetch it again")
 
 
-def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[str, Entry]]:
+def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[str, Entry], Stamp]:
     path = root / name
     if index is None:
         _check_link(path)
@@ -310,7 +323,7 @@ def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[s
             entries = header.read(descriptor, status.st_size, name)[0].entries
     finally:
         os.close(descriptor)
-    return Original(name, status.st_size, kind, status.st_mtime_ns, _known_sha256(path)), entries
+    return Original(name, status.st_size, kind, status.st_mtime_ns, _known_sha256(path)), entries, Stamp.of(status)
 
 
 def _known_sha256(path: Path) -> str | None:

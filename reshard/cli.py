@@ -156,15 +156,18 @@ def plan(src: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any)
 @_device
 @_source
 @_workers
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new is complete.")
-@click.option("--checksum", is_flag=True, help="Is it the same job again? Compare contents, not sizes and times.")
-@click.option("--sha256", is_flag=True, help="Record the SHA-256 of every source file (one more read).")
+@click.option("--overwrite", is_flag=True, help="Write, and replace what is in OUT once the new is complete.")
+@click.option("--checksum", is_flag=True, help="Re-run: compare all of the source with OUT, not a sample of each tensor.")
+@click.option("--no-check", is_flag=True, help="Re-run: do not read OUT to see that it is whole.")
+@click.option("--sha256", is_flag=True, help="Record the SHA-256 of every source file (one more read); a finished OUT gets them added.")
 @click.option("--fsync", is_flag=True, help="Force everything to the device before publishing.")
 @_talk
 def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
     """Write shards for a mesh, or Hugging Face files (--to hf).
 
-    The same job again says so and exits 0; a destination with anything else in it is refused, unless --overwrite.
+    Re-running a finished conversion is a no-op, exit 0: OUT is read once to see that it is whole (exit 1 if it is damaged; --no-check
+    leaves that out), and is compared with a sample of each source tensor, or with every byte where times differ. A destination with
+    anything else in it is refused. --overwrite always writes.
     """
     from . import api
 
@@ -401,7 +404,7 @@ def generate(
 def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Options as the functions of the API take them; what was not given is left to their defaults."""
     arguments = {name: value for name, value in given.items() if value is not None and not name.startswith("no_")}
-    for option in ("pad", "repeat"):
+    for option in ("pad", "repeat", "check"):
         if given.get(f"no_{option}"):
             arguments[option] = False
     return arguments

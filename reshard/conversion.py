@@ -1,10 +1,11 @@
-"""Converting: open, lay out, plan, check everything, then write and publish. The same job again is recognised and costs nothing.
+"""Converting: open, lay out, plan, check everything, then write and publish. A re-run of a finished job writes nothing.
 
 Knows the order of things; how each is done is known elsewhere.
 """
 
 import os
 import shlex
+import shutil
 import textwrap
 import threading
 import time
@@ -19,10 +20,10 @@ import xxhash
 from . import engine, manifest, output, publish, rerun
 from .checkpoint import Original
 from .companions import Left, words
-from .digest import of, of_blocks
+from .digest import FileDigest, of, of_blocks
 from .engine import Key, Writer, in_items
 from .errors import PlaceError, ReshardError
-from .files import CHUNK, Pool, failed
+from .files import Pool, Stamp, check_stamp, failed
 from .header import BITS
 from .join import Plan, plan
 from .manifest import Listed
@@ -30,9 +31,9 @@ from .mesh import Mesh
 from .output import Output
 from .progress import Progress, Silent, until
 from .shards import folder, scalar, shard_digest, tensors_json
-from .source import Source
+from .source import Source, open_source
 from .tables import Constant, Table
-from .threads import count, each
+from .threads import count
 from .units import decimal
 from .verdict import WIDTH
 
@@ -51,6 +52,7 @@ class Options:
     pad: bool = True
     repeat: bool = True
     engine_version: str | None = None
+    check: bool = True  # a re-run: that OUT is whole
 
     @property
     def threads(self) -> int:
@@ -59,7 +61,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. `root`: the digest over all files, None for Hugging Face files. Times in seconds, sizes in bytes."""
+    """What a conversion did. `root`: the digest over all files, None for Hugging Face files. Times in seconds, sizes in bytes.
+
+    `already`: OUT held it; then `decided_by` is what told that the source is the same (see `rerun`), `checked` whether OUT was found whole,
+    and `added` what was added to it.
+    """
 
     out: Path
     already: bool
@@ -69,11 +75,15 @@ class Result:
     seconds: float
     left: tuple[Left, ...] = ()
     towers: tuple[str, ...] = ()  # that stand whole on several ranks
+    decided_by: str | None = None
+    checked: bool = False
+    added: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "already": self.already,
+            **({"decided_by": self.decided_by, "checked": self.checked, "added": list(self.added)} if self.already else {}),
             "root": self.root,
             "bytes_read": self.read,
             "bytes_written": self.written,
@@ -86,7 +96,11 @@ class Result:
     def lines(self, src: str, *options: str) -> list[str]:
         """What a person wants to know, the next command last; `options` are what it must say of the source, too."""
         if self.already:
-            done = [f"{self.out} is already what this job would write (same plan, same source files)"]
+            how = {"sample": "same source, by a sample: --checksum compares everything", "content": "same source, byte by byte"}
+            unchecked = "" if self.checked else "; OUT was not checked"
+            why = f"same plan, {how.get(self.decided_by or '', f'same source, by {self.decided_by}')}{unchecked}"
+            done = textwrap.wrap(f"{self.out} is already what this job would write ({why})", WIDTH, break_on_hyphens=False)
+            done += [f"added: {', '.join(self.added)}"] if self.added else []
         else:
             rate = decimal(round(self.read / max(self.seconds, 1e-9)))
             done = [f"{self.out}: {decimal(self.written)} written in {self.seconds:.1f} s ({rate}/s)"]
@@ -166,23 +180,6 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     return Job(source, out, joined, engine_name)
 
 
-def _check_tied(job: Job, threads: int, progress: Progress) -> None:
-    """Tensors that the output stores once where the source has two must be equal, bit by bit."""
-    out, both = job.output.layout, job.source.layout
-    if not (lost := both.beyond(out)):
-        return
-    from .verification import doubles
-
-    kept = {name: pieces for name, pieces in both.pieces.items() if name not in lost}
-    once = replace(job.source, layout=replace(both, pieces=kept, tied=out.tied))
-    if found := doubles(once, job.source, threads, progress).failures:
-        names = ", ".join(f"{other} and {name}" for name, other in out.tied.items())
-        raise ReshardError(
-            f"{job.source.where}: config.json says tie_word_embeddings, yet {names} are not equal: {found[0]}",
-            "an engine would use one for both: say tie_word_embeddings = false in config.json to keep both",
-        )
-
-
 def _engine(to: str, table: Table, version: str | None) -> str | None:
     """The engine and version that a format is written for; versions that no table describes are refused by name."""
     known = table.engine
@@ -208,12 +205,14 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     publish.check_destination(out, source.root)
     publish.recover(out)
     busy = publish.occupied(out)
+    if busy and not options.overwrite:
+        found = rerun.finished(job, out, options, progress)
+        found, added = _add_sha256(job, out, found, options, progress) if options.sha256 else (found, ())
+        _check_unchanged(source.stamps)
+        found.remember()
+        seconds = time.monotonic() - began
+        return Result(out, True, _root(out), 0, 0, seconds, source.left, job.towers, found.by, found.checked, added)
     if busy:
-        found = rerun.same(job, out, options, progress)
-        if found is None:
-            return Result(out, True, _root(out), 0, 0, time.monotonic() - began, source.left, job.towers)
-        if not options.overwrite:
-            raise ReshardError(f"{out}: is not empty, and {found}", "choose another destination, or --overwrite to replace it")
         if (theirs := rerun.irreplaceable(out, job)) is not None:
             raise ReshardError(
                 f"{out}: holds {theirs}, which is no part of a checkpoint: --overwrite would delete it",
@@ -222,12 +221,20 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         publish.check_replaceable(out)
     carried = _carried(job)
     publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
-    before = _stamps(source)
-    _check_tied(job, options.threads, progress)
+    if source.layout.beyond(job.output.layout):
+        from .verification import check_tied
+
+        check_tied(source, job.output.layout, options.threads, progress)
     if options.sha256:
-        job = _with_sha256(job, options.threads, progress)
-        source = job.source
-    with publish.Publication(out, replace=busy) as publication, closing(Pool(os.O_RDWR)) as pool, closing(Pool()) as reader:
+        from . import originals
+
+        source = originals.hashed(source, options.threads, progress)
+        job = replace(job, source=source)
+    with (
+        publish.Publication(out, replace=busy) as publication,
+        closing(Pool(os.O_RDWR)) as pool,
+        closing(Pool(stamps=source.stamps)) as reader,
+    ):
         job.output.below(publication.work)
         try:
             _lay_files(job, pool, reader)
@@ -236,7 +243,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             _move(job, options, pool, reader, digests, progress)
             root = _finish(job, carried, reader, digests)
             pool.close(sync=options.fsync)
-            _check_unchanged(before)
+            _check_unchanged(source.stamps)
             if options.fsync:
                 _sync(publication.work)
         except OSError as error:
@@ -279,8 +286,9 @@ def _lay_files(job: Job, pool: Pool, reader: Pool) -> None:
         for offset, data in out.literals.get(name, ()):
             pool.write(path, offset, data)
         for offset, length, place, at in out.moved.get(name, ()):
-            for start in range(0, length, CHUNK):
-                pool.write(path, offset + start, reader.read(place, at + start, min(CHUNK, length - start)))
+            for piece in reader.chunks(place, at, length):
+                pool.write(path, offset, piece)
+                offset += len(piece)
     for slot in out.layout.constants if out.shards else ():
         for point in slot.points():
             path, entry = out.locate((slot.rank, slot.name(point)))
@@ -295,9 +303,7 @@ def _finish(job: Job, carried: Sequence[tuple[str, Path, int]], reader: Pool, di
     out, source = job.output, job.source
     along = [_copy(name, path, mtime, out.root, reader) for name, path, mtime in carried]
     if digests is None:
-        newest = max((original.mtime_ns for original in source.originals), default=0)
-        for name in (*out.sizes, *out.whole):
-            mtime = out.mtimes.get(name, newest)
+        for name, mtime in out.mtimes.items():
             os.utime(out.root / name, ns=(mtime, mtime))
         return None
     kept = _keep_source(job, reader)
@@ -324,11 +330,7 @@ def _keep_source(job: Job, reader: Pool) -> list[Listed]:
         size, digest = _stream(path, _pieces(source, original, reader))
         os.utime(path, ns=(original.mtime_ns, original.mtime_ns))
         kept.append(Listed(str(path.relative_to(out.root)), size, digest))
-    texts = {f"source/families/{name}.toml": text for name, text in out.layout.model.family.texts.items()}
-    texts |= {f"source/formats/{name}.toml": text for name, text in out.layout.table.texts.items()}
-    data = {name: text.encode() for name, text in texts.items()} | {manifest.FILES: manifest.dump_originals(source.originals)}
-    if source.sums:
-        data[manifest.SUMS] = manifest.dump_sums(source.sums)
+    data = _source_texts(job)
     for name, content in data.items():
         _write(out.root / name, content)
         kept.append(Listed(name, len(content), of(content)))
@@ -337,10 +339,20 @@ def _keep_source(job: Job, reader: Pool) -> list[Listed]:
     return kept
 
 
+def _source_texts(job: Job) -> dict[str, bytes]:
+    """The small files of the folder `source`."""
+    family, table = job.output.layout.model.family, job.output.layout.table
+    texts = {f"source/families/{name}.toml": text for name, text in family.texts.items()}
+    texts |= {f"source/formats/{name}.toml": text for name, text in table.texts.items()}
+    data = {name: text.encode() for name, text in texts.items()} | {manifest.FILES: manifest.dump_originals(job.source.originals)}
+    if job.source.sums:
+        data[manifest.SUMS] = manifest.dump_sums(job.source.sums)
+    return data
+
+
 def _pieces(source: Source, original: Original, reader: Pool) -> Iterator[bytearray]:
     for _, length, path, at in source.residue(original):
-        for start in range(0, length, CHUNK):
-            yield reader.read(path, at + start, min(CHUNK, length - start))
+        yield from reader.chunks(path, at, length)
 
 
 def _copy(name: str, path: Path, mtime_ns: int, root: Path, reader: Pool) -> Listed:
@@ -352,7 +364,7 @@ def _copy(name: str, path: Path, mtime_ns: int, root: Path, reader: Pool) -> Lis
             f"{name}: another file was written under this name: the file system takes upper and lower case for the same",
             "choose a destination that tells them apart",
         )
-    size, digest = _stream(target, (reader.read(path, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)))
+    size, digest = _stream(target, reader.chunks(path, 0, size))
     os.utime(target, ns=(mtime_ns, mtime_ns))
     return Listed(name, size, digest)
 
@@ -390,29 +402,14 @@ def _residue_bytes(job: Job) -> int:
     return sum(high - low for original in job.source.originals for low, high in original.residue()) if job.output.shards else 0
 
 
-def _stamps(source: Source) -> dict[Path, tuple[int, int]]:
-    """Size and time of every file that is going to be read; of published weights as they were when their headers were."""
-    if source.root is None:
-        return {}
-    paths = source.read_files()
-    if source.manifest is not None:
-        paths += [manifest.residue_path(source.root, original.name) for original in source.originals]
-    stamps = {path: ((status := path.stat()).st_size, status.st_mtime_ns) for path in paths}
-    if source.residues:
-        stamps |= source.stamps
-    elif source.manifest is None:
-        stamps |= {source.root / original.name: (original.size, original.mtime_ns) for original in source.originals}
-    return stamps
-
-
-def _check_unchanged(before: dict[Path, tuple[int, int]]) -> None:
-    for path, stamp in before.items():
+def _check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Raise PlaceError if a file that was read is not what it was when it was opened first."""
+    for path, stamp in stamps.items():
         try:
             status = path.stat()
         except FileNotFoundError:
             status = None
-        if status is None or (status.st_size, status.st_mtime_ns) != stamp:
-            raise PlaceError(f"{path}: was changed while it was being read", "convert again, when nobody writes to it any more")
+        check_stamp(path, stamp, status)
 
 
 def _sync(folder_: Path) -> None:
@@ -434,37 +431,72 @@ def _sync_path(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _with_sha256(job: Job, threads: int, progress: Progress) -> Job:
-    """The same job with the SHA-256 of every published file, and of every one carried along, that is not known yet."""
-    import hashlib
+def _add_sha256(job: Job, out: Path, found: rerun.Finished, options: Options, progress: Progress) -> tuple[rerun.Finished, tuple[str, ...]]:
+    """Add to finished shards the SHA-256 of the source's files, as far as they lack it: what `convert --sha256` would have written.
 
-    source = job.source
-    if source.root is None or source.manifest is not None or source.residues:
-        return job
-    halt = threading.Event()
-    files = {original.name: (source.root / original.name, original.size) for original in source.originals if not original.sha256}
-    files |= {file.name: (file.path, file.size) for file in source.carried}
+    Merging the shards must make files of these digests, which proves the content. Everything else is linked into a new directory, which
+    takes the place of the old as any conversion does: a reader finds the one or the other.
+    """
+    from . import originals
 
-    found: dict[str, str] = {}
+    if not job.output.shards:
+        return found, ()  # Hugging Face files have no place for them
+    known = manifest.load(out)
+    lacking = {original.name for original in manifest.load_originals(out) if not original.sha256}
+    if originals.hashable(job.source) and (lacking or not manifest.load_sums(out, known)):
+        source = originals.hashed(job.source, options.threads, progress)
+    elif any(original.sha256 and original.name in lacking for original in job.source.originals):
+        source = job.source
+    else:
+        return found, ()
+    digests = {original.name: original.sha256 for original in source.originals if original.sha256} | source.sums
+    wanted = {name: FileDigest("sha256", digest, "is that of the source's") for name, digest in digests.items()}
+    if failures := originals.sha256(open_source(out), wanted, options.threads, progress).failures:
+        raise ReshardError(
+            f"{out}: is not empty, and the source has other contents: {failures[0]}",
+            "choose another destination, or --overwrite to replace it",
+        )
+    texts = _source_texts(replace(job, source=source))
+    kept = [file for file in known.source if file.name not in texts]
+    kept += [Listed(name, len(text), of(text)) for name, text in texts.items()]
+    texts[manifest.NAME], _ = manifest.dump(
+        job.output.layout, engine=job.engine, origin=known.origin, plan=known.plan, ranks=known.ranks, carried=known.carried, source=kept
+    )
+    publish.check_replaceable(out)
+    with publish.Publication(out, replace=True) as publication:
+        try:
+            _link(out, publication.work)
+            for name, text in texts.items():
+                (publication.work / name).unlink(missing_ok=True)  # never through the link
+                _write(publication.work / name, text)
+            _check_unchanged(source.stamps)
+            if options.fsync:
+                _sync(publication.work)
+        except OSError as error:
+            raise failed("writing", out, error) from error
+        publication.commit(manifest.NAME)
+        if options.fsync:
+            _sync_directory(publication.out)
+            _sync_directory(publication.out.parent)
+    return replace(found, by="sha256"), ("SHA-256",)
 
-    def digest(item: tuple[str, tuple[Path, int]]) -> None:
-        name, (path, _) = item
-        state = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while not halt.is_set() and (piece := file.read(CHUNK)):
-                state.update(piece)
-                progress.advance(len(piece))
-        found[name] = state.hexdigest()
 
-    progress.start("computing SHA-256", sum(size for _, size in files.values()))
-    try:
-        each(files.items(), digest, threads, halt)
-    except OSError as error:
-        raise failed("reading", source.root, error) from error
-    progress.finish()
-    originals = tuple(original._replace(sha256=found.get(original.name, original.sha256)) for original in source.originals)
-    sums = {file.name: found[file.name] for file in source.carried}
-    return replace(job, source=replace(source, originals=originals, sums=sums))
+def _link(out: Path, work: Path) -> None:
+    """The same files in another directory of the same file system, whatever they are."""
+
+    def theirs(folder_: str, names: list[str]) -> list[str]:
+        return [name for name in names if name in publish.NOBODYS] if Path(folder_) == out else []
+
+    def link(path: str, to: str) -> None:
+        try:
+            os.link(path, to, follow_symlinks=False)
+        except OSError as error:
+            raise PlaceError(
+                f"{path}: cannot be linked to {to}: {error.strerror}",
+                "--sha256 adds to a finished directory by way of hard links; here --overwrite --sha256 does it, by writing all of it anew",
+            ) from error
+
+    shutil.copytree(out, work, symlinks=True, ignore=theirs, copy_function=link, dirs_exist_ok=True)
 
 
 def _root(out: Path) -> str | None:

@@ -5,8 +5,9 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import PlaceError
 
@@ -22,6 +23,33 @@ VIEWS = os.sysconf("SC_IOV_MAX")  # buffers that one system call fills
 CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
 
 
+class Stamp(NamedTuple):
+    """Tells one state of a file from another. Size and mtime can be the same by intent or by chance (`cp -p`, image layers that set every
+    time to 1970); ctime and inode cannot be chosen."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def check_stamp(path: Path, stamp: Stamp, status: os.stat_result | None) -> None:
+    """Raise PlaceError if a file is not what it was when it was opened first; `status` is None if it is gone."""
+    found = None if status is None else Stamp.of(status)
+    if found != stamp:
+        if found is None:
+            what = "it is gone"
+        elif found[:2] != stamp[:2]:
+            what = f"it had {stamp.size} bytes, now {found.size}" if found.size != stamp.size else "its mtime is another"
+        else:
+            what = "another file has taken its place" if found.inode != stamp.inode else "its ctime is another"
+        raise PlaceError(f"{path}: was changed while it was being read: {what}", "convert again, when nobody writes to it any more")
+
+
 def buffer(size: int) -> memoryview:
     """So many bytes of memory, of which no page is taken before it is written to."""
     return memoryview(mmap.mmap(-1, max(size, 1)))[:size]
@@ -34,10 +62,13 @@ def batches(buffers: Views) -> list[Batch]:
 
 
 class Pool:
-    """Open descriptors by path, closed in the order of least recent use when there are too many; safe among threads."""
+    """Open descriptors by path, closed in the order of least recent use when there are too many; safe among threads.
 
-    def __init__(self, flags: int = os.O_RDONLY, most: int = 128) -> None:
-        self._flags, self._most = flags | os.O_CLOEXEC, most
+    A path that has one of the `stamps` must still be that file when it is opened: PlaceError otherwise.
+    """
+
+    def __init__(self, flags: int = os.O_RDONLY, most: int = 128, stamps: Mapping[Path, Stamp] | None = None) -> None:
+        self._flags, self._most, self._stamps = flags | os.O_CLOEXEC, most, stamps or {}
         self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
         self._lock = threading.Lock()
 
@@ -58,6 +89,11 @@ class Pool:
         data = bytearray(length)
         self.read_into(path, offset, memoryview(data))
         return data
+
+    def chunks(self, path: Path | bytes, offset: int, length: int) -> Iterator[bytearray]:
+        """The same, in pieces of CHUNK bytes."""
+        for at in range(0, length, CHUNK):
+            yield self.read(path, offset + at, min(CHUNK, length - at))
 
     def write(self, path: Path, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`."""
@@ -98,6 +134,12 @@ class Pool:
                     found = (os.open(path, self._flags), [0])
                 except OSError as error:
                     raise failed("opening", path, error) from error
+                if (stamp := self._stamps.get(path)) is not None:
+                    try:
+                        check_stamp(path, stamp, os.fstat(found[0]))
+                    except BaseException:
+                        os.close(found[0])
+                        raise
                 self._open[path] = found
             self._open.move_to_end(path)
             found[1][0] += 1

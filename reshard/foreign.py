@@ -17,13 +17,13 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from . import header
-from .checkpoint import WEIGHTS, Original, Published, family_table, index_map, natural, origin_of, read_json, understood
+from .checkpoint import WEIGHTS, Original, Published, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
 from .companions import beside
 from .config import Config
 from .digest import of
 from .engine import Key
 from .errors import Problems, ReshardError
-from .files import failed
+from .files import Stamp, failed
 from .header import Entry
 from .layout import Layout, Slot, lay_out
 from .mesh import Mesh
@@ -37,7 +37,6 @@ MAX_FILE_SIZE = 50 * 10**9  # bytes: what save_pretrained of transformers 5 spli
 NS = 10**9
 MOST_TENSORS = 1_000_000  # of one row: more can only be a config.json that is not this checkpoint's
 
-Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
 Place = tuple[Path, Entry]
 Held = dict[str, dict[int, str]]  # logical tensor → layer (-1: belongs to none) → dtype
 
@@ -50,7 +49,6 @@ class Foreign:
     layout: Layout
     places: dict[Key, Place]
     residues: dict[str, bytes]
-    stamps: dict[Path, Stamp]  # of each shard file, when its header was read
 
 
 def recognised(root: Path) -> Table | None:
@@ -74,6 +72,7 @@ def open_shards(root: Path, table: Table, family: Table | None = None) -> Foreig
     """
     where = str(root)
     files, tp, pp = _ranks(root, table)
+    earlier = stamps_of([root / "config.json"])
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
     places, stamps = _read(root, files, tp)
     if not places:
@@ -90,7 +89,8 @@ def open_shards(root: Path, table: Table, family: Table | None = None) -> Foreig
     originals, tensors, residues = _as_transformers_would(model, _one_time(stamps))
     published = Published(where, root, config, originals, tensors, *beside(root, {path.name for path in stamps}), origin_of(root))
     model, originals = understood(published, family)
-    return Foreign(replace(published, originals=originals), lay_out(reading.format, model, mesh), places, residues, stamps)
+    stamps = stamps_of(file.path for file in published.carried) | earlier | stamps
+    return Foreign(replace(published, originals=originals, stamps=stamps), lay_out(reading.format, model, mesh), places, residues)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _header(path: Path) -> tuple[dict[str, Entry], Stamp]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
-        return header.read(descriptor, status.st_size, str(path))[0].entries, (status.st_size, status.st_mtime_ns)
+        return header.read(descriptor, status.st_size, str(path))[0].entries, Stamp.of(status)
     finally:
         os.close(descriptor)
 
@@ -377,8 +377,8 @@ def _sized(model: Model, sizes: dict[str, int]) -> Model:
 
 def _one_time(stamps: Mapping[Path, Stamp]) -> int:
     """One time for files made of many, in ns: the second of the newest; below it, whatever changes when any of them does."""
-    text = "".join(f"{path.name} {size} {mtime}\n" for path, (size, mtime) in sorted(stamps.items()))
-    second = max(mtime for _, mtime in stamps.values()) // NS
+    text = "".join(f"{path.name} {stamp.size} {stamp.mtime_ns}\n" for path, stamp in sorted(stamps.items()))
+    second = max(stamp.mtime_ns for stamp in stamps.values()) // NS
     return second * NS + int(of(text.encode()), 16) % NS
 
 

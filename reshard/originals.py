@@ -6,11 +6,12 @@ What merging would write is streamed and hashed; nothing is written, nothing but
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
-from .companions import Carried
 from .digest import FileDigest
 from .errors import ReshardError
-from .files import CHUNK, Pool, failed
+from .files import Pool, failed
 from .join import plan
 from .output import restored
 from .progress import Progress, Silent
@@ -65,7 +66,7 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
                     rung.failures.append(f"{name}: the shards make a file of {kind} {state.hexdigest()}, {digest.value} {digest.by}")
 
         jobs: list[Job] = [(file.name, file.size, streams.windows(file.name)) for file in known]
-        jobs += [(file.name, file.size, _read(file, pool)) for file in along]
+        jobs += [(file.name, file.size, pool.chunks(file.path, 0, file.size)) for file in along]
         jobs.sort(key=lambda job: -job[1])  # the largest first: they end together
         try:
             each(jobs, check, threads, halt)
@@ -82,6 +83,38 @@ def _first(out: Source, wanted: Mapping[str, FileDigest]) -> str:
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
-def _read(file: Carried, pool: Pool) -> Iterator[bytearray]:
-    for at in range(0, file.size, CHUNK):
-        yield pool.read(file.path, at, min(CHUNK, file.size - at))
+def hashable(source: Source) -> bool:
+    """Whether the published files are there to be hashed: of shards no more is known than what their directory remembers."""
+    return source.root is not None and source.manifest is None and not source.residues
+
+
+def hashed(source: Source, threads: int, progress: Progress) -> Source:
+    """The source with the SHA-256 of every published file, and of every one carried along, that is not known yet.
+
+    Raises PlaceError if a file is not what it was when its header was read.
+    """
+    import hashlib
+
+    if source.root is None or not hashable(source):
+        return source
+    halt = threading.Event()
+    files = {original.name: (source.root / original.name, original.size) for original in source.originals if not original.sha256}
+    files |= {file.name: (file.path, file.size) for file in source.carried}
+    found: dict[str, str] = {}
+    progress.start("computing SHA-256", sum(size for _, size in files.values()))
+    with closing(Pool(stamps=source.stamps)) as pool:
+
+        def digest(item: tuple[str, tuple[Path, int]]) -> None:
+            name, (path, size) = item
+            state = hashlib.sha256()
+            for piece in pool.chunks(path, 0, size):
+                if halt.is_set():
+                    return
+                state.update(piece)
+                progress.advance(len(piece))
+            found[name] = state.hexdigest()
+
+        each(files.items(), digest, threads, halt)
+    progress.finish()
+    originals = tuple(original._replace(sha256=found.get(original.name, original.sha256)) for original in source.originals)
+    return replace(source, originals=originals, sums={file.name: found[file.name] for file in source.carried})

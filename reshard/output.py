@@ -28,7 +28,7 @@ class Output:
     entries: dict[Key, tuple[str, Entry]]
     literals: dict[str, list[Literal]] = field(default_factory=dict)
     moved: dict[str, list[Moved]] = field(default_factory=dict)
-    mtimes: dict[str, int] = field(default_factory=dict)  # files restored keep their time
+    mtimes: dict[str, int] = field(default_factory=dict)  # of Hugging Face files: those restored keep their time
     whole: dict[str, bytes] = field(default_factory=dict)  # small files written as they are
     shards: tuple[Shard, ...] = ()
     plan: str = ""
@@ -85,12 +85,15 @@ def split_anew(source: Source, max_file_size: int) -> Output:
 
     order = resplit.loaded_order(stored)
     files, index = resplit.resplit([(name, stored[name].dtype, stored[name].shape) for name in order], max_file_size)
+    whole = {"model.safetensors.index.json": index} if index is not None else {}
+    newest = max((original.mtime_ns for original in source.originals), default=0)
     return Output(
         layout,
         {file.name: len(file.header) + sum(entry.nbytes for _, entry in file.tensors) for file in files},
         {(0, name): (file.name, entry) for file in files for name, entry in file.tensors},
         {file.name: [(0, file.header)] for file in files},
-        whole={"model.safetensors.index.json": index} if index is not None else {},
+        mtimes=dict.fromkeys([*(file.name for file in files), *whole], newest),
+        whole=whole,
     )
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import companions, header, manifest, tables
-from .checkpoint import Origin, Original, Published, extent, merge, open_published, parse_json, read_json, understood
+from .checkpoint import Origin, Original, Published, extent, merge, open_published, parse_json, read_json, stamps_of, understood
 from .checkpoint import index_map as parse_index
 from .companions import Carried, Left
 from .digest import of
 from .engine import Key
 from .errors import MismatchError, ReshardError
-from .files import Pool, failed
+from .files import Pool, Stamp, failed
 from .header import Entry
 from .layout import Layout, lay_out
 from .manifest import Manifest
@@ -36,8 +36,8 @@ Extent = tuple[int, int, Path | bytes, int]  # offset in the original file, leng
 class Source:
     """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read.
 
-    Where those are nowhere to be found, but what transformers would write, `residues` has their bytes that are no tensors; `stamps` are
-    then the sizes and times of the files read in their stead, when their headers were.
+    Where those are nowhere to be found, but what transformers would write, `residues` has their bytes that are no tensors.
+    `stamps`: what every file that is read was like when it was opened first.
     """
 
     where: str
@@ -52,7 +52,7 @@ class Source:
     origin: Origin = field(default_factory=Origin)
     manifest: Manifest | None = None
     residues: dict[str, bytes] = field(default_factory=dict)
-    stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    stamps: dict[Path, Stamp] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)  # SHA-256 of files carried along, as far as they are known
 
     def locate(self, key: Key) -> tuple[Path, Entry]:
@@ -88,12 +88,6 @@ class Source:
         """The layout of the original files."""
         model = self.layout.model
         return lay_out(model.family, model, Mesh(), model.active)
-
-    def read_files(self) -> list[Path]:
-        """Every file with bytes that a conversion reads."""
-        assert self.root is not None
-        paths = {path: None for path, _ in self.places.values()}
-        return [*paths, *(carried.path for carried in self.carried)]
 
 
 def open_source(path: Path, family: Table | None = None) -> Source:
@@ -133,6 +127,7 @@ def from_published(published: Published, family: Table | None = None) -> Source:
         published.carried,
         published.left,
         published.origin,
+        stamps=published.stamps,
     )
 
 
@@ -150,7 +145,7 @@ def _from_foreign(found: "Foreign") -> Source:
         published.left,
         published.origin,
         residues=found.residues,
-        stamps=found.stamps,
+        stamps=published.stamps,
     )
 
 
@@ -159,8 +154,9 @@ def _from_foreign(found: "Foreign") -> Source:
 
 def _open_shards(root: Path) -> Source:
     known = manifest.load(root)
+    stamps = stamps_of(root / file.name for file in known.files())
     check_small_files(root, known)
-    return _opened(root, known, range(len(known.ranks)))
+    return replace(_opened(root, known, range(len(known.ranks))), stamps=stamps)
 
 
 def open_rank(root: Path, rank: int) -> Source:

@@ -24,9 +24,11 @@ from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
 from .files import Pool, buffer, failed
 from .join import Plan, plan
+from .layout import Layout
 from .manifest import Listed, Manifest
 from .progress import Progress, Silent, until
 from .publish import NOBODYS
+from .sample import sample
 from .shards import Shards, scalar, tensors_json
 from .source import Source, open_source
 from .tables import Constant
@@ -209,28 +211,28 @@ class Comparer:
         self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
         self._buffer = buffer(engine.TILE)
         self._seen: dict[Key, int] = {}
-        self._bad: set[Key] = set()
+        self.bad: set[Key] = set()
 
     def put(self, key: Key, offset: int, data: memoryview) -> None:
         path, entry = self.place.locate(key)
         found = self._buffer[: len(data)]
         self.pool.read_into(path, entry.offset + offset, found)
         self._seen[key] = self._seen.get(key, 0) + len(data)
-        if key in self._bad or _equal(found, data):
+        if key in self.bad or _equal(found, data):
             return
         first = offset + next(at for at, (mine, theirs) in enumerate(zip(found, data, strict=True)) if mine != theirs)
-        self._bad.add(key)
+        self.bad.add(key)
         self.fail(f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}")
 
     def done(self, keys: Iterable[Key]) -> None:
         for key in keys:
             path, entry = self.place.locate(key)
             at = self._seen.pop(key, 0)
-            while self.padded and at < entry.nbytes and key not in self._bad and entry.strides is None:  # zero padding stands at the end
+            while self.padded and at < entry.nbytes and key not in self.bad and entry.strides is None:  # zero padding stands at the end
                 found = self._buffer[: min(engine.TILE, entry.nbytes - at)]
                 self.pool.read_into(path, entry.offset + at, found)
                 if bytes(found).count(0) < len(found):
-                    self._bad.add(key)
+                    self.bad.add(key)
                     self.fail(f"{path.parent.name}/{path.name}: {key[1]}: padding from byte {at} on is not zero")
                 at += len(found)
             with self.lock:
@@ -309,18 +311,34 @@ class _Tied(Comparer):
     than = "the tensor that it is tied to"
 
 
-def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
-    """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit."""
+def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None, sampled: bool = False) -> Rung:
+    """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit, or in a sample."""
     progress = progress or Silent()
     rung, lock = Rung("tied"), threading.Lock()
     once = source.layout.beyond(out.layout)
     if not once:
         return rung
     joined = plan(out.layout, replace(source.layout, pieces=once))
+    if sampled:
+        joined, progress = sample(joined, out, source), Silent()
     sizes = source.layout.logical_bytes()
     progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
-    _hold_against(joined, out, source, lambda pool: _Tied(source, pool, rung, lock), threads, progress)
+    _hold_against(joined, out, source, lambda pool: _Tied(source, pool, rung, lock, padded=not sampled), threads, progress)
     return rung
+
+
+def check_tied(source: Source, out: Layout, threads: int, progress: Progress | None = None, sampled: bool = False) -> None:
+    """Tensors that `out` stores once where the source has two must be equal: ReshardError otherwise."""
+    if not (lost := source.layout.beyond(out)):
+        return
+    kept = {name: pieces for name, pieces in source.layout.pieces.items() if name not in lost}
+    once = replace(source, layout=replace(source.layout, pieces=kept, tied=out.tied))
+    if found := doubles(once, source, threads, progress, sampled).failures:
+        names = ", ".join(f"{other} and {name}" for name, other in out.tied.items())
+        raise ReshardError(
+            f"{source.where}: config.json says tie_word_embeddings, yet {names} are not equal: {found[0]}",
+            "an engine would use one for both: say tie_word_embeddings = false in config.json to keep both",
+        )
 
 
 class _Copy(Comparer):
