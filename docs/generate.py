@@ -204,7 +204,7 @@ def session() -> str:
         )
         if done.returncode:
             raise RuntimeError(f"scripts/demo failed:\n{done.stdout}")
-        said = re.sub(r"^[a-z ]+: .* of .* \(\d+ %\).*\n", "", done.stdout, flags=re.M)  # the heartbeat of what takes long
+        said = re.sub(r"^[a-z ]+: .* of .* \([0-9]+ %\).*\n", "", done.stdout, flags=re.M)  # the heartbeat of what takes long
         text = re.sub(r"\n{3,}", "\n\n", said.replace(str(work), SHOWN_AS).strip())
     return f"```console\n{text}\n```"
 
@@ -212,11 +212,11 @@ def session() -> str:
 def comparable(text: str) -> str:
     """A session without what differs from run to run and from machine to machine: times, rates, digests, workers, what a model makes up."""
     text = re.sub(r"(\$ reshard generate [^\n]*\n).*?(\n\$|\n```)", r"\1TEXT\2", text, flags=re.S)
-    text = re.sub(r"transformers [\d.]+; logits off by [\d.]+ ×", "transformers; logits off by N ×", text)
-    text = re.sub(r", [\d.]+ s\b", ", T s", text)
-    text = re.sub(r"in [\d.]+ s \([\d.]+ [kMG]?B/s\)", "in T s (R GB/s)", text)
+    text = re.sub(r"transformers [0-9.]+; logits off by [0-9.]+ ×", "transformers; logits off by N ×", text)
+    text = re.sub(r", [0-9.]+ s\b", ", T s", text)
+    text = re.sub(r"in [0-9.]+ s \([0-9.]+ [kMG]?B/s\)", "in T s (R GB/s)", text)
     text = re.sub(r"\b[0-9a-f]{32}\b", "DIGEST", text)
-    return re.sub(r"memory while converting \S+ MiB at most \(\d+ workers?\)", "memory while converting M", text)
+    return re.sub(r"memory while converting \S+ MiB at most \([0-9]+ workers?\)", "memory while converting M", text)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------------

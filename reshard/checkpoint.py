@@ -21,6 +21,7 @@ from .dialect import settle
 from .errors import ReshardError
 from .files import Stamp, failed
 from .header import Entry
+from .limits import DIGITS
 from .mesh import Range
 from .model import Config, Model, understand
 from .notation import fold
@@ -259,7 +260,7 @@ def container(name: str) -> str:
 
 def natural(name: str) -> list[object]:
     """A key that sorts file names by the numbers in them."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(re.split(f"([0-9]{{1,{DIGITS}}})", name))]
 
 
 def origin_of(root: Path) -> Origin:

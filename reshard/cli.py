@@ -18,6 +18,7 @@ import click
 
 from . import __version__
 from .errors import ReshardError
+from .limits import numeral
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -43,10 +44,9 @@ def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | 
 def _ranks(_: click.Context, __: click.Parameter, text: str | None) -> int | str | None:
     if text is None or text == "auto":
         return text
-    try:
-        return int(text)
-    except ValueError:
-        raise ReshardError(f'--tp {text}: a number of ranks is needed, or "auto"') from None
+    if (found := numeral(text)) is None:
+        raise ReshardError(f'--tp {text}: a number of ranks is needed, or "auto"')
+    return found
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from .limits import numeral
+
 INNER = ("text_config", "llm_config", "language_config")  # where multimodal checkpoints keep what the language model is
 
 
@@ -38,7 +40,8 @@ class Config:
         for word in (" == ", " != "):
             left, compared, right = key.partition(word)
             if compared:
-                other = int(right) if right.isdecimal() else right[1:] if right.startswith("=") else self.get(right)
+                plain = numeral(right)
+                other = plain if plain is not None else right[1:] if right.startswith("=") else self.get(right)
                 return self.get(left) is not None and (self.get(left) == other) == (word == " == ")
         return not self.get(key[1:]) if key.startswith("!") else bool(self.get(key))
 

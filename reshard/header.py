@@ -268,7 +268,7 @@ def _loads(raw: bytes, node: Any) -> Any:
 
 
 _LONE = re.compile(r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})")
-_DECIMAL = re.compile(r"-?(\d+)(?:\.(\d+))?(?:[eE]([-+]?)0*(\d*))?")
+_DECIMAL = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?(?:[eE]([-+]?)0*([0-9]*))?")
 
 
 def _constant(literal: str) -> float:

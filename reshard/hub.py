@@ -43,6 +43,7 @@ from .digest import FileDigest
 from .errors import PlaceError, ReshardError
 from .files import failed
 from .header import Entry
+from .limits import numeral
 from .model import Config
 from .progress import Progress, Silent
 from .source import Source, from_published, open_source
@@ -297,13 +298,13 @@ def _range(url: str, low: int, high: int, where: str) -> tuple[bytes, int | None
         hf_raise_for_status(response)
         skip = 0
         if response.status_code == 206:
-            said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            said = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", response.headers.get("Content-Range", ""))
             if said is None or int(said[1]) != low:
                 raise ConnectionError(f"bytes from {low} on were asked for, the answer is {response.headers.get('Content-Range')!r}")
             total = None if said[2] == "*" else int(said[2])
         else:
             skip, length = low, response.headers.get("Content-Length")
-            total = int(length) if length and "Content-Encoding" not in response.headers else None
+            total = numeral(length) if length and "Content-Encoding" not in response.headers else None
         if skip > UNRANGED:
             raise ReshardError(
                 f"{where}: {constants.ENDPOINT} ignores range requests, bytes from {low} on would cost all before them",

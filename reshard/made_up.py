@@ -21,6 +21,7 @@ from .config import Config
 from .damages import Data
 from .dialect import settle
 from .errors import ReshardError
+from .limits import numeral
 from .notation import Pattern, bases, block_of, evaluate
 from .sizes import axis_size
 from .tables import Row, Table
@@ -245,8 +246,8 @@ def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers
     for axis in sorted((axes | {"layer"}) - blocks | bases, key=lambda axis: (axis not in _SMALL, axis)):
         if axis in composite or axis in table.axes:
             continue
-        if table.sizes.get(axis, "").isdecimal():
-            sizes[axis] = int(table.sizes[axis])
+        if (plain := numeral(table.sizes.get(axis, ""))) is not None:
+            sizes[axis] = plain
             continue
         key = _first(table.sizes.get(axis, ""))
         if key and key in by_key:

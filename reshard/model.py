@@ -188,6 +188,10 @@ def _claim(
         all_found = [(at, table.rows[at].name.numbers(numbers if name not in rows else ())) for at in rows.get(name, rows.get(key, ()))]
         return [(at, found) for at, found in all_found if found is not None and _is_in(table.rows[at], found, ruled)]
 
+    def place(at: int, found: tuple[int, ...], name: str) -> None:
+        if (other := points[at].setdefault(found, name)) != name:
+            problems.add(f"{dotted(table.rows[at])}: two stored names for one tensor", f"{other!a} and {name!a}")
+
     unclear = {}
     for name in stored:
         key, numbers = fold(name)
@@ -195,7 +199,7 @@ def _claim(
         if key in beside:  # a row's tensors come first; aside are those beyond
             here = [(at, found) for at, found in here if not _beyond(table.rows[at], found, sizes)]
         if len(here) == 1:
-            points[here[0][0]][here[0][1]] = name
+            place(*here[0], name)
         elif here:
             unclear[name] = here
         elif key in beside or name in beside:
@@ -205,7 +209,7 @@ def _claim(
     seen = _seen(table, points)
     for name, here in unclear.items():  # one name in layers of several kinds: the other tensors of the layer tell
         at, found = next((one for one in here if table.rows[one[0]].within(seen[_layer(table.rows[one[0]], one[1])])), here[0])
-        points[at][found] = name
+        place(at, found, name)
     return points, aside
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from .errors import ReshardError
+from .limits import numeral
 
 Product = tuple["str | Sum", ...]  # row-major, last fastest; a string is an axis, the empty product has size one
 
@@ -132,7 +133,7 @@ def _place(product: Product, leaves: range, offset: int, stride: int, size: Call
 # --- parsing -----------------------------------------------------------------------------------------------------------
 
 LONGEST = 250  # characters of a pattern; tables in a manifest come from strangers
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*(?:@[a-z_][a-z0-9_]*)?|\d+|[()+/])")
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*(?:@[a-z_][a-z0-9_]*)?|[0-9]+|[()+/])")
 
 
 def parse_pattern(text: str, compounds: Mapping[str, Sequence[str]]) -> Pattern:
@@ -190,9 +191,10 @@ def _factor(tokens: list[str], text: str, compounds: Mapping[str, Sequence[str]]
     if tokens and tokens[-1] == "/":
         tokens.pop()
         unit = tokens.pop() if tokens else ""
-        if not unit.isdigit() or int(unit) < 2 or any(isinstance(node, Sum) for node in product) or not product:
+        step = numeral(unit) or 0
+        if step < 2 or any(isinstance(node, Sum) for node in product) or not product:
             raise ReshardError(f'pattern "{text}": "/" wants axes before it and a block size of at least 2 after it')
-        product = (derived(tuple(str(node) for node in product), int(unit)),)
+        product = (derived(tuple(str(node) for node in product), step),)
     return product
 
 
@@ -266,8 +268,8 @@ def variant_of(name: str) -> str:
 
 # --- names ---------------------------------------------------------------------------------------------------------------
 
-_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra|//[1-9]\d{0,3}|%[1-9]\d{0,3})?\}")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole path segment
+_HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra|//[1-9][0-9]{0,3}|%[1-9][0-9]{0,3})?\}")
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a whole path segment
 
 
 class Template(NamedTuple):
@@ -399,8 +401,8 @@ def evaluate(expression: str, lookup: Callable[[str], object]) -> int | None:
 
 
 def _value(key: str, lookup: Callable[[str], object]) -> int | None:
-    if key.isdecimal():
-        return int(key)
+    if (plain := numeral(key)) is not None:
+        return plain
     value = lookup(key.removeprefix("count ").strip())
     if value is None:
         return None

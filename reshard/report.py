@@ -592,7 +592,7 @@ def _command_lines(command: Sequence[str], width: int) -> Iterator[str]:
     yield line
 
 
-_NUMBER = re.compile(r"(?<=\d) (?=(?:[kMG]?B|[MG]iB)\b)")
+_NUMBER = re.compile(r"(?<=[0-9]) (?=(?:[kMG]?B|[MG]iB)\b)")
 
 
 def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:

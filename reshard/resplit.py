@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from .errors import ReshardError
 from .header import BITS, Entry, build, library_order
+from .limits import DIGITS
 
 BUFFERS = ("e_score_correction_bias",)  # last parts of names that transformers saves without counting them as parameters
 
@@ -142,7 +143,7 @@ def _natural(name: str) -> tuple[list[tuple[int, int, str, int]], int, int]:
     part = expert = 0
     match = _EXPERT.fullmatch(name)
     if match and (stack := _stack(match[3])):
-        name, part, expert = match[1] + stack[0], stack[1], int(match[2])
+        name, part, expert = match[1] + stack[0], stack[1], _value(match[2]) or 0
     return [_word(word) for word in name.split(".")], part, expert
 
 
@@ -157,10 +158,16 @@ def _stack(tail: str) -> tuple[str, int] | None:
 
 def _word(word: str) -> tuple[int, int, str, int]:
     """Numbers first, by value; then words, by their letters, then without a trailing number before with one, then by that."""
-    if word.isdigit():
-        return 0, int(word), "", 0
+    if (value := _value(word)) is not None:
+        return 0, value, "", 0
     text = word.rstrip("0123456789")
-    return 1, 0, text, int(word[len(text) :]) if len(text) < len(word) else -1
+    end = _value(word[len(text) :])
+    return (1, 0, word, -1) if end is None else (1, 0, text, end)
+
+
+def _value(digits: str) -> int | None:
+    """What digits are worth, leading zeros or not; None for what is none, or longer than any number in a name."""
+    return int(digits) if re.fullmatch(f"[0-9]{{1,{DIGITS}}}", digits) else None
 
 
 def parse_size(text: str) -> int:
@@ -169,7 +176,7 @@ def parse_size(text: str) -> int:
     size = 0
     if match:
         unit = (1024 if match[3] else 1000) ** _UNITS[match[2].upper()] if match[2] else 1
-        size = int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+        size = int(match[1]) * unit if "." not in match[1] else int(float(match[1]) * unit)
     if size < 1:
         raise ReshardError(f'"{text}" is no file size', 'write "5GB" (5·10⁹ bytes), "500MB", "5GiB" (5·2³⁰ bytes) or a number of bytes')
     return size

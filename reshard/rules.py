@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from .config import Config
 from .errors import ReshardError
+from .limits import numeral
 from .notation import evaluate
 
 
@@ -76,4 +77,4 @@ def _listed(key: str, layers: int, config: Config, word: str = "sliding_attentio
 
 def _is(entry: object, word: str) -> bool:
     """Whether an entry is this word, or this number; or true, where no number is asked for."""
-    return entry == word if isinstance(entry, str) else str(entry) == word if word.isdecimal() else bool(entry)
+    return entry == word if isinstance(entry, str) else str(entry) == word if numeral(word) is not None else bool(entry)

@@ -240,7 +240,7 @@ def check_prologue(path: Path, prologue: bytes, size: int) -> None:
 
 
 def _whose(actual: bytes, wanted: bytes) -> str:
-    pattern = re.compile(rb'"reshard\.rank":"(\d+)"')
+    pattern = re.compile(rb'"reshard\.rank":"([0-9]+)"')
     one, other = pattern.search(actual), pattern.search(wanted)
     return f": it says rank {one[1].decode()}, wanted is rank {other[1].decode()}" if one and other and one[1] != other[1] else ""
 

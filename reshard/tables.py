@@ -16,6 +16,7 @@ from zlib import crc32
 
 from .config import Config
 from .errors import ReshardError
+from .limits import numeral
 from .notation import Pattern, Template, bases, parse_pattern, parse_template, variant_of, varied
 
 STAGES = ("first", "last", "every")
@@ -500,7 +501,7 @@ def _consistent(table: Table) -> Table:
         if mesh not in MESH:
             raise ReshardError(f"{where}: {mesh} is no mesh axis, they are {', '.join(MESH)}")
     for axis, unit in table.pad.items():
-        if not all(factor == "tp" or (factor.isdecimal() and int(factor)) for factor in unit.split("*")):
+        if not all(factor == "tp" or numeral(factor) for factor in unit.split("*")):
             raise ReshardError(f'{where}: pad {axis} = "{unit}" is no product of "tp" and numbers, such as "128*tp"')
     tied = [table.tied] if isinstance(table.tied, str) else [name for pair in table.tied.items() for name in pair]
     for name in tied:
