@@ -1,10 +1,14 @@
 """What several test modules share: the checkpoints, each built once per machine."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fixtures import checkpoint as cached
+
+# A shell that starts the tests in the background has them ignore SIGINT, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,46 @@ def test_generated_parts_are_current(document: str, name: str) -> None:
     assert generate.comparable(text[low:high]) == generate.comparable(generate.PARTS[document][name]()), "run docs/generate.py"
 
 
+SESSION = """```console
+$ reshard convert model /tmp/demo/tp4 --tp 4
+/tmp/demo/tp4: 3.28 MB written in 0.1 s (35.91 MB/s)
+root digest: ddead8a24cdd984af520bde010486e9d
+
+$ reshard verify /tmp/demo/tp4 --against model
+weights    ok         180 tensors, 10 files, 3.26 MB, 0.1 s
+numerics   ok         transformers 5.23.0; logits off by 0.83 × its own error;
+                      128 tokens agreed, 6.1 s
+           float32: max 1.5e-05 (at most 7.1e-05), rms 1.7e-06, KL 4.7e-13
+           bfloat16: max 0.16, rms 0.03 (at most 0.046), KL 0.00015
+           reached: 259 of 259 rows of the vocabulary
+proven: all
+```"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"7.1e-05": "5.2e-05", "1.5e-05": "9e-06", "4.7e-13": "-2e-16"},
+        {"max 0.16": "max 1", "0.03 (": "0.031 (", "0.83": "1", "128 tokens": "97 tokens"},
+        {"0.1 s (35.91 MB/s)": "12.5 s (1.2 kB/s)", "6.1 s": "106.3 s", "3.26 MB, 0.1 s": "3.26 MB, 1.0 s"},
+        {"5.23.0": "5.24.0.dev0"},
+        {"0.83 × its own error;\n" + " " * 22: "0.830001 × its own\n" + " " * 22 + "error; "},
+    ],
+    ids=["float32", "bfloat16", "times", "version", "line breaks"],
+)
+def test_what_depends_on_the_cpu_does_not_count(changes: dict[str, str]) -> None:
+    other = SESSION
+    for old, new in changes.items():
+        assert old in other
+        other = other.replace(old, new)
+    assert generate.comparable(other) == generate.comparable(SESSION)
+
+
+@pytest.mark.parametrize("old", ["ddead8a2", "180 tensors", "3.28 MB written", "259 of 259", " ok ", "its own error", "float32", "proven"])
+def test_what_is_the_same_on_every_cpu_counts(old: str) -> None:
+    assert generate.comparable(SESSION.replace(old, "7", 1)) != generate.comparable(SESSION)
+
+
 def test_modules_import_one_way() -> None:
     """No two modules of reshard import one another, at any depth."""
     generate.import_order()
