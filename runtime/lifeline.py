@@ -45,7 +45,7 @@ class Peer:
         self.heard = time.monotonic()
         self.gone = False
         self.process = -1
-        self._rest = b""
+        self._rest, self._unsent = b"", b""
         if about["machine"] == machine() and hasattr(os, "pidfd_open"):
             with suppress(OSError):
                 self.process = os.pidfd_open(about["pid"])
@@ -72,8 +72,17 @@ class Peer:
 
     def send(self, line: bytes) -> None:
         """A peer that does not read any more misses what is said; it is found by its silence."""
+        if len(self._unsent) < MOST:
+            self._unsent += line
         with suppress(OSError):
-            self.connection.send(line)
+            self._unsent = self._unsent[self.connection.send(self._unsent) :]
+
+    def part(self, line: bytes, wait: float) -> None:
+        """Say the last thing and close, in so many seconds."""
+        with suppress(OSError):
+            self.connection.settimeout(wait)
+            self.connection.sendall(self._unsent + line)
+        self.connection.close()
 
     def kill(self) -> None:
         """End a process that is stopped for good, so that it is left behind by nobody; only on this machine."""
@@ -210,13 +219,17 @@ class Lifeline:
         return f"the ranks lost each other in {phase} at: {what}: {error}"
 
     def close(self) -> None:
-        """This process leaves in good order."""
-        if not self._over:
-            self._over = True
+        """This process has finished. The others are told before the connections close: one that closes without a word is a loss."""
+        if self._over:
+            return
+        self._over = True
+        with suppress(OSError):
+            self._wake.send(b"!")
+        self._thread.join(1.0)
+        with self._telling:
             self._facts = self._facts | {"done": True}
-            with suppress(OSError):
-                self._wake.send(b"!")
-            self._thread.join(1.0)
+            for peer in self.peers.values():
+                peer.part(self._line(), self._beat)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self.fail(error)
@@ -250,21 +263,22 @@ class Lifeline:
                     woken = woken or bool(peer.said.get("broken") and not before.get("broken"))  # it wants to know where this rank is
                     if peer.gone:
                         selector.unregister(peer.connection)
+                if self._over:
+                    return
                 if woken or now - told >= self._beat:
                     self._tell()
                     told = now
-                if self._over:
-                    break
                 self._judge(now)
-        for peer in self.peers.values():
-            peer.connection.close()
 
     def _tell(self) -> None:
         with self._telling:
-            line = json.dumps(self._facts | {"steps": self.steps}).encode()[: MOST // 2] + b"\n"
+            line = self._line()
             for peer in self.peers.values():
                 if not peer.gone:
                     peer.send(line)
+
+    def _line(self) -> bytes:
+        return json.dumps(self._facts | {"steps": self.steps}).encode()[: MOST // 2] + b"\n"
 
     def _judge(self, now: float) -> None:
         with self._changed:

@@ -168,6 +168,9 @@ class World(ABC):
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank cannot go on."""
 
+    def end(self) -> None:  # noqa: B027  threads have nobody to tell
+        """Tell the others that this rank has finished: that it is gone is no loss from now on."""
+
     @abstractmethod
     def _gathered(self, x: Tensor, dtype: torch.dtype, ranks: Ranks, shapes: Sequence[Shape], what: str) -> list[Tensor]:
         """Every given rank's tensor as `dtype`, in the order of the ranks; called by all of them. Good until the next exchange."""
@@ -367,6 +370,9 @@ class Processes(World):
     def fail(self, error: BaseException) -> None:
         self._life.fail(error)
 
+    def end(self) -> None:
+        self._life.close()
+
     def check(self) -> None:
         self._life.steps += 1
         if (verdict := self._life.take()) is not None:
@@ -515,6 +521,7 @@ def joined(backend: str, forked: int | None, timeout: float) -> Iterator[World]:
     try:
         with world.failing():
             yield world
+        world.end()
     finally:
         if size > 1:
             with suppress(RuntimeError):

@@ -122,6 +122,36 @@ def run_case(way: str, phase: str) -> dict[str, Any]:
         return {"seconds": seconds, "codes": [codes.get(rank) for rank in range(SIZE)], "said": said.read()}
 
 
+def finish_before_rank_0(folder: Path, size: int = 6, rounds: int = 4) -> list[int]:
+    """Ranks that talk until they have finished, and a rank 0 that is still there when all others are gone; its exit codes."""
+    from reshard.runtime.lifeline import Lifeline
+    from torch import distributed
+
+    codes = []
+    for number in range(rounds):
+        processes = []
+        for rank in range(size):
+            if (process := os.fork()) == 0:
+                code = 99
+                try:
+                    sys.setswitchinterval(1e-6)  # so that whatever two threads do may interleave
+                    life = Lifeline(distributed.FileStore(str(folder / f"late-{number}"), size), rank, size, TIMEOUT, "late")
+                    life.meet("all are here")
+                    step = 0
+                    while step < (100 if rank else 1_000_000) and not all(peer.gone for peer in life.peers.values()):
+                        step += 1
+                        life.say(phase="decode", at=["sum mlp", step])
+                    code = 3 if life.take() else 0
+                    life.close()
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(code)
+            processes.append(process)
+        ends = {process: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes}
+        codes += list(ends.values())
+    return codes
+
+
 def main(at_once: int = 4) -> None:
     """All cases, as JSON on stdout."""
     import torch  # noqa: F401  once, for all
@@ -141,7 +171,8 @@ def main(at_once: int = 4) -> None:
         running.add(process)
     while running:
         running.remove(os.wait()[0])
-    print(json.dumps({"/".join(case): json.loads((folder / str(number)).read_text()) for number, case in enumerate(cases)}))
+    found: dict[str, Any] = {"late": finish_before_rank_0(folder)}
+    print(json.dumps(found | {"/".join(case): json.loads((folder / str(number)).read_text()) for number, case in enumerate(cases)}))
 
 
 # --- what must hold --------------------------------------------------------------------------------------------------------------
@@ -159,6 +190,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_job_in_which_nothing_goes_wrong_ends_well(jobs: dict[str, Any]) -> None:
     assert jobs["nothing/load"]["codes"] == [0] * SIZE, jobs["nothing/load"]
     assert jobs["nothing/load"]["said"] == ""
+
+
+def test_ranks_that_have_finished_are_not_lost(jobs: dict[str, Any]) -> None:
+    """However long before rank 0 they end."""
+    assert set(jobs["late"]) == {0}, jobs["late"]
 
 
 @pytest.mark.parametrize("phase", PHASES)
