@@ -9,9 +9,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
@@ -23,8 +25,10 @@ from .limits import numeral
 if TYPE_CHECKING:
     from .progress import Progress
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEFECT = 70  # exit code, as of sysexits.h: what nobody has foreseen
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
@@ -173,8 +177,18 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 
     if given["pp"] == 1 and all(given[option] is None for option in ("tp", "split", "pp_layers", "to")):
         raise ReshardError("how many ranks? neither --tp nor --to was given", "--tp 8 for shards; --to hf for Hugging Face files")
-    with _Talk(progress_kind, quiet) as progress:
-        result = api.convert(src, out, **_arguments(given), progress=progress)
+    from . import publish
+
+    publish.published = None
+    try:
+        with _Talk(progress_kind, quiet) as progress:
+            result = api.convert(src, out, **_arguments(given), progress=progress)
+        _deaf()  # what is left is to say so
+    except KeyboardInterrupt:
+        if publish.published is None:
+            raise
+        click.echo(f"{out}: is complete; the signal to stop came too late", err=True)
+        return
     if as_json:
         _show(result.to_json())
         return
@@ -394,8 +408,8 @@ def generate(
     job = import_module("reshard.runtime.job")
     try:
         job.start(job.Job(Path(out), tuple(prompts) or None, file, mesh, **given, began=began))
-    except KeyboardInterrupt:
-        _fail("interrupted", None, 130)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", None, _ended_by(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -459,10 +473,14 @@ def _open_all() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
-def _interrupted(*_: object) -> None:
+def _interrupted(number: int, _: FrameType | None) -> None:
+    _deaf()  # once is enough: what follows is clearing up
+    raise KeyboardInterrupt(number)
+
+
+def _deaf() -> None:
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is clearing up
-    raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -481,8 +499,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(cli.main(arguments, prog_name="reshard", standalone_mode=False) or 0)
     except ReshardError as error:
         _fail(error.message, error.hint, error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail("interrupted; what was not finished has been removed", None, 130)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        _fail("interrupted; what was not finished has been removed", None, _ended_by(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(2)
@@ -493,6 +511,51 @@ def main(arguments: list[str] | None = None) -> None:
         _hush(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", None, 3)
+    except Exception as error:
+        if (words := _starved(error)) is not None:
+            _fail(*words, 3)
+        _fail(*_defect(error), DEFECT)
+
+
+def _ended_by(error: BaseException) -> int:
+    """The exit code for a signal, as of a shell: 128 and its number."""
+    cause = error.__context__ if isinstance(error, click.exceptions.Abort) else error
+    return 128 + int(next(iter(cause.args if cause else ()), signal.SIGINT))
+
+
+def _starved(error: Exception) -> tuple[str, str] | None:
+    """Message and hint where the machine had too little of something, not the program a defect; else None."""
+    if isinstance(error, MemoryError):
+        return "out of memory", "raise the limit (ulimit -v, or that of the container), or use fewer --workers"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no more threads can be started", "raise the limit (ulimit -u, ulimit -v), or use fewer --workers"
+    if isinstance(error, ImportError) and not (error.name or "").startswith("reshard"):
+        return f"a module cannot be loaded: {error}", "raise the limit on memory (ulimit -v) if there is one, or install reshard again"
+    return None
+
+
+def _defect(error: Exception) -> tuple[str, str]:
+    """Message and hint for what should never happen. The traceback goes to a file, or, with RESHARD_DEBUG set, to stderr."""
+    import tempfile
+    import traceback
+
+    trace = "".join(traceback.format_exception(error))
+    if os.environ.get("RESHARD_DEBUG"):
+        click.echo(trace, err=True)
+        there = "the traceback is above"
+    else:
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="reshard-", suffix=".txt", encoding="utf-8", errors="replace", delete=False
+            ) as file:
+                file.write(f"reshard {__version__}, Python {sys.version}\n{shlex.join(sys.argv)}\n\n{trace}")
+            there = f"the traceback is in {file.name}"
+        except OSError:
+            there = "RESHARD_DEBUG=1 prints the traceback"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119
+    first = str(error).partition("\n")[0][:200]
+    return f"a defect in reshard {__version__}, at {where}: {type(error).__name__}: {first}", f"please report it: {there}"
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:

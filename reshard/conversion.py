@@ -248,7 +248,11 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
                 _sync(publication.work)
         except OSError as error:
             raise failed("writing", out, error) from error
-        publication.commit(manifest.NAME if job.output.shards else "config.json")
+        try:
+            publication.commit(manifest.NAME if job.output.shards else "config.json")
+        except KeyboardInterrupt:
+            if publish.published is None:  # else it came while names were moved, and the job is done
+                raise
         if options.fsync:
             _sync_directory(publication.out)
             _sync_directory(publication.out.parent)

@@ -27,6 +27,8 @@ _WORK, _OLD, _LIST = ".reshard-work", ".reshard-old", ".reshard-entries"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOBODYS = (_WORK, _OLD, "lost+found")  # names that do not make a directory occupied, and that are never published or replaced
 
+published: Path | None = None  # by the last job of this process that did: whoever interrupts it after that is told so
+
 
 class Publication:
     """A place to work in that becomes `out` on `commit` and vanishes otherwise. Use as a context manager."""
@@ -40,6 +42,8 @@ class Publication:
         self.work = self.out / _WORK if self._inside else _beside(self.out)[0]
 
     def __enter__(self) -> "Publication":
+        global published
+        published = None
         try:
             self._parents = [parent for parent in self.out.parents if not parent.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +64,7 @@ class Publication:
 
         Signals wait until it is done: it moves names, not bytes.
         """
+        global published
         try:
             with undisturbed():
                 if self._inside:
@@ -70,6 +75,7 @@ class Publication:
                     self._check_vacant()
                     self.work.rename(self.out)
                 self._parents = []
+                published = self.out
                 self._unlock()
         except OSError as error:
             raise failed("publishing", self.out, error) from error

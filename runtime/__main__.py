@@ -1,6 +1,6 @@
 """`python -m reshard.runtime generate …`: the command line, for torchrun to start once per rank."""
 
-from reshard.cli import main
+from reshard.__main__ import main
 
 if __name__ == "__main__":
     main()

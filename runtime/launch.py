@@ -152,12 +152,13 @@ def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]
 
 
 def _follow(parent: int) -> None:
-    """Die with the parent, and leave Ctrl-C to it."""
+    """Die with the parent, and leave Ctrl-C, and a terminal that is closed, to it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -63,7 +64,7 @@ class _Stream(io.TextIOWrapper):
 
 
 def reshard(*words: str | os.PathLike[str]) -> Done:
-    """Run a command in this process. What is no `ReshardError` is raised, and fails the test.
+    """Run a command in this process. A traceback fails the test.
 
     The numeric rung takes seconds, and has tests of its own: elsewhere it is left out.
     """
@@ -79,6 +80,7 @@ def reshard(*words: str | os.PathLike[str]) -> Done:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+    assert code != cli.DEFECT, err.text() + Path(re.findall(r"in (\S+\.txt)", err.text())[-1]).read_text()
     return Done(code, out.text(), err.text())
 
 

@@ -407,10 +407,13 @@ def test_a_rank_that_is_killed_ends_the_job(decoding: tuple[subprocess.Popen[str
     assert gone(ranks)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
 def test_no_rank_outlives_the_command(number: int, code: int, decoding: tuple[subprocess.Popen[str], list[int]]) -> None:
-    """Ctrl-C, SIGTERM and even SIGKILL of the command end all ranks."""
+    """Ctrl-C, SIGTERM, a terminal that is closed, and even SIGKILL of the command end all ranks."""
     job, ranks = decoding
+    if number == signal.SIGHUP:  # goes to all processes of the terminal
+        for rank in ranks:
+            os.kill(rank, number)
     job.send_signal(number)
     _, err = job.communicate(timeout=15)
     assert job.returncode == code
