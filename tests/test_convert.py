@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import (
@@ -20,7 +21,6 @@ from running import (
     noise,
     refused,
     reshard,
-    save,
     save_index,
     start,
     tree,
@@ -28,12 +28,9 @@ from running import (
 from test_cli import SLOW
 from test_publish import begun
 
-from reshard import api, publish
+from reshard import api, conversion, originals, publish
 from reshard import inspect as api_inspect
 from reshard.errors import ReshardError
-
-Target = tuple[str, ...]
-TARGETS: list[Target] = [("--tp", "2"), ("--tp", "2", "--to", "vllm"), ("--to", "hf"), ("--to", "hf", "--max-file-size", "60KB")]
 
 
 @pytest.fixture
@@ -41,33 +38,28 @@ def source(tmp_path: Path) -> Path:
     """Two files and an index, with a tokenizer."""
     place = llama(tmp_path / "model")
     (place / "model.safetensors").unlink()
-    rewrite(place)
+    tensors = list(llama_tensors().items())
+    save_index(place, {"a.safetensors": dict(tensors[:12]), "b.safetensors": dict(tensors[12:])})
     (place / "tokenizer.json").write_text('{"a": 1}')
     return place
 
 
-def rewrite(source: Path, seed: int = 0, keep_times: bool = False) -> None:
-    """Weights of the same shapes and sizes, of other values if the seed is another."""
-    before = {path: path.stat() for path in source.iterdir()}
-    tensors = list(llama_tensors(seed=seed).items())
-    save_index(source, {"a.safetensors": dict(tensors[:12]), "b.safetensors": dict(tensors[12:])})
-    for path, status in before.items():
-        if keep_times:
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert path.stat().st_size == status.st_size
-
-
-def seeded(source: Path, seed: int, keep_times: bool) -> None:
-    """Replace b.safetensors alone."""
-    path = source / "b.safetensors"
-    status = path.stat()
-    save(path, dict(list(llama_tensors(seed=seed).items())[12:]))
-    assert path.stat().st_size == status.st_size
-    if keep_times:
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 # A source that changes under the job
+
+
+def rewritten(path: Path) -> None:
+    """Other bytes in the same file, its size and mtime kept."""
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def exchanged(path: Path) -> None:
+    """Another file of the same size and mtime in its place."""
+    other = path.with_name("other")
+    other.write_bytes(bytes(path.stat().st_size))
+    shutil.copystat(path, other)
+    other.replace(path)
 
 
 def appended(path: Path) -> None:
@@ -78,10 +70,13 @@ def appended(path: Path) -> None:
 MEANWHILE: list[tuple[str, str, Callable[[Path], object]]] = [
     ("weights rewritten", "b.safetensors", lambda path: path.write_bytes(bytes(path.stat().st_size))),
     ("weights replaced", "b.safetensors", lambda path: Path(shutil.copy(path, f"{path}.new")).replace(path)),
+    ("weights rewritten, mtime kept", "b.safetensors", rewritten),
+    ("weights replaced, mtime kept", "b.safetensors", exchanged),
     ("weights truncated", "b.safetensors", lambda path: os.truncate(path, 4000)),
     ("weights longer", "a.safetensors", appended),
     ("weights deleted", "b.safetensors", lambda path: path.unlink()),
     ("tokenizer rewritten", "tokenizer.json", lambda path: path.write_text('{"a": 5}')),
+    ("tokenizer replaced, mtime kept", "tokenizer.json", exchanged),
 ]
 
 
@@ -112,6 +107,35 @@ def test_shards_that_change_while_they_are_read(source: Path, tmp_path: Path) ->
     assert (job.returncode, out) == (3, b""), err
     assert b"rank-00001/model.safetensors: was changed while it was being read" in err
     assert names(tmp_path) == ["model", "shards"]
+
+
+@pytest.mark.parametrize("kind", ["published", "shards"])
+@pytest.mark.parametrize("moment", ["opened", "hashed", "laid"])
+def test_a_file_that_is_replaced_after_it_was_opened(
+    moment: str, kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two passes over the source, with size and mtime kept; also where the first file is back in the end, unchanged."""
+    if kind == "shards":
+        assert reshard("convert", source, tmp_path / "shards", "--tp", "2").code == 0
+    path = source / "b.safetensors" if kind == "published" else tmp_path / "shards" / "rank-00001" / "model.safetensors"
+    module, name = {"opened": (api, "open_any"), "hashed": (originals, "hashed"), "laid": (conversion, "_lay_files")}[moment]
+    step, finish, kept = getattr(module, name), conversion._finish, tmp_path / "kept"
+
+    def replaced(*arguments: Any, **given: Any) -> Any:
+        found = step(*arguments, **given)
+        kept.hardlink_to(path)
+        exchanged(path)
+        return found
+
+    def back(*arguments: Any) -> Any:
+        kept.replace(path)
+        return finish(*arguments)
+
+    monkeypatch.setattr(module, name, replaced)
+    monkeypatch.setattr(conversion, "_finish", back)
+    given = source if kind == "published" else tmp_path / "shards"
+    refused(reshard("convert", given, tmp_path / "out", "--tp", "4", "--sha256"), 3, f"{path}: was changed while it was being read")
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_shards_are_not_converted(source: Path, tmp_path: Path) -> None:
