@@ -258,15 +258,16 @@ def _compare(job: "Job", out: Path, options: "Options", progress: Progress, samp
         engine.run(joined, source, output, sink, workers=options.threads, pool=pool, progress=advance, stop=halt)
     progress.finish()
     if rung.failures:
-        raise _Other(f"the source has other contents: {min(rung.failures)} (of {_sources(job, {key for s in sinks for key in s.bad})})")
+        stored, failure = min(found for sink in sinks for found in sink.bad.items())
+        raise _Other(f"it holds other weights than the source: {_sources(job, stored)} ({failure})")
 
 
-def _sources(job: "Job", keys: set[Key], most: int = 3) -> str:
-    """The tensors of the source that the first of some stored tensors is made of, and their files."""
-    first = min(keys)
-    made = {copy.src_name: (copy.src.rank, copy.src_name) for copy in job.plan.copies() if (copy.dst.rank, copy.dst_name) == first}
-    named = [f"{name} in {job.source.locate(key)[0].name}" for name, key in sorted(made.items())]
-    return " or ".join(named[:most]) + (" …" if len(named) > most else "")
+def _sources(job: "Job", stored: Key, most: int = 3) -> str:
+    """The tensors of the source that a stored tensor is made of, and their files."""
+    root = job.source.root or Path()
+    made = {copy.src_name: (copy.src.rank, copy.src_name) for copy in job.plan.copies() if (copy.dst.rank, copy.dst_name) == stored}
+    named = [f"{job.source.locate(key)[0].relative_to(root)}: {name}" for name, key in sorted(made.items())]
+    return " or ".join(named[:most]) + " …" * (len(named) > most)
 
 
 def _digest(pieces: Iterable[bytearray]) -> str:

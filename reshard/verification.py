@@ -211,7 +211,7 @@ class Comparer:
         self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
         self._buffer = buffer(engine.TILE)
         self._seen: dict[Key, int] = {}
-        self.bad: set[Key] = set()
+        self.bad: dict[Key, str] = {}  # the failure of each
 
     def put(self, key: Key, offset: int, data: memoryview) -> None:
         path, entry = self.place.locate(key)
@@ -221,8 +221,7 @@ class Comparer:
         if key in self.bad or _equal(found, data):
             return
         first = offset + next(at for at, (mine, theirs) in enumerate(zip(found, data, strict=True)) if mine != theirs)
-        self.bad.add(key)
-        self.fail(f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}")
+        self.fail(key, f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}")
 
     def done(self, keys: Iterable[Key]) -> None:
         for key in keys:
@@ -232,14 +231,14 @@ class Comparer:
                 found = self._buffer[: min(engine.TILE, entry.nbytes - at)]
                 self.pool.read_into(path, entry.offset + at, found)
                 if bytes(found).count(0) < len(found):
-                    self.bad.add(key)
-                    self.fail(f"{path.parent.name}/{path.name}: {key[1]}: padding from byte {at} on is not zero")
+                    self.fail(key, f"{path.parent.name}/{path.name}: {key[1]}: padding from byte {at} on is not zero")
                 at += len(found)
             with self.lock:
                 self.rung.tensors += 1
                 self.rung.bytes += entry.nbytes
 
-    def fail(self, failure: str) -> None:
+    def fail(self, key: Key, failure: str) -> None:
+        self.bad[key] = failure
         with self.lock:
             self.rung.failures.append(failure)
 

@@ -341,7 +341,7 @@ def test_progress_as_json_ends_with_the_end_for_each_phase_of_a_verification(sou
 
 
 def test_each_long_phase_of_a_conversion_shows_progress(source: Path, tmp_path: Path) -> None:
-    """Hashing every source file, writing, and comparing contents."""
+    """Hashing every source file, writing; of a re-run reading OUT, and comparing a sample or everything; of facts that are added."""
 
     def phases(*more: str) -> list[str]:
         done = reshard("convert", source, tmp_path / "out", "--tp", "2", *more, "--progress", "json")
@@ -350,8 +350,11 @@ def test_each_long_phase_of_a_conversion_shows_progress(source: Path, tmp_path: 
         return [record["what"] for record in ends]
 
     assert phases("--sha256") == ["computing SHA-256", "converting"]
-    assert phases("--checksum") == ["comparing weights"]
-    assert phases() == []
+    assert phases("--checksum") == ["checking digests", "comparing weights"]
+    assert phases() == ["checking digests", "comparing a sample"]
+    assert phases("--no-check") == ["comparing a sample"]
+    assert phases("--overwrite") == ["converting"]
+    assert phases("--sha256", "--no-check") == ["comparing a sample", "computing SHA-256", "hashing what merging would write"]
 
 
 def test_progress_none_is_silent(source: Path, tmp_path: Path) -> None:
