@@ -161,6 +161,12 @@ class _Check:
             wide, exact = chosen.logits.where(odd, wide), chosen.exact.where(odd, exact)
         ours = self._shards(torch.float32, goes_on=True, routes=self.chosen.imposed if self.chosen else None)
         self.progress.advance(self.source.bytes)
+        why = ours.odd or (None if bool(wide.isfinite().all()) else "the logits of this runtime at TP 1 are not finite")
+        if why is not None:
+            rung.failures.append(f"float32: {why}; those of {self.reference.name} are finite")
+            rung.numbers, rung.words = {"reference": self.reference.name}, self.reference.name
+            self.progress.finish()
+            return rung
         numbers = _numbers(ours.logits, wide, exact)
         rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
@@ -180,16 +186,29 @@ class _Check:
             else:
                 own = self.reference.logits(self.prompts, self.stored)
             self.progress.advance(self.source.bytes)
-            ours = self._shards(self.stored, routes=routes)
+            self._in_stored(name, wide, own, routes, more)
             self.progress.advance(self.source.bytes)
-            numbers = _numbers(ours.logits.float(), wide, own.float())
-            rung.numbers[name] = numbers.to_json() | more
-            if not numbers.rms <= RMS * numbers.own_rms:
-                words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
-                rung.failures.append(f"{name}: rms distance of logits {words}")
         self._coverage()
         self.progress.finish()
         return rung
+
+    def _in_stored(self, name: str, wide: "torch.Tensor", own: "torch.Tensor", routes: "Routes | None", more: dict[str, Any]) -> None:
+        """Compare in the stored dtype, in which the reference gives `own`."""
+        rung = self.rung
+        if not bool((finite := own.isfinite().all(-1)).all()):
+            odd, of = int((~finite).sum()), finite.numel()
+            words = f"in {name} the logits of the reference are not finite, at {odd} of {of} tokens: nothing to compare with"
+            rung.notes.append(f"{words}; in float32 they are: run it with --dtype bfloat16" if name == "float16" else words)
+            return
+        ours = self._shards(self.stored, routes=routes)
+        if ours.odd is not None:
+            rung.failures.append(f"{name}: {ours.odd}; those of the reference are finite")
+            return
+        numbers = _numbers(ours.logits.float(), wide, own.float())
+        rung.numbers[name] = numbers.to_json() | more
+        if not numbers.rms <= RMS * numbers.own_rms:
+            words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
+            rung.failures.append(f"{name}: rms distance of logits {words}")
 
     def _shards(self, dtype: "torch.dtype", goes_on: bool = False, routes: "Routes | None" = None) -> "Computed":
         """What the shards compute; with `goes_on` also token by token, and how texts go on."""
