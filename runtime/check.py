@@ -165,13 +165,14 @@ class _Check:
         if why is not None:
             rung.failures.append(f"float32: {why}; those of {self.reference.name} are finite")
             rung.numbers, rung.words = {"reference": self.reference.name}, self.reference.name
+            self._told_apart()
             self.progress.finish()
             return rung
         numbers = _numbers(ours.logits, wide, exact)
         rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
-            where = self._first_to_differ()
+            where = self._first_to_differ() or self._told_apart()
             rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, {limit:.3g} is the bound{where}")
         if not (off := _distance(ours.stepwise, wide)) <= limit:
             rung.failures.append(f"float32: token by token, logits differ by {off:.3g}, {limit:.3g} is the bound")
@@ -351,6 +352,19 @@ class _Check:
             if not _distance(merged[name], output) <= 1e-4 * float(output.abs().max()):
                 return f"; the first step to differ is {name}{culprit(name, opened, self.source)}"
         return ""
+
+    def _told_apart(self) -> str:
+        """Which step is the first to compute something else than an independent reference does, also at TP 1, and what went into it."""
+        from .differing import first_to_differ
+
+        if not self.reference.independent:
+            return ""
+        settled = None if self.chosen is None else ~self.chosen.unsettled[:2]
+        if (found := first_to_differ(self.source, self.reference, self.prompts[:2], settled)) is None:
+            return ""
+        self.rung.numbers["first"] = found.to_json()
+        self.rung.details += found.lines()
+        return f"; the first step to differ is {found.name}, also at TP 1"
 
 
 def culprit(step: str, out: "Source", source: "Source") -> str:
