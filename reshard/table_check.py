@@ -48,6 +48,7 @@ class TableCheck:
     itself: str = ""  # the given checkpoint by the table as it is, against transformers
     wrong: bool = False
     skipped: str | None = None  # why nothing was run
+    first: Any = None  # runtime.used.Used: the first step to differ from transformers, where the table is wrong
 
     @property
     def count(self) -> Counter[str]:
@@ -74,6 +75,7 @@ class TableCheck:
         share = "all" if caught == wrong else f"{caught} of {wrong}"
         found = [f"{self.family}: {share} caught: {wrong} damages of {self.rows} rows and {self.axes} axes"]
         found += _wrapped(self.itself, 2) if self.itself else []
+        found += [line for text in (self.first.lines() if self.first is not None else ()) for line in _wrapped(text, 4)]
         found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []
         for trial in self.missed[:SHOWN]:
             found += _wrapped(f"{trial.name}: {trial.words}" if trial.words else trial.name, 4)
@@ -107,6 +109,7 @@ class TableCheck:
             "rounding": self.rounding,
             "itself": self.itself or None,
             "wrong": self.wrong,
+            "first": None if self.first is None else self.first.to_json(),
             "skipped": self.skipped,
             "count": dict(self.count),
             "mutations": [
@@ -168,6 +171,7 @@ def check_table(table: Table, given: Path | None = None, sample: int | None = No
         itself,
         wrong,
         next((bench.why for bench in benches if bench.why), None),
+        benches[0].first if given is not None else None,
     )
 
 

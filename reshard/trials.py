@@ -116,6 +116,7 @@ class Bench:
         self.native = tables.load("formats", "native").for_family(table.name)
         self.mesh = Mesh(2)
         self._shards: list[Any] | None = None
+        self.first: Any = None  # runtime.used.Used: where the table as it is begins to be wrong
         try:
             lay_out(self.native, model, self.mesh)
         except ReshardError:
@@ -157,9 +158,13 @@ class Bench:
             if not reference.name.startswith("transformers"):
                 return f"the table as it is: nothing independent to compare with, but {reference.name}", False
             exact, own = (reference.logits(self.ids, dtype) for dtype in (torch.float64, torch.float32))
-        off, bound = _distance(self.wanted, exact), TRUE * _distance(own, exact)
-        words = f"the table as it is: logits differ from those of {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
-        return (f"WRONG: {words}", True) if off > bound else (words, False)
+            off, bound = _distance(self.wanted, exact), TRUE * _distance(own, exact)
+            words = f"the table as it is: logits differ from those of {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
+            if not off > bound:
+                return words, False
+            self.first = import_module("reshard.runtime.differing").first_to_differ(self.source, reference, self.ids)
+        where = f"; the first step to differ is {self.first.name}" if self.first is not None else ""
+        return f"WRONG: {words}{where}", True
 
     def open(self, table: Table) -> Source:
         """The checkpoint by another table. Raises ReshardError where it does not fit."""

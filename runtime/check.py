@@ -161,11 +161,18 @@ class _Check:
             wide, exact = chosen.logits.where(odd, wide), chosen.exact.where(odd, exact)
         ours = self._shards(torch.float32, goes_on=True, routes=self.chosen.imposed if self.chosen else None)
         self.progress.advance(self.source.bytes)
+        why = ours.odd or (None if bool(wide.isfinite().all()) else "the logits of this runtime at TP 1 are not finite")
+        if why is not None:
+            rung.failures.append(f"float32: {why}; those of {self.reference.name} are finite")
+            rung.numbers, rung.words = {"reference": self.reference.name}, self.reference.name
+            self._told_apart()
+            self.progress.finish()
+            return rung
         numbers = _numbers(ours.logits, wide, exact)
         rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
-            where = self._first_to_differ()
+            where = self._first_to_differ() or self._told_apart()
             rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, {limit:.3g} is the bound{where}")
         if not (off := _distance(ours.stepwise, wide)) <= limit:
             rung.failures.append(f"float32: token by token, logits differ by {off:.3g}, {limit:.3g} is the bound")
@@ -180,16 +187,29 @@ class _Check:
             else:
                 own = self.reference.logits(self.prompts, self.stored)
             self.progress.advance(self.source.bytes)
-            ours = self._shards(self.stored, routes=routes)
+            self._in_stored(name, wide, own, routes, more)
             self.progress.advance(self.source.bytes)
-            numbers = _numbers(ours.logits.float(), wide, own.float())
-            rung.numbers[name] = numbers.to_json() | more
-            if not numbers.rms <= RMS * numbers.own_rms:
-                words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
-                rung.failures.append(f"{name}: rms distance of logits {words}")
         self._coverage()
         self.progress.finish()
         return rung
+
+    def _in_stored(self, name: str, wide: "torch.Tensor", own: "torch.Tensor", routes: "Routes | None", more: dict[str, Any]) -> None:
+        """Compare in the stored dtype, in which the reference gives `own`."""
+        rung = self.rung
+        if not bool((finite := own.isfinite().all(-1)).all()):
+            odd, of = int((~finite).sum()), finite.numel()
+            words = f"in {name} the logits of the reference are not finite, at {odd} of {of} tokens: nothing to compare with"
+            rung.notes.append(f"{words}; in float32 they are: run it with --dtype bfloat16" if name == "float16" else words)
+            return
+        ours = self._shards(self.stored, routes=routes)
+        if ours.odd is not None:
+            rung.failures.append(f"{name}: {ours.odd}; those of the reference are finite")
+            return
+        numbers = _numbers(ours.logits.float(), wide, own.float())
+        rung.numbers[name] = numbers.to_json() | more
+        if not numbers.rms <= RMS * numbers.own_rms:
+            words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
+            rung.failures.append(f"{name}: rms distance of logits {words}")
 
     def _shards(self, dtype: "torch.dtype", goes_on: bool = False, routes: "Routes | None" = None) -> "Computed":
         """What the shards compute; with `goes_on` also token by token, and how texts go on."""
@@ -332,6 +352,19 @@ class _Check:
             if not _distance(merged[name], output) <= 1e-4 * float(output.abs().max()):
                 return f"; the first step to differ is {name}{culprit(name, opened, self.source)}"
         return ""
+
+    def _told_apart(self) -> str:
+        """Which step is the first to compute something else than an independent reference does, also at TP 1, and what went into it."""
+        from .differing import first_to_differ
+
+        if not self.reference.independent:
+            return ""
+        settled = None if self.chosen is None else ~self.chosen.unsettled[:2]
+        if (found := first_to_differ(self.source, self.reference, self.prompts[:2], settled)) is None:
+            return ""
+        self.rung.numbers["first"] = found.to_json()
+        self.rung.details += found.lines()
+        return f"; the first step to differ is {found.name}, also at TP 1"
 
 
 def culprit(step: str, out: "Source", source: "Source") -> str:

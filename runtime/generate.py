@@ -1,6 +1,6 @@
 """Generating: prompts of token ids to token ids, all prompts in one batch with one KV cache. Knows nothing about text.
 
-    prompts    a b c          input_ids  . . a b c        positions  -1 -1  0  1  2      the last column gives every prompt's next token
+    prompts    a b c          input_ids  a a a b c        positions  -1 -1  0  1  2      the last column gives every prompt's next token
                d e f g h                 d e f g h                    0  1  2  3  4
 
 Every rank runs this and gets the same logits, so each chooses the same tokens by itself: none are sent.
@@ -15,6 +15,7 @@ import torch
 
 from reshard.errors import ReshardError
 
+from .finite import not_finite
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def generate(
     on_token: Callable[[int, int | None, str | None], None] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Generated:
-    """New tokens for every prompt; called by all ranks with the same arguments.
+    """New tokens for every prompt; called by all ranks with the same arguments. All raise NotFinite where the next logits are not finite.
 
     `on_token(prompt, token, reason)`: a token, as soon as it is known, or None with the reason why a prompt has ended.
     """
@@ -104,6 +105,10 @@ def generate(
 
     def take(logits: torch.Tensor) -> list[int]:
         """One more token for every prompt that has not ended: [batch, vocab] → what each goes on with."""
+        finite = logits.isfinite().all(-1).tolist()
+        for number, tokens in enumerate(done.tokens):
+            if not (finite[number] or done.reasons[number]):
+                raise not_finite(decoder, torch.tensor([[*prompts[number], *tokens]], device=device), f"prompt {number + 1}")
         chosen = []
         for number, tokens in enumerate(done.tokens):
             if done.reasons[number]:
@@ -131,7 +136,8 @@ def generate(
 
     phase("prefill")
     began = time.perf_counter()
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    # Padding is the prompt's own first token: no other, whose activations may overflow, comes into its batch.
+    ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     positions = torch.tensor([[-1] * (longest - len(prompt)) + list(range(len(prompt))) for prompt in prompts], device=device)
     part = max(1, _LOGITS // (batch * decoder.model.sizes["vocab"]))
     for at in range(0, longest, part):

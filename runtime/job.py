@@ -177,6 +177,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
 
     from .generate import Options, check, generate
     from .load import load_model
+    from .parallel import gathered
     from .sampling import Sampling
     from .spec import POSITIONS
 
@@ -184,7 +185,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed)
     joined = time.monotonic()
     talk = _Talk(job) if world.rank == 0 else None
-    prompts: list[list[int]] = _share(world, talk.encoded() if talk else None)
+    prompts: list[list[int]] = gathered(world, talk.encoded() if talk else None, "prompts")[0]
     tell("load")
     decoder = load_model(
         job.out,
@@ -226,19 +227,6 @@ def _config(root: Path) -> dict[str, Any]:
 
     found = read_json(root / "config.json")
     return found | (found.get("text_config") or {})
-
-
-def _share(world: "World", value: Any) -> Any:
-    """What rank 0 has, on every rank."""
-    import torch
-
-    if world.size == 1:
-        return value
-    data = bytearray(json.dumps(value).encode() if world.rank == 0 else b"")
-    ranks, rest = range(world.size), [0] * (world.size - 1)
-    length = int(world.all_gather(torch.tensor([len(data)]), ranks, [1] * world.size, 0, "prompts")[0])
-    mine = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return json.loads(bytes(world.all_gather(mine, ranks, [length, *rest], 0, "prompts").tolist()))
 
 
 class _Talk:

@@ -5,6 +5,7 @@ step itself changes between float32 and float64. Memory: one layer at a time, in
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -19,8 +20,8 @@ from reshard.verdict import Rung
 from .check import TIMES, culprit, prompts_for
 from .choices import Margins, Routes, bound, impose, recording, tossed
 from .load import open_for
-from .model import EMBEDDING, OWN
 from .parallel import World, alone, run_threads
+from .used import belongs
 
 if TYPE_CHECKING:
     from reshard.source import Source
@@ -38,7 +39,7 @@ class _Part:
     def hold(self, step: str) -> None:
         """Have the weights of a step, and no others."""
         self.drop()
-        state = self.opened.state(self.rank, self.dtype, only=lambda name: _belongs(name, step, self.tied))
+        state = self.opened.state(self.rank, self.dtype, only=lambda name: belongs(name, step, self.tied))
         self.decoder.load_state_dict(state, strict=False, assign=True)
 
     def drop(self) -> None:
@@ -66,19 +67,6 @@ class _Part:
         )
 
 
-def _belongs(name: str, step: str, tied: bool) -> bool:
-    """Whether a stored tensor is needed in a step, by their names."""
-    if step.startswith("layer "):
-        layer, _, part = step.removeprefix("layer ").partition(", ")
-        inside = name.removeprefix(f"layers.{layer}.")
-        if name.startswith("ple_"):
-            return part == OWN
-        attends = "attn" in inside or inside.startswith(("lin.", "moa."))
-        return inside != name and (part not in ("attention", "feed-forward") or attends == (part == "attention"))
-    embeds = name in ("embed", "embed_proj", "pos_embed") or name.startswith("embed_norm")
-    return not name.startswith("layers.") and (embeds if step == EMBEDDING else not embeds or (tied and name == "embed"))
-
-
 @contextmanager
 def _once(part: _Part) -> Iterator[_Part]:
     try:
@@ -92,7 +80,7 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
     rung, mesh = Rung("numerics"), opened.layout.mesh
     ids = prompts_for(source)[:2]
     x: Tensor | None = None
-    output, own, worst, count = torch.empty(0), 0.0, 0.0, 0
+    output, own, worst, count, odd = torch.empty(0), 0.0, 0.0, 0, ""
     differ: dict[int, float] = {}
     imposed: Routes = {}
     shares: list[float] = []
@@ -109,7 +97,7 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
         own = float((output.double() - exact).abs().max())
 
     def work(world: World) -> None:
-        nonlocal x, worst, count
+        nonlocal x, worst, count, odd
         with torch.inference_mode():
             mine = _Part(opened, world, torch.float32, mesh)  # read, not mapped: a mapping counts as memory under ulimit
             narrow, wide = (_Part(source, alone(), dtype) for dtype in (torch.float32, torch.float64))
@@ -118,7 +106,10 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
                 if world.rank == 0:
                     differ.clear()
                     reference(step, narrow, wide)
+                    odd = "" if bool(output.isfinite().all()) and math.isfinite(own) else step
                 world.meet(f"the reference of {step}")
+                if odd:
+                    break
                 if step in ours:
                     differ[world.rank] = float((mine.run(step, ids, x, imposed)[0].double() - output.double()).abs().max())
                     mine.drop()
@@ -126,9 +117,11 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
                 if world.rank == 0:
                     largest, limit = max(differ.values(), key=lambda value: (value != value, value)), TIMES * own
                     if not largest <= limit and not rung.failures:
-                        words = f"differs by {largest:.3g}, {limit:.3g} is the bound{culprit(step, opened, source)}"
+                        words = f"differs by {largest:.3g}" if math.isfinite(largest) else "is not finite, that of the reference is"
+                        words += f", {limit:.3g} is the bound{culprit(step, opened, source)}"
                         rung.failures.append(f"float32: {step} {words}")
-                    worst, count, x = max(worst, largest / own if own else 0.0), count + 1, output
+                    share = largest / own if own and math.isfinite(largest) else 0.0
+                    worst, count, x = max(worst, share), count + 1, output
                     progress.advance(opened.bytes // len(steps))
                 world.meet(f"the comparison of {step}")
 
@@ -137,6 +130,8 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
     progress.finish()
     rung.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
     rung.words = f"{count} steps, each from the same input; off by {worst:.2f} × its own error at most"
+    if odd:
+        rung.notes.append(f"{odd} of the reference gives what is not finite: nothing to compare with from there on")
     if shares:
         rung.numbers["imposed"] = sum(shares) / len(shares)
         rung.words += f"; {rung.numbers['imposed']:.2%} of routing imposed"

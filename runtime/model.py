@@ -31,6 +31,8 @@ from .weights import Router, Weights, multiply, norm
 
 EMBEDDING, HEAD = "the embedding", "the head"  # steps, see Decoder.walk
 OWN = "what is its own"  # the last step of some layers
+ATTENTION, FEED_FORWARD, RESIDUAL = "attention", "feed-forward", "residual"  # parts of a step, beside its norms, see Decoder._shown
+PARTIAL = "partial sums"  # of one rank
 Step = Callable[[Tensor, Context], Tensor]
 NORMS = ("attn_norm", "post_attn_norm")
 
@@ -57,6 +59,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec, self.model, self.layout, self.rank, self.world = spec, model, layout, rank, world
         self.has = Holdings(model, layout, rank)
+        self.watch: Callable[[str, Tensor], None] | None = None  # is shown what steps are made of, see `_shown`
         for slot in language(layout, rank):
             for point in slot.points():
                 _put(self, slot.name(point), torch.empty(slot.shape, dtype=DTYPES[layout.dtype(slot, point)], device="meta"))
@@ -196,7 +199,7 @@ class Decoder(nn.Module):
         """What a layer does, one after another, each time from [batch, seq, hidden] to the same."""
         if self.spec.parallel:
             return {"attention and feed-forward": partial(self._both, layer)}
-        found: dict[str, Step] = {"attention": partial(self._attend, layer), "feed-forward": partial(self._feed, layer)}
+        found: dict[str, Step] = {ATTENTION: partial(self._attend, layer), FEED_FORWARD: partial(self._feed, layer)}
         if {"ple.gate", "factor"} & self._by_layer[1][layer].tensors.keys():
             found[OWN] = partial(self._end, layer)
         return found
@@ -205,13 +208,17 @@ class Decoder(nn.Module):
         weights = self._by_layer[1][layer]
         h = self._norm(x, weights, "attn_norm")
         beside = self._norm(x, weights, "mlp_norm") if self._has(weights, "mlp_norm") else h
-        both = self._sum(self._heads(layer, h, context) + feed_forward(beside, weights, self.spec, self.has.share), "hidden")
+        attended, fed = self._heads(layer, h, context), feed_forward(beside, weights, self.spec, self.has.share)
+        self._shown(ATTENTION, attended, weights, "attn.o_bias")
+        self._shown(FEED_FORWARD, fed, weights, "mlp.down_bias")
+        both = self._sum(attended + fed, "hidden")
         return self._added(x, _biased(_biased(both, weights, "attn.o_bias"), weights, "mlp.down_bias"))
 
     def _attend(self, layer: int, x: Tensor, context: Context) -> Tensor:
         weights = self._by_layer[1][layer]
         h = self._sum(self._heads(layer, self._before(x, weights, "attn_norm"), context), "hidden")
-        x = self._added(x, self._norm(_biased(h, weights, "attn.o_bias"), weights, "post_attn_norm"))
+        h = self._shown(ATTENTION, _biased(h, weights, "attn.o_bias"))
+        x = self._shown(RESIDUAL, self._added(x, self._norm(h, weights, "post_attn_norm")))
         return self._norm(x, weights, "attn_norm") if self.spec.post_norm else x
 
     def _feed(self, layer: int, x: Tensor, context: Context) -> Tensor:
@@ -220,8 +227,8 @@ class Decoder(nn.Module):
             h = self._apart(x, weights)
         else:
             h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.has.share), "hidden")
-        h = _biased(h, weights, "shared.down_bias" if "shared.down" in weights else "mlp.down_bias")
-        x = self._added(x, self._norm(h, weights, "post_mlp_norm"))
+        h = self._shown(FEED_FORWARD, _biased(h, weights, "shared.down_bias" if "shared.down" in weights else "mlp.down_bias"))
+        x = self._shown(RESIDUAL, self._added(x, self._norm(h, weights, "post_mlp_norm")))
         return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
 
     def _apart(self, x: Tensor, weights: Weights) -> Tensor:
@@ -333,13 +340,21 @@ class Decoder(nn.Module):
         """The norm of that name, or nothing where the family has none there."""
         if not self._has(weights, name):
             return x
-        return norm(x, self.spec.norm, weights.get(name), weights.get(f"{name}_bias"), self.spec.eps, self.spec.norm_offset)
+        normed = norm(x, self.spec.norm, weights.get(name), weights.get(f"{name}_bias"), self.spec.eps, self.spec.norm_offset)
+        return self._shown(name, normed)
 
     def _has(self, weights: Weights, norm: str) -> bool:
         return norm in weights or norm in self.spec.bare
 
     def _sum(self, x: Tensor, label: str) -> Tensor:
+        self._shown(PARTIAL, x)
         return self.world.all_reduce(x, self.has.ranks, label)
+
+    def _shown(self, part: str, x: Tensor, weights: Weights | None = None, bias: str = "") -> Tensor:
+        """x, which whoever watches is shown, with that bias: what a norm gives under its name, and the parts of a step under theirs."""
+        if self.watch is not None:
+            self.watch(part, x if weights is None else _biased(x, weights, bias))
+        return x
 
 
 def _biased(h: Tensor, weights: Weights, name: str) -> Tensor:

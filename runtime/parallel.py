@@ -6,6 +6,7 @@ of the ranks, in float32 where tensors have 16 bits. What is exchanged carries w
 told apart instead of waiting for each other.
 """
 
+import json
 import os
 import threading
 import time
@@ -180,6 +181,15 @@ class World(ABC):
 
     @abstractmethod
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, device: torch.device) -> Tensor: ...
+
+
+def gathered(world: World, value: Any, label: str) -> list[Any]:
+    """What every rank has, on every rank, in their order; values are those of JSON."""
+    if world.size == 1:
+        return [value]
+    ranks, data = range(world.size), torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = world.all_gather(torch.tensor([len(data)]), ranks, [1] * world.size, 0, label).tolist()
+    return [json.loads(bytes(part.tolist())) for part in world.all_gather(data, ranks, lengths, 0, label).split(lengths)]
 
 
 def _text(what: str, shape: Shape, dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from reshard.mesh import Mesh
 
 from .choices import BATCH, Routes, Where, impose
+from .finite import NotFinite, not_finite
 from .generate import Options, generate
 from .launch import run_processes
 from .load import load_model
@@ -32,13 +33,15 @@ PATIENCE = 3600.0  # seconds that ranks wait for each other: they may have to ta
 class Computed:
     """What a rank computed. Logits of whole prompts, [prompts, tokens, vocab], and of the first few token by token from the middle on.
 
-    `tokens`: how texts go on; `routed`: router → the experts that tokens were sent to. All but rank 0 leave out what is the same on all.
+    `tokens`: how texts go on; `routed`: router → the experts that tokens were sent to; `odd`: the first step that is not finite, in words.
+    All but rank 0 leave out what is the same on all.
     """
 
     logits: Tensor
     stepwise: Tensor
     tokens: list[list[int]]
     routed: dict[Where, set[int]]
+    odd: str | None = None
 
 
 def on_ranks(mesh: Mesh, processes: bool, work: Callable[..., T], **given: Any) -> list[T]:
@@ -72,19 +75,25 @@ def compute(
         return logits
 
     whole = torch.cat([forward(slice(at, at + BATCH)) for at in range(0, len(prompts), BATCH)])
-    if not starts:
-        stepwise, tokens = whole[:0], []
-    else:
+    stepwise, tokens, odd = whole[:0], [], None
+    if not bool((finite := whole.isfinite().all(-1)).all()):
+        impose(decoder, None)
+        row, column = (~finite).nonzero()[0].tolist()
+        odd = not_finite(decoder, prompts[row : row + 1, : column + 1], f"text {row + 1}").message
+    elif starts:
         first, half = slice(0, BATCH), length // 2
         cache = decoder.new_cache(len(prompts[first]), length)
         pieces = [(0, half), *((at, at + 1) for at in range(half, length))]
         stepwise = torch.cat([forward(first, low, high, cache) for low, high in pieces], 1)
         impose(decoder, None)
-        tokens = generate(decoder, starts, Options(new)).tokens
+        try:
+            tokens = generate(decoder, starts, Options(new)).tokens
+        except NotFinite as error:
+            odd = error.message
     routed = {where: set(router.routed) for where, router in decoder.routers().items()}
     if world.rank:
         return Computed(whole[:0], whole[:0], [], routed)
-    return Computed(whole, stepwise, tokens, routed)
+    return Computed(whole, stepwise, tokens, routed, odd)
 
 
 @torch.inference_mode()

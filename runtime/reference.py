@@ -19,6 +19,17 @@ from .parallel import alone
 Run = Callable[[torch.Tensor], torch.Tensor]  # ids [batch, seq] → logits [batch, seq, vocab]
 
 
+class Theirs:
+    """A model of transformers, run without a cache; `module` for those who want to look inside."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.module(ids, use_cache=False).logits
+        return logits
+
+
 class Reference:
     """The unsharded model, in any dtype, loaded anew for each but float32. `independent`: it is not this runtime."""
 
@@ -68,8 +79,7 @@ def reference_for(source: Source) -> Reference:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-        model = loaded.eval()
-        return lambda ids: model(ids, use_cache=False).logits
+        return Theirs(loaded.eval())
 
     found = Reference(f"transformers {transformers.__version__}", load, independent=True)
     try:

@@ -49,10 +49,11 @@ class Sampling:
         return found
 
     def choose(self, logits: Tensor, prompt: int, step: int) -> int:
-        """The next token of a prompt: logits [vocab] → id."""
+        """The next token of a prompt: logits [vocab], which are finite → id."""
         if self.temperature == 0 or self.top_k == 1:
             return int(logits.argmax())
-        scores = logits.double().cpu() / self.temperature
+        scores = logits.double().cpu()
+        scores = (scores - scores.max()) / self.temperature  # at most 0: no temperature is so low that this overflows upwards
         order = scores.argsort(descending=True, stable=True)
         if self.top_k:
             order = order[: self.top_k]

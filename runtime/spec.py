@@ -55,6 +55,23 @@ from .facts import Facts
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # keys for how many there are
 EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
 
+# Which facts bear on which part of a step; `layer`: on how the parts of one are put together. Those of NO_PART say what runs at all.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "embedding": ("embed_scale", "embed_factor", "pos_offset"),
+    "norm": ("norm", "norm_offset", "bare", "eps"),
+    "attention": (
+        *("rope_interleaved", "rope_fraction", "rope_size", "rope_layers", "rope_base", "rope_near", "alibi", "alibi_scaled"),
+        *("attn_scale", "attn_factor", "scale_by_layer", "attn_cap", "attn_clip", "value_factor", "growth", "late_qk_norm", "bare_heads"),
+        *("window", "window_if", "window_layers", "window_chunks", "borrowed", "index_top", "index_interleaved", "eps_latent"),
+    ),
+    "feed-forward": ("activation", "gate_limit", "gate_alpha", "up_offset"),
+    "experts": ("routing",),
+    "residual": ("residual_factor",),
+    "layer": ("parallel", "post_norm"),
+    "head": ("logit_factor", "logit_cap", "head_norm"),
+}
+NO_PART = ("cache", "runs")
+
 
 @dataclass(frozen=True)
 class Rope:
