@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .errors import ReshardError
+from .escapes import in_line
 from .files import failed
 
 CARRIED_MAX = 64 << 20  # bytes of a file
@@ -146,7 +147,7 @@ def words(left: Iterable[Left], width: int, most: int = 6) -> list[str]:
     """What was left out, for people: by reason, so many names of each."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, _, why in left:
-        reasons[why].append(" ".join(name.split()))
+        reasons[in_line(why)].append(in_line(name))
     parts = [f"{', '.join(names[:most])}{f' and {len(names) - most} more' * (len(names) > most)} ({why})" for why, names in reasons.items()]
     text = f"left behind: {'; '.join(parts)}"
     return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False) if parts else []
