@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import tables, threads
+from . import location, tables, threads
 from .errors import ReshardError
 from .mesh import Mesh
 from .progress import Progress
@@ -40,8 +40,8 @@ def open_any(
     table = family_table(family)
     if not str(src):
         raise ReshardError("the source is an empty name", "give a directory, or a Hub id such as org/name")
-    path = Path(src)
-    if path.exists():
+    path = Path(location.source(src))
+    if not str(src).startswith("hf://") and path.exists():
         if revision is not None:
             raise ReshardError(f"--revision {revision}: {src} is a local path", "revisions belong to Hub ids")
         return open_source(path, table)
@@ -56,7 +56,7 @@ def family_table(family: str | None) -> Table | None:
         return None
     if family in tables.shipped("families"):
         return tables.load("families", family)
-    path = Path(family)
+    path = location.local(family, "a family table")
     if path.is_file():
         return tables.load_file(path)
     if path.suffix == ".toml" or "/" in family or path.exists():
@@ -143,10 +143,11 @@ def convert(
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
         raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
+    destination = location.local(out, "a destination")
     source = open_any(src, revision, family, headers_only=False, progress=progress)
     mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size("--device-memory", device_memory), context, batch)
     job = prepare(source, to, mesh, options, _size("--max-file-size", max_file_size))
-    return convert_job(job, Path(out), options, progress)
+    return convert_job(job, destination, options, progress)
 
 
 def verify(
@@ -182,7 +183,7 @@ def verify(
     from .verification import Wish
     from .verification import verify as verify_directory
 
-    path = Path(out)
+    path = location.local(out, "a shard directory")
     if not str(out) or not path.is_dir():
         what = "is a file" if str(out) and path.exists() else "no such directory"
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
@@ -204,7 +205,7 @@ def check_table(
 
     table = family_table(family)
     assert table is not None
-    return check(table, Path(given) if given is not None else None, sample, progress)
+    return check(table, location.local(given, "a checkpoint to try a table on") if given is not None else None, sample, progress)
 
 
 def explain(out: str | Path, element: str, *, revision: str | None = None, family: str | None = None) -> "Explanation":

@@ -19,6 +19,7 @@ from . import companions, header
 from .companions import Carried, Left, beside, inside
 from .dialect import settle
 from .errors import ReshardError
+from .escapes import in_line
 from .files import Stamp, failed
 from .header import Entry
 from .limits import DIGITS
@@ -130,7 +131,7 @@ def family_table(published: Published) -> Table:
         return base(table) if _is_base(table, published) and table.name in shipped("families") else table
     kinds: dict[str, list[str]] = {}
     for name in published.tensors:
-        kinds.setdefault(fold(name)[0], []).append(name)
+        kinds.setdefault(in_line(fold(name)[0]), []).append(name)
     lines = [f"  {len(names):>6} × {kind}  {list(published.tensors[names[0]][1].shape)}" for kind, names in list(kinds.items())[:40]]
     said = f'no table for model_type "{config.model_type}"' if config.model_type else "config.json has no model_type"
     if len(kinds) > 40:

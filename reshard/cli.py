@@ -20,6 +20,7 @@ import click
 
 from . import __version__
 from .errors import ReshardError
+from .escapes import in_json, visible
 from .limits import numeral
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ def inspect(src: str, draft_table: bool, revision: str | None, family: str | Non
         from . import draft
 
         start = draft.draft(describe.published(src, revision))
-        _show(start.to_json() if as_json else start.text.rstrip("\n"))
+        _show(start.to_json() if as_json else in_json(start.text.rstrip("\n")))
         if not quiet and not as_json:
-            click.echo(start.words(), err=True)
+            click.echo(visible(start.words()), err=True)
         return
     found = describe.describe(src, revision, family)
     _show(found.to_json() if as_json else found.text(), quiet and not as_json)
@@ -263,16 +264,15 @@ def fingerprint(
     reshard fingerprint OUT --rank 3 > share-3.json
     reshard fingerprint --combine share-*.json
     """
-    from pathlib import Path
-
     from . import api
     from . import fingerprint as prints
+    from .location import local
 
     found: prints.Fingerprint | prints.Share
     if combine:
         if rank is not None or seed:
             raise ReshardError("--combine adds up shares that are there; --rank and --seed make one", "leave them out")
-        found = prints.combine(prints.read_share(Path(path)) for path in paths)
+        found = prints.combine(prints.read_share(local(path, "a share")) for path in paths)
     elif len(paths) != 1:
         raise ReshardError(f"{len(paths)} paths are given, one is fingerprinted at a time", "to add up shares: --combine FILE…")
     else:
@@ -387,9 +387,9 @@ def generate(
     """
     import time
     from importlib import import_module
-    from pathlib import Path
 
     began = time.monotonic()
+    from .location import local
     from .mesh import Mesh
 
     prompts: list[str | list[int]] = list(texts)
@@ -407,7 +407,11 @@ def generate(
     given |= {"most": given.pop("max_tokens"), "verify": "hash" if hashed else None}
     job = import_module("reshard.runtime.job")
     try:
-        job.start(job.Job(Path(out), tuple(prompts) or None, file, mesh, **given, began=began))
+        job.start(
+            job.Job(
+                local(out, "a model to run"), tuple(prompts) or None, file and os.fspath(local(file, "prompts")), mesh, **given, began=began
+            )
+        )
     except KeyboardInterrupt as error:
         _fail("interrupted", None, _ended_by(error))
     except BrokenPipeError:
@@ -441,12 +445,12 @@ class _Talk:
 
 def _show(data: dict[str, Any] | str, silent: bool = False) -> None:
     if not silent:
-        _print(json.dumps(data, indent=1, ensure_ascii=False) if isinstance(data, dict) else data)
+        _print(in_json(json.dumps(data, indent=1, ensure_ascii=False)) if isinstance(data, dict) else visible(data))
 
 
 def _say(quiet: bool, *lines: str) -> None:
     if not quiet:
-        _print("\n".join(lines))
+        _print(visible("\n".join(lines)))
 
 
 def _print(text: str) -> None:
@@ -559,8 +563,9 @@ def _defect(error: Exception) -> tuple[str, str]:
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
+    message = re.sub(r"\n(?! )", "\n  ", message)  # a name with newlines in it must not look like a hint of ours
     try:
-        click.echo(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
+        click.echo(visible(f"error: {message}" + (f"\n\nhint: {hint}" if hint else "")), err=True)
     except OSError:  # a full disk under stderr, a terminal that was closed
         _hush(sys.stderr)
     sys.exit(code)

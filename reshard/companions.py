@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .errors import ReshardError
+from .escapes import in_line
 from .files import failed
 
 CARRIED_MAX = 64 << 20  # bytes of a file
@@ -146,7 +147,7 @@ def words(left: Iterable[Left], width: int, most: int = 6) -> list[str]:
     """What was left out, for people: by reason, so many names of each."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, _, why in left:
-        reasons[why].append(" ".join(name.split()))
+        reasons[in_line(why)].append(in_line(name))
     parts = [f"{', '.join(names[:most])}{f' and {len(names) - most} more' * (len(names) > most)} ({why})" for why, names in reasons.items()]
     text = f"left behind: {'; '.join(parts)}"
     return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False) if parts else []
@@ -177,7 +178,7 @@ class _Listing:
         self.homes = _homes(root)
         self.found: dict[str, int | str | ReshardError] = {}
         self.stamps: dict[str, tuple[int, int]] = {}  # of files: size, modification time in ns
-        self.counts: Counter[str] = Counter()  # entries of each folder of the directory
+        self.counts: Counter[str] = Counter()  # what was found below each entry of the directory
         for name, entry in self._entries(""):
             self._look(name, entry, [os.path.realpath(root)])
 
@@ -196,40 +197,42 @@ class _Listing:
             return
         try:
             if entry.is_symlink() and (why := self._astray(name, path)) is not None:
-                self.found[name] = why
+                self._note(name, why)
                 return
             status = path.stat()
         except FileNotFoundError:
             if entry.is_symlink():  # else it was gone before it could be looked at
-                self.found[name] = ReshardError(
-                    f"{path}: is a link to {path.readlink()}, which is not there",
-                    "the download is not complete: fetch it again; or delete the link",
-                )
+                said = f"{path}: is a link to {path.readlink()}, which is not there"
+                self._note(name, ReshardError(said, "the download is not complete: fetch it again; or delete the link"))
             return
         except OSError as error:
-            self.found[name] = failed("looking at", path, error)
+            self._note(name, failed("looking at", path, error))
             return
         if stat.S_ISDIR(status.st_mode):
             self._enter(name, entry.name, above)
         elif stat.S_ISREG(status.st_mode):
-            self.found[name], self.stamps[name] = status.st_size, (status.st_size, status.st_mtime_ns)
+            self.stamps[name] = status.st_size, status.st_mtime_ns
+            self._note(name, status.st_size)
         else:
-            self.found[name] = _NO_FILE
+            self._note(name, _NO_FILE)
+
+    def _note(self, name: str, what: int | str | ReshardError) -> None:
+        self.found[name] = what
+        self.counts[name.partition("/")[0]] += 1
 
     def _enter(self, name: str, base: str, above: list[str]) -> None:
         real = os.path.realpath(self.root / name)
         if base.startswith(".") or base == "lost+found":
-            self.found[f"{name}/"] = _HIDDEN
+            self._note(f"{name}/", _HIDDEN)
             return
         if real in above:
-            self.found[f"{name}/"] = "link to a folder above it"
+            self._note(f"{name}/", "link to a folder above it")
             return
         top = name.partition("/")[0]
         for below, entry in self._entries(f"{name}/"):
             self._look(below, entry, [*above, real])
-            self.counts[top] += 1
             if self.counts[top] > FOLDER_MAX:
-                return
+                return  # enough to know that it is left out
 
     def _astray(self, name: str, path: Path) -> str | ReshardError | None:
         """What is said of a link that leads out of the checkpoint: one of the files that make a checkpoint may, to a file of its name."""

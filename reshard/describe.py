@@ -6,9 +6,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import api
+from . import api, location
 from .checkpoint import Published, open_published
 from .errors import ReshardError
+from .escapes import in_line
 from .model import Config, Model, Tensor
 from .notation import bases, block_of, fold
 from .sizes import axis_size
@@ -35,11 +36,13 @@ class Description:
             if key in ("bytes",):
                 value = decimal(value)
             if isinstance(value, list):
-                lines += [f"{name + ':':<14}{item}" if not n else f"{'':14}{item}" for n, item in enumerate(value)]
+                lines += [
+                    f"{name + ':':<14}{in_line(str(item))}" if not n else f"{'':14}{in_line(str(item))}" for n, item in enumerate(value)
+                ]
             elif isinstance(value, dict):
-                lines += _wrap(name, [f"{k} {v}" for k, v in value.items()])
+                lines += _wrap(name, [in_line(f"{k} {v}") for k, v in value.items()])
             else:
-                lines.append(f"{name + ':':<14}{value}")
+                lines.append(f"{name + ':':<14}{in_line(str(value))}")
         if self.refused:
             lines += ["", f"cannot be converted: {self.refused}"]
         return "\n".join(lines)
@@ -68,7 +71,7 @@ def describe(src: str | Path, revision: str | None = None, family: str | None = 
 
 def published(src: str, revision: str | None) -> Published:
     """Headers and config.json of a published checkpoint, here or on the Hub."""
-    if Path(src).exists():
+    if not location.source(src).startswith("hf://") and Path(src).exists():
         return open_published(Path(src))
     from . import hub
 

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 
+from .escapes import in_line
+
 
 class ReshardError(Exception):
     """Usage or refused input: `message` says what, where (tensor, file) and both numbers; `hint` says the remedy."""
@@ -36,7 +38,7 @@ class Problems:
         self._found: dict[str, list[str]] = defaultdict(list)
 
     def add(self, line: str, example: str = "") -> None:
-        self._found[line].append(example)
+        self._found[in_line(line)].append(in_line(example))
 
     def __bool__(self) -> bool:
         return bool(self._found)

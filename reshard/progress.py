@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
+from .escapes import in_json, visible
 from .units import decimal, duration
 
 Kind = Literal["auto", "json", "none"]
@@ -89,7 +90,7 @@ class _Counting:
     def say(self, line: str) -> None:
         """A line; where nobody can read it (a full disk, a reader that went away) the work goes on in silence."""
         try:
-            print(line, file=self.stream, flush=True)
+            print(visible(line), file=self.stream, flush=True)
         except OSError:
             hush(self.stream)
 
@@ -136,7 +137,7 @@ class Json(_Counting):
             "left": None if left is None else round(max(left, 0), 1),
             "end": end,
         }
-        self.say(json.dumps(record))
+        self.say(in_json(json.dumps(record)))
 
 
 class Bar(_Counting):
@@ -153,7 +154,7 @@ class Bar(_Counting):
             known = False
         width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80}  # a terminal in a container may not know its size
         counted: dict[str, Any] = {"unit": unit, "unit_scale": unit == BYTES}
-        self._bar = tqdm(total=total, desc=what, leave=False, file=self.stream, miniters=1, **counted, **width)
+        self._bar = tqdm(total=total, desc=visible(what), leave=False, file=self.stream, miniters=1, **counted, **width)
         super().start(what, total, unit)
 
     def show(self, seconds: float, end: bool) -> None:

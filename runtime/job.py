@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.errors import ReshardError
+from reshard.escapes import in_json, visible
 from reshard.mesh import Mesh
 from reshard.units import binary, decimal
 
@@ -244,6 +245,7 @@ class _Talk:
         template = self._tokenizer is not None and self._tokenizer.template is not None
         self.chat = template if job.chat is None else job.chat
         self._shown = False
+        self._terminal = sys.stdout is not None and sys.stdout.isatty()  # a text is data, and is shown so that it does no harm
 
     def encoded(self) -> list[list[int]]:
         """The token ids of every prompt."""
@@ -279,7 +281,7 @@ class _Talk:
                 print(f"--- {self.live + 1}", flush=True)
             self._shown = True
             text, self.waiting[self.live] = self.waiting[self.live], ""
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text) if self._terminal else text)
             if not self.over[self.live]:
                 break
             sys.stdout.write("\n")
@@ -306,11 +308,11 @@ class _Talk:
             ]
             drawn = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p", "seed")}
             print(
-                json.dumps({"model": str(self.job.out), "texts": texts, "sampling": drawn} | about, indent=1, ensure_ascii=False),
+                in_json(json.dumps({"model": str(self.job.out), "texts": texts, "sampling": drawn} | about, indent=1, ensure_ascii=False)),
                 flush=True,
             )
         elif not self.job.quiet:
-            print("\n" + "\n".join(_lines(about)), file=sys.stderr, flush=True)
+            print(visible("\n" + "\n".join(_lines(about))), file=sys.stderr, flush=True)
 
 
 # --- the account -----------------------------------------------------------------------------------------------------------------

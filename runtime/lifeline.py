@@ -334,8 +334,10 @@ def describe(error: BaseException) -> str:
 
 
 def _print(rank: int, verdict: str) -> None:
+    from reshard.escapes import visible
+
     with suppress(OSError):
-        os.write(2, f"error: rank {rank}: {verdict}\n".encode(errors="replace"))
+        os.write(2, visible(f"error: rank {rank}: {verdict}\n").encode(errors="replace"))
 
 
 report: Callable[[int, str], object] = _print  # what is done with a verdict that a stuck main thread cannot raise; a launcher sets its own

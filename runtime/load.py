@@ -28,6 +28,7 @@ from reshard import header, manifest
 from reshard.errors import MismatchError, ReshardError
 from reshard.files import failed
 from reshard.header import BITS, Entry
+from reshard.location import local
 from reshard.manifest import Manifest
 from reshard.shards import FORMAT_VERSION
 
@@ -88,7 +89,7 @@ def load_shard(out: str | os.PathLike[str], rank: int, verify: str | None = None
     axis last. `verify="hash"` reads everything and compares it with the digests. Needs manifest.json and the rank's own folder.
     Raises ReshardError for a wrong version, rank, size, header or digest, before anything is mapped where it can be told.
     """
-    root = Path(out)
+    root = local(out, "shards to load")
     _known(verify)
     known = _manifest(root)
     if type(rank) is not int or not 0 <= rank < len(known.ranks):
@@ -264,7 +265,7 @@ def open_out(path: str | os.PathLike[str]) -> "Source":
     """Any directory that reshard reads, all of it."""
     from reshard.source import open_source
 
-    return open_source(Path(path))
+    return open_source(local(path, "a model to load"))
 
 
 class Opened:
@@ -337,7 +338,7 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
     from reshard.mesh import Mesh
     from reshard.source import Source
 
-    root = (out.root or Path()) if isinstance(out, Source) else Path(out)
+    root = (out.root or Path()) if isinstance(out, Source) else local(out, "a model to load")
     known = manifest.load(root) if manifest.present(root) else None
     if known is not None:
         wanted = mesh or (known.mesh if known.mesh.world == world.size else Mesh(world.size))
