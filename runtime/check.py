@@ -163,13 +163,12 @@ class _Check:
         self.progress.advance(self.source.bytes)
         why = ours.odd or (None if bool(wide.isfinite().all()) else "the logits of this runtime at TP 1 are not finite")
         if why is not None:
-            rung.failures.append(f"float32: {why}; those of {self.reference.name} are finite")
-            rung.numbers, rung.words = {"reference": self.reference.name}, self.reference.name
-            self._told_apart()
+            rung.failures.append(f"float32: {why}; those of {self.reference.name} are finite{self._told_apart()}")
+            rung.numbers["reference"] = rung.words = self.reference.name
             self.progress.finish()
             return rung
         numbers = _numbers(ours.logits, wide, exact)
-        rung.numbers = {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
+        rung.numbers |= {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
             where = self._first_to_differ() or self._told_apart()
