@@ -41,7 +41,7 @@ def first_to_differ(source: "Source", reference: "Reference", ids: Tensor, settl
     """None where every step agrees, or where transformers does not let itself be looked into. ids [batch, seq]; `settled` [batch, seq]:
     tokens that are compared, by default all."""
     modules = [getattr(reference.prepare(), "module", None), getattr(reference.load(torch.float64), "module", None)]
-    if None in modules:
+    if None in modules or (settled is not None and not bool(settled.any())):
         return None
     decoder, table = load_model(source, torch.float32, world=alone()), with_facts(source.layout.model.family)
     coarse = _Flow.of(modules, ids, settled, lambda place: place is None or place[1] == 0)
