@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from . import __version__
-from .errors import ReshardError
+from .errors import ReshardError, told
 from .escapes import in_json, visible
 from .limits import numeral
 
@@ -563,9 +563,8 @@ def _defect(error: Exception) -> tuple[str, str]:
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
-    message = re.sub(r"\n(?! )", "\n  ", message)  # a name with newlines in it must not look like a hint of ours
     try:
-        click.echo(visible(f"error: {message}" + (f"\n\nhint: {hint}" if hint else "")), err=True)
+        click.echo(visible(f"error: {told(message, hint)}"), err=True)
     except OSError:  # a full disk under stderr, a terminal that was closed
         _hush(sys.stderr)
     sys.exit(code)

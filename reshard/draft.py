@@ -222,7 +222,7 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
     stored = {name: entry for name, (_, entry) in published.tensors.items()}
     for family in by_likeness(found)[:6]:
         for names in _respellings(found, tables.load("families", family)):
-            head = f'name = "{_name(published.config)}"\nlike = "{family}"\n'
+            head = f'name = {_text_of(_name(published.config))}\nlike = "{family}"\n'
             text = (
                 head
                 + (f"[names]\n{names}" if names else "")
@@ -248,7 +248,7 @@ def _around(published: Published, found: list[Found]) -> Draft | None:
     towers = tuple(sorted({next((s for s in _starts(each.folded) if s not in inside), "") for each in found if each.folded not in own}))
     about = tomllib.loads(wrapper.texts[wrapper.name])
     spelled = {start: [o for o in others if any(each.name.startswith(o) for each in found)] for start, others in about["names"].items()}
-    text = f'name = "{_name(config)}"\nlike = "{about["like"]}"\n'
+    text = f'name = {_text_of(_name(config))}\nlike = "{about["like"]}"\n'
     text += f"towers = {json.dumps(towers)}  # carried whole, on the first stage: is none of them a part of the language model?\n[names]\n"
     text += "".join(f"{json.dumps(start)} = {json.dumps(others)}\n" for start, others in spelled.items() if others)
     text += "".join(["[defaults]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in about["defaults"].items())])
@@ -292,7 +292,7 @@ def _lines(
 ) -> Iterator[str]:
     leaves = {leaf for _, meaning in rows for leaf in meaning.leaves.split()}
     yield HEAD
-    yield f'name = "{name}"'
+    yield f"name = {_text_of(name)}"
     lone = "head" if "embed" in leaves and "head" not in leaves else ""
     if lone or {"head", "embed"} <= leaves:
         yield 'tied = { head = "embed" }'
@@ -307,14 +307,14 @@ def _lines(
     two = max((len(meaning.pattern) for _, meaning in rows), default=0) + 3
     for each, meaning in sorted(rows, key=lambda pair: (pair[0].layers is not None, pair[0].name)):
         word = f', "{words[each.folded]}"' if each.folded in words else ""
-        first, second = f'"{each.name}",', f'"{meaning.pattern}",'
+        first, second = f"{_text_of(each.name)},", f'"{meaning.pattern}",'
         yield f' [{first:<{one}} {second:<{two}} "{meaning.leaves}"{word}],'
     if lone:
         yield ' ["lm_head.weight", "vocab hidden", "head"],   # not stored: tied'
     plan = _tp_plan(config.inner_type or config.model_type)
     for each in unknown:
         yield f" # {OPEN} {each.count} tensors {list(each.shape)}: what are they?{_in_words(each, sizes, plan)}"
-        yield f' # ["{each.name}", "{_guess(each, sizes)}", "?"],'
+        yield f' # [{_text_of(each.name)}, "{_guess(each, sizes)}", "?"],'
     yield "]"
     for doubt in doubts:
         yield f"# {OPEN} {doubt}"
@@ -329,6 +329,11 @@ def _lines(
     kept = [leaf for leaf in ("attn.k", "attn.v", "attn.kv_a", "attn.k_rope") if leaf in leaves]
     yield f"[model]\ncache = {kept}".replace("'", '"')
     yield "runs = false                            # until its facts are there: docs/notation.md"
+
+
+def _text_of(name: str) -> str:
+    """A name as a string of TOML."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _in_words(each: Found, sizes: Sizes, plan: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """What goes wrong, in words for the person who can mend it. Knows nothing about checkpoints."""
 
+import re
 from collections import defaultdict
 
 from .escapes import in_line
@@ -16,7 +17,13 @@ class ReshardError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+        return told(self.message, self.hint)
+
+
+def told(message: str, hint: str | None) -> str:
+    """A message and its hint as one text. Lines of the message but the first are indented: a name with newlines in it forges no hint."""
+    message = re.sub(r"\n(?! )", "\n  ", message)
+    return message if hint is None else f"{message}\n\nhint: {hint}"
 
 
 class MismatchError(ReshardError):
