@@ -534,7 +534,8 @@ def _starved(error: Exception) -> tuple[str, str] | None:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "no more threads can be started", "raise the limit (ulimit -u, ulimit -v), or use fewer --workers"
     if isinstance(error, ImportError) and not (error.name or "").startswith("reshard"):
-        return f"a module cannot be loaded: {error}", "raise the limit on memory (ulimit -v) if there is one, or install reshard again"
+        first = next(line for line in str(error.__cause__ or error).splitlines() if line.strip())
+        return f"a module cannot be loaded: {first}", "raise the limit on memory (ulimit -v) if there is one, or install reshard again"
     return None
 
 

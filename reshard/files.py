@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ Batch = tuple[Views, int]  # what one system call fills, and how many bytes that
 PIECE = 1 << 20
 
 VIEWS = os.sysconf("SC_IOV_MAX")  # buffers that one system call fills
+
+_OTHERS = 24  # descriptors that a process has beside those of its pools
 
 CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
 
@@ -68,7 +71,9 @@ class Pool:
     """
 
     def __init__(self, flags: int = os.O_RDONLY, most: int = 128, stamps: Mapping[Path, Stamp] | None = None) -> None:
-        self._flags, self._most, self._stamps = flags | os.O_CLOEXEC, most, stamps or {}
+        self._flags, self._stamps = flags | os.O_CLOEXEC, stamps or {}
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 63)  # -1 is none
+        self._most = min(most, max(1, (limit - _OTHERS) // 2))  # there are two pools, mostly
         self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
         self._lock = threading.Lock()
 
@@ -130,10 +135,12 @@ class Pool:
             if found is None:
                 while len(self._open) >= self._most and self._evict():
                     pass
-                try:
-                    found = (os.open(path, self._flags), [0])
-                except OSError as error:
-                    raise failed("opening", path, error) from error
+                while found is None:
+                    try:
+                        found = (os.open(path, self._flags), [0])
+                    except OSError as error:
+                        if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
+                            raise failed("opening", path, error) from error
                 if (stamp := self._stamps.get(path)) is not None:
                     try:
                         check_stamp(path, stamp, os.fstat(found[0]))

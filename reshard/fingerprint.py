@@ -94,7 +94,9 @@ class Keys:
         found = self._axes.get(name)
         if found is None or len(found) < n:
             with self._lock:
-                raw = hashlib.shake_128(f"reshard fingerprint {VERSION}\0{self.seed}\0{name}".encode()).digest(8 * LANES * n)
+                raw = hashlib.shake_128(f"reshard fingerprint {VERSION}\0{self.seed}\0{name}".encode(errors="surrogateescape")).digest(
+                    8 * LANES * n
+                )
                 numbers = np.frombuffer(raw, "<u8").reshape(n, LANES) % np.uint64(P - 1)
                 found = self._axes[name] = numbers.astype(np.int64) + 1
         return found

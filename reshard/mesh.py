@@ -36,14 +36,17 @@ class Mesh:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "ep"):
-            if not 1 <= getattr(self, name) <= 65536:
-                raise ReshardError(f"--{name} {getattr(self, name)} is not a number of ranks", "give 1 to 65536")
+            if type(n := getattr(self, name)) is not int or not 1 <= n <= 65536:
+                raise ReshardError(f"--{name} {n} is not a number of ranks", "give 1 to 65536")
         if self.world > 65536:
             raise ReshardError(f"--tp {self.tp} × --pp {self.pp} makes {self.world} ranks, at most 65536 are supported")
         if self.tp % self.ep:
             raise ReshardError(
                 f"--ep {self.ep} does not divide --tp {self.tp}", "expert parallel ranks are tensor parallel ranks: --ep must divide --tp"
             )
+        for name, numbers in (("split", self.weights), ("pp-layers", self.layers)):
+            if not all(type(n) is int for n in numbers or ()):
+                raise ReshardError(f"--{name} {numbers}: whole numbers are needed", "for example 3:3:2 or 10,11,11")
         if self.weights is not None and (len(self.weights) != self.tp or min(self.weights) < 1):
             split = ":".join(map(str, self.weights))
             raise ReshardError(f"--split {split} names {len(self.weights)} ranks, --tp is {self.tp}", "give one positive weight per rank")

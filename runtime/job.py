@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _READ = 256 << 20  # bytes that each rank reads at most, to learn how fast the machine is
 _PIECE = 4 << 10  # bytes of a tensor that are worth reading for that
+_LONGEST = 1_000_000  # seconds of a timeout
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -54,6 +55,10 @@ class Job:
     as_json: bool = False
     quiet: bool = False
     began: float = 0.0  # time.monotonic()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= _LONGEST:
+            raise ReshardError(f"--timeout {self.timeout:g}: a number of seconds is needed, at most {_LONGEST}", "60 is usual")
 
     def ready(self) -> "Job":
         """With the prompts read."""
@@ -183,7 +188,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     from .spec import POSITIONS
 
     said = generation_config(job.out)
-    sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed)
+    sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed, job.out)
     joined = time.monotonic()
     talk = _Talk(job) if world.rank == 0 else None
     prompts: list[list[int]] = gathered(world, talk.encoded() if talk else None, "prompts")[0]
@@ -201,7 +206,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     config = _config(job.out)
     limit = decoder.spec.positions or next((int(config[key]) for key in POSITIONS if config.get(key)), None)
     check(prompts, decoder.model.sizes["vocab"], limit)
-    options = Options(job.most, sampling, stop_tokens(said, config), limit)
+    options = Options(job.most, sampling, stop_tokens(said, config, job.out, decoder.model.sizes["vocab"]), limit)
     try:
         done = generate(decoder, prompts, options, talk.token if talk else None, tell)
     except ReshardError:

@@ -6,12 +6,21 @@ the batch, nor on the mesh. Every rank draws for itself, and draws the same.
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reshard.errors import ReshardError
+
+_TINY, _HUGE = 5e-324, 1.7e308
+# What can be sampled with: types, least, most, default, in words.
+_RANGES: dict[str, tuple[tuple[type, ...], float, float, float, str]] = {
+    "temperature": ((int, float), 0, _HUGE, 1.0, "a number from 0 on (0: greedy)"),
+    "top_k": ((int,), 0, _HUGE, 0, "a whole number from 0 on (0: all tokens)"),
+    "top_p": ((int, float), _TINY, 1, 1.0, "a number above 0 and at most 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,12 @@ class Sampling:
 
     @staticmethod
     def of(
-        said: dict[str, Any], temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int = 0
+        said: dict[str, Any],
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        root: Path = Path(),
     ) -> "Sampling":
         """What was asked for, else what generation_config.json says. Raises ReshardError for what is out of range.
 
@@ -33,20 +47,15 @@ class Sampling:
         """
         if temperature is None and top_k is None and top_p is None and not said.get("do_sample"):
             return Sampling(seed=seed)
-
-        def pick(asked: Any, key: str, default: Any) -> Any:
-            if asked is not None:
-                return asked
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        found: dict[str, Any] = {}
+        for key, (kinds, low, high, default, words) in _RANGES.items():
             known = said.get(key) if said.get("do_sample") else None
-            return default if known is None else known
-
-        found = Sampling(float(pick(temperature, "temperature", 1.0)), int(pick(top_k, "top_k", 0)), float(pick(top_p, "top_p", 1.0)), seed)
-        if not (0 <= found.temperature < float("inf") and found.top_k >= 0 and 0 < found.top_p <= 1):
-            raise ReshardError(
-                f"temperature {found.temperature:g}, top-k {found.top_k}, top-p {found.top_p:g}: cannot be sampled with",
-                "temperature from 0 on (0: greedy), top-k from 0 on (0: all tokens), top-p above 0 and at most 1",
-            )
-        return found
+            value = found[key] = next(value for value in (asked[key], known, default) if value is not None)
+            if type(value) not in kinds or not low <= value <= high:
+                where = f"{root / 'generation_config.json'}: {key}" if asked[key] is None else f"--{key.replace('_', '-')}"
+                raise ReshardError(f"{where} is {value!r}, {words} is needed", "correct it; --temperature 0 is greedy and needs none")
+        return Sampling(float(found["temperature"]), int(found["top_k"]), float(found["top_p"]), seed)
 
     def choose(self, logits: Tensor, prompt: int, step: int) -> int:
         """The next token of a prompt: logits [vocab], which are finite → id."""

@@ -133,7 +133,8 @@ def shared(store: Any, name: str, group: Any, me: int, count: int, wait: float, 
         group._allgather_base(have, torch.tensor([memory is not None], dtype=torch.uint8)).wait()
     finally:
         if path is not None:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not there, on a file system that is read-only
+                path.unlink()
     return Shared(memory, me, count, wait, check) if memory is not None and bool(have.all()) else None
 
 

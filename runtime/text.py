@@ -19,14 +19,22 @@ def generation_config(root: Path) -> dict[str, Any]:
     return _json(root / "generation_config.json")
 
 
-def stop_tokens(said: dict[str, Any], config: dict[str, Any]) -> frozenset[int]:
-    """The ids that end a text: `eos_token_id`, one or several, of generation_config.json, else of config.json."""
-    found = said.get("eos_token_id")
+def stop_tokens(said: dict[str, Any], config: dict[str, Any], root: Path = Path(), vocab: int | None = None) -> frozenset[int]:
+    """The ids that end a text: `eos_token_id`, one or several, of generation_config.json, else of config.json.
+
+    Raises ReshardError for what is no id of a vocabulary of `vocab`.
+    """
+    file, found = "generation_config.json", said.get("eos_token_id")
     if found is None:
-        found = config.get("eos_token_id")
+        file, found = "config.json", config.get("eos_token_id")
     if found is None:
         found = (config.get("text_config") or {}).get("eos_token_id")
-    return frozenset(map(int, found if isinstance(found, list) else [] if found is None else [found]))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for token in ids:
+        if type(token) is not int or token < 0 or (vocab is not None and token >= vocab):
+            most = "" if vocab is None else f" to {vocab - 1}"
+            raise ReshardError(f"{root / file}: eos_token_id has {token!r}, token ids are 0{most}", "correct the file")
+    return frozenset(ids)
 
 
 class Tokenizer:

@@ -152,6 +152,9 @@ def test_draws_follow_the_probabilities() -> None:
     )
 
 
+WRONG: list[object] = ["1", "", True, -1, float("nan"), float("inf"), 10**400, [], [1], {}]  # which JSON can say, and no number is
+
+
 def test_what_was_asked_for_goes_before_generation_config() -> None:
     """generation_config.json counts where it says do_sample, an option goes before it, and nothing at all is greedy."""
     said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
@@ -161,8 +164,12 @@ def test_what_was_asked_for_goes_before_generation_config() -> None:
     assert Sampling.of(said, top_p=0.5) == Sampling(0.6, 20, 0.5)
     assert Sampling.of({}, top_k=5) == Sampling(1.0, 5)
     for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
-        with pytest.raises(ReshardError, match="cannot be sampled with"):
+        with pytest.raises(ReshardError, match=f"--{next(iter(wrong)).replace('_', '-')} is .* is needed"):
             Sampling.of({}, **wrong)
+    for key, values in {"temperature": WRONG, "top_p": [*WRONG, 0, 1.5], "top_k": [*WRONG, 1.5]}.items():
+        for value in values:
+            with pytest.raises(ReshardError, match=f"generation_config.json: {key} is .* is needed"):
+                Sampling.of({"do_sample": True, key: value})
 
 
 def test_stop_tokens_are_one_or_several(tmp_path: Path) -> None:
@@ -173,6 +180,9 @@ def test_stop_tokens_are_one_or_several(tmp_path: Path) -> None:
     assert stop_tokens({}, {"eos_token_id": 3}) == {3}
     assert stop_tokens({}, {"text_config": {"eos_token_id": [4]}}) == {4}
     assert stop_tokens({}, {}) == frozenset()
+    for value in [*(value for value in WRONG if value not in ([], [1])), [[1]], [True], 1.0, 7, [1, 7], ["1"]]:
+        with pytest.raises(ReshardError, match="generation_config.json: eos_token_id has .* 0 to 6"):
+            stop_tokens({"eos_token_id": value}, {}, tmp_path, 7)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------------------

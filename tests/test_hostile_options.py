@@ -1,0 +1,83 @@
+"""Every option and argument of every command with values that nobody means: an answer in words, and no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from running import llama, reshard
+
+from reshard.cli import cli
+
+VALUES = [
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1",
+    "0",
+    "1.5",
+    "9" * 30,
+    "9" * 5000,
+    "\x00",
+    "\udcff",
+    "é",
+    "٣",
+    "a" * 5000,
+    "..",
+    "[",
+    "{}",
+    "=",
+    ":",
+    ",",
+]
+# What an option needs beside it to be looked at.
+WITH = {
+    "inspect": ("SRC",),
+    "plan": ("SRC", "--tp", "2"),
+    "convert": ("SRC", "OUT", "--tp", "2"),
+    "verify": ("SHARDS",),
+    "generate": ("SHARDS", "--tokens", "1"),
+    "fingerprint": ("SHARDS",),
+    "explain": ("SHARDS", "embed"),
+    "diff": ("SHARDS", "SHARDS"),
+    "check-table": ("llama", "--sample", "1"),
+}
+SLOW = {("check-table", "--sample"), ("check-table", "--with")}  # each value that is none of the wrong ones takes a second
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = llama(tmp_path_factory.mktemp("hostile") / "model")
+    assert reshard("convert", source, source.parent / "shards", "--tp", "2").code == 0
+    return source.parent
+
+
+def cases(name: str) -> list[tuple[str, ...]]:
+    """The words of a command with each option, and each argument, of each value."""
+    found: list[tuple[str, ...]] = []
+    usual = WITH[name]
+    arguments = 0
+    for parameter in cli.commands[name].params:
+        if isinstance(parameter, click.Argument):
+            found += [(*usual[:arguments], value, *usual[arguments + 1 :]) for value in VALUES]
+            arguments += 1
+        elif isinstance(parameter, click.Option) and not parameter.is_flag and (name, parameter.opts[0]) not in SLOW:
+            found += [(*usual, parameter.opts[0], value) for value in VALUES]
+    return found
+
+
+@pytest.mark.parametrize("name", list(WITH))
+def test_no_value_of_an_option_makes_a_traceback(name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"SRC": str(place / "model"), "SHARDS": str(place / "shards")}
+    for number, words in enumerate(cases(name)):
+        said = [name, *(names.get(word, word) for word in words)]
+        said = [f"out-{number}" if word == "OUT" else word for word in said]
+        done = reshard(*said)
+        assert done.code in (0, 2, 3), (said, done)
+        assert done.code == 0 or done.err.startswith(("error: ", "Usage: ")), (said, done)
