@@ -124,7 +124,7 @@ def convert(
     overwrite: bool = False,
     checksum: bool = False,
     sha256: bool = False,
-    fsync: bool = False,
+    fsync: bool = True,
     check: bool = True,
     max_file_size: str | int | None = None,
     device_memory: str | int | None = None,

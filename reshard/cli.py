@@ -165,7 +165,9 @@ def plan(src: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any)
 @click.option("--checksum", is_flag=True, help="Re-run: compare all of the source with OUT, not a sample of each tensor.")
 @click.option("--no-check", is_flag=True, help="Re-run: do not read OUT to see that it is whole.")
 @click.option("--sha256", is_flag=True, help="Record the SHA-256 of every source file (one more read); a finished OUT gets them added.")
-@click.option("--fsync", is_flag=True, help="Force everything to the device before publishing.")
+@click.option(
+    "--fsync/--no-fsync", default=True, help="Have everything on the device before publishing it, against power cuts (default), or not."
+)
 @_talk
 def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
     """Write shards for a mesh, or Hugging Face files (--to hf).

@@ -48,7 +48,7 @@ class Options:
     overwrite: bool = False
     checksum: bool = False
     sha256: bool = False
-    fsync: bool = False
+    fsync: bool = True
     pad: bool = True
     repeat: bool = True
     engine_version: str | None = None
@@ -231,7 +231,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         source = originals.hashed(source, options.threads, progress)
         job = replace(job, source=source)
     with (
-        publish.Publication(out, replace=busy) as publication,
+        publish.Publication(out, replace=busy, durable=options.fsync) as publication,
         closing(Pool(os.O_RDWR)) as pool,
         closing(Pool(stamps=source.stamps)) as reader,
     ):
@@ -242,20 +242,17 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             progress.start("converting", job.reads)
             _move(job, options, pool, reader, digests, progress)
             root = _finish(job, carried, reader, digests)
-            pool.close(sync=options.fsync)
+            pool.close()
             _check_unchanged(source.stamps)
-            if options.fsync:
-                _sync(publication.work)
         except OSError as error:
             raise failed("writing", out, error) from error
+        if options.fsync:
+            publication.sync(options.threads)
         try:
             publication.commit(manifest.NAME if job.output.shards else "config.json")
         except KeyboardInterrupt:
             if publish.published is None:  # else it came while names were moved, and the job is done
                 raise
-        if options.fsync:
-            _sync_directory(publication.out)
-            _sync_directory(publication.out.parent)
     progress.finish()
     return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left, job.towers)
 
@@ -416,25 +413,6 @@ def _check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
         check_stamp(path, stamp, status)
 
 
-def _sync(folder_: Path) -> None:
-    for base, _, files in os.walk(folder_, topdown=False):
-        for name in files:
-            _sync_path(Path(base, name), os.O_RDONLY)
-        _sync_directory(Path(base))
-
-
-def _sync_directory(path: Path) -> None:
-    _sync_path(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync_path(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _add_sha256(job: Job, out: Path, found: rerun.Finished, options: Options, progress: Progress) -> tuple[rerun.Finished, tuple[str, ...]]:
     """Add to finished shards the SHA-256 of the source's files, as far as they lack it: what `convert --sha256` would have written.
 
@@ -467,21 +445,18 @@ def _add_sha256(job: Job, out: Path, found: rerun.Finished, options: Options, pr
         job.output.layout, engine=job.engine, origin=known.origin, plan=known.plan, ranks=known.ranks, carried=known.carried, source=kept
     )
     publish.check_replaceable(out)
-    with publish.Publication(out, replace=True) as publication:
+    with publish.Publication(out, replace=True, durable=options.fsync) as publication:
         try:
             _link(out, publication.work)
             for name, text in texts.items():
                 (publication.work / name).unlink(missing_ok=True)  # never through the link
                 _write(publication.work / name, text)
             _check_unchanged(source.stamps)
-            if options.fsync:
-                _sync(publication.work)
         except OSError as error:
             raise failed("writing", out, error) from error
-        publication.commit(manifest.NAME)
         if options.fsync:
-            _sync_directory(publication.out)
-            _sync_directory(publication.out.parent)
+            publication.sync(options.threads)
+        publication.commit(manifest.NAME)
     return replace(found, by="sha256"), ("SHA-256",)
 
 

@@ -155,18 +155,27 @@ class Pool:
     def _evict(self) -> bool:
         for path, (descriptor, users) in self._open.items():
             if not users[0]:
-                os.close(descriptor)
                 del self._open[path]
+                try:
+                    os.close(descriptor)
+                except OSError as error:
+                    if self._flags & os.O_ACCMODE != os.O_RDONLY:
+                        raise failed("closing", path, error) from error
                 return True
         return False
 
-    def close(self, sync: bool = False) -> None:
+    def close(self) -> None:
+        """Close everything. Raises PlaceError where a file that was written to fails to close: it may lack what was written last."""
+        problem = None
         with self._lock:
-            for descriptor, _ in self._open.values():
-                if sync:
-                    os.fsync(descriptor)
-                os.close(descriptor)
-            self._open.clear()
+            while self._open:
+                path, (descriptor, _) = self._open.popitem()
+                try:
+                    os.close(descriptor)
+                except OSError as error:
+                    problem = problem or failed("closing", path, error)
+        if problem is not None and self._flags & os.O_ACCMODE != os.O_RDONLY:
+            raise problem
 
 
 def _after(buffers: Views, done: int) -> Views:

@@ -1,45 +1,50 @@
 """Publishing: a directory appears whole or not at all. One writer per destination; a killed job leaves nothing under its name.
 
-OUT absent          work grows beside it, in .OUT.reshard; one rename publishes
-OUT there           (often a mounted volume) work grows inside it, in .reshard-work; entries are renamed up, the commit point last
+OUT absent          work grows next to it; one rename publishes
+OUT there           (often a mounted volume) work grows inside it; entries are renamed up, the commit point last
 OUT to be replaced  directories are exchanged, or the old entries are set aside and restored on failure
 
-What a killed job left is mended by the next one (`recover`): before its commit point the old is restored, after it the new is kept.
-Knows nothing about what is published.
+What is published is on the device before its name is (`sync`), and the old is deleted after that. What a killed job left is mended by the
+next one (`recover`): before its commit point the old is restored, after it the new is kept. Knows nothing about what is published.
 """
 
-import fcntl
+import errno
 import json
 import os
-import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from . import workfolder
 from .errors import PlaceError, ReshardError
 from .files import failed
+from .threads import each
 from .units import decimal
+from .workfolder import WorkFolder, beside, inside, names
 
-_WORK, _OLD, _LIST = ".reshard-work", ".reshard-old", ".reshard-entries"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-NOBODYS = (_WORK, _OLD, "lost+found")  # names that do not make a directory occupied, and that are never published or replaced
+NOBODYS = (workfolder.INSIDE, "lost+found")  # names that do not make a directory occupied, and that are never published or replaced
 
 published: Path | None = None  # by the last job of this process that did: whoever interrupts it after that is told so
 
 
 class Publication:
-    """A place to work in that becomes `out` on `commit` and vanishes otherwise. Use as a context manager."""
+    """A place to work in that becomes `out` on `commit` and vanishes otherwise. Use as a context manager.
 
-    def __init__(self, out: Path, *, replace: bool = False) -> None:
+    With `durable`, what was published survives a power cut from then on.
+    """
+
+    def __init__(self, out: Path, *, replace: bool = False, durable: bool = True) -> None:
         self.out = _real(out)
-        self.replace = replace
+        self.replace, self.durable = replace, durable
         self._lock: int | None = None
         self._parents: list[Path] = []  # directories that had to be made for OUT
         self._inside = self.out.is_dir() and (not replace or _mounted(self.out) or not os.access(self.out.parent, os.W_OK))
-        self.work = self.out / _WORK if self._inside else _beside(self.out)[0]
+        self._folder = inside(self.out) if self._inside else beside(self.out)
+        self.work = self._folder.new
 
     def __enter__(self) -> "Publication":
         global published
@@ -47,10 +52,10 @@ class Publication:
         try:
             self._parents = [parent for parent in self.out.parents if not parent.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.work, self.out)
-            for child in self.work.iterdir():  # what a killed job left
-                _remove(child)
+            self._lock = self._folder.take()
+            _settle(self._folder)
             self._check_vacant()
+            self._folder.begin(self._lock)
         except OSError as error:
             self._withdraw()
             raise failed("preparing", self.out, error) from error
@@ -59,10 +64,28 @@ class Publication:
             raise
         return self
 
+    def sync(self, threads: int = 1, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Have everything in the work directory on the device, files before the directories that name them."""
+        folders, files = [self.work], []
+        for base, inner, found in os.walk(self.work):
+            folders += [Path(base, name) for name in inner]
+            files += [Path(base, name) for name in found]
+
+        def sync(path: Path) -> None:
+            _sync(path)
+            advance(path.stat().st_size)
+
+        try:
+            each(files, sync, threads)
+            for folder in reversed(folders):
+                _sync(folder)
+        except OSError as error:
+            raise failed("writing", self.out, error) from error
+
     def commit(self, last: str) -> None:
         """Publish everything in the work directory; inside an existing directory the entry named `last` is renamed last.
 
-        Signals wait until it is done: it moves names, not bytes.
+        Signals wait until it is done: it moves names, not bytes. When it raises, OUT is what it was.
         """
         global published
         try:
@@ -73,9 +96,11 @@ class Publication:
                     self._exchange()
                 else:
                     self._check_vacant()
-                    self.work.rename(self.out)
+                    self._move(lambda: self.work.rename(self.out), lambda: self.out.rename(self.work))
                 self._parents = []
                 published = self.out
+                with suppress(OSError):  # what cannot be deleted now is deleted by the next job
+                    self._folder.clear()
                 self._unlock()
         except OSError as error:
             raise failed("publishing", self.out, error) from error
@@ -87,42 +112,60 @@ class Publication:
             raise PlaceError(f"{self.out}: appeared while the job ran", "choose another destination, or --overwrite")
 
     def _commit_inside(self, last: str) -> None:
-        old = self.out / _OLD
+        folder, out = self._folder, self.out
         self._check_vacant()
-        entries = sorted(_names(self.work), key=lambda name: name == last)
+        entries = sorted(names(self.work), key=lambda name: name == last)
         try:
-            old.mkdir()
-            (old / _LIST).write_text(json.dumps(entries))
+            folder.listing.write_text(json.dumps(entries))
+            folder.old.mkdir()
+            self._sync(folder.listing, folder.path)  # it must be there whenever anything was moved
             # The commit point goes first and comes last, so that a reader never takes a mixture for a whole.
-            theirs = (name for name in _names(self.out) if name not in NOBODYS)
+            theirs = (name for name in names(out) if name not in NOBODYS)
             for name in sorted(theirs, key=lambda name: name != last):
-                (self.out / name).rename(old / name)
+                (out / name).rename(folder.old / name)
             for name in entries:
-                (self.work / name).rename(self.out / name)
+                if name == last:
+                    self._sync(folder.old, out)
+                (self.work / name).rename(out / name)
+            self._sync(out)
         except BaseException:
-            _settle(self.out)
+            if not folder.waiting() and os.path.lexists(out / last):
+                (out / last).rename(self.work / last)  # published, but not for sure
+            _settle(folder)
             raise
-        self.work.rmdir()
-        shutil.rmtree(old)
 
     def _exchange(self) -> None:
         if _rename_exchange(self.work, self.out):
-            shutil.rmtree(self.work)
+            self._move(lambda: None, lambda: _rename_exchange(self.work, self.out))
             return
-        aside = _beside(self.out)[1]
-        self.out.rename(aside)
+        old = self._folder.old
+        self.out.rename(old)
         try:
-            self.work.rename(self.out)
+            self._move(lambda: self.work.rename(self.out), lambda: self.out.rename(self.work))
         except BaseException:
-            aside.rename(self.out)
+            old.rename(self.out)
             raise
-        shutil.rmtree(aside)
+
+    def _move(self, publish: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Publish, for good or not at all."""
+        publish()
+        try:
+            self._sync(self._folder.path, self.out.parent, *(parent.parent for parent in self._parents))
+        except BaseException:
+            undo()
+            raise
+
+    def _sync(self, *paths: Path) -> None:
+        for path in paths if self.durable else ():
+            _sync(path)
 
     def _withdraw(self) -> None:
         """Remove the work, and the directories that were made for it."""
         with undisturbed():
             if self._lock is not None:
-                shutil.rmtree(self.work, ignore_errors=True)
+                with suppress(OSError):
+                    _settle(self._folder)  # where that fails, it holds what OUT was: the next job tries again
+                    self._folder.clear()
                 self._unlock()
             for parent in self._parents:
                 try:
@@ -137,99 +180,71 @@ class Publication:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            lock, self._lock = self._lock, None
+            with suppress(OSError):  # nothing was written through it
+                os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing of directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def occupied(out: Path) -> bool:
     """Whether there is anything in a destination that is not the leavings of a job."""
-    return out.is_dir() and any(name not in NOBODYS for name in _names(out))
+    return out.is_dir() and any(name not in NOBODYS for name in names(out))
 
 
 def recover(out: Path) -> None:
-    """Mend what a killed job left at a destination and remove its work; PlaceError while another job is at it."""
+    """Mend what a killed job left at a destination and remove its work.
+
+    Raises PlaceError while another job is at it, ReshardError where a work folder's name is taken by something that is not reshard's.
+    """
     out = _real(out)
-    beside, aside = _beside(out)
-    for work, old in ((beside, aside), (out / _WORK, out / _OLD)):
+    for folder in (beside(out), inside(out)):
+        if not os.path.lexists(folder.path):
+            continue
         try:
-            if not work.is_dir() and not old.is_dir():
-                continue
-            lock = _lock(work, out)
+            lock = folder.take()
             try:
                 with undisturbed():
-                    if old.is_dir():
-                        _settle(out) if old.parent == out else _take_back(out, aside)
-                    shutil.rmtree(work, ignore_errors=True)
+                    _settle(folder)
+                    folder.clear()
             finally:
                 os.close(lock)
         except OSError as error:
             raise failed("clearing up after a killed job in", out, error) from error
 
 
-def _settle(out: Path) -> None:
-    """End a commit inside `out` that was begun: all entries are in their place, or none is and the old ones are back.
+def _settle(folder: WorkFolder) -> None:
+    """End a commit that was begun: all entries are in their place, or none is and the old ones are back.
 
     It may itself be killed at any point and done again: what was published goes back to the work, then the old entries come back.
     """
-    work, old = out / _WORK, out / _OLD
-    waiting = set(_names(work))
-    try:
-        entries = json.loads((old / _LIST).read_text())
-    except (FileNotFoundError, ValueError):
-        entries = []  # nothing had been moved yet
+    out, old = folder.out, folder.old
+    if not folder.inside:  # where directories could not be exchanged in one step
+        if old.is_dir() and not out.exists():
+            old.rename(out)
+        return
+    entries, waiting = folder.entries(), folder.waiting()
     if waiting or not entries:
         for name in reversed(entries):
             if name not in waiting and os.path.lexists(out / name):
-                (out / name).rename(work / name)
-        for name in sorted((name for name in _names(old) if name != _LIST), key=lambda name: entries[-1:] == [name]):
+                (out / name).rename(folder.new / name)
+        for name in sorted(names(old), key=lambda name: entries[-1:] == [name]):
             (old / name).rename(out / name)
-    shutil.rmtree(old)
-
-
-def _take_back(out: Path, aside: Path) -> None:
-    """The same beside `out`, where directories could not be exchanged in one step."""
-    if out.exists():
-        shutil.rmtree(aside)
-    else:
-        aside.rename(out)
 
 
 def _real(path: Path) -> Path:
     """Absolute, without links: what is published replaces a directory, never the link that led to it."""
     return Path(os.path.realpath(path))
-
-
-def _names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()]
-
-
-def _beside(out: Path) -> tuple[Path, Path]:
-    """Where work grows beside a destination, and where the old directory waits."""
-    return out.parent / f".{out.name}.reshard", out.parent / f".{out.name}.reshard-old"
-
-
-def _lock(work: Path, out: Path) -> int:
-    """Make the work directory and take its lock, a descriptor; it goes with the process, however that ends."""
-    for _ in range(100):
-        work.mkdir(exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if work.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise PlaceError(f"{out}: another job is writing it", "wait until it has finished, or choose another destination") from None
-        except FileNotFoundError:
-            pass  # the job that had it has just ended
-        except OSError as error:
-            os.close(descriptor)
-            raise PlaceError(
-                f"{work}: the file system cannot lock it: {error.strerror}",
-                "without a lock two jobs could write one destination: choose another one, or mount it with locks",
-            ) from error
-        os.close(descriptor)
-    raise PlaceError(f"{out}: its work directory keeps changing", "is another job writing it?")
 
 
 @contextmanager
@@ -270,13 +285,6 @@ def _rename_exchange(one: Path, other: Path) -> bool:
         return False
     at_cwd, exchange = -100, 2
     return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def check_destination(out: Path, source: Path | None) -> None:

@@ -223,7 +223,7 @@ def test_the_manifest_is_renamed_last_and_set_aside_first(source: Path, tmp_path
     assert renames[-1] == ("manifest.json", "out") and len(renames) > 3
     renames.clear()
     assert reshard("convert", source, tmp_path / "out", "--tp", "4", "--overwrite").code == 0
-    assert renames[0] == ("manifest.json", ".reshard-old")
+    assert renames[0] == ("manifest.json", "old")
     assert renames[-1] == ("manifest.json", "out")
 
 
@@ -234,7 +234,7 @@ def begun(out: Path, child: subprocess.Popen[bytes], inside: bool = False) -> No
     """Wait until a conversion is writing weights."""
     work = out / ".reshard-work" if inside else out.parent / f".{out.name}.reshard"
     for _ in range(1000):
-        if list(work.glob("rank-*/*")):
+        if list(work.glob("new/rank-*/*")):
             return
         assert child.poll() is None, child.communicate()
         time.sleep(0.01)
