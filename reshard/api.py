@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import location, tables, threads
+from .directory import unchanged
 from .errors import ReshardError
 from .mesh import Mesh
 from .progress import Progress
 from .source import Source, open_source
 from .tables import Table
+from .workfolder import check_whole
 
 if TYPE_CHECKING:
     from .conversion import Job, Options, Result
@@ -41,6 +43,8 @@ def open_any(
     if not str(src):
         raise ReshardError("the source is an empty name", "give a directory, or a Hub id such as org/name")
     path = Path(location.source(src))
+    if not str(src).startswith("hf://"):
+        check_whole(path)
     if not str(src).startswith("hf://") and path.exists():
         if revision is not None:
             raise ReshardError(f"--revision {revision}: {src} is a local path", "revisions belong to Hub ids")
@@ -147,7 +151,8 @@ def convert(
     source = open_any(src, revision, family, headers_only=False, progress=progress)
     mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size("--device-memory", device_memory), context, batch)
     job = prepare(source, to, mesh, options, _size("--max-file-size", max_file_size))
-    return convert_job(job, destination, options, progress)
+    with unchanged(source.directory, finally_too=False):  # before it publishes, the job itself asks
+        return convert_job(job, destination, options, progress)
 
 
 def verify(
@@ -184,6 +189,8 @@ def verify(
     from .verification import verify as verify_directory
 
     path = location.local(out, "a shard directory")
+    if str(out):
+        check_whole(path)
     if not str(out) or not path.is_dir():
         what = "is a file" if str(out) and path.exists() else "no such directory"
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
@@ -194,7 +201,8 @@ def verify(
     if strict and only not in (None, "integrity"):
         raise ReshardError(f"--strict is of integrity, --only {only} leaves that out", "leave out one of them")
     wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes), strict)
-    return verify_directory(path, source, threads.count(workers), progress, wish)
+    with unchanged(source.directory if source is not None else None):
+        return verify_directory(path, source, threads.count(workers), progress, wish)
 
 
 def check_table(
@@ -212,7 +220,9 @@ def explain(out: str | Path, element: str, *, revision: str | None = None, famil
     """What an element is, where it came from, and everything that holds it; see `reshard.explain` for how it is named."""
     from .explain import explain as explain_element
 
-    return explain_element(open_any(out, revision, family), element)
+    source = open_any(out, revision, family)
+    with unchanged(source.directory):
+        return explain_element(source, element)
 
 
 def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: int = 0, progress: Progress | None = None) -> "Difference":
@@ -220,7 +230,8 @@ def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: in
     from .difference import difference
 
     one, other = (open_any(path, None, family, headers_only=False, progress=progress) for path in (a, b))
-    return difference(one, other, threads.count(workers), progress)
+    with unchanged(one.directory, other.directory):
+        return difference(one, other, threads.count(workers), progress)
 
 
 def fingerprint(

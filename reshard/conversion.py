@@ -21,6 +21,7 @@ from . import engine, manifest, output, publish, rerun
 from .checkpoint import Original
 from .companions import Left, words
 from .digest import FileDigest, of, of_blocks
+from .directory import Directory, unchanged
 from .engine import Key, Writer, in_items
 from .errors import PlaceError, ReshardError
 from .files import Pool, Stamp, check_stamp, failed
@@ -206,7 +207,8 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     publish.recover(out)
     busy = publish.occupied(out)
     if busy and not options.overwrite:
-        found = rerun.finished(job, out, options, progress)
+        with unchanged(Directory(out)):
+            found = rerun.finished(job, out, options, progress)
         found, added = _add_sha256(job, out, found, options, progress) if options.sha256 else (found, ())
         _check_unchanged(source.stamps)
         found.remember()
@@ -244,6 +246,8 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             root = _finish(job, carried, reader, digests)
             pool.close()
             _check_unchanged(source.stamps)
+            if source.directory is not None:
+                source.directory.check()
         except OSError as error:
             raise failed("writing", out, error) from error
         if options.fsync:

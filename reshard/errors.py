@@ -38,6 +38,13 @@ class PlaceError(ReshardError):
     exit_code = 3
 
 
+class Replaced(PlaceError):
+    """A directory became another one while it was being read."""
+
+    def __init__(self, path: object, what: str = "was replaced while being read") -> None:
+        super().__init__(f"{path}: {what}", "another job writes it: try again")
+
+
 class Problems:
     """Collects what is wrong, grouped: one line per kind of problem and folded name, with its count and an example."""
 

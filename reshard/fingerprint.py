@@ -50,6 +50,7 @@ from numpy.lib.stride_tricks import as_strided
 from . import manifest, source
 from .checkpoint import extent
 from .digest import of
+from .directory import unchanged
 from .engine import Key
 from .errors import MismatchError, ReshardError
 from .files import Pool
@@ -551,7 +552,7 @@ def of_source(
     owned = _Owned(found.layout, chosen, keys)
     stored = sorted(((*found.locate(key), slot, point) for key, slot, point, _ in owned.stored()), key=lambda t: (str(t[0]), t[1].offset))
     progress.start("fingerprinting", sum(entry.nbytes for _, entry, _, _ in stored))
-    with closing(Pool()) as pool:
+    with unchanged(found.directory), closing(Pool()) as pool:
         jobs = ((slot, point, entry.dtype, _reader(pool, path, entry)) for path, entry, slot, point in stored)
         share = _run(owned, jobs, threads, progress.advance)
     progress.finish()

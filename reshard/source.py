@@ -15,6 +15,7 @@ from .checkpoint import Origin, Original, Published, extent, merge, open_publish
 from .checkpoint import index_map as parse_index
 from .companions import Carried, Left
 from .digest import of
+from .directory import Directory, reading
 from .engine import Key
 from .errors import MismatchError, ReshardError
 from .files import Pool, Stamp, failed
@@ -25,6 +26,7 @@ from .mesh import Mesh
 from .model import Config
 from .shards import Shards
 from .tables import Table
+from .workfolder import check_whole
 
 if TYPE_CHECKING:
     from .foreign import Foreign
@@ -54,6 +56,7 @@ class Source:
     residues: dict[str, bytes] = field(default_factory=dict)
     stamps: dict[Path, Stamp] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)  # SHA-256 of files carried along, as far as they are known
+    directory: Directory | None = field(default=None, compare=False)  # `root` as it was when it was opened
 
     def locate(self, key: Key) -> tuple[Path, Entry]:
         return self.places[key]
@@ -92,21 +95,26 @@ class Source:
 
 def open_source(path: Path, family: Table | None = None) -> Source:
     """Open a local directory: shards if it has a manifest, an engine's shards by their file names, else a published checkpoint."""
+    check_whole(path)
     if not path.exists():
         raise ReshardError(f"{path}: no such file or directory", "a path to a checkpoint directory, or a Hub id such as org/name")
     if not path.is_dir():
         raise ReshardError(f"{path}: is a file; a checkpoint is a directory", f"give the directory: {path.parent}")
     try:
-        if manifest.present(path):
-            return _open_shards(path)
-        from . import foreign
-
-        if (table := foreign.recognised(path)) is not None:
-            return _from_foreign(foreign.open_shards(path, table, family))
-        manifest.check_lost(path)
-        return from_published(open_published(path), family)
+        return reading(path, lambda directory: replace(_open(path, family), directory=directory))
     except OSError as error:
         raise failed("reading", path, error) from error
+
+
+def _open(path: Path, family: Table | None) -> Source:
+    if manifest.present(path):
+        return _open_shards(path)
+    from . import foreign
+
+    if (table := foreign.recognised(path)) is not None:
+        return _from_foreign(foreign.open_shards(path, table, family))
+    manifest.check_lost(path)
+    return from_published(open_published(path), family)
 
 
 def from_published(published: Published, family: Table | None = None) -> Source:
@@ -161,11 +169,15 @@ def _open_shards(root: Path) -> Source:
 
 def open_rank(root: Path, rank: int) -> Source:
     """A shard directory of which only one rank's files are there, and manifest.json, the carried files and source/."""
-    known = manifest.load(root)
-    if not 0 <= rank < len(known.ranks):
-        raise ReshardError(f"{root}: there is no rank {rank}, ranks are 0 to {len(known.ranks) - 1}")
-    check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1]))
-    return _opened(root, known, [rank])
+
+    def open_now(directory: Directory) -> Source:
+        known = manifest.load(root)
+        if not 0 <= rank < len(known.ranks):
+            raise ReshardError(f"{root}: there is no rank {rank}, ranks are 0 to {len(known.ranks) - 1}")
+        check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1]))
+        return replace(_opened(root, known, [rank]), directory=directory)
+
+    return reading(root, open_now)
 
 
 def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> Source:

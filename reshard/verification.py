@@ -20,6 +20,7 @@ from . import engine, manifest
 from .checkpoint import WEIGHTS
 from .companions import Carried, Left
 from .digest import BLOCK, FileDigest
+from .directory import Directory, reading
 from .engine import Key, Place
 from .errors import MismatchError, PlaceError, ReshardError
 from .files import Pool, buffer, failed
@@ -436,8 +437,23 @@ class Wish:
 
 
 def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
-    """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails."""
-    progress, shards = progress or Silent(), manifest.present(out)
+    """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails.
+
+    All of it is of one conversion: where `out` is replaced meanwhile it begins anew, and ends in Replaced if that happens again and again.
+    """
+    talk = progress or Silent()
+
+    def climb(directory: Directory) -> Report:
+        try:
+            return _verify(out, source, threads, talk, wish, directory)
+        finally:
+            talk.finish()
+
+    return reading(out, climb)
+
+
+def _verify(out: Path, source: Source | None, threads: int, progress: Progress, wish: Wish, directory: Directory) -> Report:
+    shards = manifest.present(out)
     if not shards and source is None and wish.published is None:
         manifest.check_lost(out)
         raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
@@ -497,6 +513,7 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
             if name != "weights" or not (out / "config.json").is_file():  # no damage, but no checkpoint
                 raise
             rung = Rung(name, failures=[error.message])
+        directory.check()
         rung.seconds = time.monotonic() - began
         rungs.append(rung)
     return Report(out, tuple(rungs), _left(out if shards else None, source))

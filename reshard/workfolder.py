@@ -14,14 +14,13 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .errors import PlaceError, ReshardError
+from .errors import PlaceError, Replaced, ReshardError
 from .units import decimal
 
 INSIDE = ".reshard-work"
@@ -208,7 +207,7 @@ def check_whole(path: Path) -> None:
             continue
         if folder.torn():
             if folder.locked():
-                raise PlaceError(f"{path}: is being replaced at this moment", "try again")
+                raise Replaced(path, "is being replaced at this moment")
             raise PlaceError(
                 f"{path}: a conversion was killed while it replaced this directory; what was there before is in {folder.old}",
                 f"start a conversion to {path} again: before anything else it puts that back",
@@ -255,6 +254,8 @@ def names(directory: Path) -> list[str]:
 def _remove(path: Path) -> None:
     """Delete a file, a link or a whole directory."""
     if path.is_dir() and not path.is_symlink():
+        import shutil
+
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reshard.directory import Directory
 from reshard.errors import ReshardError
 from reshard.escapes import in_json, visible
 from reshard.mesh import Mesh
@@ -187,6 +188,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     from .sampling import Sampling
     from .spec import POSITIONS
 
+    directory = Directory(job.out)
     said = generation_config(job.out)
     sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed, job.out)
     joined = time.monotonic()
@@ -204,6 +206,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     )
     loaded = time.monotonic()
     config = _config(job.out)
+    directory.check()  # the tokenizer and these are of the model that was loaded
     limit = decoder.spec.positions or next((int(config[key]) for key in POSITIONS if config.get(key)), None)
     check(prompts, decoder.model.sizes["vocab"], limit)
     options = Options(job.most, sampling, stop_tokens(said, config, job.out, decoder.model.sizes["vocab"]), limit)

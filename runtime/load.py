@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from reshard import header, manifest
-from reshard.errors import MismatchError, ReshardError
+from reshard.directory import Directory, reading, unchanged
+from reshard.errors import MismatchError, PlaceError, ReshardError
 from reshard.files import failed
 from reshard.header import BITS, Entry
 from reshard.location import local
 from reshard.manifest import Manifest
 from reshard.shards import FORMAT_VERSION
+from reshard.workfolder import check_whole
 
 if TYPE_CHECKING:
     from reshard.config import Config
@@ -82,24 +84,41 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().machine in ("x8
 # --- one rank, mapped ------------------------------------------------------------------------------------------------------------
 
 
-def load_shard(out: str | os.PathLike[str], rank: int, verify: str | None = None) -> State:
+def load_shard(out: str | os.PathLike[str], rank: int, verify: str | None = None, root: str | None = None) -> State:
     """The tensors of one rank of a shard directory by stored name, mapped from its file without a copy.
 
     The mapping is private: writing to a tensor changes no file. Types that torch does not have come as raw bytes (uint8), with the packed
     axis last. `verify="hash"` reads everything and compares it with the digests. Needs manifest.json and the rank's own folder.
-    Raises ReshardError for a wrong version, rank, size, header or digest, before anything is mapped where it can be told.
+    Ranks that are to be of one conversion give its root digest, `root`, as `convert` tells it: any other is refused.
+    Raises ReshardError for a wrong version, rank, size, header or digest, before anything is mapped where it can be told; PlaceError for
+    another root, and where `out` is being replaced again and again.
     """
-    root = local(out, "shards to load")
     _known(verify)
-    known = _manifest(root)
-    if type(rank) is not int or not 0 <= rank < len(known.ranks):
-        raise ReshardError(
-            f"{root}: has ranks 0 to {len(known.ranks) - 1}, rank {rank!r} is wanted", "shards are for exactly that many ranks"
-        )
-    memory, entries = _mapped(root, known, rank)
-    if verify is not None:
-        _check_digests(root, known, rank, memory)
-    return {name: _tensor(memory, entry) for name, entry in entries.items()}
+    path = local(out, "shards to load")
+
+    def load(_: Directory) -> State:
+        known = _manifest(path)
+        if type(rank) is not int or not 0 <= rank < len(known.ranks):
+            raise ReshardError(
+                f"{path}: has ranks 0 to {len(known.ranks) - 1}, rank {rank!r} is wanted", "shards are for exactly that many ranks"
+            )
+        if root is not None and known.root != root:
+            raise PlaceError(
+                f"{path}: holds the conversion of root digest {known.root}, wanted is {root}",
+                "it was replaced meanwhile: start all ranks again, or give them the root that it has now",
+            )
+        memory, entries = _mapped(path, known, rank)
+        if verify is not None:
+            _check_digests(path, known, rank, memory)
+        return {name: _tensor(memory, entry) for name, entry in entries.items()}
+
+    check_whole(path)
+    if not path.is_dir():
+        raise ReshardError(f"{path}: no such directory", "give the directory that `reshard convert` wrote")
+    try:
+        return reading(path, load)
+    except OSError as error:
+        raise failed("reading", path, error) from error
 
 
 def _known(verify: str | None) -> None:
@@ -109,8 +128,6 @@ def _known(verify: str | None) -> None:
 
 def _manifest(root: Path) -> Manifest:
     if not manifest.present(root):
-        if not root.is_dir():
-            raise ReshardError(f"{root}: no such directory", "give the directory that `reshard convert` wrote")
         raise ReshardError(
             f"{root}: has no manifest.json, so it is no shard directory", f"convert it first: reshard convert {root} OUT --tp N"
         )
@@ -231,9 +248,10 @@ def load_model(
     with world.failing():
         opened = open_for(out, mesh, world, reshard_on_load)
         world.agree(opened.facts | {"dtype": str(dtype)})
-        decoder = opened.decoder(world)
-        state = opened.state(world.rank, dtype, device, verify, world.check)
-        decoder.load_state_dict(state, strict=True, assign=True)
+        with unchanged(opened.directory):  # what all have agreed on is what was mapped, on every rank before any goes on
+            decoder = opened.decoder(world)
+            state = opened.state(world.rank, dtype, device, verify, world.check)
+            decoder.load_state_dict(state, strict=True, assign=True)
         world.meet("all ranks are loaded")
     return decoder.eval()
 
@@ -274,10 +292,13 @@ class Opened:
     `facts` must be the same on every rank.
     """
 
-    def __init__(self, root: Path, config: "Config", layout: "Layout", known: Manifest | None, source: "Source | None") -> None:
+    def __init__(
+        self, directory: Directory | None, root: Path, config: "Config", layout: "Layout", known: Manifest | None, source: "Source | None"
+    ) -> None:
         from reshard.digest import of
         from reshard.shards import Shards
 
+        self.directory = directory
         self.root, self.config, self.layout, self.known, self.source = root, config, layout, known, source
         self.read = 0  # bytes of tensors read from a source; nothing is read where a file is mapped
         self.facts = {
@@ -311,7 +332,7 @@ class Opened:
         cast, own = Cast(self.layout, rank, dtype, device), {slot.name(at) for slot in language(self.layout, rank) for at in slot.points()}
         wanted = own.__contains__ if only is None else lambda name: name in own and only(name)
         if self.source is None:
-            state = load_shard(self.root, rank, verify)
+            state = load_shard(self.root, rank, verify, self.known.root if self.known else None)
             for name in list(state):
                 check()
                 tensor = state.pop(name)
@@ -320,7 +341,7 @@ class Opened:
             return state
         if verify is not None and self.known is not None:
             for other in range(len(self.known.ranks)):
-                load_shard(self.root, other, verify)
+                load_shard(self.root, other, verify, self.known.root)
         reader = Reader(self.source, self.layout, rank, cast, check, wanted)
         state = reader.run(_threads())
         self.read = reader.read
@@ -332,13 +353,34 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
 
     A source that was opened before is always read.
     """
+    from reshard.source import Source
+
+    root = (out.root or Path()) if isinstance(out, Source) else local(out, "a model to load")
+    if isinstance(out, Source):
+        return _open_for(out, out.directory, root, mesh, world, reshard_on_load)
+    check_whole(root)
+    if not root.exists():
+        return _open_for(out, None, root, mesh, world, reshard_on_load)  # which says so
+    try:
+        return reading(root, lambda directory: _open_for(out, directory, root, mesh, world, reshard_on_load))
+    except OSError as error:
+        raise failed("reading", root, error) from error
+
+
+def _open_for(
+    out: "str | os.PathLike[str] | Source",
+    directory: Directory | None,
+    root: Path,
+    mesh: "Mesh | None",
+    world: "World",
+    reshard_on_load: bool,
+) -> Opened:
     from reshard import tables
     from reshard.capacity import explain_refusal
     from reshard.layout import lay_out
     from reshard.mesh import Mesh
     from reshard.source import Source
 
-    root = (out.root or Path()) if isinstance(out, Source) else local(out, "a model to load")
     known = manifest.load(root) if manifest.present(root) else None
     if known is not None:
         wanted = mesh or (known.mesh if known.mesh.world == world.size else Mesh(world.size))
@@ -356,7 +398,7 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
         raise ReshardError(f"the mesh {wanted} has {wanted.world} ranks, the job {world.size}", f"start {wanted.world} processes")
     if known is not None and known.mesh == wanted and known.format == NATIVE and not isinstance(out, Source):
         config, layout = _open_rank(root, known, world.rank)
-        return Opened(root, config, layout, known, None)
+        return Opened(directory, root, config, layout, known, None)
     source = out if isinstance(out, Source) else open_out(root)
     model = source.layout.model
     table = tables.load("formats", NATIVE).for_family(model.family.name)
@@ -364,7 +406,7 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
         layout = lay_out(table, model, wanted)
     except ReshardError as error:
         raise explain_refusal(error, table, model, wanted) from None
-    return Opened(root, source.config, layout, known, source)
+    return Opened(directory, root, source.config, layout, known, source)
 
 
 def _open_rank(root: Path, known: Manifest, rank: int) -> "tuple[Config, Layout]":
