@@ -104,8 +104,8 @@ def load_shard(out: str | os.PathLike[str], rank: int, verify: str | None = None
             )
         if root is not None and known.root != root:
             raise PlaceError(
-                f"{path}: holds the conversion of root digest {known.root}, wanted is {root}",
-                "it was replaced meanwhile: start all ranks again, or give them the root that it has now",
+                f"{path}: has root digest {known.root}, wanted is {root}: it was replaced by another conversion",
+                "start all ranks again, with the root that it has now",
             )
         memory, entries = _mapped(path, known, rank)
         if verify is not None:
