@@ -37,6 +37,7 @@ from .tables import Constant, Table
 from .threads import count
 from .units import decimal
 from .verdict import WIDTH
+from .workfolder import left_by_killed, told
 
 OURS = (manifest.NAME, "source")  # names in a shard directory that a carried file must not take
 
@@ -79,6 +80,7 @@ class Result:
     decided_by: str | None = None
     checked: bool = False
     added: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what killed conversions to other destinations have left near this one
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -91,6 +93,7 @@ class Result:
             "seconds": round(self.seconds, 3),
             "left": [file._asdict() for file in self.left],
             "towers": list(self.towers),
+            "notes": list(self.notes),
             **usage(),
         }
 
@@ -110,6 +113,7 @@ class Result:
         done += words(self.left, WIDTH)
         if self.root is not None:
             done.append(f"root digest: {self.root}")
+        done += [f"note: {note}" for note in self.notes]
         out, src = (f"./{name}" if name.startswith("-") else name for name in (str(self.out), src))
         return [*done, f"next: {shlex.join(['reshard', 'verify', out, '--against', src, *options])}"]
 
@@ -213,7 +217,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         _check_unchanged(source.stamps)
         found.remember()
         seconds = time.monotonic() - began
-        return Result(out, True, _root(out), 0, 0, seconds, source.left, job.towers, found.by, found.checked, added)
+        return Result(out, True, _root(out), 0, 0, seconds, source.left, job.towers, found.by, found.checked, added, _notes(out))
     if busy:
         if (theirs := rerun.irreplaceable(out, job)) is not None:
             raise ReshardError(
@@ -258,7 +262,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             if publish.published is None:  # else it came while names were moved, and the job is done
                 raise
     progress.finish()
-    return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left, job.towers)
+    return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left, job.towers, notes=_notes(out))
 
 
 def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:
@@ -480,6 +484,11 @@ def _link(out: Path, work: Path) -> None:
             ) from error
 
     shutil.copytree(out, work, symlinks=True, ignore=theirs, copy_function=link, dirs_exist_ok=True)
+
+
+def _notes(out: Path) -> tuple[str, ...]:
+    """What killed conversions to other destinations in the same place have left there."""
+    return tuple(map(told, left_by_killed(Path(os.path.realpath(out)).parent)))
 
 
 def _root(out: Path) -> str | None:

@@ -1,5 +1,6 @@
 """`reshard inspect`: what a directory or Hub id is, as data and as text. Prints nothing."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
@@ -8,13 +9,14 @@ from typing import Any
 
 from . import api, location
 from .checkpoint import Published, open_published
-from .errors import ReshardError
+from .errors import PlaceError, ReshardError
 from .escapes import in_line
 from .model import Config, Model, Tensor
 from .notation import bases, block_of, fold
 from .sizes import axis_size
 from .source import Source
 from .units import decimal
+from .workfolder import left_by_killed, told
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,30 @@ def _wrap(name: str, items: list[str], width: int = 80) -> list[str]:
 
 
 def describe(src: str | Path, revision: str | None = None, family: str | None = None) -> Description:
-    """Describe a source. A checkpoint that no table fits is described by its headers, with the reason."""
+    """Describe a source, and what killed conversions have left in it and next to it.
+
+    A checkpoint that no table fits is described by its headers, with the reason; so is a directory that is no checkpoint where anything
+    was left in it.
+    """
+    killed = _killed(Path(src))
     try:
-        return Description(_understood(api.open_any(src, revision, family), str(src)))
+        return Description(_understood(api.open_any(src, revision, family), str(src)) | {"killed": killed})
     except ReshardError as error:
         try:
-            return Description(_headers(published(str(src), revision)), str(error))
+            return Description(_headers(published(str(src), revision)) | {"killed": killed}, str(error))
         except ReshardError:
+            if killed and not isinstance(error, PlaceError):
+                return Description({"source": str(src), "killed": killed}, str(error))
             raise error from None
+
+
+def _killed(path: Path) -> list[str]:
+    """What killed conversions have left in a directory, or of a conversion to it."""
+    if not path.is_dir():
+        return []
+    out = Path(os.path.realpath(path))
+    next_to_it = [folder for folder in left_by_killed(out.parent) if folder.out == out and not folder.inside]
+    return [told(folder) for folder in (*next_to_it, *left_by_killed(out))]
 
 
 def published(src: str, revision: str | None) -> Published:

@@ -145,12 +145,26 @@ def present(directory: Path) -> bool:
     return False
 
 
+def broken(directory: Path) -> bool:
+    """Whether a directory is a conversion whose manifest is missing, empty or torn, as a power cut may leave it."""
+    path, there = directory / NAME, [(directory / FILES).is_file(), (directory / "rank-00000").is_dir()]
+    if not any(there):
+        return False
+    try:
+        return not json.loads(path.read_bytes())  # {} is no manifest either
+    except FileNotFoundError:
+        return all(there)
+    except (ValueError, RecursionError):
+        return True
+    except OSError as error:
+        raise failed("reading", path, error) from error
+
+
 def check_lost(directory: Path) -> None:
     """Raise MismatchError where a directory without a manifest holds shards of ours."""
-    if (directory / FILES).is_file() and (directory / "rank-00000").is_dir():
-        raise MismatchError(
-            f"{directory / NAME}: is missing or damaged, yet rank-00000 and {FILES} are there", "fetch it again, or convert again"
-        )
+    if broken(directory):
+        there = " and ".join(name for name in ("rank-00000", FILES) if (directory / name).exists())
+        raise MismatchError(f"{directory / NAME}: is missing or damaged, next to {there}", "fetch it again, or convert again: --overwrite")
 
 
 def load(directory: Path) -> Manifest:

@@ -12,6 +12,7 @@ Only `remember` writes: times, nothing else.
 """
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -34,12 +35,19 @@ from .source import check_small_files
 if TYPE_CHECKING:
     from .conversion import Job, Options
 
+# Files of a shard directory, by their names: what --overwrite may delete where its manifest is lost or torn.
+_SHARDS = re.compile(
+    r"manifest\.json|rank-[0-9]{5}/(tensors\.json|model\.safetensors)"
+    r"|source/([^/]+\.json|SHA256SUMS|(families|formats)/[^/]+\.toml|.+\.residue)"
+)
+
 
 def irreplaceable(out: Path, job: "Job") -> str | None:
     """An entry of a directory that is no part of a checkpoint, so that --overwrite must not delete it; None if all are."""
     files = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()]
     files = [name for name in files if name.split("/")[0] not in publish.NOBODYS]
-    if manifest.present(out):
+    broken = manifest.broken(out)
+    if manifest.present(out) and not broken:
         try:
             known = {manifest.NAME, manifest.LEFT, *(file.name for file in manifest.load(out).files())}
         except ReshardError as error:
@@ -49,7 +57,11 @@ def irreplaceable(out: Path, job: "Job") -> str | None:
             ) from None
         return next((name for name in files if name not in known), None)
     known = {*job.output.sizes, *job.output.whole, *(file.name for file in job.source.carried)}
-    beside = next((name for name in files if name not in known and not CHECKPOINT.fullmatch(name)), None)
+    beside = next(
+        (name for name in files if not (name in known or CHECKPOINT.fullmatch(name) or (broken and _SHARDS.fullmatch(name)))), None
+    )
+    if broken:
+        return beside
     return beside if beside is not None or (out / "config.json").is_file() else next(iter(files), "directories")
 
 
