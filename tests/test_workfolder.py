@@ -29,6 +29,15 @@ def old(source: Path, out: Path) -> Path:
     return Path(shutil.copytree(source.parent / "old", out))
 
 
+def set_up(scene: Scene, source: Path, out: Path) -> None:
+    shutil.rmtree(out.parent, ignore_errors=True)
+    out.parent.mkdir()
+    if scene.before == "old":
+        old(source, out)
+    elif scene.before == "empty":
+        out.mkdir()
+
+
 # What is not reshard's own
 
 
@@ -163,12 +172,12 @@ def test_killed_while_publishing_out_says_where_the_old_is(
     assert scene.patch is not None
     scene.patch(monkeypatch)
     out = tmp_path / "place" / "out"
-    _prepare(scene.name, source, out)
+    set_up(scene, source, out)
     _, renames = disturbed(scene.words(source, out), out, 0, kill, ("os.rename",))
     roots = {manifest.load(out).root, manifest.load(source.parent / "old").root}
     torn = 0
     for number in range(1, len(renames) + 1):
-        _prepare(scene.name, source, out)
+        set_up(scene, source, out)
         assert disturbed(scene.words(source, out), out, number, kill, ("os.rename",))[0] == -signal.SIGKILL
         done = reshard("verify", out)
         if done.code == 0:
@@ -182,12 +191,6 @@ def test_killed_while_publishing_out_says_where_the_old_is(
             assert reshard("verify", out).code == 0
             assert tree(out) == tree(source.parent / "old")
     assert torn == len(renames) - 1  # before the first of them the old is whole
-
-
-def _prepare(name: str, source: Path, out: Path) -> None:
-    shutil.rmtree(out.parent, ignore_errors=True)
-    out.parent.mkdir()
-    old(source, out)
 
 
 # Power cuts
@@ -237,7 +240,7 @@ def test_nothing_is_published_that_is_not_on_the_device(source: Path, tmp_path: 
     for scene in SCENES:
         with monkeypatch.context() as patch:
             out = tmp_path / scene.name / "out"
-            scene.set_up(source, out)
+            set_up(scene, source, out)
             synced.clear()
             published.clear()
             patch.setattr(os, "fsync", note)
@@ -273,14 +276,14 @@ def test_a_sync_or_close_that_fails_publishes_nothing(
     if scene.patch is not None:
         scene.patch(monkeypatch)
     out, new = tmp_path / "place" / "out", tree(source.parent / "new")
-    scene.set_up(source, out)
+    set_up(scene, source, out)
     before = content(out)
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
         assert reshard(*scene.words(source, out)).code == 0
     calls, codes = count, set()
     for wanted in [*range(1, calls - 4, 9), *range(max(calls - 4, 1), calls + 1)]:
-        scene.set_up(source, out)
+        set_up(scene, source, out)
         count = 0
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
