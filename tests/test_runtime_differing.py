@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from fixtures import FIXTURES, checkpoint, sizes, write
-from reshard.runtime import spec
-from reshard.runtime.differing import first_to_differ
-from reshard.runtime.reference import Reference, reference_for
-from reshard.runtime.used import Used
 from running import ROOT, reshard
 
 import reshard as api
 from reshard import tables
+from reshard.runtime import spec
+from reshard.runtime.differing import first_to_differ
+from reshard.runtime.reference import Reference, reference_for
+from reshard.runtime.used import Used
 from reshard.source import open_source
 from reshard.table_check import check_table
 from reshard.verdict import WIDTH
