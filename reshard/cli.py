@@ -190,7 +190,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
     except KeyboardInterrupt:
         if publish.published is None:
             raise
-        click.echo(f"{out}: is complete; the signal to stop came too late", err=True)
+        click.echo(visible(f"{out}: is complete; the signal to stop came too late"), err=True)
         return
     if as_json:
         _show(result.to_json())
@@ -548,7 +548,7 @@ def _defect(error: Exception) -> tuple[str, str]:
 
     trace = "".join(traceback.format_exception(error))
     if os.environ.get("RESHARD_DEBUG"):
-        click.echo(trace, err=True)
+        click.echo(visible(trace), err=True)
         there = "the traceback is above"
     else:
         try:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from reshard.errors import PlaceError, ReshardError
+from reshard.escapes import visible
 
 if TYPE_CHECKING:
     from .parallel import World
@@ -146,7 +147,7 @@ def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]
         atexit._clear()  # what the parent would do at its end
         code = _run(rank, size, work, phases, doors[0], writing)
     except BaseException:
-        traceback.print_exc()
+        sys.stderr.write(visible(traceback.format_exc()))
     finally:
         os._exit(code)
 
@@ -196,7 +197,7 @@ def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int)
         code = say(message=error.message, hint=error.hint, code=error.exit_code, lost=isinstance(error, Lost))
     except BaseException as error:
         if not isinstance(error, MemoryError):
-            traceback.print_exc()
+            sys.stderr.write(visible(traceback.format_exc()))
         words = f"rank {rank} failed in {PHASES[phases[rank]]}: {type(error).__name__}: {error}"
         code = say(message=words, hint=None, code=3, lost=False)
     threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
