@@ -426,13 +426,14 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
 @dataclass(frozen=True)
 class Wish:
     """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known;
-    `strict`: files that no manifest lists are a failure."""
+    `strict`: files that no manifest lists are a failure; `required`: what has to pass."""
 
     only: str | None = None
     sha256: bool = False
     published: Mapping[str, FileDigest] | None = None
     numerics: Callable[[Path, Source | None, Progress], Rung] | None = None
     strict: bool = False
+    required: tuple[str, ...] = ()
 
 
 def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
@@ -485,7 +486,7 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
                 raise ReshardError(f"{out}: --only {name}: {missing}")
             rungs.append(Rung(name, skipped=missing))
             continue
-        if not all(rung.ok for rung in rungs):
+        if any(rung.failures for rung in rungs):
             rungs.append(Rung(name, skipped="an earlier rung failed"))
             continue
         began = time.monotonic()
@@ -499,7 +500,7 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
             rung = Rung(name, failures=[error.message])
         rung.seconds = time.monotonic() - began
         rungs.append(rung)
-    return Report(out, tuple(rungs), _left(out if shards else None, source))
+    return Report(out, tuple(rungs), _left(out if shards else None, source), wish.required)
 
 
 def _left(out: Path | None, source: Source | None) -> tuple[Left, ...]:
