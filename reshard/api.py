@@ -169,10 +169,11 @@ def verify(
     exhaustive: bool = False,
     layers: bool = False,
     processes: bool = False,
+    require: str | Sequence[str] | None = None,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Verdict":
-    """Check a directory, rung by rung; `Report.ok` is the verdict, `Report.proven` that nothing was skipped.
+    """Check a directory, rung by rung; `Report.ok`: nothing failed, and what was required passed; `Report.proven`: all four passed whole.
 
     integrity    by its manifest
     weights      bit-exact `against` the original
@@ -182,9 +183,10 @@ def verify(
                  the vocabulary; `layers`: layer by layer, in the memory of one; `processes`: ranks are processes, connected by gloo, and
                  not threads
 
-    `only` names one rung. `strict`: files that the manifest does not list are a mismatch, and not just unproven.
+    `only` names one rung. `strict`: files that the manifest does not list are a mismatch, and not just unproven. `require`: rungs that have
+    to pass, or "proven"; what was skipped, or compared with this runtime alone, has not.
     """
-    from .verdict import RUNGS
+    from .verdict import PROVEN, RUNGS, required
     from .verification import Wish
     from .verification import verify as verify_directory
 
@@ -196,11 +198,17 @@ def verify(
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
     if only is not None and only not in RUNGS:
         raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
+    musts = required(require)
+    run_it = bool({PROVEN, "numerics"} & set(musts))
+    if only is not None and set(musts) - {only}:
+        raise ReshardError(f"--require {','.join(musts)}: --only {only} runs no other check", "leave out one of them")
+    if numerics is False and run_it and only is None:
+        raise ReshardError(f"--require {','.join(musts)}: --no-numerics leaves out a check that is required", "leave out one of them")
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None and only in (None, "sha256") else None
     if strict and only not in (None, "integrity"):
         raise ReshardError(f"--strict is of integrity, --only {only} leaves that out", "leave out one of them")
-    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes), strict)
+    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes, run_it), strict, musts)
     with unchanged(source.directory if source is not None else None):
         return verify_directory(path, source, threads.count(workers), progress, wish)
 
@@ -256,7 +264,7 @@ def fingerprint(
 
 
 def _numerics(
-    wanted: bool | None, only: str | None, exhaustive: bool, layers: bool, processes: bool
+    wanted: bool | None, only: str | None, exhaustive: bool, layers: bool, processes: bool, required: bool
 ) -> "Callable[[Path, Source | None, Progress], Rung] | None":
     """The numeric rung, which is the runtime's; imported when it is climbed."""
     if layers and processes:
@@ -269,7 +277,7 @@ def _numerics(
 
         must = bool(wanted) or only == "numerics" or exhaustive or layers or processes
         rung: Rung = import_module("reshard.runtime.check").numerics(
-            out, source, progress, must=must, exhaustive=exhaustive, layers=layers, processes=processes
+            out, source, progress, must=must, asked=must or required, exhaustive=exhaustive, layers=layers, processes=processes
         )
         return rung
 

@@ -209,17 +209,18 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 @click.option("--exhaustive", is_flag=True, help="Run it on every row of the vocabulary.")
 @click.option("--layers", is_flag=True, help="Run it layer by layer, in the memory of one, if it is larger than the machine's.")
 @click.option("--processes", is_flag=True, help="Run it with a process per rank, connected by gloo, in place of threads.")
+@click.option("--require", metavar="CHECKS", help="Exit 1 unless these pass: names with commas, or proven for all four, whole.")
 @_source
 @_workers
 @_talk
 def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
-    """Check OUT, rung by rung; "proven" only where none was skipped. Exit 1 on a mismatch.
+    """Check OUT, rung by rung; "proven" only where all four passed. Exit 1 on a mismatch, or where --require is not met.
 
     \b
     integrity  sizes and digests, by the manifest
     weights    every element is the original's    --against SRC
     sha256     merging makes the published files  digests recorded, or --hub ID
-    numerics   the model computes the same        --against SRC, PyTorch
+    numerics   the model computes the same        --against SRC, transformers
 
     Digests prove integrity, not authenticity: whoever can change OUT can change its digests,
     too. Compare the root digest (reshard inspect OUT) with one from a source you trust, or use --hub.

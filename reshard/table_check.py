@@ -8,7 +8,7 @@ It is caught only where it does not fit a checkpoint, or where the model is run.
 from the table itself: no matrix square, no two axes of one size, unless the table forces it; one for each set of optional rows.
 
 The table as it is, on one rank, is what a damaged one is compared with; a given checkpoint is also run by transformers, which says
-whether the table itself is right.
+whether the table itself is right. Where transformers is no reference for it, nothing does, and nothing is called caught.
 """
 
 import tempfile
@@ -36,7 +36,11 @@ SHOWN = 40  # damages that are not caught, told one by one
 
 @dataclass(frozen=True)
 class TableCheck:
-    """What became of every damage. `rounding`: the largest difference that still counts as none; None where nothing was run."""
+    """What became of every damage. `rounding`: the largest difference that still counts as none; None where nothing was run.
+
+    `right`: what an independent implementation says of the table as it is, on a given checkpoint; None where none was asked, or there is
+    none. Damages are told from the table as it is, so that they say nothing of whether that is right.
+    """
 
     family: str
     rows: int
@@ -46,9 +50,10 @@ class TableCheck:
     uncovered: tuple[str, ...] = ()
     rounding: float | None = None
     itself: str = ""  # the given checkpoint by the table as it is, against transformers
-    wrong: bool = False
+    right: bool | None = None
     skipped: str | None = None  # why nothing was run
     first: Any = None  # runtime.used.Used: the first step to differ from transformers, where the table is wrong
+    given: bool = False  # whether there was a checkpoint to try it on
 
     @property
     def count(self) -> Counter[str]:
@@ -64,16 +69,21 @@ class TableCheck:
         return not self.missed and not self.uncovered and not self.wrong
 
     @property
+    def wrong(self) -> bool:
+        return self.right is False
+
+    @property
     def proven(self) -> bool:
-        """Every damage was caught."""
-        return self.ok and not self.count[OPEN]
+        """Every damage was caught, and a table that was tried on a given checkpoint computes there what something independent does."""
+        return self.ok and not self.count[OPEN] and (self.right is not None or not self.given)
 
     def lines(self, each: bool = False) -> list[str]:
         """What a person wants to know, the verdict first; with `each` every damage and what caught it."""
         count, wrong = self.count, len(self.trials) - self.count[EQUIVALENT]
         caught = sum(count[rung] for rung in RUNGS)
-        share = "all" if caught == wrong else f"{caught} of {wrong}"
-        found = [f"{self.family}: {share} caught: {wrong} damages of {self.rows} rows and {self.axes} axes"]
+        share = f"{caught} of {wrong}" if caught < wrong else "all" if self.right or not self.given else f"{wrong}"
+        told = "told from the table itself, which may be wrong" if self.given and not self.right else "caught"
+        found = _wrapped(f"{self.family}: {share} {told}: {wrong} damages of {self.rows} rows and {self.axes} axes", 0)
         found += _wrapped(self.itself, 2) if self.itself else []
         found += [line for text in (self.first.lines() if self.first is not None else ()) for line in _wrapped(text, 4)]
         found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []
@@ -108,6 +118,7 @@ class TableCheck:
             "uncovered": list(self.uncovered),
             "rounding": self.rounding,
             "itself": self.itself or None,
+            "right": self.right,
             "wrong": self.wrong,
             "first": None if self.first is None else self.first.to_json(),
             "skipped": self.skipped,
@@ -150,7 +161,7 @@ def check_table(table: Table, given: Path | None = None, sample: int | None = No
                         f'family "{table.name}": the checkpoint made up from its table does not fit it: {error.message}',
                         "the table contradicts itself, or needs a config key that nobody can guess: give a checkpoint, --with PATH",
                     ) from None
-        itself, wrong = benches[0].against_transformers() if given is not None else ("", False)
+        itself, right = benches[0].against_transformers() if given is not None else ("", None)
         todo = _spread(list(mutations(table)), sample)
         trials = []
         progress.start("trying damages", len(todo), " damages")
@@ -169,9 +180,10 @@ def check_table(table: Table, given: Path | None = None, sample: int | None = No
         tuple(row.name.text for at, row in enumerate(table.rows) if at not in active),
         max((bench.rounding for bench in benches if not bench.why), default=None),
         itself,
-        wrong,
+        right,
         next((bench.why for bench in benches if bench.why), None),
         benches[0].first if given is not None else None,
+        given is not None,
     )
 
 

@@ -147,24 +147,29 @@ class Bench:
         if not own < largest / 1000:
             raise ReshardError(f"two ranks compute other logits than one: they differ by {own:.3g}, the largest is {largest:.3g}")
 
-    def against_transformers(self) -> tuple[str, bool]:
-        """What an independent implementation says of the table as it is, and whether that is that it is wrong."""
+    def against_transformers(self) -> tuple[str, bool | None]:
+        """What an independent implementation says of the table as it is, and whether that is that it is right; None: there is none."""
         import torch
 
         if self.why or self.published.root is None:
-            return "", False
+            return "", None
+        references = import_module("reshard.runtime.reference")
         with torch.inference_mode():
-            reference = import_module("reshard.runtime.reference").reference_for(self.source)
-            if not reference.name.startswith("transformers"):
-                return f"the table as it is: nothing independent to compare with, but {reference.name}", False
+            reference = references.reference_for(self.source)
+            if not reference.independent:
+                hint = f": {reference.hint}" if reference.hint else ""
+                return f"the table as it is: compared with nothing independent, but {reference.name}{hint}", None
             exact, own = (reference.logits(self.ids, dtype) for dtype in (torch.float64, torch.float32))
+            if not (error := references.relative(own, exact)) <= references.FINE:
+                words = f"{reference.name} is off by {error:.2g} of the scale of its logits, more than rounding explains"
+                return f"the table as it is: compared with nothing independent: {words}", None
             off, bound = _distance(self.wanted, exact), TRUE * _distance(own, exact)
             words = f"the table as it is: logits differ from those of {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
             if not off > bound:
-                return words, False
+                return words, True
             self.first = import_module("reshard.runtime.differing").first_to_differ(self.source, reference, self.ids)
         where = f"; the first step to differ is {self.first.name}" if self.first is not None else ""
-        return f"WRONG: {words}{where}", True
+        return f"WRONG: {words}{where}", False
 
     def open(self, table: Table) -> Source:
         """The checkpoint by another table. Raises ReshardError where it does not fit."""

@@ -427,13 +427,14 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
 @dataclass(frozen=True)
 class Wish:
     """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known;
-    `strict`: files that no manifest lists are a failure."""
+    `strict`: files that no manifest lists are a failure; `required`: what has to pass."""
 
     only: str | None = None
     sha256: bool = False
     published: Mapping[str, FileDigest] | None = None
     numerics: Callable[[Path, Source | None, Progress], Rung] | None = None
     strict: bool = False
+    required: tuple[str, ...] = ()
 
 
 def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
@@ -501,7 +502,7 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
                 raise ReshardError(f"{out}: --only {name}: {missing}")
             rungs.append(Rung(name, skipped=missing))
             continue
-        if not all(rung.ok for rung in rungs):
+        if any(rung.failures for rung in rungs):
             rungs.append(Rung(name, skipped="an earlier rung failed"))
             continue
         began = time.monotonic()
@@ -516,7 +517,7 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
         directory.check()
         rung.seconds = time.monotonic() - began
         rungs.append(rung)
-    return Report(out, tuple(rungs), _left(out if shards else None, source))
+    return Report(out, tuple(rungs), _left(out if shards else None, source), wish.required)
 
 
 def _left(out: Path | None, source: Source | None) -> tuple[Left, ...]:

@@ -7,7 +7,9 @@
 Of mixtures, whose routing no bound holds for, choices of experts that are toss-ups (`choices`) are imposed: this runtime at TP 1 stands for
 the reference where they have an effect, and in 16 bits, where a rounding is large, everywhere. Their share is told.
 
-The reference is transformers, or this runtime at TP 1 (`reference`). Ranks are threads of this process, or processes (`ranks`).
+The reference is transformers, which is checked itself, or this runtime at TP 1: then the rung is self-consistent at best (`reference`).
+Where rotary angles change with how far a text reaches, it keeps a cache where the shards do: the keys in there were turned by other angles
+than a forward of the whole text turns them by. Ranks are threads of this process, or processes (`ranks`).
 """
 
 import math
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from reshard.errors import PlaceError, ReshardError
 from reshard.progress import Progress
 from reshard.units import binary
-from reshard.verdict import Rung
+from reshard.verdict import SELF_CONSISTENT, UNPROVEN, Rung
 
 from . import memory
 
@@ -63,12 +65,14 @@ def numerics(
     progress: Progress,
     *,
     must: bool = False,
+    asked: bool = False,
     exhaustive: bool = False,
     layers: bool = False,
     processes: bool = False,
 ) -> Rung:
     """Climb the rung. What stands against it makes it skipped, or, where it `must` be climbed, an error.
 
+    `asked`: also if it takes more memory than what nobody asked for may take;
     `exhaustive`: as many prompts as the vocabulary has rows for; `layers`: layer by layer, in the memory of one; `processes`: each rank is
     a process of its own.
     """
@@ -83,7 +87,7 @@ def numerics(
     if source.root is None or source.manifest is not None or source.residues:
         return skipped(f"{source.where} is no published checkpoint", "--against the original")
     elements = sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
-    if (needed := MEMORY * elements) > UNASKED and not must:
+    if (needed := MEMORY * elements) > UNASKED and not (must or asked):
         return Rung("numerics", skipped=f"takes {binary(needed)} of memory: ask for it by --numerics, or --layers for less")
     try:
         import torch
@@ -146,6 +150,8 @@ class _Check:
     def climb(self) -> Rung:
         import torch
 
+        from .reference import FINE, own_reference, relative
+
         rung, narrow = self.rung, self.stored in (torch.bfloat16, torch.float16)
         self.progress.start("running the model", ((5 if narrow else 3) + 2 * self.mixed) * self.source.bytes)
         wide = self.reference.logits(self.prompts, torch.float32)
@@ -159,6 +165,12 @@ class _Check:
             chosen = self.chosen = self._choices()
             odd = chosen.unsettled[..., None]
             wide, exact = chosen.logits.where(odd, wide), chosen.exact.where(odd, exact)
+        if self.reference.independent and (off := relative(wide, exact)) > FINE:
+            words = f"{self.reference.name} is off by {off:.2g} of the scale of logits in float32, rounding by {FINE:.2g} at most"
+            self.reference = own_reference(self.source, words)
+            wide, exact = (self.reference.logits(self.prompts, dtype) for dtype in (torch.float32, torch.float64))
+            if self.chosen is not None:
+                wide, exact = self.chosen.logits, self.chosen.exact
         ours = self._shards(torch.float32, goes_on=True, routes=self.chosen.imposed if self.chosen else None)
         self.progress.advance(self.source.bytes)
         why = ours.odd or (None if bool(wide.isfinite().all()) else "the logits of this runtime at TP 1 are not finite")
@@ -173,7 +185,7 @@ class _Check:
         if not numbers.max <= limit:
             where = self._first_to_differ() or self._told_apart()
             rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, {limit:.3g} is the bound{where}")
-        if not (off := _distance(ours.stepwise, wide)) <= limit:
+        if not (off := _distance(ours.stepwise, self._by_token(wide, ours.stepwise))) <= limit:
             rung.failures.append(f"float32: token by token, logits differ by {off:.3g}, {limit:.3g} is the bound")
         self._continuations(ours.tokens, limit)
         if narrow:
@@ -194,6 +206,8 @@ class _Check:
 
     def _in_stored(self, name: str, wide: "torch.Tensor", own: "torch.Tensor", routes: "Routes | None", more: dict[str, Any]) -> None:
         """Compare in the stored dtype, in which the reference gives `own`."""
+        from .reference import COARSE, relative
+
         rung = self.rung
         if not bool((finite := own.isfinite().all(-1)).all()):
             odd, of = int((~finite).sum()), finite.numel()
@@ -206,7 +220,10 @@ class _Check:
             return
         numbers = _numbers(ours.logits.float(), wide, own.float())
         rung.numbers[name] = numbers.to_json() | more
-        if not numbers.rms <= RMS * numbers.own_rms:
+        if (off := relative(own, wide)) > COARSE:
+            words = f"the reference itself is off by {off:.2g} of the scale of logits: beyond {COARSE:.2g}, its error bounds nothing"
+            rung.notes.append(f"{name}: {words}")
+        elif not numbers.rms <= RMS * numbers.own_rms:
             words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
             rung.failures.append(f"{name}: rms distance of logits {words}")
 
@@ -229,6 +246,7 @@ class _Check:
         found = choices(self.source, self.prompts, TIMES)
         self.progress.advance(2 * self.source.bytes)
         if bool(found.unsettled.all()) and self.reference.independent:
+            self.rung.best = SELF_CONSISTENT
             self.rung.notes.append(f"every token depends on a toss-up of a router: logits of {self.reference.name} were compared nowhere")
         return found
 
@@ -268,7 +286,7 @@ class _Check:
     def _continuations(self, tokens: Sequence[Sequence[int]], limit: float) -> None:
         """The same tokens as the reference's, where it is surer of them than the bound, and no router tosses up."""
         agreed, distinct, tossed = 0, set(), 0
-        theirs, margins = (found.tolist() for found in self.reference.greedy(self._starts, self._new))
+        theirs, margins = (found.tolist() for found in self.reference.greedy(self._starts, self._new, cached=self._turns))
         for number, (start, ours) in enumerate(zip(self._starts.tolist(), tokens, strict=True), 1):
             each = zip(ours, theirs[number - 1], margins[number - 1], strict=True)
             for at, (one, other, margin) in enumerate(each):
@@ -286,8 +304,34 @@ class _Check:
         self.rung.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
         if self.chosen is not None:
             self.rung.numbers["continuations"]["tossed"] = tossed  # texts that end where a router tosses up
-        if len(distinct) < DISTINCT and not self.rung.failures:
+        if not agreed and not self.rung.failures:
+            self.rung.best = UNPROVEN
+            self.rung.notes.append("no token that the model goes on with was compared")
+        elif len(distinct) < DISTINCT and not self.rung.failures:
             self.rung.notes.append(f"the model went on with {len(distinct)} distinct tokens, {DISTINCT} would say more")
+
+    @cached_property
+    def _turns(self) -> bool:
+        """Whether rotary angles change within the texts, with how far they reach."""
+        from .load import with_facts
+        from .spec import Spec
+
+        spec = Spec.of(with_facts(self.source.layout.model.family), self.source.config, self.source.layout.model)
+        reach = max(self.prompts.shape[1], self._starts.shape[1] + self._new)
+        most = {"longrope": lambda rope: rope.original, "dynamic": lambda rope: rope.positions}
+        return any(rope is not None and rope.kind in most and reach > most[rope.kind](rope) for rope in (spec.rope, spec.rope_near))
+
+    def _by_token(self, wide: "torch.Tensor", ours: "torch.Tensor") -> "torch.Tensor":
+        """The reference's logits of tokens that come one by one: those of the whole texts, but where angles change on the way."""
+        if not self._turns:
+            return wide
+        from .choices import BATCH
+        from .ranks import pieces
+
+        found = self.reference.stepwise(self.prompts[:BATCH], pieces(self.prompts.shape[1]))
+        if self.chosen is not None:  # what hangs on a toss-up is compared in whole texts alone
+            found = ours.where(self.chosen.unsettled[:BATCH, :, None], found)
+        return found
 
     def _settled(self, ids: Sequence[int]) -> bool:
         """Whether no choice of experts in a text is a toss-up."""
@@ -315,7 +359,10 @@ class _Check:
         worst = rung.numbers["float32"]
         share = worst["max"] / worst["own_max"] if worst["own_max"] else math.inf if worst["max"] else 0.0
         done = rung.numbers["continuations"]
-        rung.words = f"{self.reference.name}; logits off by {share:.2f} × its own error; {done['tokens']} tokens agreed"
+        if not self.reference.independent:
+            rung.best, rung.hint = SELF_CONSISTENT, self.reference.hint
+        alone = f"agrees with {self.reference.name}, not independent" if rung.best == SELF_CONSISTENT and not rung.failures else ""
+        rung.words = f"{alone or self.reference.name}; logits off by {share:.2f} × its own error; {done['tokens']} tokens agreed"
         if self.chosen is not None:
             rung.words += f"; {self.chosen.share:.2%} of routing imposed"
         for name, numbers in rung.numbers.items():

@@ -1,7 +1,8 @@
 """The numeric proof layer by layer, of a model that is larger than the memory: every step gets the same input on both sides.
 
-The reference is this runtime at TP 1, from the original files. In float32 a step of the shards may differ from it by at most 4 × what the
-step itself changes between float32 and float64. Memory: one layer at a time, in float64 at most.
+The reference is this runtime at TP 1, from the original files, so that the rung is self-consistent at best. In float32 a step of the
+shards may differ from it by at most 4 × what the step itself changes between float32 and float64. Memory: one layer at a time, in float64
+at most.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from reshard.mesh import Mesh
 from reshard.progress import Progress
-from reshard.verdict import Rung
+from reshard.verdict import SELF_CONSISTENT, UNPROVEN, Rung
 
 from .check import TIMES, culprit, prompts_for
 from .choices import Margins, Routes, bound, impose, recording, tossed
@@ -77,7 +78,7 @@ def _once(part: _Part) -> Iterator[_Part]:
 
 def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Rung:
     """The rung, for shards and their original. The mesh of the shards is that of the ranks, which are threads."""
-    rung, mesh = Rung("numerics"), opened.layout.mesh
+    rung, mesh = Rung("numerics", best=SELF_CONSISTENT), opened.layout.mesh
     ids = prompts_for(source)[:2]
     x: Tensor | None = None
     output, own, worst, count, odd = torch.empty(0), 0.0, 0.0, 0, ""
@@ -129,8 +130,11 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
     run_threads(mesh.world, work, timeout=3600)
     progress.finish()
     rung.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
-    rung.words = f"{count} steps, each from the same input; off by {worst:.2f} × its own error at most"
+    rung.words = f"agrees with this runtime at TP 1, not independent; {count} steps, each from the same input; "
+    rung.words += f"off by {worst:.2f} × its own error at most"
+    rung.hint = "without --layers, where there is memory for it, it is compared with transformers"
     if odd:
+        rung.best = UNPROVEN
         rung.notes.append(f"{odd} of the reference gives what is not finite: nothing to compare with from there on")
     if shares:
         rung.numbers["imposed"] = sum(shares) / len(shares)

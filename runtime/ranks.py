@@ -81,10 +81,9 @@ def compute(
         row, column = (~finite).nonzero()[0].tolist()
         odd = not_finite(decoder, prompts[row : row + 1, : column + 1], f"text {row + 1}").message
     elif starts:
-        first, half = slice(0, BATCH), length // 2
+        first = slice(0, BATCH)
         cache = decoder.new_cache(len(prompts[first]), length)
-        pieces = [(0, half), *((at, at + 1) for at in range(half, length))]
-        stepwise = torch.cat([forward(first, low, high, cache) for low, high in pieces], 1)
+        stepwise = torch.cat([forward(first, low, high, cache) for low, high in pieces(length)], 1)
         impose(decoder, None)
         try:
             tokens = generate(decoder, starts, Options(new)).tokens
@@ -94,6 +93,12 @@ def compute(
     if world.rank:
         return Computed(whole[:0], whole[:0], [], routed)
     return Computed(whole, stepwise, tokens, routed, odd)
+
+
+def pieces(length: int) -> list[tuple[int, int]]:
+    """How a prompt is taken token by token: its first half at once."""
+    half = length // 2
+    return [(0, half), *((at, at + 1) for at in range(half, length))]
 
 
 @torch.inference_mode()

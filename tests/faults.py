@@ -1,6 +1,7 @@
 """Faults planted in good shards, one at a time: what a wrong table, a wrong engine, a bad disk or a careless person makes of them.
 
     plant(fault, out)     True if the fault is possible there, and is there now
+    DOUBTS                what is wrong with the table, or with what shards are compared with, and what numerics must then say
 
 A fault works on the stored bytes, through the layout; it knows no file format. `running.sign` makes the digests right again.
 """
@@ -8,12 +9,16 @@ A fault works on the stored bytes, through the layout; it knows no file format. 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from fixtures import State
+from running import ROOT
 
 from reshard.layout import Piece
 from reshard.source import Source, open_source
@@ -248,3 +253,69 @@ def edited(out: Path) -> bool:
 def plant(words: str, out: Path) -> bool:
     """Plant a fault; False where it is not possible."""
     return FAULTS[words](out)
+
+
+# --- what shards are compared with -----------------------------------------------------------------------------------------------------
+
+EXCHANGED = {"attn.k": "attn.v", "attn.v": "attn.k", "mlp.gate": "mlp.up", "mlp.up": "mlp.gate"}
+WRAPPED = {"model.layers.{layer}.": "model.layers.{layer}._checkpoint_wrapped_module."}
+UNKNOWN = {"up_proj": "w3"}
+
+
+class Doubt(NamedTuple):
+    """A llama: what is done to its tensors, how the table spells their names, which of its logical names are exchanged, and whether
+    transformers can be imported; then the status that numerics must have."""
+
+    edit: Callable[[State], State] = lambda state: state
+    names: Mapping[str, str] = {}
+    exchanged: Mapping[str, str] = {}
+    installed: bool = True
+    status: str = "self-consistent"
+
+
+def wrapped(state: State) -> State:
+    """As activation checkpointing under FSDP leaves them."""
+    return {re.sub(r"\.layers\.(\d+)\.", r".layers.\1._checkpoint_wrapped_module.", name): tensor for name, tensor in state.items()}
+
+
+def unknown(state: State) -> State:
+    return {name.replace("up_proj", "w3"): tensor for name, tensor in state.items()}
+
+
+def much_in_common(state: State) -> State:
+    """Logits that float32 can hardly tell apart."""
+    state["lm_head.weight"][:, 0] = 2.0**17
+    return state
+
+
+def biased(state: State) -> State:
+    """Biases of the feed-forward, which config.json does not know."""
+    parts = [name for name in state if re.search(r"\.mlp\.\w+_proj\.weight$", name)]
+    return state | {name.replace("weight", "bias"): torch.ones(len(state[name]), dtype=state[name].dtype) for name in parts}
+
+
+DOUBTS = {
+    "right table": Doubt(status="ok"),
+    "names exchanged in the table": Doubt(exchanged=EXCHANGED, status="failed"),
+    "right table; transformers missing": Doubt(installed=False),
+    "names exchanged in the table; transformers missing": Doubt(exchanged=EXCHANGED, installed=False),
+    "right table; wrappers in names": Doubt(wrapped, WRAPPED, status="ok"),
+    "names exchanged in the table; wrappers in names": Doubt(wrapped, WRAPPED, EXCHANGED, status="failed"),
+    "right table; names that transformers would fill at random": Doubt(unknown, UNKNOWN),
+    "names exchanged in the table; names that transformers would fill at random": Doubt(unknown, UNKNOWN, EXCHANGED),
+    "right table; tensors that transformers leaves out": Doubt(biased),
+    "right table; a reference that is off by more than rounding": Doubt(much_in_common),
+}
+
+
+def respelled(path: Path, names: dict[str, str], leaves: dict[str, str]) -> Path:
+    """The llama table, for names that are spelled otherwise, and with logical names exchanged."""
+    text = (ROOT / "reshard/families/llama.toml").read_text()
+    lines = []
+    for line in text.replace('name = "llama"', 'name = "mine"').splitlines():
+        for old, new in names.items():
+            line = line.replace(old, new)
+        found = re.match(r'( *\["[^"]*", *"[^"]*", *")([a-z_.]+)(".*)', line)
+        lines.append(f"{found[1]}{leaves.get(found[2], found[2])}{found[3]}" if found else line)
+    path.write_text("\n".join(lines))
+    return path

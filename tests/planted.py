@@ -1,20 +1,22 @@
-"""Planting every fault in the shards of a family, and asking every rung; for scripts/plant_faults and its test."""
+"""Planting every fault in the shards of a family, or in what they are compared with, and asking every rung; for scripts/plant_faults and
+its test."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from faults import FAULTS, plant
-from fixtures import FIXTURES, checkpoint
-from reshard.runtime import reference
-from running import sign
+from faults import DOUBTS, FAULTS, plant, respelled
+from fixtures import FIXTURES, checkpoint, copy, rewrite
+from running import environment, process, sign
 
 import reshard
 from reshard.errors import ReshardError
+from reshard.runtime import reference
 from reshard.source import Source
 from reshard.verdict import RUNGS
 
@@ -31,7 +33,7 @@ class Remembered(reference.Reference):
     """The reference, asked the same question once."""
 
     def __init__(self, known: reference.Reference) -> None:
-        super().__init__(known.name, known.load, known.independent)
+        super().__init__(known.name, known.load, known.independent, known.hint)
         self._kept, self._said = known.prepare(), {}
 
     def logits(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -91,3 +93,23 @@ def _found(out: Path, source: Path, rung: str) -> bool:
             return not reshard.verify(out, against=source, only=rung).ok
     except ReshardError:
         return True
+
+
+def without_transformers(folder: Path) -> dict[str, str]:
+    """The environment of a process in which transformers cannot be imported."""
+    folder.mkdir(exist_ok=True)
+    (folder / "transformers.py").write_text("raise ImportError('not installed')\n")
+    there = environment(OMP_NUM_THREADS="1")
+    return there | {"PYTHONPATH": f"{folder}:{there['PYTHONPATH']}"}
+
+
+def doubted(words: str, folder: Path) -> tuple[str, bool]:
+    """What numerics says where something is wrong with what it compares with, and whether the shards count as proven."""
+    doubt = DOUBTS[words]
+    rewrite(source := copy("llama", folder / "model"), doubt.edit)
+    family = str(respelled(folder / "mine.toml", doubt.names, doubt.exchanged))
+    reshard.convert(source, folder / "out", tp=2, family=family, sha256=True)
+    line = ("verify", folder / "out", "--against", source, "--family", family, "--json")
+    there = environment(OMP_NUM_THREADS="1") if doubt.installed else without_transformers(folder / "bare")
+    found = json.loads(process(*line, env=there).out)
+    return found["rungs"][3]["status"], found["proven"]

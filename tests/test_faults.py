@@ -5,12 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from planted import ADD, planted
+from faults import DOUBTS
+from planted import ADD, doubted, planted
 
 SAMPLE = {
     "llama": ["a KV head repeated wrongly", "config.json edited", "one bit flipped"],
     "mixtral": ["one expert swapped with another", "gate and up exchanged"],
 }
+
+
+DOUBTED = ["names exchanged in the table; transformers missing", "names exchanged in the table; wrappers in names"]
+
+
+@pytest.mark.parametrize("words", DOUBTED)
+def test_a_reference_that_is_none_proves_nothing(words: str, tmp_path: Path) -> None:
+    assert doubted(words, tmp_path) == (DOUBTS[words].status, False)
+
+
+def test_the_table_of_faults_has_all_of_them() -> None:
+    """docs/faults.md is what scripts/plant_faults printed."""
+    said = (Path(__file__).parent.parent / "docs" / "faults.md").read_text()
+    assert [words for words in DOUBTS if f"| {words} | {DOUBTS[words].status} |" not in said] == []
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 import shutil
@@ -10,18 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from fixtures import FIXTURES, copy, rewrite
-from reshard.runtime import ranks
-from reshard.runtime.experts import route
-from reshard.runtime.load import load_model
-from reshard.runtime.parallel import alone
-from reshard.runtime.reference import reference_for
-from reshard.runtime.spec import Routing
-from reshard.runtime.weights import Weights
 from running import ROOT, big_llama, environment, reshard, sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,6 +20,13 @@ from safetensors.torch import load_file, save_file
 import reshard as api
 from reshard.errors import ReshardError
 from reshard.mesh import Mesh
+from reshard.runtime import ranks
+from reshard.runtime.experts import route
+from reshard.runtime.load import load_model
+from reshard.runtime.parallel import alone
+from reshard.runtime.reference import reference_for
+from reshard.runtime.spec import Routing
+from reshard.runtime.weights import Weights
 from reshard.source import open_source
 
 Get = Callable[[str], Path]
@@ -56,6 +54,7 @@ def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: 
     assert report.ok, rung.failures
     numbers = rung.numbers
     assert ("transformers" in numbers["reference"] and "TP 1" not in numbers["reference"]) == ("fp8" not in name)
+    assert rung.status == ("self-consistent" if "fp8" in name else "ok")
     assert 0 < numbers["float32"]["own_max"] < 1e-2
     assert numbers["float32"]["max"] <= 4 * numbers["float32"]["own_max"]
     assert numbers["coverage"]["rows"] == numbers["coverage"]["vocabulary"]
@@ -212,7 +211,7 @@ def test_layer_by_layer_ranks_are_threads(checkpoint: Get) -> None:
 def test_layer_by_layer_finds_the_same(checkpoint: Get, tmp_path: Path, name: str) -> None:
     api.convert(checkpoint(name), tmp_path / "out", **SAMPLE[name])
     (rung,) = api.verify(tmp_path / "out", against=checkpoint(name), only="numerics", layers=True).rungs
-    assert rung.ok, rung.failures
+    assert rung.status == "self-consistent", rung.failures
     assert rung.numbers["worst"] <= 4
     assert rung.notes
 
@@ -276,7 +275,7 @@ def test_layer_by_layer_runs_a_model_that_is_larger_than_the_memory(tmp_path: Pa
     assert "--layers" in foreseen and "--layers" in met
 
 
-def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     api.convert(checkpoint("llama"), out, tp=2)
     report = api.verify(out)
@@ -285,18 +284,6 @@ def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path, monkeyp
     done = reshard("verify", tmp_path / "other", "--against", out, "--only", "numerics")
     assert done.code == 2
     assert "is no published checkpoint" in done.err
-    there = builtins.__import__
-
-    def without(name: str, *more: Any) -> Any:
-        if name == "transformers":
-            raise ImportError(name)
-        return there(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    report = api.verify(out, against=checkpoint("llama"), only="numerics")
-    monkeypatch.undo()
-    assert report.ok
-    assert report.rungs[0].numbers["reference"] == "this runtime at TP 1 (transformers is not installed)"
 
 
 def test_a_family_that_does_not_run_skips_the_rung_and_says_why(checkpoint: Get, tmp_path: Path) -> None:
