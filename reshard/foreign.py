@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 
-from . import header
+from . import decode, header, limits
 from .checkpoint import WEIGHTS, Original, Published, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
 from .companions import beside
 from .config import Config
@@ -35,7 +35,6 @@ from .tables import Constant, Table, load, shipped
 
 MAX_FILE_SIZE = 50 * 10**9  # bytes: what save_pretrained of transformers 5 splits by when nothing else is asked for
 NS = 10**9
-MOST_TENSORS = 1_000_000  # of one row: more can only be a config.json that is not this checkpoint's
 
 Place = tuple[Path, Entry]
 Held = dict[str, dict[int, str]]  # logical tensor → layer (-1: belongs to none) → dtype
@@ -109,7 +108,9 @@ def _patterns(table: Table) -> dict[str, re.Pattern[str]]:
 
 def _has_published(root: Path, names: Iterable[str]) -> bool:
     def held(index: str) -> bool:
-        return index in names and any((root / file).exists() for file in set(index_map(read_json(root / index), index).values()))
+        return index in names and any(
+            (root / file).exists() for file in set(index_map(decode.read(root / index, limits.INDEX), index).values())
+        )
 
     return any(single in names or held(index) for single, index in WEIGHTS)
 
@@ -268,7 +269,7 @@ class _Reading:
             dtypes = {-1: usual} | held.get(row.leaves[0], {})
             layers = [layer for layer, kind in enumerate(kinds) if row.within(kind)] if "layer" in row.name.axes else []
             ranges = [layers if axis == "layer" else range(sizes[axis]) for axis in row.name.axes]
-            if (count := math.prod(map(len, ranges))) > MOST_TENSORS:
+            if (count := math.prod(map(len, ranges))) > limits.TENSORS:
                 raise ReshardError(f"{self.where}: config.json promises {count} tensors {row.name.text}", "is it this checkpoint's?")
             shape, _ = row.pattern.measure(lambda _, axis: axis_size(axis, sizes))
             for numbers in product(*ranges):
