@@ -56,6 +56,28 @@ class Origin(NamedTuple):
     license: str | None = None
 
 
+class Tally:
+    """What the headers of a checkpoint hold, file by file, within the limits of all of them together."""
+
+    def __init__(self) -> None:
+        self.tensors = self.names = 0
+
+    def checked(self, entries: dict[str, Entry], where: str) -> dict[str, Entry]:
+        """The same tensors of one more file. Raises ReshardError where there are too many, or one has too many dimensions."""
+        self.tensors += len(entries)
+        self.names += sum(map(len, entries))
+        for count, most, what in ((self.tensors, limits.TENSORS, "tensors"), (self.names, limits.NAMES, "characters of tensors' names")):
+            if count > most:
+                raise ReshardError(
+                    f"{where}: with this file the headers hold {count} {what}, at most {most} are read",
+                    "is one file there under several names?",
+                )
+        for name, entry in entries.items():
+            if len(entry.shape) > limits.DIMENSIONS:
+                raise ReshardError(f"{where}: {name} has {len(entry.shape)} dimensions, at most {limits.DIMENSIONS} are read")
+        return entries
+
+
 @dataclass(frozen=True)
 class Published:
     """A checkpoint's headers and config, not yet understood. `tensors`: name → (index into `originals`, entry)."""
@@ -89,11 +111,11 @@ def open_published(root: Path, where: str | None = None) -> Published:
     stamps = stamps_of([root / "config.json"])  # before they are read: what changes in between must not go unnoticed
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
     names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights)
-    originals, found = [], []
+    originals, found, tally = [], [], Tally()
     for file in names:
         original, entries, stamps[root / file] = _headers(root, file, index)
         originals.append(original)
-        found.append(entries)
+        found.append(tally.checked(entries, f"{root}/{file}"))
     tensors = merge(names, found, index_map, index or names[0])
     if not tensors:
         raise ReshardError(f"{where}: the weights files hold no tensors", "is the download complete?")

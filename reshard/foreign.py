@@ -17,7 +17,19 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from . import decode, header, limits
-from .checkpoint import WEIGHTS, Original, Published, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
+from .checkpoint import (
+    WEIGHTS,
+    Original,
+    Published,
+    Tally,
+    family_table,
+    index_map,
+    natural,
+    origin_of,
+    read_json,
+    stamps_of,
+    understood,
+)
 from .companions import beside
 from .config import Config
 from .digest import of
@@ -144,11 +156,12 @@ def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -
     """Where every key of every rank lies, and what the files were like when they said so."""
     places: dict[Key, Place] = {}
     stamps: dict[Path, Stamp] = {}
+    tally = Tally()
     for (stage, rank), names in sorted(files.items()):
         for name in names:
             path = root / name
             entries, stamps[path] = _header(path)
-            for key, entry in entries.items():
+            for key, entry in tally.checked(entries, str(path)).items():
                 other = places.setdefault((stage * tp + rank, key), (path, entry))[0]
                 if other != path:
                     raise ReshardError(

@@ -32,6 +32,7 @@ from .checkpoint import (
     Origin,
     Original,
     Published,
+    Tally,
     choose,
     container,
     merge,
@@ -130,12 +131,14 @@ def published(text: str, revision: str | None) -> Published:
 
     @cache
     def read(name: str) -> bytes:
+        decode.fits(repo.files[name][0], limits.INDEX, f"{repo.id}/{name}")
         return _File(repo, name, AHEAD)(repo.files[name][0], 0)
 
     names, index_name, index = _weights(repo, read)
     config = Config(parse_json(read("config.json"), f"{repo.id}/config.json"))
+    tally = Tally()
     with ThreadPoolExecutor(PARALLEL) as pool:
-        headers = list(pool.map(lambda name: _header(repo, name), names))
+        headers = [(o, tally.checked(entries, o.name)) for o, entries in pool.map(lambda name: _header(repo, name), names)]
     originals = [original for original, _ in headers]
     tensors = merge(names, [entries for _, entries in headers], index, index_name or names[0])
     if not tensors:

@@ -30,8 +30,8 @@ COMPOUNDS = 100  # entries of [axes]
 ATOMS = 16  # axes that a compound axis stands for, written out to the end
 DIGITS = 18  # of a number in text: it fits 64 bits
 
-# Headers of all weights files of a checkpoint together.
-HEADERS = 200_000_000  # bytes; a single one may have 100,000,000, as safetensors has it
+# Headers of all weights files of a checkpoint together. A single one may have 100,000,000 bytes, as safetensors has it.
+NAMES = 200_000_000  # characters of tensors' names
 TENSORS = 1_000_000  # stored tensors: about a GiB of memory
 DIMENSIONS = 64  # of a stored tensor, as in torch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import companions, decode, header, limits, manifest, tables
-from .checkpoint import Origin, Original, Published, extent, merge, open_published, read_json, stamps_of, understood
+from .checkpoint import Origin, Original, Published, Tally, extent, merge, open_published, read_json, stamps_of, understood
 from .checkpoint import index_map as parse_index
 from .companions import Carried, Left
 from .digest import of_file
@@ -282,7 +282,7 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
 def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:
     """The headers of the original files, read from their residues."""
     pool = Pool()
-    found = []
+    found, tally = [], Tally()
     index = None
     index_name = "the index"
     try:
@@ -299,7 +299,7 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
             elif original.name.endswith(".index.json"):
                 decode.fits(original.size, limits.INDEX, original.name, MismatchError)
                 index, index_name = parse_index(view(original.size, 0), original.name), original.name
-            found.append(entries)
+            found.append(tally.checked(entries, str(view.path)))
     finally:
         pool.close()
     return merge([original.name for original in originals], found, index, index_name)

@@ -227,13 +227,14 @@ def test_headers_and_tensors_of_a_checkpoint_are_bounded_together(tmp_path: Path
         os.link(directory / "a.safetensors", directory / name)
     weight_map = {f"{name}{at}": names[at % 3] for at, name in enumerate(llama_tensors())}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    count, size = len(llama_tensors()), (directory / "a.safetensors").stat().st_size
+    count = len(llama_tensors())
     monkeypatch.setattr(limits, "TENSORS", 2 * count - 1)
-    refused(reshard("plan", directory, "--tp", "2"), 2, "b.safetensors", f"{2 * count} tensors", f"at most {2 * count - 1}")
+    refused(
+        reshard("plan", directory, "--tp", "2"), 2, "b.safetensors", f"{2 * count} tensors", f"at most {2 * count - 1}", "several names"
+    )
     monkeypatch.setattr(limits, "TENSORS", 10 * count)
-    monkeypatch.setattr(limits, "HEADERS", 10_000)
-    refused(reshard("plan", directory, "--tp", "2"), 2, "headers", "at most 10000")
-    assert size
+    monkeypatch.setattr(limits, "NAMES", 1000)
+    refused(reshard("plan", directory, "--tp", "2"), 2, "a.safetensors", "characters", "at most 1000")
 
 
 def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
