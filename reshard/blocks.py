@@ -1,6 +1,5 @@
 """Blocks: the stretches of a rank's file that have a digest each, which can be checked in parallel and fetched again alone."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,14 @@ from typing import Any
 
 import xxhash
 
+from . import decode, limits
 from .digest import BLOCK, Buffer, of_blocks
+from .errors import MismatchError
 from .header import MAX_LENGTH
-from .manifest import Listed
+from .manifest import DIGEST, SIZE, Listed
 from .shards import shard_digest
+
+_FORM: decode.Form = {"tensors": [{"name": str, "offset": SIZE, "nbytes": SIZE, "digest": DIGEST, "blocks?": [DIGEST]}]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,15 @@ class Blocks:
 
     @classmethod
     def read(cls, root: Path, weights: Listed, said: Listed) -> "Blocks":
-        return cls(root, weights, said, json.loads((root / said.name).read_bytes())["tensors"])
+        tensors = decode.json_file(root / said.name, limits.TENSORS_JSON, _FORM, MismatchError, "fetch it again, or convert again")[
+            "tensors"
+        ]
+        for tensor in tensors:
+            if (end := tensor["offset"] + tensor["nbytes"]) > weights.size:
+                raise MismatchError(
+                    f"{root / said.name}: {tensor['name']} ends at byte {end}, {weights.name} has {weights.size}", "convert again"
+                )
+        return cls(root, weights, said, tensors)
 
     @property
     def start(self) -> int:

@@ -4,7 +4,6 @@ config.json or the index decides which files count; nothing is ever globbed, bec
 `consolidated.safetensors`, `original/`, adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
 """
 
-import json
 import os
 import re
 import stat
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import companions, header
+from . import companions, decode, header, limits
 from .companions import Carried, Left, beside, inside
 from .dialect import settle
 from .errors import ReshardError
@@ -57,6 +56,28 @@ class Origin(NamedTuple):
     license: str | None = None
 
 
+class Tally:
+    """What the headers of a checkpoint hold, file by file, within the limits of all of them together."""
+
+    def __init__(self) -> None:
+        self.tensors = self.names = 0
+
+    def checked(self, entries: dict[str, Entry], where: str) -> dict[str, Entry]:
+        """The same tensors of one more file. Raises ReshardError where there are too many, or one has too many dimensions."""
+        self.tensors += len(entries)
+        self.names += sum(map(len, entries))
+        for count, most, what in ((self.tensors, limits.TENSORS, "tensors"), (self.names, limits.NAMES, "characters of tensors' names")):
+            if count > most:
+                raise ReshardError(
+                    f"{where}: with this file the headers hold {count} {what}, at most {most} are read",
+                    "is one file there under several names?",
+                )
+        for name, entry in entries.items():
+            if len(entry.shape) > limits.DIMENSIONS:
+                raise ReshardError(f"{where}: {name} has {len(entry.shape)} dimensions, at most {limits.DIMENSIONS} are read")
+        return entries
+
+
 @dataclass(frozen=True)
 class Published:
     """A checkpoint's headers and config, not yet understood. `tensors`: name → (index into `originals`, entry)."""
@@ -90,11 +111,11 @@ def open_published(root: Path, where: str | None = None) -> Published:
     stamps = stamps_of([root / "config.json"])  # before they are read: what changes in between must not go unnoticed
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
     names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights)
-    originals, found = [], []
+    originals, found, tally = [], [], Tally()
     for file in names:
         original, entries, stamps[root / file] = _headers(root, file, index)
         originals.append(original)
-        found.append(entries)
+        found.append(tally.checked(entries, f"{root}/{file}"))
     tensors = merge(names, found, index_map, index or names[0])
     if not tensors:
         raise ReshardError(f"{where}: the weights files hold no tensors", "is the download complete?")
@@ -190,34 +211,21 @@ def merge(
     return tensors
 
 
-def read_json(path: Path, missing: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file; ReshardError if it is none."""
-    try:
-        if not path.is_file() and path.exists():
-            raise ReshardError(f"{path}: is not a regular file", missing)
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise ReshardError(f"{path}: no such file", missing) from None
-    except OSError as error:
-        raise failed("reading", path, error) from error
-    return parse_json(text, str(path))
+def read_json(path: Path, missing: str | None = None, most: int = limits.CONFIG) -> dict[str, Any]:
+    """A JSON object from a file of at most `most` bytes; ReshardError if it is none."""
+    return parse_json(decode.read(path, most, hint=missing), str(path), most)
 
 
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ReshardError(f"{where}: not JSON: {error}", "it is damaged, or a download page: fetch it again") from None
+def parse_json(text: bytes, where: str, most: int = limits.CONFIG) -> dict[str, Any]:
+    data = decode.json_of(text, most, where)
     if not isinstance(data, dict):
         raise ReshardError(f"{where}: a JSON object is needed, this is a {type(data).__name__}")
     return data
 
 
-def index_map(data: Mapping[str, Any], where: str) -> dict[str, str]:
+def index_map(text: bytes, where: str) -> dict[str, str]:
     """The weight map of an index, each file name checked to lie inside the directory; without the "./" that some begin with."""
-    weights = data.get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise ReshardError(f'{where}: has no "weight_map" from tensor names to file names')
+    weights: dict[str, str] = decode.json_of(text, limits.INDEX, where, {"weight_map": {"": str}})["weight_map"]
     if not weights:
         raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
     plain = {file: file.removeprefix("./") for file in set(weights.values())}
@@ -238,7 +246,7 @@ def choose(
     pairs = ((said, said),) if said is not None else WEIGHTS
     for single, index in pairs:
         if index in names and index.endswith(".index.json"):
-            told = index_map(parse_json(read(index), f"{where}/{index}"), f"{where}/{index}")
+            told = index_map(read(index), f"{where}/{index}")
             files = sorted(set(told.values()), key=natural)
             if single not in names or single == index or files == [single]:
                 return files, index, told
@@ -293,7 +301,7 @@ def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
 def _read(root: Path, stamps: dict[Path, Stamp], name: str) -> bytes:
     _check_link(root / name)
     stamps |= stamps_of([root / name])
-    return (root / name).read_bytes()
+    return decode.read(root / name, limits.INDEX)
 
 
 def _check_link(path: Path) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from . import limits
 from .errors import ReshardError
 from .escapes import in_line
 from .files import failed
 
-CARRIED_MAX = 64 << 20  # bytes of a file
 FOLDER_MAX = 1000  # files in a folder
 MODULES = "modules.json"  # of sentence-transformers: which folders are parts of the model, weights and all
 _MODULES_MAX = 1 << 20  # bytes
@@ -104,8 +104,8 @@ def sort_out(found: Found, taken: Collection[str], read: Callable[[], bytes]) ->
                 raise entry
             if isinstance(entry, str):
                 why = entry
-            elif why is None and size > CARRIED_MAX:
-                why = f"over {CARRIED_MAX >> 20} MiB"
+            elif why is None and size > limits.COPIED:
+                why = f"over {limits.COPIED >> 20} MiB"
             if why is None:
                 carried.append(name)
             else:

@@ -4,6 +4,7 @@ Blocks can be hashed by whoever completes them, checked in parallel and repaired
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -19,6 +20,15 @@ Buffer = bytes | bytearray | memoryview
 def of(data: Buffer) -> str:
     """The digest of a small file, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def of_file(path: Path) -> str:
+    """The digest of a file as `of` gives it, read in pieces."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(BLOCK):
+            state.update(piece)
+    return state.hexdigest()
 
 
 def of_blocks(blocks: Iterable[bytes]) -> str:

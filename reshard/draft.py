@@ -5,7 +5,6 @@ is installed, its own plan for tensor parallelism is a second opinion on what is
 """
 
 import json
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from . import tables
+from . import decode, tables
 from .checkpoint import Published
 from .dialect import settle
 from .errors import ReshardError
@@ -246,7 +245,7 @@ def _around(published: Published, found: list[Found]) -> Draft | None:
     own = settle(wrapper, stored, {}).claimed()
     inside = {start for name in own for start in _starts(name)}
     towers = tuple(sorted({next((s for s in _starts(each.folded) if s not in inside), "") for each in found if each.folded not in own}))
-    about = tomllib.loads(wrapper.texts[wrapper.name])
+    about = decode.toml_of(wrapper.texts[wrapper.name], wrapper.name)
     spelled = {start: [o for o in others if any(each.name.startswith(o) for each in found)] for start, others in about["names"].items()}
     text = f'name = {_text_of(_name(config))}\nlike = "{about["like"]}"\n'
     text += f"towers = {json.dumps(towers)}  # carried whole, on the first stage: is none of them a part of the language model?\n[names]\n"

@@ -33,7 +33,6 @@ import hashlib
 import json
 import math
 import re
-import reprlib
 import sys
 import threading
 from collections import defaultdict
@@ -47,7 +46,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from . import manifest, source
+from . import decode, limits, manifest, source
 from .checkpoint import extent
 from .digest import of
 from .directory import unchanged
@@ -329,66 +328,51 @@ class Fingerprint:
         return {"fingerprint": VERSION, "seed": self.seed, "model": self.model, "tensors": [line.to_json() for line in self.lines]}
 
 
+_LINE: decode.Form = {
+    "name": str,
+    "dtype": str,
+    "axes": [str],
+    "sizes": [range(MOST + 1)],
+    "elements": range(MOST + 1),
+    "fingerprint": re.compile(f"[0-9a-f]{{{8 * LANES}}}"),
+}
+_SHARE: decode.Form = {"world": range(1, RANKS + 1), "ranks": [int], "facts": str, "seed": str, "tensors": [_LINE]}
+
+
 def share_from_json(data: Any, where: str = "share") -> Share:
     """A share as `Share.to_json` wrote it. Raises ReshardError, naming `where`, for anything else."""
+    where, hint = f"{where}: is no share of a fingerprint", "one that `reshard fingerprint PATH --rank N` printed"
+    decode.check(data, {"fingerprint": object}, where, hint=hint)
+    if data["fingerprint"] != VERSION:
+        raise ReshardError(
+            f"{where}: fingerprint version {data['fingerprint']!r}, this is version {VERSION}", "use one version for all ranks"
+        )
+    decode.check(data, _SHARE, where, hint=hint)
+    decode.check(data, {"ranks": [range(data["world"])]}, where, hint=hint)
     try:
-        if data["fingerprint"] != VERSION:
-            raise ReshardError(
-                f"{where}: fingerprint version {data['fingerprint']}, this is version {VERSION}", "use one version for all ranks"
-            )
-        world = _whole(data["world"], "world", 1, RANKS)
-        ranks = tuple(_whole(rank, "rank", 0, world - 1) for rank in _list(data["ranks"]))
-        lines = tuple(map(_line_from_json, _list(data["tensors"])))
+        lines = tuple(map(_line_from_json, data["tensors"]))
         for one, other in pairwise(lines):
             if one.name >= other.name:
                 raise ValueError(f"tensor {other.name} stands after {one.name}: they are sorted by name, each there once")
-        return Share(ranks, world, _text(data["facts"]), lines, _text(data["seed"]))
-    except (KeyError, TypeError, ValueError) as error:
-        words = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        raise ReshardError(
-            f"{where}: is no share of a fingerprint: {words}", "one that `reshard fingerprint PATH --rank N` printed"
-        ) from None
+    except ValueError as error:
+        raise ReshardError(f"{where}: {error}", hint) from None
+    return Share(tuple(data["ranks"]), data["world"], data["facts"], lines, data["seed"])
 
 
-def _line_from_json(entry: Any) -> Line:
-    name = _text(entry["name"])
-    axes = tuple(_text(axis) for axis in _list(entry["axes"]))
-    sizes = tuple(_whole(size, f"{name}: size") for size in _list(entry["sizes"]))
+def _line_from_json(entry: Mapping[str, Any]) -> Line:
+    name, axes, sizes, value = entry["name"], tuple(entry["axes"]), tuple(entry["sizes"]), entry["fingerprint"]
     if len(axes) != len(sizes):
         raise ValueError(f"{name}: {len(axes)} axes have {len(sizes)} sizes")
-    value = _text(entry["fingerprint"])
-    sums = tuple(int(digits, 16) for digits in re.findall("[0-9a-f]{8}", value))
-    if len(value) != 8 * LANES or len(sums) != LANES or max(sums) >= P:
-        raise ValueError(f"{name}: {reprlib.repr(value)} is no fingerprint of {8 * LANES} digits")
-    return Line(name, _text(entry["dtype"]), axes, sizes, _whole(entry["elements"], f"{name}: elements"), sums)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{reprlib.repr(value)} is no text")
-    return value.encode().decode()  # half a surrogate pair is no text either
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{reprlib.repr(value)} is no list")
-    return value
-
-
-def _whole(value: Any, what: str, low: int = 0, high: int = MOST) -> int:
-    if type(value) is not int or not low <= value <= high:  # true is an int, too
-        raise ValueError(f"{what} {reprlib.repr(value)} is no whole number from {low} to {high}")
-    return value
+    sums = tuple(int(value[at : at + 8], 16) for at in range(0, len(value), 8))
+    if max(sums) >= P:
+        raise ValueError(f"{name}: {value} is no fingerprint: its numbers are below {P:#x}")
+    return Line(name, entry["dtype"], axes, sizes, entry["elements"], sums)
 
 
 def read_share(path: Path) -> Share:
     """A share from a file."""
-    try:
-        return share_from_json(json.loads(path.read_bytes()), str(path))
-    except OSError as error:
-        raise ReshardError(f"{path}: cannot be read: {error.strerror}", "give files of shares, one for each rank") from None
-    except (ValueError, RecursionError) as error:
-        raise ReshardError(f"{path}: is no JSON: {error}", "give files of shares, one for each rank") from None
+    hint = "give files of shares, one for each rank"
+    return share_from_json(decode.json_file(path, limits.SHARE, object, hint=hint), str(path))
 
 
 def combine(shares: Iterable[Share]) -> Fingerprint:

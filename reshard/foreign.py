@@ -16,8 +16,20 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 
-from . import header
-from .checkpoint import WEIGHTS, Original, Published, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
+from . import decode, header, limits
+from .checkpoint import (
+    WEIGHTS,
+    Original,
+    Published,
+    Tally,
+    family_table,
+    index_map,
+    natural,
+    origin_of,
+    read_json,
+    stamps_of,
+    understood,
+)
 from .companions import beside
 from .config import Config
 from .digest import of
@@ -35,7 +47,6 @@ from .tables import Constant, Table, load, shipped
 
 MAX_FILE_SIZE = 50 * 10**9  # bytes: what save_pretrained of transformers 5 splits by when nothing else is asked for
 NS = 10**9
-MOST_TENSORS = 1_000_000  # of one row: more can only be a config.json that is not this checkpoint's
 
 Place = tuple[Path, Entry]
 Held = dict[str, dict[int, str]]  # logical tensor → layer (-1: belongs to none) → dtype
@@ -109,7 +120,9 @@ def _patterns(table: Table) -> dict[str, re.Pattern[str]]:
 
 def _has_published(root: Path, names: Iterable[str]) -> bool:
     def held(index: str) -> bool:
-        return index in names and any((root / file).exists() for file in set(index_map(read_json(root / index), index).values()))
+        return index in names and any(
+            (root / file).exists() for file in set(index_map(decode.read(root / index, limits.INDEX), index).values())
+        )
 
     return any(single in names or held(index) for single, index in WEIGHTS)
 
@@ -143,11 +156,12 @@ def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -
     """Where every key of every rank lies, and what the files were like when they said so."""
     places: dict[Key, Place] = {}
     stamps: dict[Path, Stamp] = {}
+    tally = Tally()
     for (stage, rank), names in sorted(files.items()):
         for name in names:
             path = root / name
             entries, stamps[path] = _header(path)
-            for key, entry in entries.items():
+            for key, entry in tally.checked(entries, str(path)).items():
                 other = places.setdefault((stage * tp + rank, key), (path, entry))[0]
                 if other != path:
                     raise ReshardError(
@@ -268,7 +282,7 @@ class _Reading:
             dtypes = {-1: usual} | held.get(row.leaves[0], {})
             layers = [layer for layer, kind in enumerate(kinds) if row.within(kind)] if "layer" in row.name.axes else []
             ranges = [layers if axis == "layer" else range(sizes[axis]) for axis in row.name.axes]
-            if (count := math.prod(map(len, ranges))) > MOST_TENSORS:
+            if (count := math.prod(map(len, ranges))) > limits.TENSORS:
                 raise ReshardError(f"{self.where}: config.json promises {count} tensors {row.name.text}", "is it this checkpoint's?")
             shape, _ = row.pattern.measure(lambda _, axis: axis_size(axis, sizes))
             for numbers in product(*ranges):

@@ -27,23 +27,24 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
     hf_raise_for_status,
 )
 
-from . import __version__, header, manifest
+from . import __version__, decode, header, limits, manifest
 from .checkpoint import (
     Origin,
     Original,
     Published,
+    Tally,
     choose,
     container,
     merge,
     open_published,
     parse_json,
+    read_json,
 )
 from .companions import MODULES, Carried, Left, sort_out
 from .digest import FileDigest
 from .errors import PlaceError, ReshardError
 from .files import failed
 from .header import Entry
-from .limits import numeral
 from .model import Config
 from .progress import Progress, Silent
 from .source import Source, from_published, open_source
@@ -130,12 +131,14 @@ def published(text: str, revision: str | None) -> Published:
 
     @cache
     def read(name: str) -> bytes:
+        decode.fits(repo.files[name][0], limits.INDEX, f"{repo.id}/{name}")
         return _File(repo, name, AHEAD)(repo.files[name][0], 0)
 
     names, index_name, index = _weights(repo, read)
     config = Config(parse_json(read("config.json"), f"{repo.id}/config.json"))
+    tally = Tally()
     with ThreadPoolExecutor(PARALLEL) as pool:
-        headers = list(pool.map(lambda name: _header(repo, name), names))
+        headers = [(o, tally.checked(entries, o.name)) for o, entries in pool.map(lambda name: _header(repo, name), names)]
     originals = [original for original, _ in headers]
     tensors = merge(names, [entries for _, entries in headers], index, index_name or names[0])
     if not tensors:
@@ -304,7 +307,7 @@ def _range(url: str, low: int, high: int, where: str) -> tuple[bytes, int | None
             total = None if said[2] == "*" else int(said[2])
         else:
             skip, length = low, response.headers.get("Content-Length")
-            total = numeral(length) if length and "Content-Encoding" not in response.headers else None
+            total = limits.numeral(length) if length and "Content-Encoding" not in response.headers else None
         if skip > UNRANGED:
             raise ReshardError(
                 f"{where}: {constants.ENDPOINT} ignores range requests, bytes from {low} on would cost all before them",
@@ -350,7 +353,7 @@ def _fetch(where: Ref, progress: Progress | None) -> tuple[Path, tuple[list[str]
     at = Ref(repo.id, repo.commit)
 
     def read(name: str) -> bytes:
-        return _download(at, name).read_bytes()
+        return decode.read(_download(at, name), limits.INDEX)
 
     names, index, _ = _weights(repo, read)
     carried, left = _beside(repo, {*names, *([index] if index else ())}, read)
@@ -429,8 +432,8 @@ def _cached(where: Ref) -> Path:
         )
     root = Path(found).parent
     names = [path.name for path in root.iterdir() if path.exists()]
-    said = Config(parse_json(Path(found).read_bytes(), found)).weights
-    files, _, _ = choose(names, f"{where.id} in {root}", lambda name: (root / name).read_bytes(), said)
+    said = Config(read_json(Path(found))).weights
+    files, _, _ = choose(names, f"{where.id} in {root}", lambda name: decode.read(root / name, limits.INDEX), said)
     lost = [file for file in files if not (root / file).exists()]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

@@ -19,7 +19,6 @@ TENSORS_JSON = 256 * MIB  # rank-*/tensors.json
 SHARE = 16 * MIB  # a rank's share of a fingerprint
 TABLE = 256 * KIB  # a table in TOML
 COPIED = 64 * MIB  # a file that is copied as it is; larger ones stay behind
-PROMPTS = 64 * MIB  # a file of prompts
 
 # JSON and TOML.
 DEPTH = 100  # levels of nesting
@@ -30,15 +29,15 @@ COMPOUNDS = 100  # entries of [axes]
 ATOMS = 16  # axes that a compound axis stands for, written out to the end
 DIGITS = 18  # of a number in text: it fits 64 bits
 
-# Headers of all weights files of a checkpoint together.
-HEADERS = 200_000_000  # bytes; a single one may have 100,000,000, as safetensors has it
+# Headers of all weights files of a checkpoint together. A single one may have 100,000,000 bytes, as safetensors has it.
+NAMES = 200_000_000  # characters of tensors' names
 TENSORS = 1_000_000  # stored tensors: about a GiB of memory
 DIMENSIONS = 64  # of a stored tensor, as in torch
 
 # Chat templates, which are programs: what a process that renders them may take.
 TEMPLATE_SECONDS = 10  # of CPU time
 TEMPLATE_MEMORY = 512 * MIB
-TEMPLATE_OUTPUT = 8 * MIB  # characters of one conversation
+TEMPLATE_OUTPUT = 16 * MIB  # characters, besides those of the messages themselves
 
 _NUMBER = re.compile(f"0|[1-9][0-9]{{0,{DIGITS - 1}}}")
 

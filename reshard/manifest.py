@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import Origin, Original, read_json
+from . import decode, limits
+from .checkpoint import Origin, Original
 from .companions import Left, inside
 from .digest import of
 from .digest import root as root_digest
-from .errors import MismatchError, PlaceError, ReshardError
+from .errors import MismatchError, ReshardError
 from .files import failed
 from .layout import Layout
 from .mesh import Mesh
@@ -26,6 +27,33 @@ LEFT = "source/left.json"  # what was left out; not listed, since it depends on 
 SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked for; as sha256sum writes and checks it
 NOTATION = 1
 _LEFT_MAX = 1 << 20  # bytes
+
+SIZE = range(2**63)
+DIGEST = re.compile("[0-9a-f]{32}")
+_FILE = {"file": str, "size": SIZE, "digest": DIGEST}
+_TEXT = (str, None)
+_MANY = (None, [range(1, 2**31)])
+_FORM: decode.Form = {
+    "format": str,
+    "family": str,
+    "engine?": _TEXT,
+    "mesh": {"tp": int, "pp": int, "ep": int, "split?": _MANY, "pp_layers?": _MANY},
+    "model?": (None, {"id?": _TEXT, "commit?": _TEXT, "license?": _TEXT}),
+    "exact?": bool,
+    "plan": str,
+    "ranks": [{"weights": _FILE, "tensors": _FILE}],
+    "carried": [_FILE],
+    "source": [_FILE],
+    "root": str,
+    "tied?": (None, {"": str}),
+}
+_ORIGINAL: decode.Form = {
+    "name": str,
+    "size": SIZE,
+    "container": re.compile("safetensors|torch|plain"),
+    "sha256?": (None, re.compile("[0-9a-f]{64}")),
+    "holes": [[SIZE]],
+}
 
 
 class Listed(NamedTuple):
@@ -170,37 +198,33 @@ def check_lost(directory: Path) -> None:
 def load(directory: Path) -> Manifest:
     """Read manifest.json; unknown keys are ignored, an unknown major version is refused."""
     path = directory / NAME
-    try:
-        data = read_json(path)
-    except PlaceError:
-        raise
-    except ReshardError as error:
-        raise MismatchError(error.message, error.hint) from None
+    data = decode.json_file(path, limits.MANIFEST, {}, MismatchError)
     version = data.get("reshard")
     if not isinstance(version, str):
         raise ReshardError(f"{path}: is no manifest of reshard", "is this the right directory?")
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise ReshardError(f"{path}: format version {version}, this reshard reads {FORMAT_VERSION}", "install a newer reshard")
+    decode.check(data, _FORM, str(path), MismatchError, "it was edited or damaged: convert again")
+    mesh, model = data["mesh"], data.get("model") or {}
     try:
-        mesh = data["mesh"]
-        model = data.get("model") or {}
-        manifest = Manifest(
-            format=str(data["format"]),
-            family=str(data["family"]),
-            engine=_text_or_none(data.get("engine")),
-            mesh=Mesh(mesh["tp"], mesh["pp"], mesh["ep"], _tuple(mesh.get("split")), _tuple(mesh.get("pp_layers"))),
-            origin=Origin(*(_text_or_none(model.get(key)) for key in ("id", "commit", "license"))),
-            exact=bool(data.get("exact")),
-            plan=str(data["plan"]),
-            ranks=tuple((_file(rank["weights"], path), _file(rank["tensors"], path)) for rank in _list(data["ranks"])),
-            carried=tuple(_file(file, path) for file in _list(data["carried"])),
-            source=tuple(_file(file, path) for file in _list(data["source"])),
-            root=str(data["root"]),
-            version=version,
-            tied={str(name): str(other) for name, other in dict(data.get("tied") or {}).items()},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MismatchError(f"{path}: malformed: {error!r}", "it was edited or damaged: convert again") from None
+        whole = Mesh(*(mesh[axis] for axis in ("tp", "pp", "ep")), *(tuple(mesh.get(key) or ()) or None for key in ("split", "pp_layers")))
+    except ReshardError as error:
+        raise MismatchError(f"{path}: {error.message}", "it was edited or damaged: convert again") from None
+    manifest = Manifest(
+        format=data["format"],
+        family=data["family"],
+        engine=data.get("engine"),
+        mesh=whole,
+        origin=Origin(*(model.get(key) for key in ("id", "commit", "license"))),
+        exact=data.get("exact", False),
+        plan=data["plan"],
+        ranks=tuple((_file(rank["weights"], path, 2**63 - 1), _file(rank["tensors"], path, limits.TENSORS_JSON)) for rank in data["ranks"]),
+        carried=tuple(_file(file, path, limits.COPIED) for file in data["carried"]),
+        source=tuple(_file(file, path, 2**63 - 1 if file["file"].endswith(".residue") else limits.FILES) for file in data["source"]),
+        root=data["root"],
+        version=version,
+        tied=data.get("tied") or {},
+    )
     if len(manifest.ranks) != manifest.mesh.world:
         raise MismatchError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
     return manifest
@@ -213,29 +237,11 @@ def _tied(layout: Layout) -> dict[str, str]:
     return {name: other for name, other in sorted(pairs.items()) if {name, other} in one} if isinstance(pairs, dict) else {}
 
 
-def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
-    return tuple(int(value) for value in values) if values else None
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is not a list")
-    return value
-
-
-def _text_or_none(value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
-    return value
-
-
-def _file(entry: Mapping[str, Any], path: Path) -> Listed:
-    name, size, digest = str(entry["file"]), entry["size"], entry["digest"]
-    if not inside(name) or type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{32}", str(digest)):
-        raise MismatchError(
-            f"{path}: lists {name!r} of size {size!r} and digest {digest!r}, which is no file of this directory",
-            "do not use this directory",
-        )
+def _file(entry: Mapping[str, Any], path: Path, most: int) -> Listed:
+    name, size, digest = entry["file"], entry["size"], entry["digest"]
+    if not inside(name):
+        raise MismatchError(f"{path}: lists {name!r}, which is no file of this directory", "do not use this directory")
+    decode.fits(size, most, f"{path}: {name}", MismatchError, "do not use this directory: no conversion writes such a file")
     return Listed(name, size, digest)
 
 
@@ -256,19 +262,21 @@ def dump_originals(originals: Iterable[Original]) -> bytes:
 def load_originals(directory: Path) -> tuple[Original, ...]:
     """Read source/files.json; modification times are those of the residues."""
     path = directory / FILES
+    damaged = "the shard directory is damaged: convert again"
+    entries = decode.json_file(path, limits.FILES, [_ORIGINAL], MismatchError, damaged)
     try:
-        return tuple(_original(directory, entry) for entry in _list(json.loads(path.read_bytes())))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MismatchError(f"{path}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
+        return tuple(_original(directory, entry) for entry in entries)
+    except (OSError, ValueError) as error:
+        raise MismatchError(f"{path}: cannot be read: {error}", damaged) from None
 
 
 def _original(directory: Path, entry: Mapping[str, Any]) -> Original:
-    name, size, holes = str(entry["name"]), entry["size"], tuple((low, high) for low, high in entry["holes"])
+    name, size, holes = entry["name"], entry["size"], tuple(map(tuple, entry["holes"]))
     ends = [0, *(end for hole in holes for end in hole), size]
-    if not inside(name) or any(type(end) is not int for end in ends) or ends != sorted(ends):
+    if not inside(name) or any(len(hole) != 2 for hole in holes) or ends != sorted(ends):
         raise ValueError(f"{name!r} of size {size!r} with holes {holes!r:.200} is no original file")
     residue = residue_path(directory, name).stat()
-    original = Original(name, size, str(entry["container"]), residue.st_mtime_ns, _text_or_none(entry.get("sha256")), holes)
+    original = Original(name, size, entry["container"], residue.st_mtime_ns, entry.get("sha256"), holes)
     if residue.st_size != (kept := sum(high - low for low, high in original.residue())):
         raise ValueError(f"{name}: {kept} bytes are outside of its holes, its residue has {residue.st_size}")
     return original
@@ -284,9 +292,10 @@ def load_sums(directory: Path, known: Manifest) -> dict[str, str]:
     if SUMS not in {file.name for file in known.source}:
         return {}
     try:
-        lines = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in (directory / SUMS).read_text(encoding="utf-8").splitlines()]
+        text = decode.read(directory / SUMS, limits.FILES, MismatchError, "the shard directory is damaged: convert again").decode()
+        lines = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in text.splitlines()]
         return {line[2]: line[1] for line in lines if line is not None}
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError as error:
         raise MismatchError(f"{directory / SUMS}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
 
 
@@ -297,22 +306,11 @@ def dump_left(left: Iterable[Left]) -> bytes:
 
 def load_left(directory: Path) -> tuple[Left, ...]:
     """Read source/left.json, if there is one."""
-    path = directory / LEFT
-    try:
-        if path.stat().st_size > _LEFT_MAX:
-            raise ValueError(f"it is larger than {_LEFT_MAX} bytes")
-        return tuple(_left(entry) for entry in _list(json.loads(path.read_bytes())))
-    except FileNotFoundError:
+    path, hint = directory / LEFT, "it only says what was not copied, and may be deleted"
+    if not path.exists():
         return ()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MismatchError(f"{path}: cannot be read: {error}", "it only says what was not copied, and may be deleted") from None
-
-
-def _left(entry: Mapping[str, Any]) -> Left:
-    name, size, why = entry["name"], entry["size"], entry["why"]
-    if not isinstance(name, str) or type(size) is not int or not isinstance(why, str):
-        raise ValueError(f"{entry!r:.200} is no file and its size")
-    return Left(name, size, why)
+    entries = decode.json_file(path, _LEFT_MAX, [{"name": str, "size": int, "why": str}], MismatchError, hint)
+    return tuple(Left(entry["name"], entry["size"], entry["why"]) for entry in entries)
 
 
 def residue_path(directory: Path, name: str) -> Path:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import companions, header, manifest, tables
-from .checkpoint import Origin, Original, Published, extent, merge, open_published, parse_json, read_json, stamps_of, understood
+from . import companions, decode, header, limits, manifest, tables
+from .checkpoint import Origin, Original, Published, Tally, extent, merge, open_published, read_json, stamps_of, understood
 from .checkpoint import index_map as parse_index
 from .companions import Carried, Left
-from .digest import of
+from .digest import of_file
 from .directory import Directory, reading
 from .engine import Key
 from .errors import MismatchError, ReshardError
@@ -263,7 +263,7 @@ def check_small_files(root: Path, known: Manifest) -> None:
         path = root / file.name
         try:
             size = path.stat().st_size
-            same = size == file.size and (file.name.endswith(".residue") or of(path.read_bytes()) == file.digest)
+            same = size == file.size and (file.name.endswith(".residue") or of_file(path) == file.digest)
         except FileNotFoundError:
             raise MismatchError(f"{path}: is missing, the manifest lists it", "fetch the file again, or convert again") from None
         if not same:
@@ -280,8 +280,8 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
                 raise MismatchError(f"{root / manifest.NAME}: {name!r} is no name of a table")
             path = root / "source" / kind / f"{name}.toml"
             try:
-                return path.read_text(encoding="utf-8")
-            except (FileNotFoundError, UnicodeDecodeError) as error:
+                return decode.read(path, limits.TABLE, MismatchError, "convert again").decode()
+            except UnicodeDecodeError as error:
                 raise MismatchError(f"{path}: is named by the manifest and cannot be read: {error}", "convert again") from None
 
         return text
@@ -294,7 +294,7 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
 def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:
     """The headers of the original files, read from their residues."""
     pool = Pool()
-    found = []
+    found, tally = [], Tally()
     index = None
     index_name = "the index"
     try:
@@ -309,8 +309,9 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
 
                 entries = pickled.read(view, original.size, original.name)
             elif original.name.endswith(".index.json"):
-                index, index_name = parse_index(parse_json(view(original.size, 0), original.name), original.name), original.name
-            found.append(entries)
+                decode.fits(original.size, limits.INDEX, original.name, MismatchError)
+                index, index_name = parse_index(view(original.size, 0), original.name), original.name
+            found.append(tally.checked(entries, str(view.path)))
     finally:
         pool.close()
     return merge([original.name for original in originals], found, index, index_name)

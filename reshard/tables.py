@@ -5,7 +5,6 @@ Reads TOML (docs/notation.md) into frozen rows. Knows nothing about checkpoints,
 
 import json
 import re
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from . import decode, limits
 from .config import Config
-from .errors import ReshardError
-from .limits import numeral
+from .errors import PlaceError, ReshardError
 from .notation import Pattern, Template, bases, parse_pattern, parse_template, variant_of, varied
 
 STAGES = ("first", "last", "every")
@@ -223,38 +222,20 @@ def _checked(data: dict[str, Any], where: str) -> dict[str, Any]:
     if unknown:
         raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(_KEYS))}")
     for key, value in data.items():
-        if not _fits(value, _KEYS[key]):
-            raise ReshardError(f"{where}: {key} = {value!r} is not of the form {_form(_KEYS[key])}")
+        if said := decode.wrong(value, _KEYS[key], key):
+            raise ReshardError(f"{where}: {said}", "docs/notation.md shows the form of every key")
     if odd := sorted(set(data.get("model", ())) - _FACTS):
         raise ReshardError(f"{where}: unknown key {odd[0]} in [model]", f"keys are {', '.join(sorted(_FACTS))}")
     routing = data.get("model", {}).get("routing", {})
     if not isinstance(routing, dict) or (odd := sorted(routing.keys() - _ROUTING)):
         wrong = f"key {odd[0]}" if isinstance(routing, dict) else "value"
         raise ReshardError(f"{where}: unknown {wrong} in [model] routing", f"keys are {', '.join(sorted(_ROUTING))}")
+    if (count := len(data.get("rows", ()))) > limits.ROWS:
+        raise ReshardError(f"{where}: {count} rows, at most {limits.ROWS} are read")
     for row in data.get("rows", ()):
         if not 3 <= len(row) <= 4:
             raise ReshardError(f'{where}: row {row!r} is not ["stored name", "pattern", "logical names", "words"]')
     return data
-
-
-def _fits(value: Any, form: Any) -> bool:
-    if isinstance(form, tuple):
-        return any(_fits(value, one) for one in form)
-    if isinstance(form, list):
-        return isinstance(value, list) and all(_fits(one, form[0]) for one in value)
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(_fits(one, form[""]) for one in value.values())
-    return isinstance(value, form)
-
-
-def _form(form: Any) -> str:
-    if isinstance(form, tuple):
-        return " or ".join(map(_form, form))
-    if isinstance(form, list):
-        return f"[{_form(form[0])}, …]"
-    if isinstance(form, dict):
-        return f"{{key = {_form(form[''])}, …}}"
-    return "text" if form is str else "value"
 
 
 def _merged(texts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -301,7 +282,9 @@ def _without(parent: dict[str, Any], gone: list[str]) -> dict[str, Any]:
 
 def written(table: Table) -> dict[str, Any]:
     """A table as its author wrote it, as data, with `like` resolved."""
-    return _merged([{key: value for key, value in tomllib.loads(text).items() if key != "like"} for text in table.texts.values()])
+    return _merged(
+        [{key: value for key, value in decode.toml_of(text, name).items() if key != "like"} for name, text in table.texts.items()]
+    )
 
 
 def _respelled(parent: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -325,15 +308,26 @@ def _respelled(parent: dict[str, Any], names: Mapping[str, list[str]]) -> dict[s
 
 def _atoms(axes: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
     """Compounds written out to the end: {"heads": "kv group"} → {"heads": ("kv", "group")}."""
+    if len(axes) > limits.COMPOUNDS:
+        raise ReshardError(f"{where}: {len(axes)} compound axes, at most {limits.COMPOUNDS} are read")
+    parts = {name: text.split() for name, text in axes.items()}
+    counts: dict[str, int] = {}
 
-    def expand(axis: str, seen: tuple[str, ...]) -> tuple[str, ...]:
+    def count(axis: str, seen: tuple[str, ...]) -> int:
         if axis in seen:
             raise ReshardError(f"{where}: compound axis {axis} contains itself")
-        if axis not in axes:
-            return (axis,)
-        return tuple(atom for part in axes[axis].split() for atom in expand(part, (*seen, axis)))
+        if axis not in counts:
+            counts[axis] = sum(count(part, (*seen, axis)) for part in parts[axis]) if axis in parts else 1
+        return counts[axis]
 
-    return {name: expand(name, ()) for name in axes}
+    for name in parts:
+        if (atoms := count(name, ())) > limits.ATOMS:
+            raise ReshardError(f"{where}: compound axis {name} stands for {atoms} axes, at most {limits.ATOMS} are allowed")
+
+    def expand(axis: str) -> tuple[str, ...]:
+        return tuple(atom for part in parts[axis] for atom in expand(part)) if axis in parts else (axis,)
+
+    return {name: expand(name) for name in parts}
 
 
 def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple[str, ...]]) -> Table:
@@ -341,6 +335,7 @@ def _parse(data: dict[str, Any], texts: dict[str, str], axes: Mapping[str, tuple
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ReshardError(f'table: name = {name!r} is no name (letters, digits, "_", "-", ".")')
     where = f'table "{name}"'
+    _check_files(data.get("files", {}), where)
     try:
         compounds = {**axes, **_atoms(data.get("axes", {}), where)}
         one_of = tuple(tuple(kinds) for kinds in data.get("one_of", ()))
@@ -501,7 +496,7 @@ def _consistent(table: Table) -> Table:
         if mesh not in MESH:
             raise ReshardError(f"{where}: {mesh} is no mesh axis, they are {', '.join(MESH)}")
     for axis, unit in table.pad.items():
-        if not all(factor == "tp" or numeral(factor) for factor in unit.split("*")):
+        if not all(factor == "tp" or limits.numeral(factor) for factor in unit.split("*")):
             raise ReshardError(f'{where}: pad {axis} = "{unit}" is no product of "tp" and numbers, such as "128*tp"')
     tied = [table.tied] if isinstance(table.tied, str) else [name for pair in table.tied.items() for name in pair]
     for name in tied:
@@ -510,17 +505,21 @@ def _consistent(table: Table) -> Table:
     for constant in table.constants:
         if constant.beside not in leaves:
             raise ReshardError(f"{where}: constant {constant.name.text} stands beside {constant.beside}, which no row has")
-    _check_files(table.files, where)
     engine = table.engine
     if engine and not (isinstance(engine.get("name"), str) and isinstance(engine.get("versions"), list) and engine["versions"]):
         raise ReshardError(f"{where}: engine = {engine!r} wants a name and a list of versions")
     return table
 
 
+_FILE = re.compile(r"([^{}]|\{(rank|tp|pp|part)(:0[1-9])?\})+")
+
+
 def _check_files(files: Mapping[str, str], where: str) -> None:
     """Every rank has a file of its own, inside the directory."""
     for key, text in files.items():
         try:
+            if not _FILE.fullmatch(text):
+                raise ValueError
             names = {text.format(rank=2 * pp + tp, tp=tp, pp=pp, part=0) for pp in range(2 if key == "staged" else 1) for tp in range(2)}
         except (KeyError, ValueError, IndexError, AttributeError):
             names = set()
@@ -537,10 +536,7 @@ def parse(text: str, where: str, parent: Callable[[str], str] | None = None, lea
     texts: dict[str, str] = {}
     chain: list[dict[str, Any]] = []
     while True:
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ReshardError(f"{where}: not TOML: {error}") from None
+        data = decode.toml_of(text, where)
         texts[str(data.get("name"))] = text
         chain.append(_checked(data, where))
         like = data.pop("like", None)
@@ -595,8 +591,8 @@ def load(kind: str, name: str) -> Table:
 def load_file(path: Path, kind: str = "families") -> Table:
     """A user's own table; `like` may name a shipped one."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = decode.read(path, limits.TABLE).decode()
+    except (PlaceError, UnicodeDecodeError) as error:
         raise ReshardError(f"{path}: cannot be read as a table: {error}") from None
     return parse(text, path.name, _shipped(kind))
 
@@ -610,7 +606,7 @@ def wrapper_of(config: Config, key: str | None = None) -> Table | None:
     kind = config.model_type
     for name in shipped("wrappers") if kind is not None else ():
         text = (HOME / "wrappers" / f"{name}.toml").read_text(encoding="utf-8")
-        about = tomllib.loads(text)
+        about = decode.toml_of(text, name)
         usual = about["wraps"].get(key or kind)
         if usual is None:
             continue

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from . import engine, manifest
+from . import decode, engine, limits, manifest
 from .checkpoint import WEIGHTS
 from .companions import Carried, Left
 from .digest import BLOCK, FileDigest
@@ -157,7 +157,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         said = json.loads(tensors_json(shard, layout, {name: [b""] for name, _, _ in shard.tensors}))
         for tensor in said["tensors"]:
             del tensor["digest"]  # was checked with the bytes
-        if not _says(json.loads((out / tensors.name).read_bytes()), said):
+        if not _says(decode.json_file(out / tensors.name, limits.TENSORS_JSON), said):
             found.append(f"{tensors.name}: is not what the tables and config.json make of this rank")
     kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
     kept |= {manifest.SUMS} if source.sums else set()
@@ -177,7 +177,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         carried=known.carried,
         source=known.source,
     )
-    if not _says(json.loads((out / manifest.NAME).read_bytes()), json.loads(text) | {"reshard": known.version, "root": known.root}):
+    if not _says(decode.json_file(out / manifest.NAME, limits.MANIFEST), json.loads(text) | {"reshard": known.version, "root": known.root}):
         found.append(f"{manifest.NAME}: is not what the tables and config.json make of this model and mesh")
     return found
 

@@ -91,7 +91,7 @@ def _from_json(line: str, where: str) -> Any:
     hint = 'a JSON line is {"prompt": "…"}, {"tokens": [1, 2, …]} or {"messages": [{"role": "user", "content": "…"}, …]}'
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReshardError(f"{where} begins like JSON and is none: {error}", hint) from None
     for key, fits in _FORMS.items():
         if key in data:
@@ -257,19 +257,23 @@ class _Talk:
 
     def encoded(self) -> list[list[int]]:
         """The token ids of every prompt."""
-        found = []
+        found: list[list[int]] = []
+        chats: dict[int, list[dict[str, Any]]] = {}  # number of a prompt → a conversation
         for number, prompt in enumerate(self.prompts):
+            found.append(prompt if isinstance(prompt, list) else [])
             if isinstance(prompt, list) and not any(isinstance(part, dict) for part in prompt):
-                found.append(prompt)
                 continue
             tokenizer = self._tokenizer or Tokenizer(self.job.out)  # which says why there is none
             if isinstance(prompt, list):
-                found.append(tokenizer.chat(prompt))
+                chats[number] = prompt
             elif self.chat:
-                found.append(tokenizer.chat([{"role": "user", "content": prompt}]))
+                chats[number] = [{"role": "user", "content": prompt}]
             else:
-                found.append(tokenizer.encode(prompt))
+                found[number] = tokenizer.encode(prompt)
                 self.waiting[number] = prompt  # a text is shown from its beginning
+        if chats and self._tokenizer:
+            for number, ids in zip(chats, self._tokenizer.chats([*chats.values()], self.job.timeout), strict=True):
+                found[number] = ids
         return found
 
     def token(self, prompt: int, token: int | None, reason: str | None) -> None:

@@ -1,15 +1,13 @@
 """Text: prompts to token ids and back, by the tokenizer.json and the chat template that came with a model. Knows nothing about tensors."""
 
-import json
-import re
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from reshard import decode, limits
 from reshard.errors import ReshardError
 
-Message = dict[str, Any]
+from .template import PLAIN, Message, render
 
 NEEDS = "pip install 'reshard[runtime]'"
 
@@ -50,7 +48,9 @@ class Tokenizer:
         except ImportError:
             raise ReshardError("text needs the package tokenizers, which is not installed", NEEDS) from None
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # a path may be any bytes
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(decode.read(path, limits.TOKENIZER))  # a path may be any bytes
+        except ReshardError:
+            raise
         except Exception as error:  # the library raises nothing more specific
             raise ReshardError(f"{path}: cannot be read: {error}", "fetch the file again") from None
         self._tokenizer.no_truncation()
@@ -68,7 +68,14 @@ class Tokenizer:
 
     def chat(self, messages: list[Message]) -> list[int]:
         """A conversation, by the template, up to where the answer begins."""
-        return list(self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+        return self.chats([messages])[0]
+
+    def chats(self, conversations: list[list[Message]], seconds: float = 60.0) -> list[list[int]]:
+        """Many conversations; rendering them may take so many seconds."""
+        try:
+            return [list(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in self._rendered(conversations, seconds)]
+        except (TypeError, ValueError) as error:  # half a surrogate pair
+            raise ReshardError(f"{self.root}: its chat template makes what is no text: {error}", PLAIN) from None
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -83,7 +90,10 @@ class Tokenizer:
         """The chat template, None where there is none."""
         path = self.root / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return decode.read(path, limits.TEMPLATE).decode()
+            except UnicodeDecodeError as error:
+                raise ReshardError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}", PLAIN) from None
         found = self._said.get("chat_template") or _json(self.root / "chat_template.json").get("chat_template")
         if isinstance(found, list):
             named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
@@ -91,34 +101,14 @@ class Tokenizer:
         return found if isinstance(found, str) else None
 
     def render(self, messages: list[Message]) -> str:
-        """The text that a conversation is to the model. Templates are programs from strangers: they run in jinja2's sandbox."""
+        """The text that a conversation is to the model."""
+        return self._rendered([messages], 60.0)[0]
+
+    def _rendered(self, conversations: list[list[Message]], seconds: float) -> list[str]:
         if self.template is None:
-            raise ReshardError(f"{self.root}: has no chat template", "--no-chat continues the prompt as it is")
-        try:
-            import jinja2
-            import jinja2.ext
-            import jinja2.sandbox
-        except ImportError:
-            raise ReshardError("a chat template needs the package jinja2, which is not installed", f"{NEEDS}, or --no-chat") from None
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        def tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent)
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        # Marks what an assistant said, for training; not a tag of jinja2, and nothing to a text.
-        source = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{%\1 if true \2%}{% endif %}", self.template)
+            raise ReshardError(f"{self.root}: has no chat template", PLAIN)
         special = {name: value for name in self._said if name.endswith("_token") and (value := self.special(name)) is not None}
-        try:
-            return environment.from_string(source).render(messages=messages, tools=None, add_generation_prompt=True, **special)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise ReshardError(f"{self.root}: its chat template fails: {error}", "--no-chat continues the prompt as it is") from None
+        return render(self.template, conversations, special, str(self.root), seconds)
 
 
 class Stream:
@@ -150,10 +140,5 @@ class Stream:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ReshardError(f"{path}: cannot be read: {error}", "fetch the file again") from None
+    found = decode.json_file(path, limits.CONFIG, hint="fetch the file again") if path.exists() else {}
     return found if isinstance(found, dict) else {}

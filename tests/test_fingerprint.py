@@ -566,27 +566,27 @@ def test_a_file_that_is_no_share_is_refused_with_its_name(shards: Path, tmp_path
             fingerprint.read_share(path)
     name, other = tensor["name"], good["tensors"][1]
     edits: list[tuple[dict[str, Any], str]] = [
-        ({"world": 10**9}, "world 1000000000 is no whole number from 1 to 65536"),
-        ({"world": 0}, "world 0"),
-        ({"world": True}, "world True"),
-        ({"ranks": [0, 8]}, "rank 8 is no whole number from 0 to 7"),
-        ({"ranks": [-1, 0]}, "rank -1"),
-        ({"ranks": [0.0]}, r"rank 0\.0"),
-        ({"ranks": [False]}, "rank False"),
-        ({"ranks": "0"}, "'0' is no list"),
-        ({"seed": 3}, "3 is no text"),
-        ({"facts": "\ud800"}, "surrogates"),
-        ({"tensors": {}}, "{} is no list"),
+        ({"world": 10**9}, r"\$\.world is 1000000000, an integer from 1 to 65536 is needed"),
+        ({"world": 0}, r"\$\.world is 0"),
+        ({"world": True}, r"\$\.world is True"),
+        ({"ranks": [0, 8]}, r"\$\.ranks\[1\] is 8, an integer from 0 to 7 is needed"),
+        ({"ranks": [-1, 0]}, r"\$\.ranks\[0\] is -1"),
+        ({"ranks": [0.0]}, r"\$\.ranks\[0\] is 0\.0"),
+        ({"ranks": [False]}, r"\$\.ranks\[0\] is False"),
+        ({"ranks": "0"}, r"\$\.ranks is '0', a list"),
+        ({"seed": 3}, r"\$\.seed is 3, a text is needed"),
+        ({"facts": "\ud800"}, r"\$\.facts is '\\ud800'"),
+        ({"tensors": {}}, r"\$\.tensors is {}, a list"),
         ({"tensors": [other, tensor]}, f"tensor {name} stands after {other['name']}"),
         ({"tensors": [tensor, tensor]}, f"tensor {name} stands after {name}"),
         ({"tensors": [tensor | {"sizes": [*tensor["sizes"], 1]}]}, f"{name}: 4 axes have 5 sizes"),
-        ({"tensors": [tensor | {"sizes": [1.0, *tensor["sizes"][1:]]}]}, rf"{name}: size 1\.0"),
-        ({"tensors": [tensor | {"axes": "abc"}]}, "'abc' is no list"),
-        ({"tensors": [tensor | {"elements": math.inf}]}, f"{name}: elements inf is no whole number"),
-        ({"tensors": [tensor | {"elements": True}]}, f"{name}: elements True"),
-        ({"tensors": [tensor | {"fingerprint": "0x" + "1" * 30}]}, f"{name}: .* is no fingerprint of 32 digits"),
+        ({"tensors": [tensor | {"sizes": [1.0, *tensor["sizes"][1:]]}]}, r"\$\.tensors\[0\]\.sizes\[0\] is 1\.0"),
+        ({"tensors": [tensor | {"axes": "abc"}]}, r"\$\.tensors\[0\]\.axes is 'abc', a list of text"),
+        ({"tensors": [tensor | {"elements": math.inf}]}, r"\$\.tensors\[0\]\.elements is inf"),
+        ({"tensors": [tensor | {"elements": True}]}, r"\$\.tensors\[0\]\.elements is True"),
+        ({"tensors": [tensor | {"fingerprint": "0x" + "1" * 30}]}, r"\$\.tensors\[0\]\.fingerprint is '0x1"),
     ]
-    for text, words in [*((json.dumps(good | edit), words) for edit, words in edits), ("[" * 200_000, "is no JSON")]:
+    for text, words in [*((json.dumps(good | edit), words) for edit, words in edits), ("[" * 200_000, "not JSON")]:
         path.write_text(text)
         with pytest.raises(ReshardError, match=rf"share\.json: .*{words}"):
             fingerprint.read_share(path)

@@ -22,14 +22,15 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from reshard.runtime import template as chat_template
 from reshard.runtime.generate import Generated, Options, check, generate
 from reshard.runtime.load import load_model
 from reshard.runtime.parallel import run_threads
 from reshard.runtime.sampling import Sampling
 from reshard.runtime.text import Stream, Tokenizer, generation_config, stop_tokens
-from running import ROOT, environment, refused, reshard
+from running import ROOT, environment, process, refused, reshard
 
-from reshard import api
+from reshard import api, limits
 from reshard.errors import ReshardError
 from reshard.mesh import Mesh
 
@@ -286,6 +287,68 @@ def test_templates_are_programs_of_strangers(template: str, words: str, tmp_path
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ReshardError, match=words):
         Tokenizer(tmp_path).render([{"role": "user", "content": "a"}])
+
+
+HOSTILE = {
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x", "takes more than 1 s of CPU time"),
+    "a long power": ("{% set x = 9 ** (9 ** 8) %}{{ x % 7 }}", "of CPU time|of memory"),
+    "a long text": ("{{ 'a' * 10**10 }}", "of memory"),
+    "an indent": ("{{ 'a'|indent(3*10**9) }}", "of memory"),
+    "a wide number": ("{{ '%999999999d' % 1 }}", "of memory"),
+    "a join": ("{{ range(99999)|map('string')|join('x'*10000)|length }}", "of memory"),
+    "output": ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than 16777216 characters"),
+    "recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deeply"),
+    "deep parentheses": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply|too many nested|fails"),
+    "deep blocks": ("{% if true %}" * 2000 + "x" + "{% endif %}" * 2000, "nested|fails"),
+    "a division": ("{{ 1/0 }}", "division by zero"),
+    "an index": ("{{ [].pop() }}", "fails"),
+    "a file": ("{% include '/etc/passwd' %}", "fails"),
+    "half a pair": ("{{ '\\ud800' }}", "no text"),
+    "a clock": ("{{ strftime_now.__globals__['__builtins__']['__import__']('os').system('touch PWNED') }}", "fails"),
+    "a format": ("{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}", "fails"),
+    "no UTF-8": (b"\xff{{ x }}", "is not UTF-8"),
+    "large": ("x" * ((1 << 20) + 1), "at most 1048576 are read"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_may_take_little_and_no_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time, memory and output are bounded, and this process takes none of them: an error in words, whatever the template does."""
+    template, words = HOSTILE[name]
+    program = "import sys; sys.path[:] = {path!r}; from reshard import limits; limits.TEMPLATE_SECONDS = 1; "
+    monkeypatch.setattr(chat_template, "_PROGRAM", program + "from reshard.runtime.template import serve; serve()")
+    monkeypatch.setattr(limits, "TEMPLATE_SECONDS", 1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes(template if isinstance(template, bytes) else template.encode())
+    with pytest.raises(ReshardError, match=words) as error:
+        Tokenizer(tmp_path).chat([{"role": "user", "content": "a"}])
+    assert "--no-chat" in (error.value.hint or "") or name == "large"
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_rendering_keeps_to_the_timeout_of_the_job(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(str(HOSTILE["loops"][0]))
+    with pytest.raises(ReshardError, match=r"takes more than 0\.5 s \(--timeout\)"):
+        Tokenizer(tmp_path).chats([[{"role": "user", "content": "a"}]], 0.5)
+
+
+def test_many_conversations_are_rendered_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
+    started: list[Any] = []
+    popen = chat_template.subprocess.Popen
+    monkeypatch.setattr(chat_template.subprocess, "Popen", lambda *given, **more: started.append(given) or popen(*given, **more))
+    tokenizer = Tokenizer(tmp_path)
+    assert started == []
+    found = tokenizer.chats([[{"role": "user", "content": f"é{at}"}] for at in range(100)])
+    assert [tokenizer.decode(ids) for ids in found] == [f"<é{at}>" for at in range(100)] and len(started) == 1
+
+
+def test_the_process_of_a_template_imports_no_torch() -> None:
+    code = "import sys; from reshard.runtime import template; import jinja2.sandbox, jinja2.ext; sys.exit('torch' in sys.modules)"
+    assert process(code=code).code == 0
 
 
 # --- the command line, refusing --------------------------------------------------------------------------------------------------
