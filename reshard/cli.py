@@ -50,7 +50,7 @@ def _ranks(_: click.Context, __: click.Parameter, text: str | None) -> int | str
     if text is None or text == "auto":
         return text
     if (found := numeral(text)) is None:
-        raise ReshardError(f'--tp {text}: a number of ranks is needed, or "auto"')
+        raise ReshardError(f'--tp {text}: a number of ranks is needed, 1 to 65536, or "auto"')
     return found
 
 

@@ -80,7 +80,7 @@ class WorkFolder:
         text = f"reshard works here on {self.out.name}, or was killed. Converting to {self.out.name} again clears this folder.\n"
         marker = os.open(_MARKER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=descriptor)
         try:
-            os.write(marker, text.encode())
+            os.write(marker, os.fsencode(text))
         finally:
             os.close(marker)
         self._empty()
