@@ -27,6 +27,7 @@ LEFT = "source/left.json"  # what was left out; not listed, since it depends on 
 SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked for; as sha256sum writes and checks it
 NOTATION = 1
 _LEFT_MAX = 1 << 20  # bytes
+_ANY_NAME = re.compile("(?s).*")  # of a file that was left out, perhaps because its name is not valid Unicode
 
 SIZE = range(2**63)
 DIGEST = re.compile("[0-9a-f]{32}")
@@ -309,7 +310,7 @@ def load_left(directory: Path) -> tuple[Left, ...]:
     path, hint = directory / LEFT, "it only says what was not copied, and may be deleted"
     if not path.exists():
         return ()
-    entries = decode.json_file(path, _LEFT_MAX, [{"name": str, "size": int, "why": str}], MismatchError, hint)
+    entries = decode.json_file(path, _LEFT_MAX, [{"name": _ANY_NAME, "size": int, "why": str}], MismatchError, hint)
     return tuple(Left(entry["name"], entry["size"], entry["why"]) for entry in entries)
 
 

@@ -22,17 +22,17 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from running import ROOT, environment, process, refused, reshard
+
+from reshard import api, limits
+from reshard.errors import ReshardError
+from reshard.mesh import Mesh
 from reshard.runtime import template as chat_template
 from reshard.runtime.generate import Generated, Options, check, generate
 from reshard.runtime.load import load_model
 from reshard.runtime.parallel import run_threads
 from reshard.runtime.sampling import Sampling
 from reshard.runtime.text import Stream, Tokenizer, generation_config, stop_tokens
-from running import ROOT, environment, process, refused, reshard
-
-from reshard import api, limits
-from reshard.errors import ReshardError
-from reshard.mesh import Mesh
 
 DEMO = ROOT / "demo/model"
 PROMPTS = [b"def ", b"import os\n\n\nclass Reader:\n    def __init__(self", b"# a"]
