@@ -82,8 +82,8 @@ class TableCheck:
         count, wrong = self.count, len(self.trials) - self.count[EQUIVALENT]
         caught = sum(count[rung] for rung in RUNGS)
         share = f"{caught} of {wrong}" if caught < wrong else "all" if self.right or not self.given else f"{wrong}"
-        told = "told from the table itself, which may be wrong" if self.given and not self.right else "caught"
-        found = _wrapped(f"{self.family}: {share} {told}: {wrong} damages of {self.rows} rows and {self.axes} axes", 0)
+        told = "differ from the table itself" if self.given and not self.right else "caught"
+        found = [f"{self.family}: {share} {told}: {wrong} damages of {self.rows} rows and {self.axes} axes"]
         found += _wrapped(self.itself, 2) if self.itself else []
         found += [line for text in (self.first.lines() if self.first is not None else ()) for line in _wrapped(text, 4)]
         found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []

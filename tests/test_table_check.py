@@ -236,6 +236,7 @@ def test_a_table_that_is_wrong_itself_is_told_by_a_given_checkpoint(checkpoint: 
     table = tables.load_file(tmp_path / "mine.toml")
     found = check_table(table, checkpoint("llama"), sample=20)
     assert found.wrong and not found.ok and found.missed == ()
+    assert "caught" not in found.lines()[0]
     assert found.lines()[1].startswith("  WRONG: the table as it is: logits differ from those of transformers")
     alone = check_table(table, sample=20)
     assert alone.ok and alone.itself == ""
