@@ -59,6 +59,8 @@ def launch(size: int, work: Work, timeout: float) -> None:
     `tell` is told of each phase. Raises what the first rank to fail raised, or PlaceError for one that was killed, with its phase; the
     others are ended then.
     """
+    if size > 1:
+        _check_loopback()
     phases = mmap(-1, size)
     children: list[_Child] = []
     doors = os.pipe()  # the port goes through here, once there is one
@@ -125,12 +127,26 @@ def serve(folder: str, size: str, timeout: str, parent: str) -> None:
         Path(folder, "error").write_text(json.dumps(words), encoding="utf-8")
 
 
+def _check_loopback() -> None:
+    """The ranks meet at 127.0.0.1; torch tries that for a long time where it cannot be."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5.0):
+            pass
+    except OSError as error:
+        raise PlaceError(
+            f"127.0.0.1 cannot be reached, where the ranks meet: {error.strerror or error}", "ip link set lo up; or one rank: --tp 1"
+        ) from None
+
+
 def _store(size: int, timeout: float) -> Any:
     from datetime import timedelta
 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    return TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    try:
+        return TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise PlaceError(f"the ranks have no place to meet: {str(error).partition(chr(10))[0]}") from None
 
 
 def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]) -> _Child:
