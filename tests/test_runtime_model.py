@@ -1,6 +1,6 @@
 """The decoder computes what transformers computes: every family, every kind of mesh, whole and token by token.
 
-Tolerances are those of the numeric check, derived in `reshard.runtime.check`: multiples of what the reference itself changes with the dtype.
+Tolerances are those of the numeric check: so many times what the reference itself changes with the dtype (`reshard.runtime.check`).
 """
 
 import json
