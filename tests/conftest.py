@@ -11,6 +11,23 @@ from fixtures import checkpoint as cached
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="of each test its first case alone, and none of tests/slow.txt")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    seen = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+    kept, left = [], []
+    for item in items:
+        name = f"{item.path.name}::{item.nodeid.partition('[')[0].rpartition('::')[2]}"
+        (left if name in seen else kept).append(item)
+        seen.add(name)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Callable[[str], Path]:
     """The directory of a fixture by name; shared by all tests, so never written to (`fixtures.copy` gives a private one)."""
