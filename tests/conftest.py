@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from fixtures import checkpoint as cached
 
-# A shell that starts the tests in the background has them ignore SIGINT, and so would every process that a test interrupts.
+# Tests in the background ignore SIGINT, those under nohup SIGHUP, and so would every process that a test signals: what is ignored is
+# inherited, what is handled is not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
