@@ -2,7 +2,10 @@
 
     float32        at most 4 × what the reference itself changes between float32 and float64 on the same tokens, whole and token by token;
                    and the same tokens when both go on by themselves
-    stored dtype   rms distance from the float32 reference at most 1.5 × the reference's own
+    stored dtype   rms distance from the float32 reference at most 2 × the reference's own
+
+The unit is the reference's own rounding error, measured on the same CPU with the same kernels and tokens: so no bound depends on the CPU,
+as long as the number of roundings does not. Products are accumulated in float32 or better everywhere (AVX2, AVX-512, AMX, Arm).
 
 Of mixtures, whose routing no bound holds for, choices of experts that are toss-ups (`choices`) are imposed: this runtime at TP 1 stands for
 the reference where they have an effect, and in 16 bits, where a rounding is large, everywhere. Their share is told.
@@ -36,7 +39,22 @@ if TYPE_CHECKING:
     from .ranks import Computed
     from .reference import Reference
 
-TIMES, RMS = 4.0, 1.5  # × the reference's own error: in float32, and in the stored dtype
+# The bounds, × the reference's own error. Both count roundings. A rank rounds where the reference does, and at most
+# once more beside each: the parts of a sum that ranks share (of N parts, the errors together are those of one sum),
+# and a norm before its weight is applied, which some models round but once. Twice as many independent errors of one
+# size: our distance from the exact result is at most √2 × the reference's.
+#
+# RMS, in the stored dtype: √2 × (1 + 3/√n). Both are rms estimates from n positions; that of n independent samples
+# deviates by 1/√(2n) of itself, the ratio of two by 1/√n, and 3 deviations are allowed. With 4 × LENGTH positions
+# that is 1.72; at 52 positions it is 2. The reference in float32 counts as exact: its roundings are 2^-16 of those of
+# bfloat16, 2^-13 of those of float16.
+#
+# TIMES, in float32: here the reference's error e is of the size of ours, e'. Measured is |e - e'|, with a deviation
+# of √(1 + 2) of e's, against the largest |e| of the same logits, so √3 × the reference's own. The rest is for the
+# order in which products are summed, which the kernel chooses by shape: K products in L lanes round K/L times one
+# after another, errors grow by the root of it, and a narrower matrix or a single row (token by token, a rank's share)
+# may get a quarter of the lanes, hence √4. √3 × √4 = 3.5; the largest of few values scatters by the rest.
+RMS, TIMES = 2.0, 4.0
 LENGTH, MOST = 48, 32  # tokens of a prompt; prompts
 NEW, DISTINCT = 32, 16  # tokens that both go on with by themselves, and how many of them must be distinct
 UNASKED = 1 << 30  # bytes of memory that it may take where nobody asked for it

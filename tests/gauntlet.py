@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from fixtures import Fixture, checkpoint
-from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, run_threads
 from strategies import differing
 from torch import Tensor
 
 from reshard import verification
 from reshard.conversion import Options, convert, prepare
 from reshard.mesh import Mesh
+from reshard.runtime.check import TIMES
+from reshard.runtime.load import load_model
+from reshard.runtime.parallel import World, run_threads
 from reshard.source import open_source
 
 OPTIONS = Options(workers=2)
-TIMES = 4  # the reference's own change between float32 and float64
 SEQ, SPLIT, MORE = 23, 9, 8  # tokens; those of them that go through at once before the rest follow one by one; tokens generated
 
 
@@ -92,7 +92,7 @@ def run_meshes(fixture: Fixture, every: bool) -> list[Mesh]:
 
 
 def run_like(directory: Path, mesh: Mesh, wanted: Reference) -> None:
-    """Logits whole and token by token within four times the reference's own change, and its greedy tokens, on a mesh of threads."""
+    """Logits whole and token by token within TIMES the reference's own change, and its greedy tokens, on a mesh of threads."""
 
     def work(world: World) -> tuple[Tensor, Tensor, Tensor]:
         decoder = load_model(directory, torch.float32, mesh=mesh, world=world)

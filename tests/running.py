@@ -16,10 +16,13 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,8 @@ from reshard import cli
 ROOT = Path(__file__).parent.parent
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16}
 BITS |= {"F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
+
+WATCHDOG = 280.0  # seconds after which something hangs, however busy the machine is; below pytest's own limit for a test
 
 Shape = tuple[int, ...]
 Tensors = dict[str, tuple[str, Shape, bytes]]  # name → dtype, shape, data
@@ -96,7 +101,7 @@ def process(*words: str | os.PathLike[str], code: str | None = None, **options: 
     """Run a command in a process of its own; `code` is a program to run instead of `python -m reshard`."""
     line = command(*words) if code is None else [sys.executable, "-c", code, *map(os.fspath, words)]
     options.setdefault("env", environment())
-    done = subprocess.run(line, capture_output=True, timeout=120, **options)
+    done = subprocess.run(line, capture_output=True, timeout=WATCHDOG, **options)
     return Done(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
@@ -105,6 +110,107 @@ def start(*words: str | os.PathLike[str], code: str | None = None, **options: An
     line = command(*words) if code is None else [sys.executable, "-c", code, *map(os.fspath, words)]
     options.setdefault("env", environment())
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+STEPPED = """
+import itertools, os, pathlib, signal, sys, threading, time
+from reshard import files
+from reshard.cli import main
+
+folder, numbers, lock = pathlib.Path(os.environ["STEPS"]), itertools.count(1), threading.Lock()
+
+def step():
+    with lock:
+        number = next(numbers)
+        with (folder / "reached").open("ab") as file:
+            file.write(b".")
+    while os.stat(folder / "allowed").st_size < number:
+        time.sleep(0.005)
+
+def noted(number, handler, install=signal.signal):
+    def note(*arguments):
+        with (folder / "signals").open("ab") as file:
+            file.write(b".")
+        return handler(*arguments)
+    return install(number, note if callable(handler) else handler)
+
+signal.signal = noted
+"""
+TRANSFERS = """
+transfer = files.Pool._transfer
+def stepped(*arguments):
+    step()
+    return transfer(*arguments)
+files.Pool._transfer = stepped
+main(sys.argv[1:])
+"""
+
+
+class Stepped:
+    """A command whose every transfer of data waits until it is allowed: so a test meets it where it wants to, on a machine of any speed.
+
+    `code` installs `step()`, which waits; by default in each read and write of tensors. Nothing is allowed at first.
+    """
+
+    def __init__(self, *words: str | os.PathLike[str], code: str = TRANSFERS, **more: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="steps-"))
+        for name in ("reached", "allowed", "signals"):
+            (self.folder / name).touch()
+        self.job = start(*words, code=STEPPED + code, env=environment(STEPS=str(self.folder), **more))
+
+    def __enter__(self) -> Stepped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.job.kill()
+        self.job.communicate()
+        shutil.rmtree(self.folder)
+
+    def count(self, what: str) -> int:
+        return (self.folder / what).stat().st_size
+
+    def until(self, number: int, what: str = "reached") -> None:
+        """Wait for the `number`th step to be reached, or signal to be handled."""
+        while self.count(what) < number:
+            assert self.job.poll() is None, self.job.communicate()
+            time.sleep(0.005)
+
+    def allow(self, number: int = 1 << 40) -> None:
+        """Let steps up to this one be taken, or all."""
+        os.truncate(self.folder / "allowed", number)
+
+    def advance(self, done: Callable[[], bool]) -> None:
+        """One step after another, until `done` is true while a step waits."""
+        step = 1
+        self.until(step)
+        while not done():
+            self.allow(step)
+            step += 1
+            self.until(step)
+
+    def end(self) -> Done:
+        """Let it go on to its end."""
+        self.allow()
+        out, err = self.job.communicate(timeout=WATCHDOG)
+        return Done(self.job.returncode, out.decode(), err.decode())
+
+
+def lines_run(work: Callable[[], object]) -> int:
+    """How many lines of Python `work` runs in this thread: how much it does, whatever the machine does beside it."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def refused(done: Done, code: int, *parts: str) -> Done:

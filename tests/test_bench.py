@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import shapes
+from running import WATCHDOG
 from safetensors import safe_open
 
 from reshard import api, report
@@ -201,10 +202,10 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_a_slow_copier_is_flagged_when_it_is_really_run(source: Path, tmp_path: Path) -> None:
-    late: Callable[[Path], Any] = lambda out: [("sh", "-c", 'cp -r "$1" "$2" && sleep 0.2', "sh", str(source), str(out))]  # noqa: E731
+    many = 'for n in $(seq 50); do rm -rf "$2"; cp -r "$1" "$2"; done'  # whatever slows one copy slows fifty
+    late: Callable[[Path], Any] = lambda out: [("sh", "-c", many, "sh", str(source), str(out))]  # noqa: E731
     taken = bench.race({"cp": bench.copy(source), "late": late}, 3, tmp_path)
     assert bench.judge(bench.ratios(taken, "late", "cp", "wall"), bench.WALL) == "fail"
-    assert min(run.wall for run in taken["late"]) >= 0.2
 
 
 def test_a_race_discards_one_round_and_changes_the_order_and_leaves_no_output(tmp_path: Path) -> None:
@@ -229,13 +230,14 @@ def test_a_race_discards_one_round_and_changes_the_order_and_leaves_no_output(tm
     assert not list(tmp_path.iterdir())
 
 
-def test_cpu_seconds_are_those_of_all_processes_and_time_is_that_of_the_longest() -> None:
+def test_cpu_seconds_are_those_of_all_processes_and_time_is_that_of_the_longest(tmp_path: Path) -> None:
     spin = "import time\nwhile time.process_time() < 0.2: pass"
     busy = bench.measure((sys.executable, "-c", spin), (sys.executable, "-c", spin))
-    assert 0.4 <= busy.cpu < 2.0
     idle = bench.measure(("sleep", "0.2"), ("sleep", "0.1"))
+    assert idle.cpu < 0.4 <= busy.cpu
     assert idle.wall >= 0.2
-    assert idle.cpu < 0.1
+    os.mkfifo(tmp_path / "pipe")  # whose two ends wait for one another: they run at once
+    bench.measure(("sh", "-c", f"echo > '{tmp_path}/pipe'"), ("sh", "-c", f"cat '{tmp_path}/pipe'"))
 
 
 def test_a_command_that_fails_is_an_error_with_what_it_said() -> None:
@@ -255,11 +257,9 @@ def test_an_interruption_kills_what_runs_with_its_children() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         bench.measure(("sh", "-c", "sleep 60; true"), watch=interrupt)
-    until = time.monotonic() + 5
-    while any(running(pid) for pid in seen) and time.monotonic() < until:
-        time.sleep(0.01)
     assert len(seen) == 2
-    assert not any(running(pid) for pid in seen)
+    while any(running(pid) for pid in seen):  # until pytest's limit
+        time.sleep(0.01)
 
 
 def running(pid: int) -> bool:
@@ -340,7 +340,7 @@ def test_an_interrupted_bench_leaves_nothing(tmp_path: Path) -> None:
                 break
         assert list(tmp_path.glob("*/source/config.json"))
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=WATCHDOG)[1]
     finally:
         process.kill()
         process.wait()

@@ -8,13 +8,13 @@ import pytest
 import torch
 from fixtures import checkpoint
 from gauntlet import OPTIONS
-from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, alone, run_threads
 from torch import Tensor
 
 from reshard import capacity
 from reshard.conversion import convert, prepare
 from reshard.mesh import Mesh
+from reshard.runtime.load import load_model
+from reshard.runtime.parallel import World, alone, run_threads
 from reshard.source import open_source
 
 IDS = torch.randint(3, 331, (2, 5), generator=torch.Generator().manual_seed(1))

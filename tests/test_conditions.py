@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from fixtures import copy, read, rewrite
-from reshard.runtime.facts import Facts
-from reshard.runtime.spec import Spec
 
 from reshard import tables
 from reshard.config import Config
 from reshard.errors import ReshardError
+from reshard.runtime.facts import Facts
+from reshard.runtime.spec import Spec
 from reshard.source import open_source
 
 CONFIG = Config({"on": True, "off": False, "null": None, "four": 4, "also": 4, "five": 5})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 from running import (
     LLAMA,
+    Stepped,
     big_llama,
-    environment,
     llama,
     llama_tensors,
     names,
@@ -22,11 +21,8 @@ from running import (
     refused,
     reshard,
     save_index,
-    start,
     tree,
 )
-from test_cli import SLOW
-from test_publish import begun
 
 from reshard import api, conversion, originals, publish
 from reshard import inspect as api_inspect
@@ -83,29 +79,22 @@ MEANWHILE: list[tuple[str, str, Callable[[Path], object]]] = [
 @pytest.mark.parametrize(("name", "change"), [pytest.param(name, change, id=what) for what, name, change in MEANWHILE])
 def test_a_source_that_changes_while_it_is_read(name: str, change: Callable[[Path], object], source: Path, tmp_path: Path) -> None:
     """Exit 3, since a retry may help; the file is named; nothing is left."""
-    job = start("convert", source, tmp_path / "out", "--tp", "2", "--workers", "1", code=SLOW, env=environment(SLOW="0.01"))
-    begun(tmp_path / "out", job)
-    time.sleep(0.1)
-    change(source / name)
-    out, err = job.communicate(timeout=60)
-    assert (job.returncode, out) == (3, b""), err
-    assert err.startswith(b"error: ") and name.encode() in err, err
-    assert b"Traceback" not in err
+    with Stepped("convert", source, tmp_path / "out", "--tp", "2", "--workers", "1") as job:
+        job.allow(3)
+        job.until(4)
+        change(source / name)
+        refused(job.end(), 3, name)
     assert names(tmp_path) == ["model"]
 
 
 def test_shards_that_change_while_they_are_read(source: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     assert reshard("convert", source, shards, "--tp", "2").code == 0
-    job = start("convert", shards, tmp_path / "out", "--to", "hf", "--workers", "1", code=SLOW, env=environment(SLOW="0.002"))
-    while not (tmp_path / ".out.reshard").is_dir():
-        assert job.poll() is None
-    time.sleep(0.1)
-    path = shards / "rank-00001" / "model.safetensors"
-    path.write_bytes(bytes(path.stat().st_size))
-    out, err = job.communicate(timeout=60)
-    assert (job.returncode, out) == (3, b""), err
-    assert b"rank-00001/model.safetensors: was changed while it was being read" in err
+    with Stepped("convert", shards, tmp_path / "out", "--to", "hf", "--workers", "1") as job:
+        job.advance(lambda: any((tmp_path / ".out.reshard").glob("*.safetensors")))
+        path = shards / "rank-00001" / "model.safetensors"
+        path.write_bytes(bytes(path.stat().st_size))
+        refused(job.end(), 3, "rank-00001/model.safetensors: was changed while it was being read")
     assert names(tmp_path) == ["model", "shards"]
 
 

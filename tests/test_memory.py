@@ -10,9 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running import big_llama, command, environment, header, process, reshard, start
-from test_cli import SLOW
-from test_publish import begun
+from running import Stepped, big_llama, command, environment, header, process, reshard
 
 MIB = 1 << 20
 
@@ -112,22 +110,16 @@ def test_bytes_moved_are_the_model_s_own(sparse: Path, tmp_path: Path) -> None:
 
 
 def test_no_source_is_mapped(tmp_path: Path) -> None:
-    """Looked up in the process' own map again and again while it converts."""
+    """Looked up in the process' own map at one transfer after another."""
     source = big_llama(tmp_path / "model", 40)
-    job = start("convert", source, tmp_path / "out", "--tp", "8", code=SLOW, env=environment(SLOW="0.02"))
-    begun(tmp_path / "out", job)
-    looked = 0
-    while job.poll() is None:
-        maps = Path(f"/proc/{job.pid}/maps")
-        try:
-            text = maps.read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            break
-        assert str(tmp_path) not in text
-        looked += bool(text)
-    job.communicate()
-    assert job.returncode == 0
-    assert looked > 5
+    with Stepped("convert", source, tmp_path / "out", "--tp", "8") as job:
+        for step in range(1, 61):
+            job.until(step)
+            text = Path(f"/proc/{job.job.pid}/maps").read_text()
+            assert "libpython" in text or "python" in text
+            assert str(tmp_path) not in text
+            job.allow(step)
+        assert job.end().code == 0
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

@@ -9,11 +9,11 @@ import marshal
 import os
 import pickle
 import random
+import shlex
 import struct
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 import types
 import zipfile
@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from running import lines_run
 
 from reshard import pickle_machine, pickled, torch_values
 from reshard.errors import PlaceError, ReshardError
@@ -732,7 +733,7 @@ def text(value: str) -> bytes:
 
 
 def touch(marker: Path) -> str:
-    return f"touch {marker}"
+    return f"touch {shlex.quote(str(marker))}"
 
 
 def system(marker: Path) -> bytes:
@@ -899,15 +900,14 @@ def test_other_objects_are_refused_by_name():
 
 
 def frugal(file: bytes, *words: str, mib: int = 8) -> None:
-    """Refused within a second and some memory, however much the file seems to ask for."""
+    """Refused within some memory, and before pytest's limit, however much the file seems to ask for."""
     tracemalloc.start()
-    began = time.monotonic()
     try:
         refused(file, *words)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < mib << 20 and time.monotonic() - began < 20
+    assert peak < mib << 20
 
 
 LENGTHS = {
@@ -967,9 +967,9 @@ def test_pickles_that_python_would_choke_on_are_refused(opcodes, words):
 
 def test_values_nested_a_billionfold_cost_no_more_than_their_opcodes():
     for opcodes in (b")" + b"\x85" * 300_000, b")" + b"2\x86" * 100_000, b"]q\x70" + b"0](h\x70h\x70eq\x70" * 1000):
-        began = time.monotonic()
-        assert list(read(zipped(beside(opcodes)))) == ["a"]
-        assert time.monotonic() - began < 10
+        zipfile = zipped(beside(opcodes))
+        assert lines_run(lambda file=zipfile: read(file)) < 40 * len(opcodes)
+        assert list(read(zipfile)) == ["a"]
     loop = b"]q\x70h\x70a}q\x71" + text("me") + b"h\x71s\x86"
     assert list(read(zipped(beside(loop)))) == ["a"]
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import big_llama, environment, llama, mounted, names, process, refused, reshard, stamps, start, tmpfs, tree
-from test_cli import SLOW
+from running import TRANSFERS, Stepped, big_llama, environment, llama, mounted, names, process, refused, reshard, stamps, tmpfs, tree
 
 from reshard import api, cli, files, publish
 
@@ -230,101 +227,97 @@ def test_the_manifest_is_renamed_last_and_set_aside_first(source: Path, tmp_path
 # Signals
 
 
-def begun(out: Path, child: subprocess.Popen[bytes], inside: bool = False) -> None:
-    """Wait until a conversion is writing weights."""
-    work = out / ".reshard-work" if inside else out.parent / f".{out.name}.reshard"
-    for _ in range(1000):
-        if list(work.glob("new/rank-*/*")):
-            return
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.01)
-    raise AssertionError("it never began")
-
-
 def test_killed_at_any_time_it_leaves_no_out(big: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments of a real process; a later run works, and clears up."""
-    out, moment = tmp_path / "out", random.Random(5)
-    for _ in range(6):
-        child = start("convert", big, out, "--tp", "8", code=SLOW, env=environment(SLOW="0.002"))
-        begun(out, child)
-        time.sleep(moment.uniform(0, 0.3))
-        child.kill()
-        child.communicate()
-        if out.exists():
-            assert reshard("verify", out).code == 0
-            shutil.rmtree(out)
-    assert reshard("convert", big, out, "--tp", "8").code == 0
+    """SIGKILL of a real process, from its first transfer of data to its last; a later run works, and clears up."""
+    out, words = tmp_path / "out", ("convert", big, tmp_path / "out", "--tp", "8")
+    with Stepped(*words) as whole:
+        assert whole.end().code == 0
+        count = whole.count("reached")
+    shutil.rmtree(out)
+    for step in (1, 2, count // 3, count // 2, count - 1, count):
+        with Stepped(*words) as job:
+            job.allow(step - 1)
+            job.until(step)
+            job.job.kill()
+        assert not out.exists(), step
+    assert reshard(*words).code == 0
     assert names(tmp_path) == ["out"]
     assert reshard("verify", out, "--against", big).code == 0
 
 
+FEW = 20  # transfers that are still begun before a signal is heeded; there would be hundreds
+
+
 @pytest.mark.parametrize(("sign", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGHUP, 1)])
 def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times: int, big: Path, tmp_path: Path) -> None:
-    """Exit 128 + its number in a moment, although a tensor is being written; also when the signal comes again during the cleaning up."""
+    """Exit 128 + its number although a tensor is being written, and few more transfers; also when the signal comes again."""
     out = tmp_path / "above" / "it" / "out"
     words = ("convert", big, out, "--tp", "1", "--workers", "1", "--progress", "json")
-    child = start(*words, code=SLOW, env=environment(SLOW="0.3"))  # several seconds for the embedding
-    assert child.stderr is not None
-    while not json.loads(child.stderr.readline())["done"]:
-        pass
-    began = time.monotonic()
-    for _ in range(times):
-        child.send_signal(sign)
-        time.sleep(0.05)
-    _, err = child.communicate(timeout=30)
-    assert time.monotonic() - began < 3, "it went on with its tensor"
-    assert child.returncode == 128 + sign
-    assert err.rstrip().endswith(b"\n\nerror: interrupted; what was not finished has been removed")
+    with Stepped(*words, code=TRANSFERS.replace("step()", "step(); time.sleep(0.02)", 1)) as job:
+        job.allow(3)
+        job.until(4)
+        job.job.send_signal(sign)
+        job.until(1, "signals")
+        for _ in range(times - 1):
+            job.job.send_signal(sign)
+        done = job.end()
+        assert job.count("reached") < FEW, "it went on with its tensor"
+    assert done.code == 128 + sign
+    assert done.err.rstrip().endswith("\n\nerror: interrupted; what was not finished has been removed")
     assert names(tmp_path) == []
 
 
 def test_no_worker_goes_on_after_an_interrupt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From Python: when `convert` has raised KeyboardInterrupt nothing of it runs any more, so that no closed descriptor is used."""
-    transfer, moved = files.Pool._transfer, []
+    transfer, moved, handled = files.Pool._transfer, [], threading.Event()
 
     def slow(self: files.Pool, *arguments: Any) -> None:
-        time.sleep(0.4)
-        moved.append(arguments[0])
+        if threading.current_thread() is not threading.main_thread():
+            if not handled.is_set():
+                os.kill(os.getpid(), signal.SIGALRM)
+            handled.wait()  # the interrupt arrives while this transfer is under way
+            moved.append(arguments[0])
         transfer(self, *arguments)
 
     def interrupt(*_: object) -> None:
+        handled.set()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files.Pool, "_transfer", slow)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 1.5)
         with pytest.raises(KeyboardInterrupt):
             api.convert(source, tmp_path / "out", tp=2)
+        count = len(moved)
     finally:
         signal.signal(signal.SIGALRM, before)
-    count = len(moved)
-    time.sleep(0.6)
+    for thread in threading.enumerate():
+        if thread.name.startswith("reshard-"):
+            thread.join()
     assert len(moved) == count > 0
     assert names(tmp_path) == []
 
 
 def test_a_signal_while_hashing_ends_it_at_once(big: Path, tmp_path: Path) -> None:
     """Before anything is written, a file of any size is being read to its end."""
-    slow = """
-import io, sys, time
-from reshard.cli import main
+    hashing = """
+import io
 class Slow(io.FileIO):
     def read(self, size=-1):
-        time.sleep(0.3)
-        return super().read(size)
-import pathlib
+        step()
+        time.sleep(0.02)
+        return super().read(65536)
 opened = pathlib.Path.open
 pathlib.Path.open = lambda self, *a, **k: Slow(self) if k.get("buffering") == 0 else opened(self, *a, **k)
 main(sys.argv[1:])
 """
-    child = start("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", "--progress", "json", code=slow)
-    assert child.stderr is not None and b"SHA-256" in child.stderr.readline()
-    began = time.monotonic()
-    child.terminate()
-    child.communicate(timeout=30)
-    assert child.returncode == 143
-    assert time.monotonic() - began < 1.5  # of the five seconds that it would take
+    with Stepped("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", code=hashing) as job:
+        job.allow(1)
+        job.until(2)
+        job.job.terminate()
+        job.until(1, "signals")
+        assert job.end().code == 143
+        assert job.count("reached") < FEW
     assert names(tmp_path) == []
 
 
@@ -332,11 +325,11 @@ def test_a_signal_while_overwriting_keeps_the_old(source: Path, outputs: dict[st
     out = tmp_path / "out"
     shutil.copytree(source.parent / "old", out)
     before = stamps(out)
-    child = start("convert", source, out, "--tp", "4", "--overwrite", code=SLOW, env=environment(SLOW="0.05"))
-    begun(out, child)
-    child.terminate()
-    child.communicate(timeout=30)
-    assert child.returncode == 143
+    with Stepped("convert", source, out, "--tp", "4", "--overwrite") as job:
+        job.until(1)
+        job.job.terminate()
+        job.until(1, "signals")
+        assert job.end().code == 143
     assert stamps(out) == before
     assert names(tmp_path) == ["out"]
 
@@ -368,12 +361,12 @@ def test_of_two_jobs_with_one_destination_the_second_is_refused(before: str, sou
     elif before == "old":
         shutil.copytree(source.parent / "old", out)
     words = ["convert", source, out, "--tp", "4", *(["--overwrite"] if before == "old" else [])]
-    first = start(*words, code=SLOW, env=environment(SLOW="0.02"))
-    begun(out, first, inside=before == "empty")
-    refused(process(*words), 3, str(out), "another job is writing it")
-    refused(reshard("convert", source, out, "--tp", "2"), 3, "another job is writing it")
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == 0, err
+    with Stepped(*words) as first:
+        first.until(1)
+        refused(process(*words), 3, str(out), "another job is writing it")
+        refused(reshard("convert", source, out, "--tp", "2"), 3, "another job is writing it")
+        done = first.end()
+    assert done.code == 0, done.err
     assert reshard("verify", out, "--against", source).code == 0
     assert names(tmp_path) == ["out"]
 
@@ -383,13 +376,11 @@ def test_what_appears_while_the_job_runs_is_not_replaced(source: Path, tmp_path:
         out = tmp_path / before
         if before == "empty":
             out.mkdir()
-        job = start("convert", source, out, "--tp", "2", code=SLOW, env=environment(SLOW="0.01"))
-        begun(out, job, inside=before == "empty")
-        out.mkdir(exist_ok=True)
-        (out / "mine.txt").write_text("precious")
-        out_, err = job.communicate(timeout=60)
-        assert (job.returncode, out_) == (3, b""), err
-        assert b"appeared while the job ran" in err
+        with Stepped("convert", source, out, "--tp", "2") as job:
+            job.until(1)
+            out.mkdir(exist_ok=True)
+            (out / "mine.txt").write_text("precious")
+            refused(job.end(), 3, "appeared while the job ran")
         assert tree(out) == {"mine.txt": b"precious"}
         assert names(tmp_path) == sorted({"absent", before})
 
@@ -407,12 +398,9 @@ def test_too_little_space_is_refused_before_anything_is_written(source: Path, tm
 
 def test_space_that_a_killed_job_holds_counts_as_free(source: Path, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", 400_000) as disk:
-        job = start("convert", source, disk / "out", "--tp", "2", "--workers", "1", code=SLOW, env=environment(SLOW="0.03"))
-        begun(disk / "out", job)
-        while shutil.disk_usage(disk).used < 200_000:
-            time.sleep(0.01)
-        job.kill()
-        job.communicate()
+        with Stepped("convert", source, disk / "out", "--tp", "2", "--workers", "1") as job:
+            job.advance(lambda: shutil.disk_usage(disk).used >= 200_000)
+            job.job.kill()
         assert names(disk) == [".out.reshard"]
         assert reshard("convert", source, disk / "out", "--tp", "2").code == 0
         assert names(disk) == ["out"]
@@ -426,18 +414,17 @@ def test_a_disk_that_fills_up_meanwhile(where: str, source: Path, outputs: dict[
         if where == "old":
             shutil.copytree(source.parent / "old", out)
         words = ["convert", source, out, "--tp", "4", "--workers", "1", *(["--overwrite"] if where == "old" else [])]
-        job = start(*words, code=SLOW, env=environment(SLOW="0.02"))
-        begun(out, job, inside=where == "mounted")
-        with (disk / "hog").open("wb", buffering=0) as hog:
-            try:
-                while True:
-                    hog.write(bytes(4096))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-        _, err = job.communicate(timeout=60)
+        with Stepped(*words) as job:
+            job.until(1)
+            with (disk / "hog").open("wb", buffering=0) as hog:
+                try:
+                    while True:
+                        hog.write(bytes(4096))
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+            done = refused(job.end(), 3, "No space left on device\n\nhint: free some space")
         (disk / "hog").unlink()
-        assert job.returncode == 3
-        assert err.startswith(b"error: writing ") and b"No space left on device\n\nhint: free some space" in err
+        assert done.err.startswith("error: writing ")
         assert names(disk) == (["out"] if where == "old" else [])
         if where == "old":
             assert tree(out) == outputs["old"]

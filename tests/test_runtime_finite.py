@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from fixtures import FIXTURES, State, configure, copy, rewrite
+from running import process, refused, sign
+
+import reshard as api
+from reshard.mesh import Mesh
 from reshard.runtime.finite import NotFinite
 from reshard.runtime.generate import Generated, Options, generate
 from reshard.runtime.load import load_model
 from reshard.runtime.parallel import run_threads
 from reshard.runtime.sampling import Sampling
-from running import process, refused, sign
-
-import reshard as api
-from reshard.mesh import Mesh
 
 Get = Callable[[str], Path]
 MESHES = {"tp1": Mesh(1), "tp2": Mesh(2), "pp2": Mesh(1, 2), "tp2 pp2": Mesh(2, 2)}

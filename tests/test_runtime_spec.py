@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from fixtures import FIXTURES, Fixture, checkpoint, zoo
 from huggingface_hub.errors import StrictDataclassError
-from reshard.runtime.spec import Rope, Spec
 
 from reshard import tables
 from reshard.config import Config
 from reshard.model import Model
+from reshard.runtime.spec import Rope, Spec
 from reshard.source import open_source
 
 transformers = pytest.importorskip("transformers")

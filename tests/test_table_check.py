@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import FIXTURES
-from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, run_threads
 from running import reshard as command
 
 import reshard
@@ -22,6 +20,8 @@ from reshard.damages import Mutation, mutations
 from reshard.errors import ReshardError
 from reshard.made_up import made_up
 from reshard.progress import Lines
+from reshard.runtime.load import load_model
+from reshard.runtime.parallel import World, run_threads
 from reshard.table_check import TableCheck, check_table
 from reshard.tables import Table
 from reshard.trials import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial

@@ -12,11 +12,11 @@ import pytest
 import torch
 from fixtures import checkpoint, configure, write
 from gauntlet import convert_and_back, reference, run_like
-from reshard.runtime.spec import Spec
 
 from reshard import tables
 from reshard.errors import ReshardError
 from reshard.mesh import Mesh
+from reshard.runtime.spec import Spec
 from reshard.source import open_source
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fixtures import checkpoint
-from running import Done, environment, llama, llama_tensors, noise, reshard, root_signed, sign, tree
+from running import WATCHDOG, Done, environment, llama, llama_tensors, noise, reshard, root_signed, sign, tree
 
 from reshard.verification import FEW
 
@@ -434,7 +434,7 @@ def test_closed_standard_error_is_no_failure(shards: Path, command: tuple[str, .
     words = [str(shards) if word == "OUT" else word for word in command]
     for redirect in ("2>&-", "2>/dev/full --progress json"):
         line = f"{shlex.join([sys.executable, '-m', 'reshard', *words])} {redirect}"
-        done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, env=environment(), timeout=60, check=False)
+        done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, env=environment(), timeout=WATCHDOG, check=False)
         assert done.returncode == 0 and done.stdout, line
     done = subprocess.run(
         ["sh", "-c", f"{shlex.join([sys.executable, '-m', 'reshard', 'verify', 'no'])} 2>/dev/full"], env=environment(), check=False

@@ -13,8 +13,6 @@ import pytest
 import torch
 from fixtures import State, checkpoint, configure, rewrite
 from gauntlet import MORE, OPTIONS, SEQ, Reference, convert_and_back, run_like
-from reshard.runtime.check import placeholders, prompts_for
-from reshard.runtime.reference import reference_for
 from running import reshard
 from safetensors.torch import load_file
 
@@ -23,6 +21,8 @@ from reshard.config import Config
 from reshard.conversion import convert, prepare
 from reshard.dialect import settle
 from reshard.mesh import Mesh
+from reshard.runtime.check import placeholders, prompts_for
+from reshard.runtime.reference import reference_for
 from reshard.source import open_source
 
 TEXT: dict[str, Any] = {
