@@ -137,7 +137,7 @@ def finish_before_rank_0(folder: Path, size: int = 6, rounds: int = 4) -> list[i
                 code = 99
                 try:
                     sys.setswitchinterval(1e-6)  # so that whatever two threads do may interleave
-                    life = Lifeline(distributed.FileStore(str(folder / f"late-{number}"), size), rank, size, TIMEOUT, "late")
+                    life = Lifeline(distributed.FileStore(str(folder / f"late-{number}"), size), rank, size, SILENCE, "late")
                     life.meet("all are here")
                     step = 0
                     while step < (100 if rank else 1_000_000) and not all(peer.gone for peer in life.peers.values()):

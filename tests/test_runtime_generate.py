@@ -23,7 +23,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from running import ROOT, environment, process, refused, reshard
+from running import ROOT, WATCHDOG, environment, process, refused, reshard
 
 from reshard import api, limits
 from reshard.errors import ReshardError
@@ -183,7 +183,7 @@ def test_stop_tokens_are_one_or_several(tmp_path: Path) -> None:
     assert stop_tokens({}, {"text_config": {"eos_token_id": [4]}}) == {4}
     assert stop_tokens({}, {}) == frozenset()
     for value in [*(value for value in WRONG if value not in ([], [1])), [[1]], [True], 1.0, 7, [1, 7], ["1"]]:
-        with pytest.raises(ReshardError, match="generation_config.json: eos_token_id has .* 0 to 6"):
+        with pytest.raises(ReshardError, match=r"generation_config\.json: eos_token_id has .* 0 to 6"):
             stop_tokens({"eos_token_id": value}, {}, tmp_path, 7)
 
 
