@@ -179,10 +179,10 @@ def broken(directory: Path) -> bool:
     path, there = directory / NAME, [(directory / FILES).is_file(), (directory / "rank-00000").is_dir()]
     if not any(there):
         return False
+    if not path.is_file():  # a pipe would be waited for
+        return all(there)
     try:
         return not json.loads(path.read_bytes())  # {} is no manifest either
-    except FileNotFoundError:
-        return all(there)
     except (ValueError, RecursionError):
         return True
     except OSError as error:

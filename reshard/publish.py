@@ -68,8 +68,9 @@ class Publication:
         """Have everything in the work directory on the device, files before the directories that name them."""
         folders, files = [self.work], []
         for base, inner, found in os.walk(self.work):
-            folders += [Path(base, name) for name in inner]
-            files += [Path(base, name) for name in found]
+            # A link is a name, and on the device with its directory.
+            folders += [path for name in inner if not (path := Path(base, name)).is_symlink()]
+            files += [path for name in found if not (path := Path(base, name)).is_symlink()]
 
         def sync(path: Path) -> None:
             _sync(path)

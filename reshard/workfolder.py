@@ -25,7 +25,7 @@ from .units import decimal
 
 INSIDE = ".reshard-work"
 _MARKER, _NEW, _OLD, _LIST = "reshard.marker", "new", "old", "entries.json"
-_TRIES, _WAIT = 6, 0.02  # seconds: somebody who only asks whether a folder is locked holds the lock for a moment
+_TRIES, _WAIT = 4, 0.005  # seconds: somebody who only asks whether a folder is locked holds the lock for a moment
 
 
 @dataclass(frozen=True)

@@ -349,9 +349,9 @@ def test_a_file_that_no_manifest_lists_is_named_and_makes_it_unproven(name: str,
 
 def test_the_work_of_jobs_is_no_stray(shards: Path, tmp_path: Path) -> None:
     out = shutil.copytree(shards, tmp_path / "out")
-    for name in (".reshard-work", ".reshard-old"):
-        (out / name).mkdir()
-        save(out / name / "model.safetensors", DENSE)
+    for name in ("new", "old"):
+        (out / ".reshard-work" / name).mkdir(parents=True)
+        save(out / ".reshard-work" / name / "model.safetensors", DENSE)
     assert reshard("verify", out, "--strict").code == 0
 
 
