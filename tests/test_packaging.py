@@ -3,6 +3,7 @@
 import importlib.metadata as metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -214,6 +215,22 @@ def test_constraints_pin_everything() -> None:
         if name != "reshard":
             assert requirement.specifier.contains(pins[name]), text
     assert _closure([text for text in wanted if not text.startswith("reshard")]) <= pins.keys()
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """constraints-oldest.txt pins what pyproject.toml admits at least, so that trying it tries the bounds."""
+    lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines)}
+    wanted = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
+    bounds = {
+        requirement.name.lower().replace("_", "-"): next(iter(requirement.specifier)).version
+        for requirement in map(Requirement, wanted)
+        if requirement.specifier
+    }
+    assert pins.keys() == bounds.keys() - {"mypy", "ruff"}  # what they say changes with every release
+    for name in pins.keys() - {"huggingface-hub"}:
+        assert re.fullmatch(rf"{re.escape(bounds[name])}(\.[01])*", pins[name]), (name, bounds[name], pins[name])
+    assert Requirement(f"x>={bounds['huggingface-hub']}").specifier.contains(pins["huggingface-hub"])
 
 
 def test_setup_does_nothing_twice(tmp_path: Path) -> None:
