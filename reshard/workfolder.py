@@ -12,6 +12,7 @@ Knows nothing about what is published.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -25,7 +26,8 @@ from .units import decimal
 
 INSIDE = ".reshard-work"
 _MARKER, _NEW, _OLD, _LIST = "reshard.marker", "new", "old", "entries.json"
-_TRIES, _WAIT = 4, 0.005  # seconds: somebody who only asks whether a folder is locked holds the lock for a moment
+_LONGEST = 255  # bytes of a name, on every file system of Linux
+_TRIES, _WAIT = 6, 0.02  # seconds: somebody who only asks whether a folder is locked holds the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,12 @@ class WorkFolder:
 
 
 def beside(out: Path) -> WorkFolder:
-    """Next to a destination."""
-    return WorkFolder(out.parent / f".{out.name}.reshard", out)
+    """Next to a destination. Of a name so long that nothing fits around it, the beginning and a digest stand for it."""
+    name, most = os.fsencode(out.name), _LONGEST - len("..reshard")
+    if len(name) > most:
+        digest = hashlib.sha256(name).hexdigest()[:16].encode()
+        name = name[: most - len(digest) - 1] + b"-" + digest
+    return WorkFolder(out.parent / f".{os.fsdecode(name)}.reshard", out)
 
 
 def inside(out: Path) -> WorkFolder:

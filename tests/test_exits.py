@@ -137,3 +137,14 @@ def test_shared_memory_that_is_read_only_is_done_without(source: Path, tmp_path:
     if done.returncode == 127 or b"mount:" in done.stderr:
         pytest.skip("nothing can be mounted here")
     assert done.returncode == 0 and b"error" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["n" * 243, "n" * 255, "é" * 127], ids=["243", "255", "254, not ASCII"])
+def test_names_as_long_as_they_can_be(name: str, source: Path, tmp_path: Path) -> None:
+    """No name that is made from OUT's is too long."""
+    out = tmp_path / name
+    for _ in range(2):
+        assert reshard("convert", source, out, "--tp", "2").code == 0
+    assert reshard("convert", source, out, "--tp", "4", "--overwrite").code == 0
+    assert reshard("verify", out).code == 0
+    assert names(tmp_path) == [name]
