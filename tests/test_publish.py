@@ -306,19 +306,8 @@ def test_no_worker_goes_on_after_an_interrupt(source: Path, tmp_path: Path, monk
 
 def test_a_signal_while_hashing_ends_it_at_once(big: Path, tmp_path: Path) -> None:
     """Before anything is written, a file of any size is being read to its end."""
-    slow = """
-import io, sys, time
-from reshard.cli import main
-class Slow(io.FileIO):
-    def read(self, size=-1):
-        time.sleep(0.3)
-        return super().read(size)
-import pathlib
-opened = pathlib.Path.open
-pathlib.Path.open = lambda self, *a, **k: Slow(self) if k.get("buffering") == 0 else opened(self, *a, **k)
-main(sys.argv[1:])
-"""
-    child = start("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", "--progress", "json", code=slow)
+    words = ("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", "--progress", "json")
+    child = start(*words, code=SLOW, env=environment(SLOW="0.3"))
     assert child.stderr is not None and b"SHA-256" in child.stderr.readline()
     began = time.monotonic()
     child.terminate()
