@@ -12,16 +12,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reshard import tables
-from reshard.notation import Sum
-from reshard.tables import Row, Table
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import rooms
+
+from reshard.tables import parse
+from reshard.tables.notation import Sum
+from reshard.tables.parse import Row, Table
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("reshard", "runtime", "scripts", "docs")  # of the file tree, in its order
 SUFFIXES = ("", ".py", ".md", ".json")
 STATEFUL = {"lin.k": "linear attention", "ssm.a_log": "state space", "conv.taps": "short convolutions"}  # instead of keys and values
 SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
@@ -32,11 +34,11 @@ SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
 
 def families() -> str:
     """A Markdown table with one row per family table, and what scripts/gauntlet saw of it."""
-    vllm = tables.load("formats", "vllm").families
+    vllm = parse.load("formats", "vllm").families
     seen = json.loads((ROOT / "docs" / "gauntlet.json").read_text(encoding="utf-8"))
     lines = ["| family | converts | runs | check-table | attention | feed-forward | also |", "|---|---|---|---|---|---|---|"]
-    for name in tables.shipped("families"):
-        table = tables.load("families", name)
+    for name in parse.shipped("families"):
+        table = parse.load("families", name)
         also = "; ".join(word for word in (_also(table), "`--to vllm`" if name in vllm else "") if word)
         results = _results(table, seen.get(name, {}))
         lines.append(f"| `{name}` | {results} | {_attention(table)} | {_feed_forward(table)} | {also} |")
@@ -45,7 +47,7 @@ def families() -> str:
 
 def _results(table: Table, seen: dict[str, Any]) -> str:
     """Meshes converted to and run at, and damages noticed; a dash for what was not tried since the table changed, or did not hold."""
-    if seen.get("table") != tables.digest(table.name):
+    if seen.get("table") != parse.digest(table.name):
         return "– | – | –"
     failed = " ".join(seen["failed"])
     converts = "fails" if " converts: " in failed else f"{seen['meshes']} meshes"
@@ -119,36 +121,27 @@ def _also(table: Table) -> str:
     return "; ".join(words)
 
 
-# --- the file tree ---------------------------------------------------------------------------------------------------------------
+# --- the rooms -------------------------------------------------------------------------------------------------------------------
 
 
 def tree() -> str:
-    """Every module with the first sentence of its docstring; those of reshard so that each imports only from those above it."""
+    """Every room from the top down, and every module in it with the first sentence of its docstring."""
     lines = []
-    for folder in FOLDERS:
-        files = _listed(folder)
-        if not files:
-            continue
+    for package, names in rooms.ORDER.items():
+        lines.append(f"{package}/")
+        for name in (name for name in names if not name.startswith("__")):
+            home = ROOT / package / name
+            lines.append(f"  {name}/  {sentence(home / '__init__.py')}" if home.is_dir() else _line(home.with_suffix(".py"), 2))
+            lines += [_line(path, 4) for path in sorted(home.glob("*.py")) if path.stem != "__init__"]
+    for folder in ("scripts", "docs"):
         lines.append(f"{folder}/")
-        lines += [f"  {name:<26}{what}" for name, what in files]
-    return "\n".join(["```", *lines, "```"])
+        paths = sorted(path for path in (ROOT / folder).glob("*") if path.is_file() and path.suffix in SUFFIXES)
+        lines += [_line(path, 2) for path in paths]
+    return "\n".join(["```text", *lines, "```"])
 
 
-def _listed(folder: str) -> list[tuple[str, str]]:
-    """(name, what it is) of the files of a folder."""
-    home = ROOT / folder
-    if folder == "reshard":
-        paths = [home / f"{name}.py" for name in import_order()]
-    else:
-        paths = sorted(path for path in home.glob("*") if path.is_file() and path.suffix in SUFFIXES)
-    listed = [(path.name, sentence(path)) for path in paths]
-    if folder == "reshard":
-        listed += [
-            ("families/*.toml", "One table per architecture."),
-            ("formats/*.toml", "One table per target format."),
-            ("wrappers/*.toml", "What stands around a language model in multimodal checkpoints."),
-        ]
-    return listed
+def _line(path: Path, indent: int) -> str:
+    return f"{' ' * indent}{path.name:<{28 - indent}}{sentence(path)}"
 
 
 def sentence(path: Path) -> str:
@@ -164,31 +157,6 @@ def sentence(path: Path) -> str:
     else:
         words = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
     return re.split(r"(?<=\.) (?=[A-Z`])", words, maxsplit=1)[0]
-
-
-def import_order() -> list[str]:
-    """The modules of reshard, each after those that it imports. Raises ValueError for a circle."""
-    imports = {path.stem: set(_imports(path)) for path in sorted((ROOT / "reshard").glob("*.py"))}
-    order: list[str] = []
-    while len(order) < len(imports):
-        ready = [name for name in imports if name not in order and imports[name] <= set(order)]
-        if not ready:
-            raise ValueError(f"modules import one another in a circle: {', '.join(sorted(set(imports) - set(order)))}")
-        order += ready
-    return order
-
-
-def _imports(path: Path) -> Iterator[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {
-        inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node not in for_types and (node.level == 1 or (node.module or "").startswith("reshard")):
-            module = (node.module or "").removeprefix("reshard").lstrip(".")
-            for name in [module] if module else [alias.name for alias in node.names]:
-                if name != path.stem and (ROOT / "reshard" / f"{name}.py").is_file():
-                    yield name
 
 
 # --- the demo --------------------------------------------------------------------------------------------------------------------
@@ -239,7 +207,9 @@ def reader() -> str:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"session": session, "families": families, "tree": tree},
+    "docs/start/tutorial.md": {"session": session},
+    "docs/families.md": {"families": families},
+    "docs/architecture.md": {"tree": tree},
     "docs/format.md": {"reader": reader},
 }
 
@@ -268,6 +238,8 @@ def outdated() -> dict[str, str]:
 
 def main() -> None:
     found = outdated()
+    if rooms.PICTURE.read_text(encoding="utf-8") != (picture := rooms.picture()):
+        found[str(rooms.PICTURE.relative_to(ROOT))] = picture
     for document, text in found.items():
         print(document)
         if "--check" not in sys.argv[1:]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .api import convert as convert
     from .api import plan as plan
     from .api import verify as verify
-    from .describe import describe as inspect
+    from .jobs.inspect import describe as inspect
 
 __all__ = ["MismatchError", "PlaceError", "ReshardError", "convert", "inspect", "plan", "verify"]
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "inspect":
-        from .describe import describe
+        from .jobs.inspect import describe
 
         return describe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,68 +4,33 @@ Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises R
 there: starting up is a quarter of converting a small checkpoint.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import location, tables, threads
-from .directory import unchanged
+from . import threads
+from .checkpoints.opening import open_any, table_of
+from .checkpoints.source import Source
 from .errors import ReshardError
-from .mesh import Mesh
-from .progress import Progress
-from .source import Source, open_source
-from .tables import Table
-from .workfolder import check_whole
+from .layout.mesh import Mesh
+from .store import location
+from .store.directory import unchanged
+from .store.workfolder import check_whole
+from .tables import parse
+from .text.progress import Progress
 
 if TYPE_CHECKING:
-    from .conversion import Job, Options, Result
-    from .difference import Difference
-    from .digest import FileDigest
-    from .explain import Explanation
-    from .fingerprint import Fingerprint, Share
-    from .report import Report, SourceFacts
-    from .table_check import TableCheck
-    from .verdict import Report as Verdict
-    from .verdict import Rung
+    from .authoring.check_table import TableCheck
+    from .jobs.convert import Job, Options, Result
+    from .jobs.diff import Difference
+    from .jobs.explain import Explanation
+    from .jobs.fingerprint import Fingerprint, Share
+    from .jobs.plan import Report
+    from .jobs.verdict import Report as Verdict
+    from .jobs.verdict import Rung
+    from .store.digest import FileDigest
 
 __all__ = ["convert", "open_any", "plan", "verify"]
-
-
-def open_any(
-    src: str | Path, revision: str | None = None, family: str | None = None, *, headers_only: bool = True, progress: Progress | None = None
-) -> Source:
-    """Open a path or a Hub id (org/name, hf://org/name). An existing path wins.
-
-    `family` names a shipped table, or is the path of one's own. With `headers_only` nothing but headers is fetched from the Hub.
-    """
-    table = family_table(family)
-    if not str(src):
-        raise ReshardError("the source is an empty name", "give a directory, or a Hub id such as org/name")
-    path = Path(location.source(src))
-    if not str(src).startswith("hf://"):
-        check_whole(path)
-    if not str(src).startswith("hf://") and path.exists():
-        if revision is not None:
-            raise ReshardError(f"--revision {revision}: {src} is a local path", "revisions belong to Hub ids")
-        return open_source(path, table)
-    from . import hub
-
-    return hub.resolve(str(src), revision, headers_only=headers_only, family=table, progress=progress)
-
-
-def family_table(family: str | None) -> Table | None:
-    """The table that `--family` means: a path to TOML, or the name of a shipped one."""
-    if family is None:
-        return None
-    if family in tables.shipped("families"):
-        return tables.load("families", family)
-    path = location.local(family, "a family table")
-    if path.is_file():
-        return tables.load_file(path)
-    if path.suffix == ".toml" or "/" in family or path.exists():
-        raise ReshardError(f"--family {family}: there is no such file", "give the TOML file of a table, or the name of a shipped one")
-    raise ReshardError(f'no family table "{family}"', f"{tables.nearest('families', family)}; or give a TOML file of your own")
 
 
 def plan(
@@ -89,8 +54,8 @@ def plan(
     batch: int = 1,
 ) -> "Report":
     """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
-    from .conversion import Options
-    from .report import build
+    from .jobs.convert import Options
+    from .jobs.plan import build, facts, said
 
     source = open_any(src, revision, family)
     options = Options(workers=workers, pad=pad, repeat=repeat, engine_version=engine_version)
@@ -141,8 +106,8 @@ def convert(
     A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and the source the
     same. Raises ReshardError before anything is written for whatever can be told before.
     """
-    from .conversion import Options
-    from .conversion import convert as convert_job
+    from .jobs.convert import Options
+    from .jobs.convert import convert as convert_job
 
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
@@ -186,9 +151,9 @@ def verify(
     `only` names one rung. `strict`: files that the manifest does not list are a mismatch, and not just unproven. `require`: rungs that have
     to pass, or "proven"; what was skipped, or compared with this runtime alone, has not.
     """
-    from .verdict import PROVEN, RUNGS, required
-    from .verification import Wish
-    from .verification import verify as verify_directory
+    from .jobs.verdict import PROVEN, RUNGS, required
+    from .jobs.verify import Wish
+    from .jobs.verify import verify as verify_directory
 
     path = location.local(out, "a shard directory")
     if str(out):
@@ -217,16 +182,16 @@ def check_table(
     family: str, *, given: str | Path | None = None, sample: int | None = None, progress: Progress | None = None
 ) -> "TableCheck":
     """Damage a family table in every way and say what notices each damage; see `reshard.table_check`."""
-    from .table_check import check_table as check
+    from .authoring.check_table import check_table as check
 
-    table = family_table(family)
+    table = table_of(family)
     assert table is not None
     return check(table, location.local(given, "a checkpoint to try a table on") if given is not None else None, sample, progress)
 
 
 def explain(out: str | Path, element: str, *, revision: str | None = None, family: str | None = None) -> "Explanation":
     """What an element is, where it came from, and everything that holds it; see `reshard.explain` for how it is named."""
-    from .explain import explain as explain_element
+    from .jobs.explain import explain as explain_element
 
     source = open_any(out, revision, family)
     with unchanged(source.directory):
@@ -235,7 +200,7 @@ def explain(out: str | Path, element: str, *, revision: str | None = None, famil
 
 def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: int = 0, progress: Progress | None = None) -> "Difference":
     """Two checkpoints of any layouts, tensor by tensor. `Difference.equal`: every bit is."""
-    from .difference import difference
+    from .jobs.diff import difference
 
     one, other = (open_any(path, None, family, headers_only=False, progress=progress) for path in (a, b))
     with unchanged(one.directory, other.directory):
@@ -253,7 +218,7 @@ def fingerprint(
     progress: Progress | None = None,
 ) -> "Fingerprint | Share":
     """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.fingerprint.combine`."""
-    from . import fingerprint as prints
+    from .jobs import fingerprint as prints
 
     count = threads.count(workers)
     if rank is not None and Path(src).is_dir() and family is None and revision is None:
@@ -276,7 +241,7 @@ def _numerics(
         from importlib import import_module
 
         must = bool(wanted) or only == "numerics" or exhaustive or layers or processes
-        rung: Rung = import_module("reshard.runtime.check").numerics(
+        rung: Rung = import_module("reshard.runtime.proof.numerics").numerics(
             out, source, progress, must=must, asked=must or required, exhaustive=exhaustive, layers=layers, processes=processes
         )
         return rung
@@ -286,7 +251,7 @@ def _numerics(
 
 def _published(out: Path, text: str) -> "dict[str, FileDigest]":
     """The digests that the Hub publishes of a model, at the commit that a directory remembers, or that the text names."""
-    from . import hub, manifest
+    from .checkpoints import hub, manifest
 
     origin = manifest.load(out).origin if manifest.present(out) else None
     ref = hub.ref(text, None)
@@ -296,16 +261,16 @@ def _published(out: Path, text: str) -> "dict[str, FileDigest]":
 
 def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_size: int | None) -> "Job":
     """A planned job; a mesh that does not fit is refused with the sizes that would."""
-    from .conversion import prepare as prepare_job
+    from .jobs.convert import prepare as prepare_job
 
     try:
         return prepare_job(source, to, mesh, options, max_file_size)
     except ReshardError as error:
         if to == "hf":
             raise
-        from .capacity import explain_refusal
+        from .layout.capacity import explain_refusal
 
-        table = tables.load("formats", to).for_family(source.layout.model.family.name)
+        table = parse.load("formats", to).for_family(source.layout.model.family.name)
         raise explain_refusal(error, table, source.layout.model, mesh) from None
 
 
@@ -333,11 +298,11 @@ def choose_mesh(
         raise ReshardError("--to hf writes one checkpoint for all ranks, --tp auto was asked for", "leave out --tp")
     if device_memory is None:
         raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
-    from .capacity import smallest
-    from .units import binary
+    from .layout.capacity import smallest
+    from .text.units import binary
 
     model = source.layout.model
-    table = tables.load("formats", to).for_family(model.family.name)
+    table = parse.load("formats", to).for_family(model.family.name)
     mesh = smallest(model, source.config, table, device_memory, context, batch, ep=ep, pp=pp if pp > 1 else None)
     if mesh is None:
         raise ReshardError(f"no mesh of this model fits {binary(device_memory)} per device", "use devices with more memory")
@@ -352,37 +317,8 @@ def _numbers(option: str, given: Sequence[int] | None) -> tuple[int, ...] | None
     return tuple(given)
 
 
-def facts(source: Source, name: str, *options: str) -> "SourceFacts":
-    """What a report says of a source; `options` are what the next command must repeat."""
-    from .report import SourceFacts
-
-    files = {path: None for path, _ in source.places.values()}
-    known = source.manifest
-    if known is not None:
-        sizes = [weights.size for weights, _ in known.ranks]
-    else:
-        weights = [original.size for original in source.originals if original.container != "plain"]
-        sizes = [source.stamps[path].size for path in files] if source.residues else weights
-    return SourceFacts(
-        name=name,
-        files=len(files),
-        nbytes=sum(sizes),
-        tensors=len(source.places),
-        dtypes=Counter(entry.dtype for _, entry in source.places.values()),
-        commit=source.origin.commit,
-        carried=sum(file.size for file in source.carried),
-        options=options,
-    )
-
-
-def said(revision: str | None, family: str | None) -> list[str]:
-    """The options that the next command must repeat."""
-    given = (("--revision", revision), ("--family", family))
-    return [word for option, value in given if value is not None for word in (option, value)]
-
-
 def _size(option: str, text: str | int | None) -> int | None:
-    from .resplit import parse_size
+    from .checkpoints.hf_split import parse_size
 
     try:
         return text if text is None else parse_size(str(text))

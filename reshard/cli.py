@@ -20,11 +20,11 @@ import click
 
 from . import __version__
 from .errors import ReshardError, told
-from .escapes import in_json, visible
-from .limits import numeral
+from .inputs.limits import numeral
+from .text.escapes import in_json, visible
 
 if TYPE_CHECKING:
-    from .progress import Progress
+    from .text.progress import Progress
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFECT = 70  # exit code, as of sysexits.h: what nobody has foreseen
@@ -125,10 +125,10 @@ def inspect(src: str, draft_table: bool, revision: str | None, family: str | Non
 
     For a family that has no table: --draft-table > my.toml, edit it, and convert with --family my.toml.
     """
-    from . import describe
+    from .jobs import inspect as describe
 
     if draft_table:
-        from . import draft
+        from .authoring import draft
 
         start = draft.draft(describe.published(src, revision))
         _show(start.to_json() if as_json else in_json(start.text.rstrip("\n")))
@@ -180,7 +180,8 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
 
     if given["pp"] == 1 and all(given[option] is None for option in ("tp", "split", "pp_layers", "to")):
         raise ReshardError("how many ranks? neither --tp nor --to was given", "--tp 8 for shards; --to hf for Hugging Face files")
-    from . import publish
+    from .jobs.plan import said
+    from .store import publish
 
     publish.published = None
     try:
@@ -195,7 +196,7 @@ def convert(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
     if as_json:
         _show(result.to_json())
         return
-    _say(quiet, *result.lines(src, *api.said(given["revision"], given["family"])))
+    _say(quiet, *result.lines(src, *said(given["revision"], given["family"])))
 
 
 @cli.command(short_help="Check OUT by its manifest, and against the original.")
@@ -230,7 +231,7 @@ def verify(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: An
     with _Talk(progress_kind, quiet) as progress:
         report = api.verify(out, **_arguments(given), progress=progress)
     if as_json:
-        from .conversion import usage
+        from .jobs.convert import usage
 
         _show(report.to_json() | usage())
     else:
@@ -268,8 +269,8 @@ def fingerprint(
     reshard fingerprint --combine share-*.json
     """
     from . import api
-    from . import fingerprint as prints
-    from .location import local
+    from .jobs import fingerprint as prints
+    from .store.location import local
 
     found: prints.Fingerprint | prints.Share
     if combine:
@@ -392,8 +393,8 @@ def generate(
     from importlib import import_module
 
     began = time.monotonic()
-    from .location import local
-    from .mesh import Mesh
+    from .layout.mesh import Mesh
+    from .store.location import local
 
     prompts: list[str | list[int]] = list(texts)
     for ids in tokens:
@@ -435,7 +436,7 @@ class _Talk:
     """Progress that ends in good order, whatever happens."""
 
     def __init__(self, kind: str, quiet: bool) -> None:
-        from .progress import reporter
+        from .text.progress import reporter
 
         self.progress: Progress = reporter("none" if quiet and kind == "auto" else kind)  # type: ignore[arg-type]
 
@@ -466,7 +467,7 @@ def _print(text: str) -> None:
 
 
 def _hush(stream: TextIO) -> None:
-    from .progress import hush
+    from .text.progress import hush
 
     hush(stream)
 

@@ -1,9 +1,11 @@
 """What goes wrong, in words for the person who can mend it. Knows nothing about checkpoints."""
 
+import errno
 import re
 from collections import defaultdict
+from pathlib import Path
 
-from .escapes import in_line
+from .text.escapes import in_line
 
 
 class ReshardError(Exception):
@@ -71,3 +73,19 @@ class Problems:
         if len(self._found) > most:
             lines.append(f"  … and {len(self._found) - most} more kinds of problem")
         raise ReshardError("\n".join([what, *lines]), hint)
+
+
+def failed(doing: str, path: Path | str, error: OSError) -> PlaceError:
+    """An OSError in words, with what can be done about it."""
+    hints = {
+        errno.ENOSPC: "free some space, or choose another destination; what was written has been removed",
+        errno.EDQUOT: "the quota is used up: free some space, or choose another destination",
+        errno.EACCES: "check the permissions of the path",
+        errno.EPERM: "check the permissions of the path",
+        errno.EROFS: "the file system is mounted read-only",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.EIO: "the storage reports a failure: check it, then try again",
+        errno.ENOENT: "the file disappeared: was it moved or deleted meanwhile?",
+    }
+    where = error.filename if isinstance(error.filename, str) else path  # what was being read of a directory
+    return PlaceError(f"{doing} {where} failed: {error.strerror or error}", hints.get(error.errno or 0))

@@ -10,23 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reshard import header, tables
-from reshard.checkpoint import read_json
-from reshard.config import Config
-from reshard.dialect import tower_rows
+from reshard.checkpoints.manifest import NAME, Manifest
+from reshard.checkpoints.published import read_json
+from reshard.checkpoints.shards import Shards
+from reshard.containers import safetensors
 from reshard.errors import MismatchError
-from reshard.layout import Layout, lay_out
-from reshard.manifest import NAME, Manifest
-from reshard.model import Model, Tensor
-from reshard.notation import evaluate, fold, parse_template
-from reshard.shards import Shards
+from reshard.layout.cut import Layout, lay_out
+from reshard.model.naming import tower_rows
+from reshard.model.understand import Model, Tensor
+from reshard.tables import parse
+from reshard.tables.config import Config
+from reshard.tables.notation import evaluate, fold, parse_template
 
 
 def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     """The config, and a layout that has this rank's tensors. Raises MismatchError where the rank's file holds others."""
     about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
     config = Config(read_json(root / "config.json"))
-    family = tables.named(known.family, config)
+    family = parse.named(known.family, config)
     config = config.with_defaults(family.defaults)
     try:
         tensors = _tensors(said, about["sizes"])
@@ -41,13 +42,13 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
         model = Model(family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise MismatchError(f"{root}: rank {rank} is described in a way that cannot be read: {error!r}", "fetch it again") from None
-    table, mesh = tables.load("formats", known.format).for_family(family.name), known.mesh
+    table, mesh = parse.load("formats", known.format).for_family(family.name), known.mesh
     if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
         mesh = replace(mesh, ep=1)  # a stage without experts: there is nothing that EP would cut
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)
     path = root / known.ranks[rank][0].name
     with path.open("rb") as file:
-        found, _ = header.read(file.fileno(), known.ranks[rank][0].size, str(path))
+        found, _ = safetensors.read(file.fileno(), known.ranks[rank][0].size, str(path))
     wanted = Shards(layout).shard(rank).header
     if found.entries != wanted.entries:
         odd = min(name for name in found.entries.keys() | wanted.entries if found.entries.get(name) != wanted.entries.get(name))
@@ -87,5 +88,5 @@ def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:
     return found
 
 
-def _shown(entry: header.Entry | None) -> str:
+def _shown(entry: safetensors.Entry | None) -> str:
     return "not there" if entry is None else json.dumps([entry.dtype, list(entry.shape), entry.offset])

@@ -15,12 +15,12 @@ import torch
 
 from reshard.errors import ReshardError
 
-from .finite import not_finite
+from .model.finite import not_finite
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .cache import Cache
-    from .model import Decoder
+    from .model.cache import Cache
+    from .model.decoder import Decoder
 
 _LOGITS = 1 << 26  # elements: longer prompts go through in parts, so that their logits do not take more
 

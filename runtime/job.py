@@ -15,19 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reshard.directory import Directory
 from reshard.errors import ReshardError
-from reshard.escapes import in_json, visible
-from reshard.mesh import Mesh
-from reshard.units import binary, decimal
+from reshard.layout.mesh import Mesh
+from reshard.store.directory import Directory
+from reshard.text.escapes import in_json, visible
+from reshard.text.units import binary, decimal
 
-from .launch import Tell
+from .comm.launch import Tell
 from .text import Stream, Tokenizer, generation_config, stop_tokens
 
 if TYPE_CHECKING:
+    from .comm.collectives import World
     from .generate import Generated
-    from .model import Decoder
-    from .parallel import World
+    from .model.decoder import Decoder
 
 _READ = 256 << 20  # bytes that each rank reads at most, to learn how fast the machine is
 _PIECE = 4 << 10  # bytes of a tensor that are worth reading for that
@@ -114,7 +114,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
 
 def ranks_wanted(job: Job) -> int:
     """How many ranks a job on this machine has: as the mesh says, or the directory. Raises ReshardError where there is none."""
-    from reshard import hub, manifest
+    from reshard.checkpoints import hub, manifest
 
     if not job.out.is_dir():
         text = str(job.out)
@@ -137,7 +137,7 @@ def start(job: Job) -> None:
         _torch()
         one_rank(job, None, lambda _: None)
         return
-    from .launch import launch
+    from .comm.launch import launch
 
     job = job.ready()
     size = ranks_wanted(job)
@@ -157,7 +157,7 @@ def _torch() -> None:
 
 def one_rank(job: Job, forked: int | None, tell: Tell) -> None:
     """Everything that one rank does. `forked`: how many ranks there are, where they are forks of one process."""
-    from .parallel import joined
+    from .comm.collectives import joined
 
     tell("start")
     device = _device(job.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -182,11 +182,11 @@ def _device(name: str, ranks: int) -> Any:
 def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     import torch
 
+    from .comm.collectives import gathered
     from .generate import Options, check, generate
     from .load import load_model
-    from .parallel import gathered
+    from .model.spec import POSITIONS
     from .sampling import Sampling
-    from .spec import POSITIONS
 
     directory = Directory(job.out)
     said = generation_config(job.out)
@@ -232,7 +232,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
 
 def _config(root: Path) -> dict[str, Any]:
     """config.json with what `text_config` has laid over it."""
-    from reshard.checkpoint import read_json
+    from reshard.checkpoints.published import read_json
 
     found = read_json(root / "config.json")
     return found | (found.get("text_config") or {})

@@ -24,28 +24,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reshard import header, manifest
-from reshard.directory import Directory, reading, unchanged
-from reshard.errors import MismatchError, PlaceError, ReshardError
-from reshard.files import failed
-from reshard.header import BITS, Entry
-from reshard.location import local
-from reshard.manifest import Manifest
-from reshard.shards import FORMAT_VERSION
-from reshard.workfolder import check_whole
+from reshard.checkpoints import manifest
+from reshard.checkpoints.manifest import Manifest
+from reshard.checkpoints.shards import FORMAT_VERSION
+from reshard.containers import safetensors
+from reshard.containers.safetensors import BITS, Entry
+from reshard.errors import MismatchError, PlaceError, ReshardError, failed
+from reshard.store.directory import Directory, reading, unchanged
+from reshard.store.location import local
+from reshard.store.workfolder import check_whole
 
 if TYPE_CHECKING:
-    from reshard.config import Config
-    from reshard.engine import Key
-    from reshard.join import Component, Copy, Plan
-    from reshard.layout import Layout, Point
-    from reshard.mesh import Mesh
-    from reshard.model import Model
-    from reshard.source import Source
-    from reshard.tables import Row, Table
+    from reshard.checkpoints.source import Source
+    from reshard.engine.worker import Key
+    from reshard.layout.cut import Layout, Point
+    from reshard.layout.join import Component, Copy, Plan
+    from reshard.layout.mesh import Mesh
+    from reshard.model.understand import Model
+    from reshard.tables.config import Config
+    from reshard.tables.parse import Row, Table
 
-    from .model import Decoder
-    from .parallel import World
+    from .comm.collectives import World
+    from .model.decoder import Decoder
 
 State = dict[str, Tensor]
 
@@ -149,7 +149,7 @@ def _mapped(root: Path, known: Manifest, rank: int) -> tuple[mmap.mmap, dict[str
             raise MismatchError(
                 f"{path}: has {found} bytes, the manifest says {size}", "it is truncated or of another conversion: fetch it again"
             )
-        head, _ = header.read(descriptor, size, str(path))
+        head, _ = safetensors.read(descriptor, size, str(path))
         _check_metadata(path, head.metadata, known, rank)
         flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE  # torch wants to be able to write
         return mmap.mmap(descriptor, size, flags, access), head.entries
@@ -166,7 +166,7 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], known: Manifest, ra
         "reshard.plan": known.plan,
         "reshard.rank": str(rank),
         "reshard.world": str(mesh.world),
-        "reshard.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
+        "reshard.layout.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
     }
     version = metadata.get("reshard.version", "none")
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
@@ -183,8 +183,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], known: Manifest, ra
 
 def _check_digests(root: Path, known: Manifest, rank: int, memory: mmap.mmap) -> None:
     """Every block of a mapped file has the digest that tensors.json gives it, and that has the manifest's."""
-    from reshard.blocks import Blocks
-    from reshard.digest import of
+    from reshard.checkpoints.blocks import Blocks
+    from reshard.store.digest import of
 
     weights, tensors = known.ranks[rank]
     try:
@@ -258,16 +258,16 @@ def load_model(
 
 def with_facts(family: "Table") -> "Table":
     """A family table that says how to run the model: the shipped one where a directory was converted by one that did not say."""
-    from reshard import tables
+    from reshard.tables import parse
 
-    return family if family.model or family.name not in tables.shipped("families") else tables.load("families", family.name)
+    return family if family.model or family.name not in parse.shipped("families") else parse.load("families", family.name)
 
 
 def _world(timeout: float) -> "World":
     """The process group that there is, or a job of one."""
     from torch import distributed
 
-    from .parallel import Processes, alone
+    from .comm.collectives import Processes, alone
 
     if distributed.is_available() and distributed.is_initialized():
         return Processes(timeout=timeout)
@@ -281,7 +281,7 @@ def _world(timeout: float) -> "World":
 
 def open_out(path: str | os.PathLike[str]) -> "Source":
     """Any directory that reshard reads, all of it."""
-    from reshard.source import open_source
+    from reshard.checkpoints.source import open_source
 
     return open_source(local(path, "a model to load"))
 
@@ -295,8 +295,8 @@ class Opened:
     def __init__(
         self, directory: Directory | None, root: Path, config: "Config", layout: "Layout", known: Manifest | None, source: "Source | None"
     ) -> None:
-        from reshard.digest import of
-        from reshard.shards import Shards
+        from reshard.checkpoints.shards import Shards
+        from reshard.store.digest import of
 
         self.directory = directory
         self.root, self.config, self.layout, self.known, self.source = root, config, layout, known, source
@@ -310,8 +310,8 @@ class Opened:
 
     def decoder(self, world: "World") -> "Decoder":
         """This rank's part of the model, without its weights."""
-        from .model import Decoder
-        from .spec import Spec
+        from .model.decoder import Decoder
+        from .model.spec import Spec
 
         model = self.layout.model
         return Decoder(Spec.of(with_facts(model.family), self.config, model), model, self.layout, world.rank, world)
@@ -327,7 +327,7 @@ class Opened:
     ) -> State:
         """The rank's tensors of the language model, or some `only`: mapped, or read. `check` is called now and then, from any thread, and
         may raise."""
-        from .holdings import language
+        from .model.local_shapes import language
 
         cast, own = Cast(self.layout, rank, dtype, device), {slot.name(at) for slot in language(self.layout, rank) for at in slot.points()}
         wanted = own.__contains__ if only is None else lambda name: name in own and only(name)
@@ -353,7 +353,7 @@ def open_for(out: "str | os.PathLike[str] | Source", mesh: "Mesh | None", world:
 
     A source that was opened before is always read.
     """
-    from reshard.source import Source
+    from reshard.checkpoints.source import Source
 
     root = (out.root or Path()) if isinstance(out, Source) else local(out, "a model to load")
     if isinstance(out, Source):
@@ -375,11 +375,11 @@ def _open_for(
     world: "World",
     reshard_on_load: bool,
 ) -> Opened:
-    from reshard import tables
-    from reshard.capacity import explain_refusal
-    from reshard.layout import lay_out
-    from reshard.mesh import Mesh
-    from reshard.source import Source
+    from reshard.checkpoints.source import Source
+    from reshard.layout.capacity import explain_refusal
+    from reshard.layout.cut import lay_out
+    from reshard.layout.mesh import Mesh
+    from reshard.tables import parse
 
     known = manifest.load(root) if manifest.present(root) else None
     if known is not None:
@@ -401,7 +401,7 @@ def _open_for(
         return Opened(directory, root, config, layout, known, None)
     source = out if isinstance(out, Source) else open_out(root)
     model = source.layout.model
-    table = tables.load("formats", NATIVE).for_family(model.family.name)
+    table = parse.load("formats", NATIVE).for_family(model.family.name)
     try:
         layout = lay_out(table, model, wanted)
     except ReshardError as error:
@@ -411,7 +411,7 @@ def _open_for(
 
 def _open_rank(root: Path, known: Manifest, rank: int) -> "tuple[Config, Layout]":
     """The layout of a native directory, checked against what one rank needs of it: other ranks' files may be elsewhere."""
-    from reshard.source import check_small_files, open_rank
+    from reshard.checkpoints.source import check_small_files, open_rank
 
     if not (root / "source").exists():
         from .described import described
@@ -474,7 +474,7 @@ def main_dtype(model: "Model") -> torch.dtype | None:
 
 def _named(layout: "Layout", rank: int, chosen: "Callable[[Row], bool]") -> set[str]:
     """The stored names on a rank that some rows have."""
-    from reshard.tables import Row
+    from reshard.tables.parse import Row
 
     slots = [slot for slot in layout.by_rank[rank] if isinstance(slot.template, Row) and chosen(slot.template)]
     return {slot.name(point) for slot in slots for point in slot.points()}
@@ -489,7 +489,7 @@ class Reader:
     def __init__(
         self, source: "Source", layout: "Layout", rank: int, cast: Cast, check: Callable[[], None], only: Callable[[str], bool]
     ) -> None:
-        from reshard.shards import Shards
+        from reshard.checkpoints.shards import Shards
 
         self.source, self.layout, self.rank, self.cast, self.check, self.only = source, layout, rank, cast, check, only
         self.shard = Shards(layout).shard(rank)
@@ -502,8 +502,8 @@ class Reader:
 
     def run(self, threads: int) -> State:
         """Everything, by so many threads."""
-        from reshard.files import Pool
-        from reshard.join import plan
+        from reshard.layout.join import plan
+        from reshard.store.local import Pool
 
         joined: Plan = plan(self.source.layout, self.layout, ranks=[self.rank])
         self._pool: Pool = Pool()
@@ -535,7 +535,7 @@ class Reader:
 
     def _job(self, copies: "list[Copy]") -> None:
         """All copies into some tensors: long runs directly, the rest through the engine's buffers."""
-        from reshard.engine import Worker
+        from reshard.engine.worker import Worker
 
         rest = [copy for copy in copies if not self._direct(copy)]
         if rest:
@@ -546,7 +546,7 @@ class Reader:
         self._finish(dict.fromkeys(copy.dst_name for copy in copies))
 
     def _direct(self, copy: "Copy") -> bool:
-        from reshard.engine import in_items
+        from reshard.engine.worker import in_items
 
         path, entry = self.source.locate((copy.src.rank, copy.src_name))
         start, to, dims, item = in_items(copy, entry, self.entries[copy.dst_name])

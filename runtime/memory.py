@@ -7,7 +7,7 @@ from os import sysconf
 from pathlib import Path
 
 from reshard.errors import PlaceError
-from reshard.units import binary
+from reshard.text.units import binary
 
 _CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # of the second version, of the first
 _WORDS = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory")

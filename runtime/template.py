@@ -13,9 +13,9 @@ from datetime import datetime
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from reshard import limits
 from reshard.errors import ReshardError
-from reshard.units import binary
+from reshard.inputs import limits
+from reshard.text.units import binary
 
 Message = dict[str, Any]
 

@@ -4,8 +4,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reshard import decode, limits
 from reshard.errors import ReshardError
+from reshard.inputs import decode, limits
 
 from .template import PLAIN, Message, render
 

@@ -20,8 +20,8 @@ import torch
 from fixtures import State
 from running import ROOT
 
-from reshard.layout import Piece
-from reshard.source import Source, open_source
+from reshard.checkpoints.source import Source, open_source
+from reshard.layout.cut import Piece
 
 Array = np.ndarray[Any, Any]
 FAULTS: dict[str, Callable[[Path], bool]] = {}

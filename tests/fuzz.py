@@ -27,11 +27,15 @@ from typing import Any
 
 from running import llama, llama_tensors, save
 
-from reshard import api, checkpoint, fingerprint, header, manifest, pickled, tables
-from reshard.blocks import Blocks
-from reshard.config import Config
+from reshard import api
+from reshard.checkpoints import manifest, published
+from reshard.checkpoints.blocks import Blocks
+from reshard.checkpoints.source import check_small_files, open_source
+from reshard.containers import safetensors, torch_zip
 from reshard.errors import ReshardError
-from reshard.source import check_small_files, open_source
+from reshard.jobs import fingerprint
+from reshard.tables import parse
+from reshard.tables.config import Config
 
 SECONDS, MEMORY = 10.0, 512 << 20  # of CPU time for one file; of memory for all of a target's
 Target = Callable[[int, int], int]
@@ -242,13 +246,13 @@ def headers(dice: random.Random) -> Callable[[], object]:
     file = _file()
     size = struct.unpack("<Q", file[:8])[0]
     text = spoiled(file[8 : 8 + size], dice)
-    return lambda: header.parse(text, 8 + len(text) + len(file) - 8 - size, "f")
+    return lambda: safetensors.parse(text, 8 + len(text) + len(file) - 8 - size, "f")
 
 
 @target
 def lengths(dice: random.Random) -> Callable[[], object]:
     file = mutated(_file()[:9], dice) + _file()[9:]
-    return lambda: header.parse(file[8 : 8 + header.length(file[:8], len(file), "f")], len(file), "f")
+    return lambda: safetensors.parse(file[8 : 8 + safetensors.length(file[:8], len(file), "f")], len(file), "f")
 
 
 @target
@@ -256,7 +260,7 @@ def indexes(dice: random.Random) -> Callable[[], object]:
     names = list(llama_tensors())
     text = json.dumps({"metadata": {"total_size": 5}, "weight_map": {name: f"model-{at % 2}.safetensors" for at, name in enumerate(names)}})
     data = spoiled(text.encode(), dice)
-    return lambda: [checkpoint.natural(file) for file in checkpoint.index_map(data, "f").values()]
+    return lambda: [published.natural(file) for file in published.index_map(data, "f").values()]
 
 
 @target
@@ -316,9 +320,9 @@ def family_tables(dice: random.Random) -> Callable[[], object]:
 @target
 def shipped_tables(dice: random.Random) -> Callable[[], object]:
     kind = dice.choice(("families", "formats"))
-    name = dice.choice(tables.shipped(kind))
-    text = mutated((tables.HOME / kind / f"{name}.toml").read_bytes(), dice).decode(errors="replace")
-    return lambda: tables.parse(text, "f", tables._shipped(kind))
+    name = dice.choice(parse.shipped(kind))
+    text = mutated((parse.HOME / kind / f"{name}.toml").read_bytes(), dice).decode(errors="replace")
+    return lambda: parse.parse(text, "f", parse._shipped(kind))
 
 
 @target
@@ -337,7 +341,7 @@ def _share() -> Any:
 @target
 def pickles(dice: random.Random) -> Callable[[], object]:
     data = mutated(dice.choice(_pickles()), dice)
-    return lambda: pickled.read(lambda length, offset: data[offset : offset + length], len(data), "f")
+    return lambda: torch_zip.read(lambda length, offset: data[offset : offset + length], len(data), "f")
 
 
 @cache

@@ -11,13 +11,13 @@ from fixtures import Fixture, checkpoint
 from strategies import differing
 from torch import Tensor
 
-from reshard import verification
-from reshard.conversion import Options, convert, prepare
-from reshard.mesh import Mesh
-from reshard.runtime.check import TIMES
+from reshard.checkpoints.source import open_source
+from reshard.jobs import verify
+from reshard.jobs.convert import Options, convert, prepare
+from reshard.layout.mesh import Mesh
+from reshard.runtime.comm.collectives import World, run_threads
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, run_threads
-from reshard.source import open_source
+from reshard.runtime.proof.bounds import TIMES
 
 OPTIONS = Options(workers=2)
 SEQ, SPLIT, MORE = 23, 9, 8  # tokens; those of them that go through at once before the rest follow one by one; tokens generated
@@ -29,7 +29,7 @@ def convert_and_back(original: Path, meshes: Iterable[Mapping[str, Any]], scratc
     for number, arguments in enumerate(meshes):
         mesh, out = Mesh(**arguments), scratch / str(number)
         convert(prepare(open_source(original), "native", mesh, OPTIONS), out, OPTIONS)
-        report = verification.verify(out, open_source(original))
+        report = verify.verify(out, open_source(original))
         assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (arguments, report)
         merged = scratch / f"{number}-merged"
         convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)

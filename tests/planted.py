@@ -15,10 +15,10 @@ from fixtures import FIXTURES, checkpoint, copy, rewrite
 from running import environment, process, sign
 
 import reshard
+from reshard.checkpoints.source import Source
 from reshard.errors import ReshardError
-from reshard.runtime import reference
-from reshard.source import Source
-from reshard.verdict import RUNGS
+from reshard.jobs.verdict import RUNGS
+from reshard.runtime.proof import reference
 
 FAMILIES = {  # fixture → mesh: with repeated KV heads where there are some
     name: {"tp": max((tp for tp in about.tp if tp % max(about.kv, 1) == 0), default=2)} | ({"ep": 2} if 2 in about.ep else {})

@@ -114,7 +114,7 @@ def start(*words: str | os.PathLike[str], code: str | None = None, **options: An
 
 STEPPED = """
 import itertools, os, pathlib, signal, sys, threading, time
-from reshard import files
+from reshard.store import local as files
 from reshard.cli import main
 
 folder, numbers, lock = pathlib.Path(os.environ["STEPS"]), itertools.count(1), threading.Lock()

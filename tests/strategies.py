@@ -27,17 +27,17 @@ from fixtures import FIXTURES, checkpoint, read
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from reshard import tables
-from reshard.dialect import settle
-from reshard.engine import Key
+from reshard.engine.worker import Key
 from reshard.errors import ReshardError
-from reshard.join import Plan
-from reshard.layout import Layout, Piece, lay_out
-from reshard.mesh import Mesh
-from reshard.model import Config, Model, Tensor, understand
-from reshard.notation import Product, Sum, block_of, evaluate
-from reshard.rules import layers_named
-from reshard.tables import Row, Table
+from reshard.layout.cut import Layout, Piece, lay_out
+from reshard.layout.join import Plan
+from reshard.layout.mesh import Mesh
+from reshard.model.naming import settle
+from reshard.model.understand import Config, Model, Tensor, understand
+from reshard.tables import parse
+from reshard.tables.layer_rules import layers_named
+from reshard.tables.notation import Product, Sum, block_of, evaluate
+from reshard.tables.parse import Row, Table
 
 Array = np.ndarray[Any, Any]
 
@@ -86,7 +86,7 @@ def headers(name: str) -> tuple[dict[str, Any], Headers]:
 
 def table_of(name: str) -> Table:
     """The family table of a fixture."""
-    return tables.load("families", FIXTURES[name].family)
+    return parse.load("families", FIXTURES[name].family)
 
 
 @cache
@@ -104,7 +104,7 @@ def invented(
     `kinds`: those of each layer, extra layers included (none needed where the table has no `one_of`). `tags`: which are there.
     Weights are BF16, scales F32; a tied head is left out where config says so.
     """
-    table = tables.load("families", family)
+    table = parse.load("families", family)
     config = {"model_type": family} | config
     for axis, expression in table.sizes.items():
         atoms = table.axes.get(axis, (axis,))
@@ -273,7 +273,7 @@ class Joint:
     formats: tuple[str, str]
 
     def model(self) -> Model:
-        table = tables.parse(self.family, "family")
+        table = parse.parse(self.family, "family")
         layers = tuple(range(self.sizes["layer"]))
         found = {
             name: Tensor(name, axes, tuple(size_of(axis, self.sizes) for axis in axes), ("BF16",), layers if "layer" in axes else None)
@@ -369,7 +369,7 @@ class Invention:
     stored: Headers
 
     def model(self) -> Model:
-        return understand(tables.load("families", self.family), Config(self.config), self.stored, self.family)
+        return understand(parse.load("families", self.family), Config(self.config), self.stored, self.family)
 
 
 SMALL: Mapping[str, Sequence[int]] = {
@@ -387,8 +387,8 @@ SMALL: Mapping[str, Sequence[int]] = {
 @st.composite
 def inventions(draw: st.DrawFn) -> Invention:
     """Any family, with any of its options and kinds of layers, at random sizes; weights in 8 bits with scales are left to fixtures."""
-    family = draw(st.sampled_from(tables.shipped("families")))
-    table = tables.load("families", family)
+    family = draw(st.sampled_from(parse.shipped("families")))
+    table = parse.load("families", family)
     axes = {axis for row in table.rows for axis in (*row.name.axes, *(a for path in row.pattern.axes for a in path)) if "/" not in axis}
     axes |= {"layer"}
     solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression) and not said(expression)}

@@ -20,7 +20,8 @@ import shapes
 from running import WATCHDOG
 from safetensors import safe_open
 
-from reshard import api, report
+from reshard import api
+from reshard.jobs import plan
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench"
 SIZE = 4_000_000
@@ -283,7 +284,7 @@ def test_a_mapped_source_file_is_noticed_and_one_that_is_only_open_is_not(tmp_pa
 
 
 def test_the_formula_is_the_one_that_plan_prints() -> None:
-    assert bench.formula(2, 700) == report.memory(2, 700)
+    assert bench.formula(2, 700) == plan.memory(2, 700)
 
 
 def test_one_convert_is_watched_and_stays_within_the_formula(tmp_path: Path) -> None:

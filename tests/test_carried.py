@@ -10,12 +10,12 @@ from fixtures import checkpoint
 from gauntlet import OPTIONS
 from torch import Tensor
 
-from reshard import capacity
-from reshard.conversion import convert, prepare
-from reshard.mesh import Mesh
+from reshard.checkpoints.source import open_source
+from reshard.jobs.convert import convert, prepare
+from reshard.layout import capacity
+from reshard.layout.mesh import Mesh
+from reshard.runtime.comm.collectives import World, alone, run_threads
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, alone, run_threads
-from reshard.source import open_source
 
 IDS = torch.randint(3, 331, (2, 5), generator=torch.Generator().manual_seed(1))
 MESHES = [Mesh(pp=6), Mesh(tp=2, pp=3), Mesh(tp=4, pp=2), Mesh(tp=8, pp=3)]

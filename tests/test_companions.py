@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from running import llama, llama_tensors, mounted, names, noise, process, refused, reshard, save, sign, tree
 
-from reshard import manifest
-from reshard.companions import FOLDER_MAX, in_line, objection, sort_out
+from reshard.checkpoints import manifest
+from reshard.checkpoints.companions import FOLDER_MAX, in_line, objection, sort_out
 from reshard.errors import ReshardError
 
 DENSE = {"linear.weight": noise("F32", 4, 4)}

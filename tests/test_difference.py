@@ -20,11 +20,11 @@ from fixtures import FIXTURES
 from test_foreign import saved
 
 from reshard import api
-from reshard.difference import Difference, Row, difference
+from reshard.checkpoints.source import Source, open_source
 from reshard.errors import ReshardError
-from reshard.explain import explain
-from reshard.model import Tensor
-from reshard.source import Source, open_source
+from reshard.jobs.diff import Difference, Row, difference
+from reshard.jobs.explain import explain
+from reshard.model.understand import Tensor
 
 State = dict[str, torch.Tensor]
 

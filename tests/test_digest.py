@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import law
 
-from reshard import digest
-from reshard.digest import BlockHasher, of, of_blocks, root
+from reshard.store import digest
+from reshard.store.digest import BlockHasher, of, of_blocks, root
 
 
 def blocks(data: bytes, block: int) -> list[bytes]:

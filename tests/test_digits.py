@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from running import LLAMA, ROOT, llama, llama_tensors, noise, refused, reshard
 
-from reshard.checkpoint import natural
+from reshard.checkpoints.hf_split import loaded_order
+from reshard.checkpoints.published import natural
 from reshard.errors import ReshardError
-from reshard.limits import numeral
-from reshard.notation import evaluate, fold, parse_pattern
-from reshard.resplit import loaded_order
+from reshard.inputs.limits import numeral
+from reshard.tables.notation import evaluate, fold, parse_pattern
 
 # Python's own words for "digit" also mean those of other scripts, and superscripts, some of which int() reads and some not.
 LOOSE = re.compile(r"\\d|\.(isdigit|isdecimal|isnumeric)\(|str\.(isdigit|isdecimal|isnumeric)")
@@ -69,9 +69,9 @@ def test_an_odd_number_alone_is_no_number(text: str, tmp_path: Path) -> None:
 
 def test_two_names_at_one_place_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever folding does, of two names that lead to one place of a table neither overwrites the other."""
-    from reshard import model
+    from reshard.model import understand
 
-    monkeypatch.setattr(model, "fold", lambda name: fold(name.replace("layers.x1", "layers.1")))
+    monkeypatch.setattr(understand, "fold", lambda name: fold(name.replace("layers.x1", "layers.1")))
     name = "model.layers.x1.self_attn.q_proj.weight"
     shape = llama_tensors()["model.layers.1.self_attn.q_proj.weight"][1]
     source = llama(tmp_path / "source", llama_tensors() | {name: noise("BF16", *shape, seed=7)})
@@ -84,7 +84,7 @@ def test_a_number_of_ranks_is_written_with_digits(tp: str, tmp_path: Path) -> No
 
 
 def test_config_keys_are_compared_with_plain_numbers() -> None:
-    from reshard.config import Config
+    from reshard.tables.config import Config
 
     assert Config({"a": 1}).says("a == 1") and not Config({"a": 1}).says("a == \u0661") and not Config({"a": 1}).says("a == \u00b2")
     assert LLAMA["num_hidden_layers"]

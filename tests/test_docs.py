@@ -23,9 +23,10 @@ import xxhash
 from safetensors.torch import load_file
 
 import reshard
-from reshard import cli, tables
-from reshard.header import BITS
-from reshard.notation import parse_pattern
+from reshard import cli
+from reshard.containers.safetensors import BITS
+from reshard.tables import parse
+from reshard.tables.notation import parse_pattern
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/format.md", "docs/notation.md")
@@ -363,10 +364,10 @@ def test_metadata_of_a_shard(shards: Path) -> None:
         assert about == {
             "format": "pt",
             "reshard.version": manifest["reshard"],
-            "reshard.layout": manifest["format"],
+            "reshard.layout.cut": manifest["format"],
             "reshard.rank": str(rank),
             "reshard.world": str(mesh["tp"] * mesh["pp"]),
-            "reshard.mesh": f"tp={mesh['tp']} pp={mesh['pp']} ep={mesh['ep']}",
+            "reshard.layout.mesh": f"tp={mesh['tp']} pp={mesh['pp']} ep={mesh['ep']}",
             "reshard.plan": manifest["plan"],
         }
 
@@ -449,7 +450,7 @@ def _example() -> str:
 
 def test_example_table_works(tmp_path: Path) -> None:
     """The table of the notation page converts a checkpoint of a family that is not shipped, written by transformers, and merges it back."""
-    assert "biogpt" not in tables.shipped("families")
+    assert "biogpt" not in parse.shipped("families")
     config = transformers.BioGptConfig(
         vocab_size=101, hidden_size=56, intermediate_size=88, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=30
     )
@@ -481,16 +482,16 @@ def test_every_key_and_word_is_described() -> None:
     family, form = (set(_first_column("docs/notation.md", f"Keys of a {kind} table")) for kind in ("family", "format"))
     keys = {re.sub(r"^\[?(\w+)[\].\w]*$", r"\1", key) for key in family | form}
     words = {"first", "last", "every", "whole", "cut=AXIS", "zero"}
-    assert keys - words == tables._KEYS.keys() | tables._FACTS | tables._ROUTING
+    assert keys - words == parse._KEYS.keys() | parse._FACTS | parse._ROUTING
     assert words <= form
-    for word in (*tables.STAGES, "whole", "zero"):
-        tables.parse(f'name = "x"\nrows = [["embed", "vocab hidden", "embed", "{word}"]]', "x")
+    for word in (*parse.STAGES, "whole", "zero"):
+        parse.parse(f'name = "x"\nrows = [["embed", "vocab hidden", "embed", "{word}"]]', "x")
 
 
-def _rows_of_tables() -> Iterator[tables.Row]:
+def _rows_of_tables() -> Iterator[parse.Row]:
     for kind in ("families", "formats"):
-        for name in tables.shipped(kind):
-            table = tables.load(kind, name)
+        for name in parse.shipped(kind):
+            table = parse.load(kind, name)
             yield from table.rows
             for family in table.overrides:
                 yield from table.for_family(family).rows
@@ -502,8 +503,8 @@ def _axes_of_tables() -> Iterator[str]:
             for axis in (*row.name.axes, *path):
                 yield from (base.partition("@")[0] for base in axis.partition("/")[0].split())
     for kind in ("families", "formats"):
-        for name in tables.shipped(kind):
-            yield from (axis for axis in tables.load(kind, name).axes if "@" not in axis)
+        for name in parse.shipped(kind):
+            yield from (axis for axis in parse.load(kind, name).axes if "@" not in axis)
 
 
 def _vocabulary() -> dict[str, list[str]]:

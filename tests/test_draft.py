@@ -12,10 +12,11 @@ from running import LLAMA, llama, llama_tensors, noise, reshard
 from safetensors.torch import load_file
 from strategies import differing
 
-from reshard import likeness, tables
-from reshard.checkpoint import open_published
-from reshard.draft import draft
-from reshard.model import understand
+from reshard.authoring import similar
+from reshard.authoring.draft import draft
+from reshard.checkpoints.published import open_published
+from reshard.model.understand import understand
+from reshard.tables import parse
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family that transformers has and we do not, with two norms that no table of ours calls so."""
     from transformers import HyperCLOVAXConfig
 
-    assert "hyperclovax" not in tables.shipped("families")
+    assert "hyperclovax" not in parse.shipped("families")
     directory = tmp_path_factory.mktemp("unknown") / "model"
     write(directory, "hyperclovax", HyperCLOVAXConfig(**sizes(8, 4, 10, 56, 88, 331, 5)))
     return directory
@@ -72,19 +73,19 @@ def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_fil
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What other tables say of such names: whatever is filled in is what the family's own table says, or is one of few."""
-    from reshard import draft as module
+    from reshard.authoring import draft as module
 
     family = FIXTURES[name].family
-    rest = tuple(other for other in tables.shipped("families") if family not in tables.load("families", other).texts)
-    for cached in (likeness._known, likeness._heirs, likeness._outside, likeness.buffers):
+    rest = tuple(other for other in parse.shipped("families") if family not in parse.load("families", other).texts)
+    for cached in (similar._known, similar._heirs, similar._outside, similar.buffers):
         cached.cache_clear()
-    monkeypatch.setattr(tables, "shipped", lambda kind: rest if kind == "families" else ("native", "vllm"))
+    monkeypatch.setattr(parse, "shipped", lambda kind: rest if kind == "families" else ("native", "vllm"))
     published = open_published(checkpoint(name))
     found = draft(published)
-    parsed = tables.parse(found.text, "draft", module._text)
-    for cached in (likeness._known, likeness._heirs, likeness._outside, likeness.buffers):
+    parsed = parse.parse(found.text, "draft", module._text)
+    for cached in (similar._known, similar._heirs, similar._outside, similar.buffers):
         cached.cache_clear()
-    own = tables.load("families", family)
+    own = parse.load("families", family)
     true = understand(own, published.config, {key: entry for key, (_, entry) in published.tensors.items()}).family
     meaning = {row.name.folded: (row.leaves, row.pattern.dims) for row in true.rows}
     wrong = [
@@ -96,7 +97,7 @@ def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_fil
 
 def test_transformers_plan_is_a_second_opinion(unknown: Path, tmp_path: Path) -> None:
     """A projection that transformers cuts by its inputs, and the names suggest by its outputs."""
-    from reshard import draft as module
+    from reshard.authoring import draft as module
 
     plan = module._tp_plan("llama")
     assert plan["self_attn.o_proj"].startswith("rowwise") and plan["self_attn.q_proj"].startswith("colwise")
@@ -117,11 +118,11 @@ def test_transformers_plan_is_a_second_opinion(unknown: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [*FIXTURES, *zoo()])
 def test_every_draft_can_be_read_as_a_table(name: str) -> None:
     """Whatever the checkpoint: no traceback, and TOML of the notation's form."""
-    from reshard import draft as module
+    from reshard.authoring import draft as module
 
     found = draft(open_published(checkpoint(name)))
     assert "@" not in found.text  # variants of axes follow from config.json, of which a draft knows too little
-    tables.parse(found.text.replace('name = "', 'name = "x_', 1), "draft", module._text)
+    parse.parse(found.text.replace('name = "', 'name = "x_', 1), "draft", module._text)
 
 
 def test_strange_checkpoints_are_drafted(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_strange_checkpoints_are_drafted(tmp_path: Path) -> None:
 
 def test_what_one_family_does_not_read_is_no_buffer_of_another() -> None:
     """gemma4_text keeps keys of borrowing layers aside, chatglm a head: a draft that did would convert, and leave weights out."""
-    kept = likeness.buffers()
+    kept = similar.buffers()
     assert "self_attn.rotary_emb.inv_freq" in kept
     assert {"self_attn.k_proj.weight", "lm_head.weight"} & kept == set()
 

@@ -18,12 +18,13 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from strategies import law
 
-from reshard import digest, engine, files
-from reshard.engine import Key, Worker, Writer, in_items, split
+from reshard.containers.safetensors import BITS, Entry
+from reshard.engine import worker as engine
+from reshard.engine.worker import Key, Worker, Writer, in_items, split
 from reshard.errors import PlaceError, ReshardError
-from reshard.files import Pool
-from reshard.header import BITS, Entry
-from reshard.join import Copy, collapse
+from reshard.layout.join import Copy, collapse
+from reshard.store import digest, local
+from reshard.store.local import Pool
 
 Array = np.ndarray[Any, Any]
 
@@ -290,7 +291,7 @@ class Counted(Pool):
         self.calls += 1
         super().read_into(path, offset, buffer)
 
-    def scatter(self, path: Path, offset: int, batches: Iterable[files.Batch]) -> None:
+    def scatter(self, path: Path, offset: int, batches: Iterable[local.Batch]) -> None:
         batches = list(batches)
         self.read_bytes += sum(len(buffer) for buffers, _ in batches for buffer in buffers)
         self.calls += 1
@@ -343,7 +344,7 @@ def test_columns_that_go_to_one_rank_each_are_laid_apart_by_the_read_itself(tmp_
     short = Mock(wraps=lambda descriptor, views, at, real=os.preadv: real(descriptor, [views[0][:7]] if at % 5 else views, at))
     with (
         patch.object(engine.Worker, "_gather", side_effect=AssertionError("gathered")),
-        patch.object(files, "VIEWS", 7),
+        patch.object(local, "VIEWS", 7),
         patch.object(os, "preadv", short),
     ):
         reader, writer = move(source, target, copies)

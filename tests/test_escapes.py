@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, command, environment, llama, llama_tensors, noise, process, reshard, save_index, sign, start
 
-from reshard.escapes import in_json, in_line, visible
+from reshard.text.escapes import in_json, in_line, visible
 
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 # A title, a colour, a carriage return, C1's own escape, delete, an override, an isolate, a line separator.
@@ -118,7 +118,7 @@ def test_tables_and_options(tmp_path: Path) -> None:
 def test_progress(tmp_path: Path) -> None:
     code = """
 import sys, time
-from reshard.progress import Bar, Json, Lines
+from reshard.text.progress import Bar, Json, Lines
 for kind in (Lines, Json, Bar):
     kind.first = kind.every = 0.01
     progress = kind(sys.stderr)

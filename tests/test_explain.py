@@ -24,13 +24,14 @@ from test_checkpoint import mine
 from test_foreign import edit, saved
 from test_foreign import holding as file_of
 
-from reshard import api, tables
+from reshard import api
+from reshard.checkpoints.source import Source, open_source
+from reshard.containers.safetensors import BITS
 from reshard.errors import ReshardError
-from reshard.explain import Explanation, Holding, _parse, bits_of, decode, explain, floating, inside
-from reshard.header import BITS
-from reshard.layout import lay_out
-from reshard.mesh import Mesh
-from reshard.source import Source, open_source
+from reshard.jobs.explain import Explanation, Holding, _parse, bits_of, decode, explain, floating, inside
+from reshard.layout.cut import lay_out
+from reshard.layout.mesh import Mesh
+from reshard.tables import parse
 
 # One mesh of each kind: plain, KV repeated, stages, experts, uneven.
 MESHES: dict[str, dict[str, Any]] = {
@@ -189,7 +190,7 @@ def test_each_element_of_any_layout_is_told_by_arithmetic(joint: Joint, data: st
     model = joint.model()
     values = numbered(model)
     layouts = [lay_out(model.family, model, Mesh(), model.active)]
-    layouts += [data.draw(st.sampled_from(fitting(tables.parse(text, "format"), model))) for text in joint.formats]
+    layouts += [data.draw(st.sampled_from(fitting(parse.parse(text, "format"), model))) for text in joint.formats]
     for layout in layouts:
         stored = hold(layout, values)
         for slot in layout.slots:

@@ -19,13 +19,14 @@ from fixtures import checkpoint
 from running import BITS, LLAMA, Tensors, llama, llama_tensors, noise
 
 import reshard
-from reshard import fingerprint, tables
+from reshard.checkpoints.source import open_source
 from reshard.errors import MismatchError, ReshardError
-from reshard.fingerprint import LANES, Box, Fingerprint, Keys, P, Summer
-from reshard.layout import Layout, lay_out
-from reshard.mesh import Mesh
-from reshard.model import Config, understand
-from reshard.source import open_source
+from reshard.jobs import fingerprint
+from reshard.jobs.fingerprint import LANES, Box, Fingerprint, Keys, P, Summer
+from reshard.layout.cut import Layout, lay_out
+from reshard.layout.mesh import Mesh
+from reshard.model.understand import Config, understand
+from reshard.tables import parse
 
 of = fingerprint.of_directory
 
@@ -257,7 +258,7 @@ def published(layers: int, inter: int, hidden: int, *dtypes: str) -> Layout:
     )
     kinds = dtypes if len(dtypes) == layers else dtypes * layers
     stored = {f"blocks.{i}.up.weight": Stored(kinds[i], (inter, hidden)) for i in range(layers)}
-    model = understand(tables.parse(text, "tiny"), Config({"l": layers, "i": inter, "h": hidden}), stored)
+    model = understand(parse.parse(text, "tiny"), Config({"l": layers, "i": inter, "h": hidden}), stored)
     return lay_out(model.family, model, Mesh(), model.active)
 
 

@@ -18,12 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reshard import api, describe, manifest, verification
-from reshard.conversion import Options, convert, prepare
+from reshard import api
+from reshard.checkpoints import manifest
+from reshard.checkpoints.engine_shards import recognised
+from reshard.checkpoints.source import Source, open_source
 from reshard.errors import PlaceError, ReshardError
-from reshard.foreign import recognised
-from reshard.mesh import Mesh
-from reshard.source import Source, open_source
+from reshard.jobs import inspect, verify
+from reshard.jobs.convert import Options, convert, prepare
+from reshard.layout.mesh import Mesh
 
 State = dict[str, torch.Tensor]
 
@@ -265,8 +267,8 @@ def test_native_shards_equal_those_of_the_original(name: str, tp: int, pp: int, 
     for rank in range(2):
         file = f"rank-0000{rank}/model.safetensors"
         assert (out / file).read_bytes() == (direct / file).read_bytes()
-    assert verification.verify(out, source).ok
-    assert verification.verify(tmp_path / "vllm", open_source(fixtures.checkpoint(name))).ok
+    assert verify.verify(out, source).ok
+    assert verify.verify(tmp_path / "vllm", open_source(fixtures.checkpoint(name))).ok
     assert different(to(out, tmp_path / "hf"), anew(name)) == []
     assert different(to(source, tmp_path / "again", "native", Mesh(2)), out) == []
 
@@ -393,7 +395,7 @@ def test_inspect_and_plan_tell_what_it_is(tmp_path: Path) -> None:
     """The report names format, mesh and the sizes of the files that are there, not of those that transformers would write."""
     source = saved(tmp_path / "vllm", "llama", 4)
     files = list(source.glob("model-rank-*"))
-    facts = describe.describe(str(source)).facts
+    facts = inspect.describe(str(source)).facts
     assert facts["layout"] == "vllm, TP 4"
     assert facts["files"] == len(files)
     assert facts["bytes"] == sum(path.stat().st_size for path in files)

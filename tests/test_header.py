@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from running import lines_run
 from strategies import law
 
+from reshard.containers.safetensors import BITS, MAX_LENGTH, Entry, Header, build, length, library_order, parse, read
 from reshard.errors import PlaceError, ReshardError
-from reshard.header import BITS, MAX_LENGTH, Entry, Header, build, length, library_order, parse, read
 
 U8 = '{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
 HUGE = "18446744073709551616"  # 2**64

@@ -16,8 +16,8 @@ from fixtures import copy
 from hub_server import TOKEN, Fault, Hub, git_sha1, sha256
 from safetensors import safe_open
 
-from reshard import header
-from reshard.hub import AHEAD, is_id, ref
+from reshard.checkpoints.hub import AHEAD, is_id, ref
+from reshard.containers import safetensors
 
 ID = "org/tiny"
 CARD = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n"
@@ -29,7 +29,7 @@ OTHERS = {"consolidated.safetensors", "model.gguf", "original/consolidated.00.pt
 # Run in the client; `run` gives expressions. Pauses between attempts are shortened, nothing else is.
 CLIENT = """
 import json, sys
-from reshard import hub
+from reshard.checkpoints import hub
 from reshard.errors import ReshardError
 
 def facts(source):
@@ -209,7 +209,7 @@ def test_a_plan_of_merging_needs_no_files(reshard: Client, hub: Hub, tiny: Path)
 def big(root: Path, hub: Hub) -> dict[str, Any]:
     """A repository of one tensor of 64 MiB: more than the buffers of two sockets hold."""
     root.mkdir()
-    prologue, found = header.build([("weight", "U8", (64 << 20,))], None)
+    prologue, found = safetensors.build([("weight", "U8", (64 << 20,))], None)
     (root / "config.json").write_text('{"model_type": "llama"}')
     with (root / "model.safetensors").open("wb") as file:
         file.write(prologue)

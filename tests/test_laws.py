@@ -28,14 +28,15 @@ from strategies import (
     numbered,
 )
 
-from reshard import engine, tables
-from reshard.conversion import Options, convert, prepare
+from reshard.checkpoints.source import open_source
+from reshard.engine import worker
 from reshard.errors import ReshardError
-from reshard.join import plan
-from reshard.layout import Layout, lay_out
-from reshard.mesh import Mesh
-from reshard.model import Model
-from reshard.source import open_source
+from reshard.jobs.convert import Options, convert, prepare
+from reshard.layout.cut import Layout, lay_out
+from reshard.layout.join import plan
+from reshard.layout.mesh import Mesh
+from reshard.model.understand import Model
+from reshard.tables import parse
 
 
 def published(model: Model) -> Layout:
@@ -59,7 +60,7 @@ def test_any_two_layouts_of_a_model_are_joined_exactly(joint: Joint, data: st.Da
     model = joint.model()
     values = numbered(model)
     source = published(model)
-    one, two = (data.draw(st.sampled_from(fitting(tables.parse(text, "format"), model))) for text in joint.formats)
+    one, two = (data.draw(st.sampled_from(fitting(parse.parse(text, "format"), model))) for text in joint.formats)
     event(f"{one.mesh} to {two.mesh}")
     for src, dst in ((source, one), (one, two), (two, source)):
         check(src, dst, values)
@@ -72,8 +73,8 @@ def test_every_family_at_any_size_is_split_reshaped_and_merged_exactly(invention
     values = numbered(model)
     layouts = []
     for _ in range(2):
-        formats = ["native", "vllm"] if model.family.name in tables.load("formats", "vllm").families else ["native"]
-        table = tables.load("formats", data.draw(st.sampled_from(formats))).for_family(model.family.name)
+        formats = ["native", "vllm"] if model.family.name in parse.load("formats", "vllm").families else ["native"]
+        table = parse.load("formats", data.draw(st.sampled_from(formats))).for_family(model.family.name)
         mesh = data.draw(st.sampled_from(meshes(model.main_layers, tp=(1, 2, 4))))
         try:
             layouts.append(lay_out(table, model, mesh))
@@ -104,7 +105,7 @@ def test_a_checkpoint_of_any_size_is_understood_as_it_was_made(invention: Invent
 def moved(source: Path, out: Path, mesh: Mesh | None, workers: int, tile: int = 4096) -> Path:
     """Convert to `mesh`, or back to the original files; with tiles so small that each tensor is many."""
     options = Options(workers=workers)
-    with patch.multiple(engine, TILE=tile, RUN=256, NARROW=64, STRIPE=16):
+    with patch.multiple(worker, TILE=tile, RUN=256, NARROW=64, STRIPE=16):
         convert(prepare(open_source(source), "native" if mesh else "hf", mesh or Mesh(), options), out, options)
     return out
 

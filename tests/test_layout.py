@@ -8,12 +8,12 @@ import pytest
 from fixtures import FIXTURES
 from strategies import invented, model_of
 
-from reshard import tables
 from reshard.errors import ReshardError
-from reshard.layout import Layout, Piece, lay_out
-from reshard.mesh import Mesh
-from reshard.model import Config, Model, Tensor, understand
-from reshard.tables import parse
+from reshard.layout.cut import Layout, Piece, lay_out
+from reshard.layout.mesh import Mesh
+from reshard.model.understand import Config, Model, Tensor, understand
+from reshard.tables import parse as tables
+from reshard.tables.parse import parse
 
 
 def native(name: str, **mesh: Any) -> Layout:

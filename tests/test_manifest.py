@@ -12,8 +12,8 @@ import pytest
 from running import digest, llama, root_signed, tree
 from running import reshard as command
 
-from reshard import manifest
-from reshard.checkpoint import Original
+from reshard.checkpoints import manifest
+from reshard.checkpoints.published import Original
 from reshard.errors import MismatchError, ReshardError
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import law
 
 from reshard.errors import ReshardError
-from reshard.mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
+from reshard.layout.mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
 
 WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(tuple)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import law
 
 from reshard.errors import ReshardError
-from reshard.notation import LONGEST, Pattern, block_of, derived, evaluate, fold, parse_pattern, parse_template
+from reshard.tables.notation import LONGEST, Pattern, block_of, derived, evaluate, fold, parse_pattern, parse_template
 
 HEADS = {"heads": ("kv", "group")}
 SIZES = {"layer": 3, "kv": 2, "group": 3, "head_dim": 5, "hidden": 7, "inter": 11, "experts": 4, "nope_dim": 13, "moe_inter": 6}

@@ -17,13 +17,13 @@ from running import environment, llama, llama_tensors, noise, reshard
 from safetensors.torch import load_file
 
 import reshard as api
-from reshard import stream
-from reshard.digest import FileDigest
-from reshard.files import Pool
-from reshard.join import plan
-from reshard.originals import recorded, sha256
-from reshard.output import restored
-from reshard.source import open_source
+from reshard.checkpoints import streams as stream
+from reshard.checkpoints.source import open_source
+from reshard.checkpoints.target import restored
+from reshard.jobs.verify_sha256 import recorded, sha256
+from reshard.layout.join import plan
+from reshard.store.digest import FileDigest
+from reshard.store.local import Pool
 
 Get = Callable[[str], Path]
 

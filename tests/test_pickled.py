@@ -28,9 +28,9 @@ import safetensors.torch
 import torch
 from running import lines_run
 
-from reshard import pickle_machine, pickled, torch_values
+from reshard.containers import torch_values, torch_zip, unpickle
+from reshard.containers.safetensors import BITS, Entry
 from reshard.errors import PlaceError, ReshardError
-from reshard.header import BITS, Entry
 
 FORMATS = ("zip", "legacy")
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def read(file: bytes) -> dict[str, Entry]:
     """What pickled.read finds; whatever it refuses, it refuses in form, and whatever it finds lies within the file."""
     try:
-        found = pickled.read(lambda length, offset: file[offset : offset + length], len(file), "f.bin")
+        found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f.bin")
     except ReshardError as error:
         assert type(error) is ReshardError and error.message.startswith("f.bin: ") and error.hint and len(error.message) < 1200
         raise
@@ -90,7 +90,7 @@ def same(file: bytes, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
     assert list(found) == list(state)
     for name, tensor in state.items():
         entry = found[name]
-        assert pickled.DTYPES[str(tensor.dtype).removeprefix("torch.")][0] == entry.dtype, name
+        assert torch_zip.DTYPES[str(tensor.dtype).removeprefix("torch.")][0] == entry.dtype, name
         assert entry.shape == tuple(tensor.shape) and entry.nbytes == tensor.nbytes, name
         # torch, too, calls a tensor contiguous if the strides of axes of size 1 are all that is odd.
         assert entry.strides == (None if tensor.is_contiguous() else tensor.stride()), name
@@ -106,13 +106,13 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 
 # --- files as torch writes them -----------------------------------------------------------------------------------------------------------
 
-PLAIN = [getattr(torch, name) for name, (kind, _) in pickled.DTYPES.items() if kind and kind != "F4"]
+PLAIN = [getattr(torch, name) for name, (kind, _) in torch_zip.DTYPES.items() if kind and kind != "F4"]
 
 
 def test_dtypes_are_all_that_torch_saves_with_its_sizes_and_the_library_s_names():
     known = {str(dtype): dtype for dtype in (*torch.storage._dtype_to_storage_type_map(), *torch.storage._new_dtypes())}
-    assert {f"torch.{name}" for name in pickled.DTYPES} == set(known)
-    for name, (kind, item) in pickled.DTYPES.items():
+    assert {f"torch.{name}" for name in torch_zip.DTYPES} == set(known)
+    for name, (kind, item) in torch_zip.DTYPES.items():
         dtype = getattr(torch, name)
         assert dtype.itemsize == item, name
         tensor = torch.zeros(2, item, dtype=torch.uint8).view(dtype) if "q" not in name else None
@@ -422,7 +422,7 @@ def test_storages_are_never_read(form):
         asked.append(length)
         return file[offset : offset + length]
 
-    assert len(pickled.read(pread, len(file), "f")) == 20 and len(file) > 10_000_000
+    assert len(torch_zip.read(pread, len(file), "f")) == 20 and len(file) > 10_000_000
     assert sum(asked) < 300_000 and len(asked) < 35
 
 
@@ -433,7 +433,7 @@ def test_memory_stays_below_a_kibibyte_per_tensor(form):
     read(file)
     tracemalloc.start()
     try:
-        found = pickled.read(lambda length, offset: file[offset : offset + length], len(file), "f")
+        found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -480,11 +480,11 @@ def test_a_zip_file_of_more_than_4_gib_is_read_by_its_zip64_fields(without_crc):
         pytest.skip("the machine does not lend 5 GiB of address space")
     sink = Sink()
     torch.save({"a": big, "b": noise(4), "c": big[1 << 32 :]}, sink)
-    found = pickled.read(sink.pread, sink.at, "f")
+    found = torch_zip.read(sink.pread, sink.at, "f")
     assert found["a"].nbytes == (5 << 30) + 64 and found["c"].offset == found["a"].offset + (1 << 32)
     assert found["b"].offset > 5 << 30 and sink.pread(16, found["b"].offset) == values(noise(4))
     with pytest.raises(ReshardError, match=r"truncated.*holds 5368709120 bytes; its tensors need more than 5368\d{6}"):
-        pickled.read(sink.pread, 5 << 30, "f")
+        torch_zip.read(sink.pread, 5 << 30, "f")
 
 
 # --- zip archives that torch would not write ----------------------------------------------------------------------------------------------
@@ -614,7 +614,7 @@ def test_a_file_that_shrinks_is_truncated_and_trouble_with_the_storage_passes_th
     file = zipped(PKL)
     for form in (file, legacy(PKL)):
         with pytest.raises(ReshardError, match="truncated: the file ends at byte"):
-            pickled.read(lambda length, offset, form=form: form[:-20][offset : offset + length], len(form), "f")
+            torch_zip.read(lambda length, offset, form=form: form[:-20][offset : offset + length], len(form), "f")
 
     def broken(length: int, offset: int) -> bytes:
         if offset > 0:
@@ -622,7 +622,7 @@ def test_a_file_that_shrinks_is_truncated_and_trouble_with_the_storage_passes_th
         return file[:length]
 
     with pytest.raises(PlaceError, match="on fire"):
-        pickled.read(broken, len(file), "f")
+        torch_zip.read(broken, len(file), "f")
 
 
 # --- tensors that do not fit --------------------------------------------------------------------------------------------------------------
@@ -975,18 +975,18 @@ def test_values_nested_a_billionfold_cost_no_more_than_their_opcodes():
 
 
 def test_a_pickle_of_too_many_steps_is_refused(monkeypatch):
-    monkeypatch.setattr(pickle_machine, "MOST_STEPS", 20_000)
+    monkeypatch.setattr(unpickle, "MOST_STEPS", 20_000)
     frugal(zipped(beside(b"N0" * 20_000)), "more than 20000 steps")
     pairs = b"](" + b"]NaNa" * 1000 + b"e\x85q\x700"  # copied again and again
     frugal(zipped(beside(pairs + b"ccollections\nOrderedDict\nq\x710" + b"h\x71h\x70R0" * 1000 + b"N")), "more than 20000 steps")
 
 
 def test_sizes_beyond_any_checkpoint_are_refused(monkeypatch):
-    for module in (pickled, pickle_machine):
+    for module in (torch_zip, unpickle):
         monkeypatch.setattr(module, "MOST_PICKLE", 300)
     frugal(zipped(beside(text("x" * 300))), "at most 300 are read")
     frugal(legacy(beside(text("x" * 300))), "more than 300 bytes")
-    monkeypatch.setattr(pickled, "MOST_DIRECTORY", 100)
+    monkeypatch.setattr(torch_zip, "MOST_DIRECTORY", 100)
     frugal(zipped(PKL), "at most 100 are read")
 
 

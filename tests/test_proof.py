@@ -16,12 +16,12 @@ from planted import without_transformers
 from running import process, refused, reshard, sign
 
 import reshard as api
-from reshard.progress import Silent
-from reshard.runtime import check
-from reshard.runtime.reference import reference_for
-from reshard.runtime.renaming import renaming
-from reshard.source import open_source
-from reshard.verdict import Rung
+from reshard.checkpoints.source import open_source
+from reshard.jobs.verdict import Rung
+from reshard.runtime.proof import numerics as check
+from reshard.runtime.proof.reference import reference_for
+from reshard.runtime.proof.renaming import renaming
+from reshard.text.progress import Silent
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 from running import TRANSFERS, Stepped, big_llama, environment, llama, mounted, names, process, refused, reshard, stamps, tmpfs, tree
 
-from reshard import api, cli, files, publish
+from reshard import api, cli
+from reshard.store import local as files
+from reshard.store import publish
 
 MOVES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")  # audit events of the system calls that publishing consists of
 WRITES = (*MOVES, "open", "os.truncate", "os.utime")

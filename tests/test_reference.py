@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from strategies import differing, table_of
 from torch_reference import differences, expected
 
-from reshard import verification
-from reshard.conversion import Options, convert, prepare
-from reshard.mesh import Mesh
-from reshard.source import open_source
-from reshard.tables import Table, load
+from reshard.checkpoints.source import open_source
+from reshard.jobs import verify
+from reshard.jobs.convert import Options, convert, prepare
+from reshard.layout.mesh import Mesh
+from reshard.tables.parse import Table, load
 
 OPTIONS = Options(workers=2)
 
@@ -50,7 +50,7 @@ def test_each_rank_stores_what_the_reference_says_and_every_way_back_is_exact(
         convert(prepare(open_source(original), "native", mesh, OPTIONS), out, OPTIONS)
         stored = [load_file(out / f"rank-{rank:05}" / "model.safetensors") for rank in range(mesh.world)]
         assert differences(expected(original, family, **arguments), stored) == [], arguments
-        report = verification.verify(out, open_source(original))
+        report = verify.verify(out, open_source(original))
         assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (arguments, report)
         merged = tmp_path / f"{number}-merged"
         convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from running import environment, llama, llama_tensors, names, reshard, start, tree
 
-from reshard import api, manifest, source
-from reshard.directory import Directory, reading, unchanged
+from reshard import api
+from reshard.checkpoints import manifest, source
 from reshard.errors import MismatchError, PlaceError, Replaced
+from reshard.store.directory import Directory, reading, unchanged
 
 # Two fine-tunes take turns in OUT, so many times.
 WRITER = """

@@ -8,42 +8,44 @@ import pytest
 import shapes
 from test_capacity import GIB, NATIVE, SMALL, deepseek, gemma, laid, llama, model_of, small
 
-from reshard import capacity, report, tables
-from reshard.join import Component, Join
-from reshard.layout import Layout, lay_out
-from reshard.mesh import Mesh
-from reshard.model import Config, Model
+from reshard.jobs import plan
+from reshard.layout import capacity
+from reshard.layout.cut import Layout, lay_out
+from reshard.layout.join import Component, Join
+from reshard.layout.mesh import Mesh
+from reshard.model.understand import Config, Model
+from reshard.tables import parse
 
 WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
-def facts(headers: shapes.Headers, name: str = "org/model", **more: Any) -> report.SourceFacts:
+def facts(headers: shapes.Headers, name: str = "org/model", **more: Any) -> plan.SourceFacts:
     dtypes = [stored.dtype for stored in headers.values()]
     nbytes = sum(math.prod(stored.shape) * WIDTHS[stored.dtype] for stored in headers.values())
-    return report.SourceFacts(name, 2, nbytes + 1000, len(headers), {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}, **more)
+    return plan.SourceFacts(name, 2, nbytes + 1000, len(headers), {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}, **more)
 
 
 def published(model: Model) -> Layout:
     return lay_out(model.family, model, Mesh(), model.active)
 
 
-def reported(model: Model, config: dict[str, Any], headers: shapes.Headers, format: str = "native", **mesh: Any) -> report.Report:
-    table = tables.load("formats", format)
+def reported(model: Model, config: dict[str, Any], headers: shapes.Headers, format: str = "native", **mesh: Any) -> plan.Report:
+    table = parse.load("formats", format)
     options = {key: mesh.pop(key) for key in ("device_memory", "context", "batch", "out", "disk") if key in mesh}
     layout = lay_out(table, model, Mesh(**mesh))
-    return report.build(published(model), layout, config=Config(config), source=facts(headers), workers=2, **options)
+    return plan.build(published(model), layout, config=Config(config), source=facts(headers), workers=2, **options)
 
 
-def of_llama(format: str = "native", **mesh: Any) -> report.Report:
+def of_llama(format: str = "native", **mesh: Any) -> plan.Report:
     return reported(llama(), shapes.LLAMA_70B, shapes.llama(shapes.LLAMA_70B), format, **mesh)
 
 
-def of_deepseek(fp8: bool, **mesh: Any) -> report.Report:
+def of_deepseek(fp8: bool, **mesh: Any) -> plan.Report:
     config = shapes.DEEPSEEK_V3 | (shapes.FP8 if fp8 else {})
     return reported(deepseek(fp8), config, shapes.deepseek_v3(config), **mesh)
 
 
-def of_small(format: str = "native", **mesh: Any) -> report.Report:
+def of_small(format: str = "native", **mesh: Any) -> plan.Report:
     return reported(small(), SMALL, shapes.llama(SMALL), format, **mesh)
 
 
@@ -225,7 +227,7 @@ def test_without_a_context_no_cache_is_counted_and_the_text_says_so() -> None:
 # --- form --------------------------------------------------------------------------------------------------------------------
 
 
-def variants() -> list[report.Report]:
+def variants() -> list[plan.Report]:
     return [
         of_llama(tp=8, device_memory=GIB, context=131072, batch=64),
         of_llama(tp=3, pp=3, weights=(3, 3, 2), layers=(20, 30, 30), context=10),
@@ -278,8 +280,8 @@ def test_the_next_command_says_the_whole_mesh() -> None:
 def test_a_merge_is_reported_as_the_published_files() -> None:
     """From shards back: one rank, nothing replicated, no TP sizes, `--to hf`."""
     model = small()
-    source = report.SourceFacts("shards", 8, 10**6, 100, {"BF16": 100})
-    told = report.build(laid(model, tp=4), published(model), config=Config(SMALL), source=source, workers=1)
+    source = plan.SourceFacts("shards", 8, 10**6, 100, {"BF16": 100})
+    told = plan.build(laid(model, tp=4), published(model), config=Config(SMALL), source=source, workers=1)
     assert (told.format, told.came_from, told.sizes, told.replicated, told.padding) == ("hf", "native, TP 4", (), 0, 0)
     assert told.command == ("reshard", "convert", "shards", "OUT", "--to", "hf")
     assert max(map(len, told.text().splitlines())) <= 80

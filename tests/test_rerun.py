@@ -13,7 +13,10 @@ import pytest
 from running import big_llama, llama, llama_tensors, names, refused, reshard, save, save_index, stamps, tmpfs, tree
 from test_publish import content, disturbed, kill
 
-from reshard import engine, manifest, originals, publish, verification
+from reshard.checkpoints import manifest
+from reshard.engine import worker
+from reshard.jobs import verify, verify_sha256
+from reshard.store import publish
 
 Target = tuple[str, ...]
 TARGETS: list[Target] = [("--tp", "2"), ("--tp", "2", "--to", "vllm"), ("--to", "hf"), ("--to", "hf", "--max-file-size", "60KB")]
@@ -118,7 +121,7 @@ def test_a_snapshot_of_the_hub_is_known_by_its_digests_or_its_commit(
     def run(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(worker, "run", run)
     assert decided(place, tmp_path / "out", "--tp", "2") == ("sha256" if linked else "commit")
     assert decided(place, tmp_path / "out", "--tp", "2", "--no-check") == ("sha256" if linked else "commit")
 
@@ -248,7 +251,7 @@ def test_a_tensor_that_out_stores_under_another_name_counts(which: str, checkpoi
     words = ("--tp", "2", "--to", "vllm")
     convert(source, tmp_path / "out", *words)
     assert decided(source, tmp_path / "out", *words) == "sample"
-    from reshard.source import open_source
+    from reshard.checkpoints.source import open_source
 
     path, entry = open_source(source).locate((0, which))
     flip(path, entry.offset)
@@ -525,7 +528,7 @@ def test_adding_is_whole_or_not_at_all(
 
 
 def test_a_source_replaced_between_hashing_and_adding(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = originals.hashed
+    hashed = verify_sha256.hashed
 
     def then_replaced(*arguments: object) -> object:
         found = hashed(*arguments)  # type: ignore[arg-type]
@@ -534,7 +537,7 @@ def test_a_source_replaced_between_hashing_and_adding(source: Path, tmp_path: Pa
 
     convert(source, tmp_path / "out", "--tp", "2")
     wanted = tree(tmp_path / "out")
-    monkeypatch.setattr(originals, "hashed", then_replaced)
+    monkeypatch.setattr(verify_sha256, "hashed", then_replaced)
     refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--sha256"), 3, "b.safetensors: was changed while it was being read")
     assert tree(tmp_path / "out") == wanted
 
@@ -548,12 +551,12 @@ def test_a_re_run_reads_out_once_and_little_of_the_source(tmp_path: Path, monkey
     convert(source, tmp_path / "out", "--tp", "4")
     read: list[int] = []
 
-    class Counting(verification.Comparer):
-        def put(self, key: engine.Key, offset: int, data: memoryview) -> None:
+    class Counting(verify.Comparer):
+        def put(self, key: worker.Key, offset: int, data: memoryview) -> None:
             read.append(len(data))
             super().put(key, offset, data)
 
-    monkeypatch.setattr(verification, "Comparer", Counting)
+    monkeypatch.setattr(verify, "Comparer", Counting)
     assert decided(source, tmp_path / "out", "--tp", "4") == "sample"
     assert 0 < sum(read) < 3e6
     assert json.loads(reshard("verify", tmp_path / "out", "--json").out)["ok"]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import law
 
+from reshard.checkpoints.hf_split import HfFile, loaded_order, parse_size, resplit
+from reshard.containers.safetensors import BITS, parse
 from reshard.errors import ReshardError
-from reshard.header import BITS, parse
-from reshard.resplit import HfFile, loaded_order, parse_size, resplit
 
 transformers = pytest.importorskip("transformers", minversion="5.23")  # version 4 neither stacks experts nor sorts
 

@@ -18,17 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reshard as api
+from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
-from reshard.mesh import Mesh
-from reshard.runtime import ranks
-from reshard.runtime.check import TIMES
-from reshard.runtime.experts import route
+from reshard.layout.mesh import Mesh
+from reshard.runtime.comm.collectives import alone
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import alone
-from reshard.runtime.reference import reference_for
-from reshard.runtime.spec import Routing
-from reshard.runtime.weights import Weights
-from reshard.source import open_source
+from reshard.runtime.model.experts import route
+from reshard.runtime.model.spec import Routing
+from reshard.runtime.model.weights import Weights
+from reshard.runtime.proof import on_ranks
+from reshard.runtime.proof.bounds import TIMES
+from reshard.runtime.proof.reference import reference_for
 
 Get = Callable[[str], Path]
 
@@ -140,7 +140,7 @@ def test_where_a_router_tosses_up_the_choice_of_the_reference_is_imposed(
     assert 0.01 < (numbers if layers else numbers["float32"])["imposed"] < 0.5
     assert "% of routing imposed" in "\n".join(report.lines()).replace("\n" + " " * 22, " ")
     if not layers:
-        monkeypatch.setattr(ranks, "impose", lambda *_: None)
+        monkeypatch.setattr(on_ranks, "impose", lambda *_: None)
         report = api.verify(out, against=source, only="numerics")
         assert any("float32: logits differ by" in failure for failure in report.failures), "the same shards, left to toss up"
 
@@ -176,7 +176,7 @@ def test_processes_give_the_report_of_threads(checkpoint: Get, tmp_path: Path, m
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are taken in one order
     api.convert(checkpoint("llama"), out, tp=2)
     threads = api.verify(out, against=checkpoint("llama"), only="numerics")
-    monkeypatch.setattr(ranks, "run_threads", None)
+    monkeypatch.setattr(on_ranks, "run_threads", None)
     processes = api.verify(out, against=checkpoint("llama"), only="numerics", processes=True)
     assert processes.ok, processes.failures
     one, other = ({key: value for key, value in report.rungs[0].to_json().items() if key != "seconds"} for report in (threads, processes))
@@ -187,7 +187,7 @@ def test_processes_find_and_name_a_fault(checkpoint: Get, tmp_path: Path, monkey
     out = tmp_path / "out"
     api.convert(checkpoint("llama_bin"), out, tp=2)
     exchanged(out, "layers.0.attn.o", slice(0, 3), slice(3, 6), rank=1)
-    monkeypatch.setattr(ranks, "run_threads", None)
+    monkeypatch.setattr(on_ranks, "run_threads", None)
     done = reshard("verify", out, "--against", checkpoint("llama_bin"), "--only", "numerics", "--processes")
     assert done.code == 1
     assert "the first step to differ is layer 0, attention: rank-00001/model.safetensors: layers.0.attn.o differs" in done.out, done.out
@@ -196,7 +196,7 @@ def test_processes_find_and_name_a_fault(checkpoint: Get, tmp_path: Path, monkey
 def test_what_a_process_fails_with_is_raised(tmp_path: Path) -> None:
     given = {"out": tmp_path / "absent", "dtype": torch.float32, "prompts": torch.zeros(1, 2, dtype=torch.int64)}
     with pytest.raises(ReshardError, match=r"absent: no such"):
-        ranks.on_ranks(Mesh(2), True, ranks.compute, **given)
+        on_ranks.on_ranks(Mesh(2), True, on_ranks.compute, **given)
 
 
 def test_layer_by_layer_ranks_are_threads(checkpoint: Get) -> None:

@@ -51,8 +51,8 @@ def rank_of_job(rank: int, port: int, way: str, phase: str) -> int:
     from torch import distributed
 
     from reshard.errors import ReshardError
-    from reshard.mesh import Mesh
-    from reshard.runtime.parallel import Processes, groups
+    from reshard.layout.mesh import Mesh
+    from reshard.runtime.comm.collectives import Processes, groups
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -127,7 +127,7 @@ def finish_before_rank_0(folder: Path, size: int = 6, rounds: int = 4) -> list[i
     """Ranks that talk until they have finished, and a rank 0 that is still there when all others are gone; its exit codes."""
     from torch import distributed
 
-    from reshard.runtime.lifeline import Lifeline
+    from reshard.runtime.comm.heartbeat import Lifeline
 
     codes = []
     for number in range(rounds):

@@ -14,11 +14,11 @@ from fixtures import FIXTURES, State, configure, copy, rewrite
 from running import process, refused, sign
 
 import reshard as api
-from reshard.mesh import Mesh
-from reshard.runtime.finite import NotFinite
+from reshard.layout.mesh import Mesh
+from reshard.runtime.comm.collectives import run_threads
 from reshard.runtime.generate import Generated, Options, generate
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import run_threads
+from reshard.runtime.model.finite import NotFinite
 from reshard.runtime.sampling import Sampling
 
 Get = Callable[[str], Path]

@@ -25,13 +25,14 @@ import torch
 import transformers
 from running import ROOT, WATCHDOG, environment, process, refused, reshard
 
-from reshard import api, limits
+from reshard import api
 from reshard.errors import ReshardError
-from reshard.mesh import Mesh
+from reshard.inputs import limits
+from reshard.layout.mesh import Mesh
 from reshard.runtime import template as chat_template
+from reshard.runtime.comm.collectives import run_threads
 from reshard.runtime.generate import Generated, Options, check, generate
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import run_threads
 from reshard.runtime.sampling import Sampling
 from reshard.runtime.text import Stream, Tokenizer, generation_config, stop_tokens
 
@@ -316,7 +317,7 @@ HOSTILE = {
 def test_a_template_may_take_little_and_no_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time, memory and output are bounded, and this process takes none of them: an error in words, whatever the template does."""
     template, words = HOSTILE[name]
-    program = "import sys; sys.path[:] = {path!r}; from reshard import limits; limits.TEMPLATE_SECONDS = 1; "
+    program = "import sys; sys.path[:] = {path!r}; from reshard.inputs import limits; limits.TEMPLATE_SECONDS = 1; "
     monkeypatch.setattr(chat_template, "_PROGRAM", program + "from reshard.runtime.template import serve; serve()")
     monkeypatch.setattr(limits, "TEMPLATE_SECONDS", 1)
     monkeypatch.chdir(tmp_path)

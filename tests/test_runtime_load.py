@@ -22,11 +22,11 @@ from running import big_llama, environment, lines_run, llama, save, sign
 from safetensors.torch import load_file
 
 import reshard
+from reshard.containers.safetensors import BITS, Entry
 from reshard.errors import MismatchError, ReshardError
-from reshard.header import BITS, Entry
-from reshard.mesh import Mesh
+from reshard.layout.mesh import Mesh
 from reshard.runtime import load, load_model, load_shard
-from reshard.runtime.parallel import Lost, World, run_threads
+from reshard.runtime.comm.collectives import Lost, World, run_threads
 
 Get = Callable[[str], Path]
 

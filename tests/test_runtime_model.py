@@ -1,6 +1,6 @@
 """The decoder computes what transformers computes: every family, every kind of mesh, whole and token by token.
 
-Tolerances are those of the numeric check: so many times what the reference itself changes with the dtype (`reshard.runtime.check`).
+Tolerances are those of the numeric check: so many times what the reference itself changes with the dtype (`reshard.runtime.proof`).
 """
 
 import json
@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from reshard.errors import ReshardError
-from reshard.mesh import Mesh
-from reshard.runtime.check import RMS, TIMES
+from reshard.layout.mesh import Mesh
+from reshard.runtime.comm.collectives import World, run_threads
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, run_threads
+from reshard.runtime.proof.bounds import RMS, TIMES
 
 SEQ, SPLIT = 23, 9  # tokens; those of them that go through at once before the rest follow one by one
 ALL, EVERY = bool(os.environ.get("RESHARD_ALL_MESHES")), {"llama", "gpt2", "falcon_40b", "gpt_oss", "deepseek_v3"}
@@ -222,7 +222,7 @@ def choosing_all(directory: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_sixteen_bits_stay_as_close_to_float32_as_transformers_in_the_same_dtype(name: str, tmp_path: Path) -> None:
-    """At most RMS times as far, by the derivation in `reshard.runtime.check`; on 4 × 48 tokens, as many as the check has at least."""
+    """At most RMS times as far, by the derivation in `reshard.runtime.proof`; on 4 × 48 tokens, as many as the check has at least."""
     directory = choosing_all(copy(name, tmp_path / "model"))
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -243,7 +243,7 @@ def test_sixteen_bits_stay_as_close_to_float32_as_transformers_in_the_same_dtype
 PROCESSES = """
 import sys, torch
 from torch import distributed
-from reshard.mesh import Mesh
+from reshard.layout.mesh import Mesh
 from reshard.runtime import load_model
 
 torch.set_num_threads(1)

@@ -17,10 +17,10 @@ import torch
 from running import WATCHDOG, environment
 
 from reshard.errors import PlaceError
-from reshard.mesh import Mesh
-from reshard.runtime import parallel
-from reshard.runtime.lifeline import Lifeline
-from reshard.runtime.parallel import Lost, Processes, World, alone, groups, run_threads
+from reshard.layout.mesh import Mesh
+from reshard.runtime.comm import collectives
+from reshard.runtime.comm.collectives import Lost, Processes, World, alone, groups, run_threads
+from reshard.runtime.comm.heartbeat import Lifeline
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -143,7 +143,7 @@ def test_time_in_collectives_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
         looked.set()
         return seen
 
-    monkeypatch.setattr(parallel, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(collectives, "time", SimpleNamespace(perf_counter=clock))
 
     def late(world: World) -> float:
         if world.rank:

@@ -9,11 +9,11 @@ import pytest
 from fixtures import FIXTURES, Fixture, checkpoint, zoo
 from huggingface_hub.errors import StrictDataclassError
 
-from reshard import tables
-from reshard.config import Config
-from reshard.model import Model
-from reshard.runtime.spec import Rope, Spec
-from reshard.source import open_source
+from reshard.checkpoints.source import open_source
+from reshard.model.understand import Model
+from reshard.runtime.model.spec import Rope, Spec
+from reshard.tables import parse
+from reshard.tables.config import Config
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,12 +27,12 @@ def families() -> dict[str, Fixture]:
     """A fixture of each family that runs and that transformers knows by its name."""
     found: dict[str, Fixture] = {}
     for fixture in (FIXTURES | zoo()).values():
-        if fixture.runs and tables.load("families", fixture.family).runs:
+        if fixture.runs and parse.load("families", fixture.family).runs:
             found.setdefault(fixture.family, fixture)
     return found
 
 
-def said(table: tables.Table) -> set[str]:
+def said(table: parse.Table) -> set[str]:
     """The keys that sizes, optional sets and indexers need."""
     texts = [*table.sizes.values(), *map(str, table.optional.values()), *table.extra.values()]
     texts.append(json.dumps(table.model.get("index_top")))
@@ -50,7 +50,7 @@ def rope(found: Rope | None) -> Rope | None:
     return replace(found, positions=0, original=original, scaling={} if plain else scaling)
 
 
-def facts(table: tables.Table, config: dict[str, Any], model: Model) -> dict[str, Any]:
+def facts(table: parse.Table, config: dict[str, Any], model: Model) -> dict[str, Any]:
     spec = Spec.of(table, Config(config), model)
     spec = replace(spec, rope=rope(spec.rope), rope_near=rope(spec.rope_near))
     found = {field.name: getattr(spec, field.name) for field in fields(spec)}
@@ -62,7 +62,7 @@ def facts(table: tables.Table, config: dict[str, Any], model: Model) -> dict[str
 @pytest.mark.parametrize("family", sorted(families()))
 def test_what_config_json_leaves_out_is_what_transformers_takes(family: str) -> None:
     source = open_source(checkpoint(families()[family].name))
-    table = tables.load("families", family)
+    table = parse.load("families", family)
     short = {key: value for key, value in source.config.data.items() if key in said(table)}
     try:
         known = type(transformers.AutoConfig.for_model(short["model_type"]))

@@ -13,19 +13,21 @@ from fixtures import FIXTURES
 from running import reshard as command
 
 import reshard
-from reshard import damages as damaging
-from reshard import table_check, tables, trials
-from reshard.checkpoint import open_published
-from reshard.damages import Mutation, mutations
+from reshard.authoring import check_table as table_check
+from reshard.authoring import mutation_trial
+from reshard.authoring import mutations as damaging
+from reshard.authoring.check_table import TableCheck, check_table
+from reshard.authoring.mutation_trial import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial
+from reshard.authoring.mutations import Mutation, mutations
+from reshard.authoring.synthetic import made_up
+from reshard.checkpoints.published import open_published
 from reshard.errors import ReshardError
-from reshard.made_up import made_up
-from reshard.progress import Lines
+from reshard.jobs.verify import verify
+from reshard.runtime.comm.collectives import World, run_threads
 from reshard.runtime.load import load_model
-from reshard.runtime.parallel import World, run_threads
-from reshard.table_check import TableCheck, check_table
-from reshard.tables import Table
-from reshard.trials import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial
-from reshard.verification import verify
+from reshard.tables import parse
+from reshard.tables.parse import Table
+from reshard.text.progress import Lines
 
 Get = Callable[[str], Path]
 FAMILIES = sorted({fixture.family for fixture in FIXTURES.values()})
@@ -33,7 +35,7 @@ SAMPLE = {"llama": 200, "gpt_neox": 200, "mixtral": 200, "deepseek_v3": 200}
 
 
 def family(name: str) -> Table:
-    return tables.load("families", name)
+    return parse.load("families", name)
 
 
 @cache
@@ -54,7 +56,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Be
 
 
 def tried(name: str, words: str, benches: Callable[[str], list[Bench]]) -> Trial:
-    return trials.tried(damages(name)[words], family(name), benches(name))
+    return mutation_trial.tried(damages(name)[words], family(name), benches(name))
 
 
 # --- every family ------------------------------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def test_what_fits_and_is_wrong_is_caught_by_running(name: str, benches: Callabl
     """A tensor read one further along an axis fits always: some of them, in every family."""
     shifts = [mutation for mutation in damages(name).values() if mutation.shift is not None]
     for mutation in shifts[:: max(1, len(shifts) // 6)]:
-        trial = trials.tried(mutation, family(name), benches(name))
+        trial = mutation_trial.tried(mutation, family(name), benches(name))
         axis = mutation.shift[1] if mutation.shift else ""
         one = all(bench.source.layout.model.sizes.get(axis) == 1 for bench in benches(name))
         assert trial.by in ("numerics", "beyond") or (trial.by == EQUIVALENT and one), trial
@@ -106,12 +108,12 @@ def test_every_row_axis_and_size_is_damaged_and_no_damage_twice(name: str) -> No
     assert len({mutation.name for mutation in found}) == len(found)
     keys = [damaging.identity(mutation.data) for mutation in found if mutation.data is not None]
     assert len(set(keys)) == len(keys)
-    assert damaging.identity(tables.written(table)) not in keys
+    assert damaging.identity(parse.written(table)) not in keys
     assert sum(" dropped" in mutation.name and mutation.name.startswith("row ") for mutation in found) == len(table.rows)
     shifted = {mutation.shift for mutation in found if mutation.shift is not None and mutation.shift[0]}
     axes = {(leaf, axis) for row in table.rows for leaf, path in zip(row.leaves, row.pattern.axes, strict=True) for axis in path}
     assert shifted == axes
-    for axis in tables.written(table)["sizes"]:
+    for axis in parse.written(table)["sizes"]:
         assert {f"size of axis {axis} dropped", f"size of axis {axis} shifted by one"} <= {mutation.name for mutation in found}
 
 
@@ -206,7 +208,7 @@ def test_what_a_checkpoint_cannot_tell_is_not_called_caught(checkpoint: Get) -> 
     """Attention and feed-forward beside each other add both biases at one place: exchanged, the model is the same."""
     bench = Bench("given", checkpoint("gpt_neox"), family("gpt_neox"), None)
     damage = damages("gpt_neox")["rows attn.o_bias and mlp.down_bias exchanged"]
-    assert trials.tried(damage, family("gpt_neox"), [bench]).by == "beyond", "run one after the other, they are told apart"
+    assert mutation_trial.tried(damage, family("gpt_neox"), [bench]).by == "beyond", "run one after the other, they are told apart"
     trial = Trial(damage.name, MISSED, "the same logits: they differ")
     found = TableCheck("gpt_neox", 16, 7, ("given",), (trial, Trial("other", "opening", "why")))
     assert not found.ok and not found.proven
@@ -233,7 +235,7 @@ def test_a_table_that_is_wrong_itself_is_told_by_a_given_checkpoint(checkpoint: 
         ["model.layers.{layer}.self_attn.v_proj.weight", "(kv head_dim) hidden", "attn.k"],
     ]
     (tmp_path / "mine.toml").write_text(f'name = "mine"\nlike = "llama"\nrows = {json.dumps(rows)}\n')
-    table = tables.load_file(tmp_path / "mine.toml")
+    table = parse.load_file(tmp_path / "mine.toml")
     found = check_table(table, checkpoint("llama"), sample=20)
     assert found.wrong and not found.ok and found.missed == ()
     assert "caught" not in found.lines()[0]
@@ -253,17 +255,17 @@ def test_a_table_of_axes_that_nobody_knows_is_checked_too(tmp_path: Path) -> Non
     sizes = {"layer": "layers", "a": "as"}
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": sizes}))
     with pytest.raises(ReshardError, match="format"):
-        check_table(tables.load_file(tmp_path / "mine.toml"))
+        check_table(parse.load_file(tmp_path / "mine.toml"))
     rows = [["wte", "vocab hidden", "embed"], ["h.{layer}.n", "hidden", "attn_norm"], ["n", "hidden", "norm"]]
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": {"layer": "layers", "hidden": "size"}}))
-    found = check_table(tables.load_file(tmp_path / "mine.toml"))
+    found = check_table(parse.load_file(tmp_path / "mine.toml"))
     assert found.skipped is not None and found.skipped.startswith("the runtime cannot run made up 1")
     assert found.ok and not found.proven and found.count[OPEN] > 0
 
 
-@pytest.mark.parametrize("name", tables.shipped("formats"))
+@pytest.mark.parametrize("name", parse.shipped("formats"))
 def test_the_table_of_a_format_is_refused(name: str) -> None:
-    done = command("check-table", str(tables.HOME / "formats" / f"{name}.toml"), "--sample", "1")
+    done = command("check-table", str(parse.HOME / "formats" / f"{name}.toml"), "--sample", "1")
     assert (done.code, done.out) == (2, "") and f'"{name}" is the table of a format, not of a family' in done.err
 
 
@@ -293,7 +295,7 @@ def test_a_table_of_which_no_checkpoint_can_be_made_up_is_refused_with_the_reaso
     text, why = ODD[what]
     (tmp_path / "odd.toml").write_text(f'name = "odd"\n{text}\n')
     with pytest.raises(ReshardError, match=f'family "odd": no checkpoint can be made up from its table: .*{why}'):
-        check_table(tables.load_file(tmp_path / "odd.toml"), sample=1)
+        check_table(parse.load_file(tmp_path / "odd.toml"), sample=1)
 
 
 def test_whatever_else_a_table_says_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +308,7 @@ def test_a_table_may_have_any_number_of_axes_that_nobody_knows(tmp_path: Path) -
     """All of them get sizes that no other has."""
     rows = [["wte", "vocab hidden", "embed"], *([f"w{n}", f"a{n} hidden", f"x{n}"] for n in range(40))]
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows}))
-    root = next(made_up(tables.load_file(tmp_path / "mine.toml"), tmp_path))
+    root = next(made_up(parse.load_file(tmp_path / "mine.toml"), tmp_path))
     shapes = [entry.shape for _, entry in open_published(root).tensors.values()]
     assert len({shape[0] for shape in shapes} | {shapes[0][1]}) == 42
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from strategies import headers, model_of
 
-from reshard import tables
 from reshard.errors import ReshardError
-from reshard.layout import lay_out
-from reshard.mesh import Mesh
-from reshard.model import Config, understand
-from reshard.tables import Table, load, load_file, parse
+from reshard.layout.cut import lay_out
+from reshard.layout.mesh import Mesh
+from reshard.model.understand import Config, understand
+from reshard.tables import parse as tables
+from reshard.tables.parse import Table, load, load_file, parse
 
 SHIPPED = [(kind, name) for kind in ("families", "formats") for name in tables.shipped(kind)]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import reshard
-from reshard import tables
+from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
-from reshard.model import Config, understand
-from reshard.source import open_source
+from reshard.model.understand import Config, understand
+from reshard.tables import parse
 
 
 def names(directory: Path) -> set[str]:
@@ -101,4 +101,4 @@ def test_a_name_with_braces_is_no_row(checkpoint: Callable[[str], Path]) -> None
     stored = {name: entry for name, (_, entry) in source.tensors.items()}
     stored["model.layers.{}.mlp.down_proj.weight"] = stored["model.layers.0.mlp.down_proj.weight"]
     with pytest.raises(ReshardError, match="no row claims"):
-        understand(tables.load("families", "llama"), Config(source.config.data), stored)
+        understand(parse.load("families", "llama"), Config(source.config.data), stored)

@@ -13,11 +13,11 @@ import torch
 from fixtures import checkpoint, configure, write
 from gauntlet import convert_and_back, reference, run_like
 
-from reshard import tables
+from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
-from reshard.mesh import Mesh
-from reshard.runtime.spec import Spec
-from reshard.source import open_source
+from reshard.layout.mesh import Mesh
+from reshard.runtime.model.spec import Spec
+from reshard.tables import parse
 
 transformers = pytest.importorskip("transformers")
 
@@ -79,4 +79,4 @@ def test_a_setting_that_does_not_run_says_so_and_converts(name: str, changes: di
     convert_and_back(original, [{"tp": 2}], tmp_path)
     source = open_source(original)
     with pytest.raises(ReshardError, match=words):
-        Spec.of(tables.load("families", source.layout.model.family.name), source.config, source.layout.model)
+        Spec.of(parse.load("families", source.layout.model.family.name), source.config, source.layout.model)

@@ -15,7 +15,7 @@ import pytest
 from fixtures import checkpoint
 from running import WATCHDOG, Done, environment, llama, llama_tensors, noise, reshard, root_signed, sign, tree
 
-from reshard.verification import FEW
+from reshard.jobs.verify import FEW
 
 DAMAGED = ("config.json", "manifest.json", "rank-00001/model.safetensors", "rank-00001/tensors.json", "source/files.json")
 

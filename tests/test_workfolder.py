@@ -13,7 +13,8 @@ from running import environment, llama, names, refused, reshard, stamps, start, 
 from test_cli import SLOW
 from test_publish import SCENES, Scene, begun, content, disturbed, kill
 
-from reshard import manifest, publish
+from reshard.checkpoints import manifest
+from reshard.store import publish
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_an_empty_folder_is_one_whose_job_was_killed_at_once(source: Path, tmp_p
 def test_out_reads_as_what_it_is_while_a_job_works_inside(source: Path, tmp_path: Path) -> None:
     """On a mounted volume the work lies in OUT: it is no part of what is there. Also when the job was killed, which `inspect` says."""
     out = old(source, tmp_path / "out")
-    inside = f"from reshard import publish\npublish._mounted = lambda path: True\n{SLOW}"
+    inside = f"from reshard.store import publish\npublish._mounted = lambda path: True\n{SLOW}"
     job = start("convert", source, out, "--tp", "4", "--overwrite", code=inside, env=environment(SLOW="0.02"))
     begun(out, job, inside=True)
     for state in ("running", "killed"):

@@ -16,14 +16,14 @@ from gauntlet import MORE, OPTIONS, SEQ, Reference, convert_and_back, run_like
 from running import reshard
 from safetensors.torch import load_file
 
-from reshard import tables
-from reshard.config import Config
-from reshard.conversion import convert, prepare
-from reshard.dialect import settle
-from reshard.mesh import Mesh
-from reshard.runtime.check import placeholders, prompts_for
-from reshard.runtime.reference import reference_for
-from reshard.source import open_source
+from reshard.checkpoints.source import open_source
+from reshard.jobs.convert import convert, prepare
+from reshard.layout.mesh import Mesh
+from reshard.model.naming import settle
+from reshard.runtime.proof.prompts import placeholders, prompts_for
+from reshard.runtime.proof.reference import reference_for
+from reshard.tables import parse
+from reshard.tables.config import Config
 
 TEXT: dict[str, Any] = {
     "hidden_size": 56,
@@ -318,19 +318,19 @@ def test_names_as_transformers_5_has_them_in_memory(name: str, scratch: Path, tm
 def test_what_a_section_leaves_out_is_what_its_class_says() -> None:
     from transformers import AutoConfig
 
-    said = tomllib.loads((Path(tables.__file__).parent / "wrappers" / "multimodal.toml").read_text())["left_out"]
+    said = tomllib.loads((Path(parse.__file__).parent / "wrappers" / "multimodal.toml").read_text())["left_out"]
     for kind, keys in said.items():
         theirs = AutoConfig.for_model(kind).get_text_config()
         assert keys == {key: getattr(theirs, key, None) or theirs.rope_parameters[key] for key in keys}, kind
-        alone = kind in tables.shipped("families")
+        alone = kind in parse.shipped("families")
         config = Config({"model_type": "llava", "text_config": {"model_type": kind}} if alone else {"model_type": kind})
-        assert (table := tables.wrapper_of(config)) is not None
+        assert (table := parse.wrapper_of(config)) is not None
         assert {key: config.with_defaults(table.defaults).get(key) for key in keys} == keys
 
 
 @pytest.mark.parametrize("unclear", [True, False])
 def test_stacks_of_experts_that_could_lie_either_way_lie_as_published(unclear: bool) -> None:
-    table = tables.load("families", "qwen3_vl_moe_text")
+    table = parse.load("families", "qwen3_vl_moe_text")
     row = next(row for row in table.rows if row.name.text.endswith("gate_up_proj"))
     inner = 24 if unclear else 20
     stored = {row.name.name({"layer": 0}): Stored((4, 2 * inner, 48))}

@@ -1,0 +1,204 @@
+"""Checking a table by damaging it: every row and axis is exchanged, transposed, shifted, renamed or dropped, and something must notice.
+
+    rows attn.k and attn.v exchanged            numerics: logits differ by 1.3, rounding is 4e-16
+    row norm dropped                            opening: no row claims model.norm.weight
+
+A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests, weights or files.
+It is caught only where it does not fit a checkpoint, or where the model is run. Checkpoints are a given one, and random ones made up
+from the table itself: no matrix square, no two axes of one size, unless the table forces it; one for each set of optional rows.
+
+The table as it is, on one rank, is what a damaged one is compared with; a given checkpoint is also run by transformers, which says
+whether the table itself is right. Where transformers is no reference for it, nothing does, and nothing is called caught.
+"""
+
+import tempfile
+import textwrap
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReshardError
+from ..jobs.verdict import WIDTH
+from ..tables.parse import Table, written
+from ..text.progress import Progress, Silent
+from .mutation_trial import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial, one_thread, tried
+from .mutations import Mutation, mutations
+from .synthetic import made_up
+
+_OF_FORMATS = ("files", "engine", "cut", "replicate", "uneven", "weighted", "pad", "constants", "families", "family")
+SHOWN = 40  # damages that are not caught, told one by one
+
+
+@dataclass(frozen=True)
+class TableCheck:
+    """What became of every damage. `rounding`: the largest difference that still counts as none; None where nothing was run.
+
+    `right`: what an independent implementation says of the table as it is, on a given checkpoint; None where none was asked, or there is
+    none. Damages are told from the table as it is, so that they say nothing of whether that is right.
+    """
+
+    family: str
+    rows: int
+    axes: int
+    checkpoints: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    uncovered: tuple[str, ...] = ()
+    rounding: float | None = None
+    itself: str = ""  # the given checkpoint by the table as it is, against transformers
+    right: bool | None = None
+    skipped: str | None = None  # why nothing was run
+    first: Any = None  # runtime.used.Used: the first step to differ from transformers, where the table is wrong
+    given: bool = False  # whether there was a checkpoint to try it on
+
+    @property
+    def count(self) -> Counter[str]:
+        return Counter(trial.by for trial in self.trials)
+
+    @property
+    def missed(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.by == MISSED)
+
+    @property
+    def ok(self) -> bool:
+        """The table is not known to be wrong, nothing escaped, and every row stands in a checkpoint; what was not run does not count."""
+        return not self.missed and not self.uncovered and not self.wrong
+
+    @property
+    def wrong(self) -> bool:
+        return self.right is False
+
+    @property
+    def proven(self) -> bool:
+        """Every damage was caught, and a table that was tried on a given checkpoint computes there what something independent does."""
+        return self.ok and not self.count[OPEN] and (self.right is not None or not self.given)
+
+    def lines(self, each: bool = False) -> list[str]:
+        """What a person wants to know, the verdict first; with `each` every damage and what caught it."""
+        count, wrong = self.count, len(self.trials) - self.count[EQUIVALENT]
+        caught = sum(count[rung] for rung in RUNGS)
+        share = f"{caught} of {wrong}" if caught < wrong else "all" if self.right or not self.given else f"{wrong}"
+        told = "differ from the table itself" if self.given and not self.right else "caught"
+        found = [f"{self.family}: {share} {told}: {wrong} damages of {self.rows} rows and {self.axes} axes"]
+        found += _wrapped(self.itself, 2) if self.itself else []
+        found += [line for text in (self.first.lines() if self.first is not None else ()) for line in _wrapped(text, 4)]
+        found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []
+        for trial in self.missed[:SHOWN]:
+            found += _wrapped(f"{trial.name}: {trial.words}" if trial.words else trial.name, 4)
+        found += [f"    … and {len(self.missed) - SHOWN} more"] if len(self.missed) > SHOWN else []
+        for rung, what in RUNGS.items():
+            words = what
+            if rung == "numerics" and self.rounding is not None:
+                words += f" (by more than {self.rounding:.1g})"
+            found += _wrapped(f"{rung:<11} {count[rung]:>5}  {words}", 2, 21)
+        found += _wrapped(f"{EQUIVALENT:<11} {count[EQUIVALENT]:>5}  the same layout in other words", 2, 21)
+        if count[OPEN]:
+            found += _wrapped(f"{OPEN:<11} {count[OPEN]:>5}  fits, and the model was not run: {self.skipped}", 2, 21)
+        found += _wrapped("What fits passes integrity, weights and sha256: a wrong table merges back what it split.", 0)
+        for name in self.uncovered:
+            found += _wrapped(f"no checkpoint has the row {name}: bring one, --with PATH", 0)
+        found += [line for name in self.checkpoints for line in _wrapped(f"checkpoint: {name}", 0, 2)]
+        if each:
+            for trial in self.trials:
+                found += _wrapped(f"{trial.by:<11} {trial.name}{': ' + trial.words if trial.words else ''}", 0, 14)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "ok": self.ok,
+            "proven": self.proven,
+            "rows": self.rows,
+            "axes": self.axes,
+            "checkpoints": list(self.checkpoints),
+            "uncovered": list(self.uncovered),
+            "rounding": self.rounding,
+            "itself": self.itself or None,
+            "right": self.right,
+            "wrong": self.wrong,
+            "first": None if self.first is None else self.first.to_json(),
+            "skipped": self.skipped,
+            "count": dict(self.count),
+            "mutations": [
+                {"name": trial.name, "by": trial.by, "words": trial.words, "checkpoint": trial.checkpoint} for trial in self.trials
+            ],
+        }
+
+
+def _wrapped(text: str, indent: int, more: int | None = None) -> list[str]:
+    first = " " * indent
+    rest = " " * (indent + 2 if more is None else more)
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def check_table(table: Table, given: Path | None = None, sample: int | None = None, progress: Progress | None = None) -> TableCheck:
+    """Damage a family table in every way and say what catches each damage.
+
+    `given`: a checkpoint of the family, opened with the table first, and run if it is small; what it lacks is tried on made-up ones.
+    `sample`: at most so many damages, spread over all. Raises ReshardError where the table itself does not fit, or no checkpoint can be
+    made up from it.
+    """
+    data = written(table)
+    if word := next((word for word in _OF_FORMATS if data.get(word)), None):
+        raise ReshardError(
+            f'"{table.name}" is the table of a format, not of a family: it has "{word}"', "give that of a family; shipped ones go by name"
+        )
+    progress = progress or Silent()
+    skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
+    with tempfile.TemporaryDirectory(prefix="reshard-check-") as scratch, _quiet_torch(skipped):
+        benches = [Bench(str(given), given, table, skipped)] if given is not None else []
+        for number, root in enumerate(made_up(table, Path(scratch)), 1):
+            name = f"made up {number}"
+            try:
+                benches.append(Bench(name, root, table, skipped))
+            except ReshardError as error:
+                if given is None:
+                    raise ReshardError(
+                        f'family "{table.name}": the checkpoint made up from its table does not fit it: {error.message}',
+                        "the table contradicts itself, or needs a config key that nobody can guess: give a checkpoint, --with PATH",
+                    ) from None
+        itself, right = benches[0].against_transformers() if given is not None else ("", None)
+        todo = _spread(list(mutations(table)), sample)
+        trials = []
+        progress.start("trying damages", len(todo), " damages")
+        for mutation in todo:
+            trials.append(tried(mutation, table, benches))
+            progress.advance(1)
+        progress.finish()
+    active = {at for bench in benches for at in bench.active}
+    axes = {axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)}
+    return TableCheck(
+        table.name,
+        len(table.rows),
+        len(axes),
+        tuple(bench.words for bench in benches),
+        tuple(trials),
+        tuple(row.name.text for at, row in enumerate(table.rows) if at not in active),
+        max((bench.rounding for bench in benches if not bench.why), default=None),
+        itself,
+        right,
+        next((bench.why for bench in benches if bench.why), None),
+        benches[0].first if given is not None else None,
+        given is not None,
+    )
+
+
+@contextmanager
+def _quiet_torch(skipped: str | None) -> Iterator[None]:
+    if skipped is not None:
+        yield
+        return
+    with one_thread():
+        yield
+
+
+def _spread(found: list[Mutation], sample: int | None) -> list[Mutation]:
+    """Some of all, in their order; which, depends on their names alone."""
+    if sample is None or sample >= len(found):
+        return found
+    chosen = sorted(range(len(found)), key=lambda at: zlib.crc32(found[at].name.encode()))[:sample]
+    return [found[at] for at in sorted(chosen)]

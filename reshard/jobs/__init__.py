@@ -1,0 +1,4 @@
+"""What a command does: plan, convert, verify, explain, diff, fingerprint, inspect.
+
+Prints nothing and exits nowhere.
+"""

@@ -1,0 +1,661 @@
+"""Explaining: what an element of a stored tensor is, where it came from, and everything that holds it. Nothing is stored for that.
+
+    3:layers.7.attn.qkv[700,12]                     an element of a rank's tensor
+    model.layers.7.self_attn.k_proj.weight[3,4]     an element of the original, by its published name
+    attn.k[7,0,3,4]                                 a logical element, its axes in the order of the family table
+    3:layers.7.attn.qkv[700]  3:layers.7.attn.qkv   fewer indices: the whole row, the whole tensor
+
+Arithmetic on a layout, and reads of single elements; knows nothing about plans or conversions.
+"""
+
+import difflib
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.source import Source
+from ..containers.safetensors import BITS, Entry
+from ..errors import ReshardError
+from ..layout.cut import Layout, Piece, Point, Slot
+from ..layout.mesh import Range
+from ..store.local import Pool
+from ..tables.notation import fold
+from ..tables.parse import Constant
+
+MOST = 64  # holders that lines() tells one by one
+WIDTH = 80  # columns
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Box = dict[str, Range]
+Value = float | int | bool | str | None
+Locate = Callable[[int, str], tuple[str, Path | None, Entry]]  # rank, name → file, where to read it, entry
+
+
+# --- values ------------------------------------------------------------------------------------------------------------------------
+
+_NUMPY = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8"}
+_NUMPY |= {f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)}
+
+# Exponent bits, mantissa bits, bias, and the codes (without sign, or with where it says) that are not a number.
+# Source: OCP 8-bit floating point specification 1.0 for E4M3; the FNUZ types have one NaN, at the code of -0.
+_SMALL = {"F8_E4M3": (4, 3, 7, (0x7F, 0xFF)), "F8_E4M3FNUZ": (4, 3, 8, (0x80,)), "F8_E5M2FNUZ": (5, 2, 16, (0x80,))}
+
+
+def floating(dtype: str) -> bool:
+    """Whether differences of decoded values mean anything: floating-point numbers of whole bytes."""
+    return dtype in ("BF16", "F8_E5M2", "F8_E8M0", "F16", "F32", "F64") or dtype in _SMALL
+
+
+def decode(dtype: str, data: "bytes | bytearray | memoryview | Array") -> Array | None:
+    """The values of little-endian elements, one after another: float64 for floating dtypes; None for elements smaller than a byte."""
+    found: Array
+    if dtype in _NUMPY:
+        found = np.frombuffer(data, _NUMPY[dtype])
+    elif dtype == "BF16":  # the upper half of an F32
+        found = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F8_E5M2":  # the upper half of an F16
+        found = (np.frombuffer(data, np.uint8).astype(np.uint16) << 8).view(np.float16)
+    elif dtype in _SMALL or dtype == "F8_E8M0":
+        found = _codes(dtype)[np.frombuffer(data, np.uint8)]
+    else:
+        return None
+    with np.errstate(invalid="ignore"):  # a NaN that signals
+        return found.astype(np.float64) if floating(dtype) else found
+
+
+@cache
+def _codes(dtype: str) -> Array:
+    """What each of the 256 codes of an 8-bit type is worth."""
+    codes: Array = np.arange(256)
+    if dtype == "F8_E8M0":  # a power of two, no sign; 255 is no number
+        worth: Array = np.exp2(codes - 127.0)
+        worth[255] = np.nan
+        return worth
+    wide, mantissa, bias, nans = _SMALL[dtype]
+    exponent, fraction = codes >> mantissa & (1 << wide) - 1, (codes & (1 << mantissa) - 1) / (1 << mantissa)
+    worth = np.where(exponent > 0, (1 + fraction) * np.exp2(exponent - float(bias)), fraction * np.exp2(1.0 - bias))
+    worth = np.where(codes & 0x80, -worth, worth)
+    worth[list(nans)] = np.nan
+    return worth
+
+
+# --- what is found -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A box in stored tensors: from element `first` of `tensor` to element `last` of `last_tensor`, which is another only if `tensors` > 1.
+
+    `rank` is None for an original file. `bits`: of the first element, from the start of `file`, which is relative to the directory; a
+    byte's lowest is its first, as kernels take two F4. `box`: the part of the logical tensor. `value`: the first element as it is stored,
+    `raw`: every byte that it touches; None where the file is not at hand.
+    """
+
+    rank: int | None
+    tensor: str
+    first: tuple[int, ...]
+    last_tensor: str
+    last: tuple[int, ...]
+    tensors: int
+    elements: int
+    file: str
+    bits: Range
+    box: Box = field(default_factory=dict)
+    value: Value = None
+    raw: str | None = None
+
+    @property
+    def text(self) -> str:
+        """As `explain` takes it."""
+        prefix = "" if self.rank is None else f"{self.rank}:"
+        return f"{prefix}{self.tensor}{bracketed(self.first)}"
+
+    @property
+    def byte(self) -> int:
+        return self.bits[0] // 8
+
+    @property
+    def shares(self) -> bool:
+        """The first element is smaller than a byte: its neighbours have bits of the same ones."""
+        return any(bit % 8 for bit in self.bits)
+
+    @property
+    def place(self) -> str:
+        """`byte 12 of FILE`, or where that is shared `bits 6 to 7 of byte 12 and bits 0 to 3 of byte 13 of FILE`."""
+        low, high = self.bits
+        found = [f"byte {self.byte}"]
+        if self.shares and self.elements == 1:
+            starts = range(low // 8 * 8, high, 8)
+            found = [f"bits {max(low - at, 0)} to {min(high - at, 8) - 1} of byte {at // 8}" for at in starts]
+        return f"{' and '.join(found)} of {self.file}"
+
+    @property
+    def code(self) -> int | None:
+        """The bits of the first element, without those of its neighbours."""
+        low, high = self.bits
+        return None if self.raw is None else int.from_bytes(bytes.fromhex(self.raw), "little") >> low % 8 & (1 << high - low) - 1
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
+        found |= {"tensor": self.tensor, "first": list(self.first)}
+        if self.tensors > 1:
+            found |= {"tensors": self.tensors, "last_tensor": self.last_tensor}
+        found |= {"last": list(self.last), "elements": self.elements, "file": self.file, "byte": self.byte}
+        if self.shares:
+            found["bits"] = [bit - 8 * self.byte for bit in self.bits]
+        if self.box:
+            found["box"] = {axis: list(span) for axis, span in self.box.items()}
+        if self.raw is not None:
+            found |= {"value": self.value, "raw": self.raw}
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of one logical tensor: who holds it, and the original's tensors that it came from. `sizes`: the whole tensor's."""
+
+    tensor: str
+    box: Box
+    sizes: dict[str, int]
+    elements: int
+    held: tuple[Holding, ...]
+    origins: tuple[Holding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tensor": self.tensor,
+            "box": {axis: list(span) for axis, span in self.box.items()},
+            "of": self.sizes,
+            "elements": self.elements,
+            "held": [holding.to_json() for holding in self.held],
+            "origins": [holding.to_json() for holding in self.origins],
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was asked about, and what it is.
+
+    `kind`: "element", "box", "constant", or "buffer" for what is kept aside and given to no rank. `here`: the stored tensor that was
+    asked about, None if it was a logical one. `padding`: how many of its elements no logical tensor has. `kept`: where the bytes of
+    a buffer are now. `constant`: what the table says, in the table's precision.
+    """
+
+    where: str
+    asked: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    here: Holding | None = None
+    parts: tuple[Part, ...] = ()
+    padding: int = 0
+    constant: Value = None
+    kept: Holding | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def single(self) -> bool:
+        return self.elements == 1
+
+    @property
+    def elements(self) -> int:
+        return self.here.elements if self.here else sum(part.elements for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"where": self.where, "asked": self.asked, "kind": self.kind, "dtype": self.dtype}
+        found |= {"shape": list(self.shape), "elements": self.elements, "padding": self.padding}
+        if self.here is not None:
+            found["here"] = self.here.to_json()
+        if self.constant is not None:
+            found["constant"] = self.constant
+        if self.kept is not None:
+            found["kept"] = self.kept.to_json()
+        return found | {"parts": [part.to_json() for part in self.parts], "notes": list(self.notes)}
+
+    def lines(self) -> list[str]:
+        """What a person wants to know, in at most 80 columns."""
+        found = list(wrapped(f"{self.asked}{self._worth()}"))
+        found += wrapped(f"{self.dtype} tensor of shape {list(self.shape)}" if self.shape else f"{self.dtype} scalar", 2)
+        if self.here is not None:
+            found += self._place(self.here)
+        if self.constant is not None:
+            there = self.here.value if self.here is not None else None
+            differs = there not in (None, self.constant)
+            what = f"{self.constant} by the table, here it is {there}" if differs else self.constant
+            found += wrapped(f"is the constant {what}: the engine wants it, no checkpoint has it")
+        if self.kind == "buffer":
+            found += wrapped("is a buffer that an engine recomputes: no rank gets it, it is kept aside")
+            if self.kept is not None and self.here is not None and self.kept.file != self.here.file:
+                found += wrapped(f"its bytes are in the residue: {self.kept.place}", 2)
+        if self.padding:
+            what = "is padding" if self.padding == self.elements else f"has padding: {self.padding} of its {self.elements} elements"
+            found += wrapped(f"{what}, no logical tensor has an element there")
+        for part in self.parts:
+            found += self._part(part)
+        for note in self.notes:
+            found += wrapped(note)
+        return found
+
+    def _worth(self) -> str:
+        known = self.here if self.here is not None and self.here.raw is not None else None
+        known = known or next((holding for part in self.parts for holding in part.held if holding.raw is not None), None)
+        if not self.single or known is None:
+            return ""
+        return f" = {known.value} (bytes {known.raw})" if known.value is not None else f" (bytes {known.raw})"
+
+    def _place(self, here: Holding) -> Iterator[str]:
+        whose = "the original" if here.rank is None else f"rank {here.rank}"
+        count = "" if self.single else f"{here.elements} elements, from {bracketed(here.first)} to {bracketed(here.last)}, "
+        yield from wrapped(f"{whose}: {count}{here.place}", 2)
+
+    def _part(self, part: Part) -> Iterator[str]:
+        yield from wrapped(f"{'is' if self.single else 'holds'} {part.tensor}: {in_words(part.box, part.sizes)}")
+        if part.origins and not (self.here is not None and self.here.rank is None):
+            yield "came from"
+            yield from self._holdings(part, part.origins)
+        here = self.here
+        others = [holding for holding in part.held if here is None or (holding.rank, holding.tensor) != (here.rank, here.tensor)]
+        if others:
+            yield "also held by" if len(others) < len(part.held) else "held by"
+            yield from self._holdings(part, others)
+
+    def _holdings(self, part: Part, holdings: Sequence[Holding]) -> Iterator[str]:
+        for holding in holdings[:MOST]:
+            to = "" if holding.elements == 1 or holding.tensors > 1 else f" to {bracketed(holding.last)}"
+            more = f" to {holding.last_tensor} ({holding.tensors} tensors)" if holding.tensors > 1 else ""
+            yield from wrapped(f"{holding.text}{to}{more}", 2)
+            less = {axis: span for axis, span in holding.box.items() if span != part.box[axis]}
+            yield from wrapped(f"{holding.place}{f': {in_words(less)}' if less else ''}", 4)
+        if len(holdings) > MOST:
+            yield f"  … and {len(holdings) - MOST} more; --json has all"
+
+
+def bracketed(indices: Sequence[int]) -> str:
+    return f"[{','.join(map(str, indices))}]" if indices else ""
+
+
+def in_words(box: Mapping[str, Range], sizes: Mapping[str, int] | None = None) -> str:
+    """`layer 7, kv 0-3 of 4`: inclusive, as people count; the size where it says more than the range."""
+
+    def word(axis: str, low: int, high: int) -> str:
+        span = str(low) if high == low + 1 else f"{low}-{high - 1}"
+        return f"{axis} {span}" + (f" of {sizes[axis]}" if sizes is not None and high != low + 1 else "")
+
+    return ", ".join(word(axis, low, high) for axis, (low, high) in box.items()) or "a scalar"
+
+
+def wrapped(text: str, indent: int = 0) -> list[str]:
+    """Lines of at most 80 columns; a name that is longer is broken."""
+    first, rest = " " * indent, " " * (indent + 2)
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------------------------
+
+
+def inside(piece: Piece, start: int, pitch: int = 1) -> Box | None:
+    """What a piece has among elements [start, start + pitch) of its stored tensor, along the axes that are laid out; None if nothing.
+
+    `pitch` is a product of trailing dimensions and `start` a multiple of it. Strides are nested: each is at least what all smaller ones
+    reach together, so that an axis' index is a quotient and what is left belongs to the others.
+    """
+    spans = zip(piece.tensor.axes, piece.box, piece.strides, strict=True)
+    laid_out = [(axis, span, stride) for axis, span, stride in spans if stride is not None]
+    if pitch < 1 or any(low >= high for _, (low, high), _ in laid_out):
+        return None
+    found: Box = {}
+    rest = start - piece.offset // pitch * pitch
+    for axis, (low, high), stride in sorted(laid_out, key=lambda item: -item[2]):
+        if stride < pitch or high - low == 1:
+            found[axis] = (low, high)
+            continue
+        at = low + rest // stride
+        if not low <= at < high:
+            return None
+        rest -= (at - low) * stride
+        found[axis] = (at, at + 1)
+    return found if rest == 0 else None
+
+
+def unravel(offset: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The indices of element number `offset`, row-major."""
+    indices: list[int] = []
+    for size in reversed(shape):
+        offset, at = divmod(offset, size)
+        indices.insert(0, at)
+    return tuple(indices)
+
+
+def bits_of(entry: Entry, indices: Sequence[int]) -> Range:
+    """The bits of an element, from the start of its file."""
+    if entry.strides is not None:
+        at = sum(i * stride for i, stride in zip(indices, entry.strides, strict=True))
+    else:
+        at = 0
+        for i, size in zip(indices, entry.shape, strict=True):
+            at = at * size + i
+    bits = BITS[entry.dtype]
+    return entry.offset * 8 + at * bits, entry.offset * 8 + (at + 1) * bits
+
+
+# --- asking ------------------------------------------------------------------------------------------------------------------------
+
+
+def explain(source: Source, text: str) -> Explanation:
+    """What an element, a row or a tensor of a directory is, by arithmetic on its layout.
+
+    Raises ReshardError: malformed text, a rank, name or index that there is not.
+    """
+    rank, name, indices = _parse(text)
+    with closing(Pool()) as pool:
+        asking = _Asking(source, text, pool)
+        if rank is not None:
+            return asking.stored(rank, name, indices)
+        if name in source.layout.model.aside:
+            return asking.buffer(name, indices)
+        if name in source.tensors:
+            return asking.original(name, indices)
+        if name in source.layout.model.tensors:
+            return asking.logical(name, indices)
+        raise asking.unknown(name)
+
+
+_TEXT = re.compile(
+    r"\s*(?:([0-9]{1,18})\s*:\s*)?(?!\s|[0-9]+\s*:)([^\[\]]*[^\[\]\s:])\s*(?:\[\s*([0-9]{1,18}(?:\s*,\s*[0-9]{1,18})*)?\s*\])?\s*"
+)
+
+
+def _parse(text: str) -> tuple[int | None, str, tuple[int, ...]]:
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise ReshardError(
+            f"{text!r} names no element: RANK:NAME[I,J] or NAME[I,J] is needed, with indices from 0 on",
+            "for example 3:layers.7.attn.qkv[700,12]; fewer indices mean the whole row, none the whole tensor",
+        )
+    rank, name, indices = match.groups()
+    return None if rank is None else int(rank), name, tuple(map(int, indices.split(","))) if indices else ()
+
+
+class _Asking:
+    """One question to one directory."""
+
+    def __init__(self, source: Source, asked: str, pool: Pool) -> None:
+        self.source, self.asked, self.pool = source, asked, pool
+        self.published = source.manifest is None and not source.residues
+        self.originals = source.layout if self.published else source.published()
+        pairs = source.layout.alias.items()
+        self.same = {name: [name, *(b for a, b in pairs if a == name), *(a for a, b in pairs if b == name)] for name in self.tensors}
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        return self.source.layout.model.tensors
+
+    def stored(self, rank: int, name: str, indices: tuple[int, ...]) -> Explanation:
+        """A stored tensor of a rank."""
+        layout = self.source.layout
+        if rank >= layout.mesh.world:
+            last = layout.mesh.world - 1
+            ranks = "rank 0 alone" if last == 0 else f"ranks 0 to {last}"
+            raise ReshardError(f"{self.asked}: rank {rank} is asked for, {self.source.where} has {ranks}")
+        found = _find(layout.by_rank[rank], name)
+        if found is None:
+            raise self._elsewhere(rank, name)
+        return self._slot(layout, *found, indices, self._locate)
+
+    def original(self, name: str, indices: tuple[int, ...]) -> Explanation:
+        """A tensor of the original files, by its published name."""
+        found = _find(self.originals.by_rank[0], name)
+        if found is None:
+            raise self.unknown(name)
+        return self._slot(self.originals, *found, indices, self._locate_original)
+
+    def buffer(self, name: str, indices: tuple[int, ...]) -> Explanation:
+        """A tensor of the original files that is kept aside."""
+        at, entry = self.source.tensors[name]
+        count = self._checked(name, indices, entry.shape)
+        first, last = _ends(indices, entry.shape)
+        file, kept = self.source.originals[at].name, None
+        here = Holding(None, name, first, name, last, 1, count, file, bits_of(entry, first))
+        _, (begin, _, place, start) = self.source.buffer(name)
+        if isinstance(place, Path) and self.source.root is not None:
+            low, high = (bit + 8 * (start - begin) for bit in here.bits)
+            kept = self._read(replace(here, file=self._relative(place), bits=(low, high)), place, entry.dtype)
+        return self._explanation(
+            "buffer", entry.dtype, entry.shape, here=replace(here, value=kept.value, raw=kept.raw) if kept else here, kept=kept
+        )
+
+    def logical(self, name: str, indices: tuple[int, ...]) -> Explanation:
+        """A logical tensor, its axes in the order of the family table."""
+        tensor = self.tensors[name]
+        count = self._checked(name, indices, tensor.sizes)
+        box = {axis: (0, size) for axis, size in zip(tensor.axes, tensor.sizes, strict=True)}
+        box |= {axis: (at, at + 1) for axis, at in zip(tensor.axes, indices, strict=False)}
+        low, high = box.get("layer", (0, 0))
+        if "layer" in box and tensor.layers is not None and not any(low <= at < high for at in tensor.layers):
+            there = ", ".join(in_words({"layer": span}) for span in runs(tensor.layers))
+            raise ReshardError(f"{self.asked}: {name} does not exist in layer {low}", f"it exists in {there}")
+        dtypes = tensor.dtypes if "layer" not in box or not indices else (tensor.dtype({"layer": indices[tensor.axes.index("layer")]}),)
+        part = self._part(name, box, count == 1)
+        return self._explanation("element" if count == 1 else "box", "/".join(sorted(set(dtypes))), tensor.sizes, parts=(part,))
+
+    def _slot(
+        self,
+        layout: Layout,
+        slot: Slot,
+        point: Point,
+        indices: tuple[int, ...],
+        locate: Locate,
+    ) -> Explanation:
+        name = slot.name(point)
+        count = self._checked(name, indices, slot.shape)
+        first, last = _ends(indices, slot.shape)
+        file, path, entry = locate(slot.rank, name)
+        rank = None if layout is self.originals else slot.rank
+        here = Holding(rank, name, first, name, last, 1, count, file, bits_of(entry, first))
+        if path is not None and count:
+            here = self._read(here, path, entry.dtype)
+        if isinstance(slot.template, Constant):
+            wanted = np.asarray(slot.template.value, _NUMPY[slot.template.dtype])
+            return self._explanation("constant", entry.dtype, slot.shape, here=here, constant=_plain(wanted))
+        start = 0
+        for at, size in zip(first, slot.shape, strict=True):
+            start = start * size + at
+        parts = []
+        for leaf in dict.fromkeys(slot.template.leaves):
+            for piece in layout.pieces.get(leaf, ()):
+                if piece.slot is slot and (found := inside(piece, start, count)) is not None:
+                    found |= {axis: (at, at + 1) for axis, at in point.items()}
+                    parts.append(self._part(leaf, {axis: found[axis] for axis in piece.tensor.axes}, count == 1))
+        padding = count - sum(part.elements for part in parts)
+        return self._explanation(
+            "element" if count == 1 else "box", entry.dtype, slot.shape, here=here, parts=tuple(parts), padding=padding
+        )
+
+    def _part(self, name: str, box: Box, single: bool) -> Part:
+        tensor = self.tensors[name]
+        held = tuple(self._holdings(self.source.layout, name, box, self._locate, single))
+        origins = () if self.published else tuple(self._holdings(self.originals, name, box, self._locate_original, single))
+        count = tensor.count([box[axis] for axis in tensor.axes])
+        return Part(name, box, dict(zip(tensor.axes, tensor.sizes, strict=True)), count, held, origins)
+
+    def _holdings(self, layout: Layout, name: str, box: Box, locate: Locate, single: bool) -> Iterator[Holding]:
+        """Everything in a layout that holds some of a box of a logical tensor, or of one that it is tied to; rank by rank."""
+        pieces = [piece for same in self.same[name] for piece in layout.pieces.get(same, ())]
+        for piece in sorted(pieces, key=lambda piece: piece.slot.rank):
+            held = _intersection(piece, box)
+            points = list(_points(piece, held)) if held is not None else []
+            if held is None or not points:
+                continue
+            slot, first, last = piece.slot, piece.offset, piece.offset
+            for axis, (low, _), stride in zip(piece.tensor.axes, piece.box, piece.strides, strict=True):
+                first += (held[axis][0] - low) * (stride or 0)
+                last += (held[axis][1] - 1 - low) * (stride or 0)
+            names = slot.name(points[0]), slot.name(points[-1])
+            file, path, entry = locate(slot.rank, names[0])
+            rank = None if layout is self.originals else slot.rank
+            start, end = unravel(first, slot.shape), unravel(last, slot.shape)
+            count = piece.tensor.count([held[axis] for axis in piece.tensor.axes])
+            found = Holding(rank, names[0], start, names[1], end, len(points), count, file, bits_of(entry, start), held)
+            yield self._read(found, path, entry.dtype) if single and path is not None else found
+
+    def _locate(self, rank: int, name: str) -> tuple[str, Path | None, Entry]:
+        path, entry = self.source.locate((rank, name))
+        return self._relative(path), path if self.source.root is not None else None, entry
+
+    def _locate_original(self, _: int, name: str) -> tuple[str, Path | None, Entry]:
+        at, entry = self.source.tensors[name]
+        file = self.source.originals[at].name
+        return file, self.source.root / file if self.published and self.source.root is not None else None, entry
+
+    def _relative(self, path: Path) -> str:
+        root = self.source.root
+        return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else str(path)
+
+    def _read(self, holding: Holding, path: Path, dtype: str) -> Holding:
+        data = self.pool.read(path, holding.byte, -(-holding.bits[1] // 8) - holding.byte)
+        values = decode(dtype, data)
+        return replace(holding, value=_plain(values[0]) if values is not None else None, raw=data.hex(" "))
+
+    def _checked(self, name: str, indices: tuple[int, ...], shape: tuple[int, ...]) -> int:
+        """The number of elements that are meant."""
+        if len(indices) > len(shape):
+            given = _counted(len(indices), "index", "indices")
+            raise ReshardError(f"{self.asked}: {given}, {name} has {_counted(len(shape), 'dimension')}: {list(shape)}")
+        for dimension, (at, size) in enumerate(zip(indices, shape, strict=False)):
+            if at >= size:
+                words = f"{self.asked}: index {at} is beyond dimension {dimension} of {name}, which has size {size}"
+                raise ReshardError(words, f"its shape is {list(shape)}")
+        return math.prod(shape[len(indices) :])
+
+    def _explanation(self, kind: str, dtype: str, shape: tuple[int, ...], **given: Any) -> Explanation:
+        found = Explanation(self.source.where, self.asked.strip(), kind, dtype, tuple(shape), **given)
+        notes, layout = [], self.source.layout
+        for part in found.parts if found.single else ():
+            codes = {holding.code for holding in part.held} - {None}
+            notes += ["they do not hold the same bytes: reshard verify finds out which are damaged"] * (len(codes) > 1)
+        if found.padding:
+            axes = {axis for piece in self._pieces(found) for axis in piece.tensor.axes} & layout.padding.keys()
+            padded = [(axis, *layout.padding[axis]) for axis in sorted(axes)]
+            notes += [f"{axis} has {size}, {stored} are stored, over all ranks" for axis, size, stored in padded]
+        if self.source.residues and any(part.origins for part in found.parts):
+            notes.append("the original files are not known: they are told as transformers would write them")
+        return replace(found, notes=tuple(notes))
+
+    def _pieces(self, found: Explanation) -> list[Piece]:
+        here = found.here
+        slot = _find(self.source.layout.by_rank[here.rank or 0], here.tensor) if here is not None else None
+        leaves = getattr(slot[0].template, "leaves", ()) if slot is not None else ()
+        return [piece for leaf in leaves for piece in self.source.layout.pieces.get(leaf, ())[:1]]
+
+    # Errors
+
+    def _elsewhere(self, rank: int, name: str) -> ReshardError:
+        layout = self.source.layout
+        ranks = [other for other in range(layout.mesh.world) if _find(layout.by_rank[other], name) is not None]
+        if ranks:
+            said = ", ".join(str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in runs(ranks))
+            who = f"rank {said} has it" if len(ranks) == 1 else f"ranks {said} have it"
+            return ReshardError(f"{self.asked}: rank {rank} has no {name}", who)
+        names = [slot.name(point) for slot in layout.by_rank[rank] for point in slot.points()]
+        hint = _nearest(name, names)
+        if name in self.source.tensors:
+            hint = f"the original has a tensor of that name: {name} without {rank}:"
+        return ReshardError(f"{self.asked}: rank {rank} has no tensor {name}", hint)
+
+    def unknown(self, name: str) -> ReshardError:
+        layout = self.source.layout
+        ranks = [rank for rank in range(layout.mesh.world) if _find(layout.by_rank[rank], name) is not None]
+        if ranks:
+            words = f"{self.asked}: {name} is stored by {_counted(len(ranks), 'rank')}: which one?"
+            return ReshardError(words, f"for example {ranks[0]}:{self.asked.strip()}")
+        for tied, same in self.same.items():  # a tied name that the original does not store
+            row = next((row for row in layout.model.family.rows if row.leaves == (tied,)), None)
+            if row is not None and row.name.text == name and len(same) > 1:
+                return ReshardError(f"{self.asked}: the original does not store {name}", f"it is tied to {same[1]}: ask for {same[1]}")
+        stored = {f"{slot.rank}:{slot.name(point)}" for slot in layout.by_rank[0] for point in slot.points()}
+        hint = _nearest(name, [*self.source.tensors, *self.tensors]) or _nearest(f"0:{name}", sorted(stored))
+        return ReshardError(f"{self.asked}: {self.source.where} has no tensor {name}", hint)
+
+
+def _find(slots: Sequence[Slot], name: str) -> tuple[Slot, Point] | None:
+    """The slot and the point of a stored name."""
+    for slot in slots:
+        text = slot.template.name.text
+        if name.startswith(text.split("{")[0]) and name.endswith(text.split("}")[-1]):
+            for point in slot.points():
+                if slot.name(point) == name:
+                    return slot, point
+    return None
+
+
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    """A hint with the nearest names. Compared without their numbers, there being tens of thousands; those with the same numbers win."""
+    kinds: dict[str, dict[tuple[int, ...], str]] = {}
+    for other in names:
+        kind, numbers = fold(other)
+        kinds.setdefault(kind, {})[numbers] = other
+    kind, numbers = fold(name)
+    close = difflib.get_close_matches(kind, kinds, 3, 0.6)
+    found = [kinds[other][min(kinds[other], key=lambda those: _apart(those, numbers))] for other in close]
+    return f"the nearest {'name is' if len(found) == 1 else 'names are'} {', '.join(found)}" if found else None
+
+
+def _apart(these: Sequence[int], those: Sequence[int]) -> tuple[int, int]:
+    """How far apart the numbers of two names are."""
+    return abs(len(these) - len(those)), sum(abs(a - b) for a, b in zip(these, those, strict=False))
+
+
+def _counted(number: int, one: str, more: str | None = None) -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
+
+
+def _ends(indices: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first and the last element under leading indices."""
+    rest = shape[len(indices) :]
+    return (*indices, *(0 for _ in rest)), (*indices, *(max(0, size - 1) for size in rest))
+
+
+def _intersection(piece: Piece, box: Box) -> Box | None:
+    found = {}
+    for axis, (low, high) in zip(piece.tensor.axes, piece.box, strict=True):
+        found[axis] = max(low, box[axis][0]), min(high, box[axis][1])
+        if found[axis][0] >= found[axis][1]:
+            return None
+    return found
+
+
+def _points(piece: Piece, box: Box) -> Iterator[Point]:
+    """The points of the enumerated axes at which a slot has a tensor."""
+    axes = [axis for axis, stride in zip(piece.tensor.axes, piece.strides, strict=True) if stride is None]
+    there = piece.tensor.layers if piece.slot.layers is None else piece.slot.layers
+    ranges = [[at for at in range(*box[axis]) if axis != "layer" or there is None or at in there] for axis in axes]
+    for numbers in product(*ranges):
+        yield dict(zip(axes, numbers, strict=True))
+
+
+def runs(numbers: Sequence[int]) -> list[Range]:
+    """Rising numbers as ranges."""
+    found: list[Range] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
+
+
+def _plain(value: Any) -> Value:
+    """A value as JSON and people have it; what JSON has no number for is a text."""
+    plain = value.item()
+    if isinstance(plain, complex) or (isinstance(plain, float) and not math.isfinite(plain)):
+        return str(plain)
+    return plain  # type: ignore[no-any-return]

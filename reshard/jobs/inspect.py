@@ -1,0 +1,162 @@
+"""`reshard inspect`: what a directory or Hub id is, as data and as text. Prints nothing."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.opening import open_any
+from ..checkpoints.published import Published, open_published
+from ..checkpoints.source import Source
+from ..errors import PlaceError, ReshardError
+from ..model.sizes import axis_size
+from ..model.understand import Config, Model, Tensor
+from ..store import location
+from ..store.workfolder import left_by_killed, told
+from ..tables.notation import bases, block_of, fold
+from ..text.escapes import in_line
+from ..text.units import decimal
+from .plan import facts
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was found, ready for JSON; `refused` says why a family table does not fit, if none does."""
+
+    facts: dict[str, Any]
+    refused: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return self.facts | {"refused": self.refused}
+
+    def text(self) -> str:
+        lines = []
+        for key, value in self.facts.items():
+            if value in (None, [], {}, ""):
+                continue
+            name = key.replace("_", " ")
+            if key in ("bytes",):
+                value = decimal(value)
+            if isinstance(value, list):
+                lines += [
+                    f"{name + ':':<14}{in_line(str(item))}" if not n else f"{'':14}{in_line(str(item))}" for n, item in enumerate(value)
+                ]
+            elif isinstance(value, dict):
+                lines += _wrap(name, [in_line(f"{k} {v}") for k, v in value.items()])
+            else:
+                lines.append(f"{name + ':':<14}{in_line(str(value))}")
+        if self.refused:
+            lines += ["", f"cannot be converted: {self.refused}"]
+        return "\n".join(lines)
+
+
+def _wrap(name: str, items: list[str], width: int = 80) -> list[str]:
+    lines = [f"{name + ':':<14}"]
+    for n, item in enumerate(items):
+        word = item + ("," if n < len(items) - 1 else "")
+        if len(lines[-1]) + 1 + len(word) > width and lines[-1].strip():
+            lines.append(" " * 14)
+        lines[-1] += ("" if lines[-1].endswith(" ") else " ") + word
+    return lines
+
+
+def describe(src: str | Path, revision: str | None = None, family: str | None = None) -> Description:
+    """Describe a source, and what killed conversions have left in it and next to it.
+
+    A checkpoint that no table fits is described by its headers, with the reason; so is a directory that is no checkpoint where anything
+    was left in it.
+    """
+    killed = _killed(Path(src))
+    try:
+        return Description(_understood(open_any(src, revision, family), str(src)) | {"killed": killed})
+    except ReshardError as error:
+        try:
+            return Description(_headers(published(str(src), revision)) | {"killed": killed}, str(error))
+        except ReshardError:
+            if killed and not isinstance(error, PlaceError):
+                return Description({"source": str(src), "killed": killed}, str(error))
+            raise error from None
+
+
+def _killed(path: Path) -> list[str]:
+    """What killed conversions have left in a directory, or of a conversion to it."""
+    if not path.is_dir():
+        return []
+    out = Path(os.path.realpath(path))
+    next_to_it = [folder for folder in left_by_killed(out.parent) if folder.out == out and not folder.inside]
+    return [told(folder) for folder in (*next_to_it, *left_by_killed(out))]
+
+
+def published(src: str, revision: str | None) -> Published:
+    """Headers and config.json of a published checkpoint, here or on the Hub."""
+    if not location.source(src).startswith("hf://") and Path(src).exists():
+        return open_published(Path(src))
+    from ..checkpoints import hub
+
+    return hub.published(src, revision)
+
+
+def _understood(source: Source, name: str) -> dict[str, Any]:
+    model, layout, about = source.layout.model, source.layout, facts(source, name)
+    known = source.manifest
+    beside = {row.leaves[0] for row in model.family.rows if row.tower}
+    own = {base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)} | model.family.sizes.keys()
+    atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
+    return {
+        "source": name,
+        "layout": f"{layout.table.name}, {layout.mesh}" if layout.table.cut else "published (Hugging Face)",
+        "family": model.family.name,
+        "around": model.family.around or None,
+        "model": source.origin.id,
+        "commit": source.origin.commit,
+        "license": source.origin.license,
+        "bytes": about.nbytes,
+        "files": about.files,
+        "tensors": about.tensors,
+        "parameters": sum(_numbers(t, model) for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")),
+        "dtypes": dict(about.dtypes),
+        "sizes": {axis: model.sizes[axis] for axis in sorted(atoms)},
+        "tied": [f"{name} is {other}" for name, other in model.alias.items()],
+        "quantization": _quantization(source.config),
+        "towers": _towers(model),
+        "kept_aside": len(model.aside),
+        "carried": [file.name for file in source.carried],
+        "left": [file.name for file in source.left],
+        "root": known.root if known else None,
+    }
+
+
+def _numbers(tensor: Tensor, model: Model) -> int:
+    """Elements; where several numbers lie in one, all of them."""
+    blocks = [(axis, block[0]) for axis in tensor.axes if (block := block_of(axis))]
+    whole = prod(model.sizes[base] for _, axes in blocks for base in axes)
+    return tensor.elements // prod(axis_size(axis, model.sizes) for axis, _ in blocks) * whole
+
+
+def _towers(model: Model) -> list[str]:
+    """What stands beside the language model, and how many parameters each has."""
+    parameters: Counter[str] = Counter()
+    for row in model.family.rows:
+        if row.tower:
+            parameters[row.tower] += model.tensors[row.leaves[0]].elements
+    return [f"{name}, {count:,} parameters" for name, count in parameters.items()]
+
+
+def _headers(published: Published) -> dict[str, Any]:
+    kinds = Counter(fold(name)[0] for name in published.tensors)
+    return {
+        "source": published.where,
+        "family": f"unknown (model_type {published.config.model_type})",
+        "bytes": published.bytes,
+        "files": sum(original.container != "plain" for original in published.originals),
+        "tensors": [f"{count} × {kind}" for kind, count in kinds.items()],
+        "dtypes": dict(Counter(entry.dtype for _, entry in published.tensors.values())),
+        "quantization": _quantization(published.config),
+    }
+
+
+def _quantization(config: Config) -> str | None:
+    found = config.get("quantization_config")
+    return str(found.get("quant_method", found)) if isinstance(found, dict) else found

@@ -1,0 +1,531 @@
+"""Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing instead of writing.
+
+The other rungs are climbed elsewhere: sha256 in originals, numerics in the runtime.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..checkpoints import manifest
+from ..checkpoints.companions import Carried, Left
+from ..checkpoints.manifest import Listed, Manifest
+from ..checkpoints.published import WEIGHTS
+from ..checkpoints.shards import Shards, scalar, tensors_json
+from ..checkpoints.source import Source, open_source
+from ..engine import worker
+from ..engine.sample import sample
+from ..engine.worker import Key, Place
+from ..errors import MismatchError, PlaceError, ReshardError, failed
+from ..inputs import decode, limits
+from ..layout.cut import Layout
+from ..layout.join import Plan, plan
+from ..store.digest import BLOCK, FileDigest
+from ..store.directory import Directory, reading
+from ..store.local import Pool, buffer
+from ..store.publish import NOBODYS
+from ..tables.parse import Constant
+from ..text.progress import Progress, Silent, until
+from ..threads import each
+from .verdict import Report, Rung
+
+FEW = 64 << 10  # bytes: below, importing ctypes takes longer than they do
+
+# --- integrity ---------------------------------------------------------------------------------------------------------------------
+
+
+def integrity(out: Path, threads: int, progress: Progress | None = None, strict: bool = False) -> Rung:
+    """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing.
+
+    Files that no manifest lists prove nothing: named as unproven, as a failure where an engine might load them, or if `strict`.
+    """
+    from ..checkpoints.blocks import Block, Blocks
+
+    progress = progress or Silent()
+    rung = Rung("integrity")
+    try:
+        known = manifest.load(out)
+    except MismatchError as error:
+        rung.failures.append(error.message)
+        return rung
+    listed = list(known.files())
+    if manifest.root_of(out, known) != known.root:
+        rung.failures.append(f"{manifest.NAME}: its root digest is not that of what it says")
+    progress.start("checking digests", sum(file.size for file in listed))
+    pool = Pool()
+    rung.files = len(listed)
+    for file in listed:
+        path = out / file.name
+        if not path.is_file():
+            rung.failures.append(f"{file.name}: is missing")
+        elif (size := path.stat().st_size) != file.size:
+            rung.failures.append(f"{file.name}: has {size} bytes, {file.size} were written")
+    strays = sorted({*_files_in(out)} - {manifest.NAME, manifest.LEFT, *(file.name for file in listed)})
+    loaded = [name for name in strays if _might_be_loaded(name)]
+    rung.failures += [f"{name}: is none of the files of {manifest.NAME}, and an engine might load it" for name in loaded]
+    if others := [name for name in strays if not _might_be_loaded(name)]:
+        rung.numbers = {"unlisted": others}
+        if strict:
+            rung.failures += [f"{name}: is none of the files of {manifest.NAME}" for name in others]
+        else:
+            rung.notes.append(
+                f"{manifest.NAME} does not list {_names(others)}, so that nothing is known of {'it' * (len(others) == 1) or 'them'}"
+            )
+    broken = {failure.split(":")[0] for failure in rung.failures}
+    whole = [file for file in listed if file.name not in broken]
+    weights = {weights.name: tensors for weights, tensors in known.ranks}
+    lock = threading.Lock()
+
+    def check_file(file: Listed) -> None:
+        found = _digest_small(pool, out / file.name, file.size, progress.advance)
+        if found != file.digest:
+            with lock:
+                rung.failures.append(f"{file.name}: digest {found}, the manifest says {file.digest}")
+                broken.add(file.name)
+
+    def check_block(block: Block) -> None:
+        digest = block.found(pool.read(out / block.file, block.offset, block.size))
+        progress.advance(block.size)
+        if digest != block.digest:
+            with lock:
+                rung.failures.append(f"{block.file}: {block.where} have digest {digest}, {block.digest} was written")
+
+    def blocks() -> Iterator[Block]:
+        for file in whole:
+            if file.name in weights and weights[file.name].name not in broken:
+                try:
+                    mine = Blocks.read(out, file, weights[file.name])
+                    rung.failures += mine.contradictions()
+                    rung.tensors += len(mine.tensors)
+                    progress.advance(mine.start)
+                    yield from mine
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    rung.failures.append(f"{weights[file.name].name}: malformed: {error!r}")
+
+    try:
+        each((file for file in whole if file.name not in weights), check_file, threads)
+        each(blocks(), check_block, threads)
+    except OSError as error:
+        raise failed("reading", out, error) from error
+    finally:
+        pool.close()
+    rung.failures.sort()
+    rung.bytes = sum(file.size for file in whole)
+    if not rung.failures:
+        rung.failures += _contradictions(out, known)
+    progress.finish()
+    return rung
+
+
+def _files_in(out: Path) -> Iterator[str]:
+    """Every file of a directory, through links, too; but for the work of jobs that are at it."""
+    seen = set()
+    for base, folders, files in os.walk(out, followlinks=True):
+        real = os.path.realpath(base)
+        folders[:] = [] if real in seen else [name for name in folders if Path(base) != out or name not in NOBODYS]  # links may lead round
+        seen.add(real)
+        yield from (str(Path(base, name).relative_to(out)) for name in files)
+
+
+def _might_be_loaded(name: str) -> bool:
+    """Whether an engine might take a file for weights: what ends in .safetensors, and what transformers looks for."""
+    return name.lower().endswith(".safetensors") or name in {file for pair in WEIGHTS for file in pair}
+
+
+def _names(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _contradictions(out: Path, known: Manifest) -> list[str]:
+    """Where manifest.json or a tensors.json, although its digest is right, says other things than tables, config.json and headers."""
+    try:
+        source = open_source(out)
+    except PlaceError:
+        raise
+    except ReshardError as error:
+        return [f"{manifest.NAME}, config.json and the tables do not belong together: {error.message}"]
+    layout = source.layout
+    shards, found = Shards(layout), []
+    for shard, (_, tensors) in zip(shards, known.ranks, strict=True):
+        said = json.loads(tensors_json(shard, layout, {name: [b""] for name, _, _ in shard.tensors}))
+        for tensor in said["tensors"]:
+            del tensor["digest"]  # was checked with the bytes
+        if not _says(decode.json_file(out / tensors.name, limits.TENSORS_JSON), said):
+            found.append(f"{tensors.name}: is not what the tables and config.json make of this rank")
+    kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
+    kept |= {manifest.SUMS} if source.sums else set()
+    kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
+    kept |= {f"source/formats/{name}.toml" for name in layout.table.texts}
+    odd = sorted(kept ^ {file.name for file in known.source})
+    found += [f"{manifest.NAME}: {'does not list' if name in kept else 'lists'} {name}" for name in odd]
+    engines = {f"{layout.table.engine['name']} {version}" for version in layout.table.engine["versions"]} if layout.table.engine else {None}
+    if known.engine not in engines:
+        found.append(f"{manifest.NAME}: engine {known.engine!r} is none that the format is for")
+    text, _ = manifest.dump(
+        layout,
+        engine=known.engine,
+        origin=known.origin,
+        plan=shards.digest,
+        ranks=known.ranks,
+        carried=known.carried,
+        source=known.source,
+    )
+    if not _says(decode.json_file(out / manifest.NAME, limits.MANIFEST), json.loads(text) | {"reshard": known.version, "root": known.root}):
+        found.append(f"{manifest.NAME}: is not what the tables and config.json make of this model and mesh")
+    return found
+
+
+def _says(found: Any, wanted: Any) -> bool:
+    """Whether a JSON value says everything that another says; objects may have further keys, as later versions might."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(key in found and _says(found[key], value) for key, value in wanted.items())
+    if isinstance(wanted, list):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(_says, found, wanted))
+    return type(found) is type(wanted) and bool(found == wanted)
+
+
+def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], None]) -> str:
+    state = xxhash.xxh3_128()
+    for at in range(0, size, BLOCK):
+        piece = pool.read(path, at, min(BLOCK, size - at))
+        state.update(piece)
+        advance(len(piece))
+    return state.hexdigest()
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------------------
+
+
+class Comparer:
+    """A sink that reads what a writer would have written, and compares; padding, too, where it is `padded` by us."""
+
+    than = "the source"
+
+    def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock, padded: bool = True) -> None:
+        self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
+        self._buffer = buffer(worker.TILE)
+        self._seen: dict[Key, int] = {}
+        self.bad: dict[Key, str] = {}  # the failure of each
+
+    def put(self, key: Key, offset: int, data: memoryview) -> None:
+        path, entry = self.place.locate(key)
+        found = self._buffer[: len(data)]
+        self.pool.read_into(path, entry.offset + offset, found)
+        self._seen[key] = self._seen.get(key, 0) + len(data)
+        if key in self.bad or _equal(found, data):
+            return
+        first = offset + next(at for at, (mine, theirs) in enumerate(zip(found, data, strict=True)) if mine != theirs)
+        self.fail(key, f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}")
+
+    def done(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            path, entry = self.place.locate(key)
+            at = self._seen.pop(key, 0)
+            while self.padded and at < entry.nbytes and key not in self.bad and entry.strides is None:  # zero padding stands at the end
+                found = self._buffer[: min(worker.TILE, entry.nbytes - at)]
+                self.pool.read_into(path, entry.offset + at, found)
+                if bytes(found).count(0) < len(found):
+                    self.fail(key, f"{path.parent.name}/{path.name}: {key[1]}: padding from byte {at} on is not zero")
+                at += len(found)
+            with self.lock:
+                self.rung.tensors += 1
+                self.rung.bytes += entry.nbytes
+
+    def fail(self, key: Key, failure: str) -> None:
+        self.bad[key] = failure
+        with self.lock:
+            self.rung.failures.append(failure)
+
+
+def _equal(a: memoryview, b: memoryview) -> bool:
+    """Two buffers of one length, compared by the C library: without copies, and without the interpreter's lock. A few bytes as they are."""
+    if len(a) <= FEW:
+        return bytes(a) == bytes(b)
+    from ctypes import byref, c_char, c_size_t
+
+    return _memcmp()(byref(c_char.from_buffer(a)), byref(c_char.from_buffer(b)), c_size_t(len(a))) == 0
+
+
+@cache
+def _memcmp() -> Callable[..., int]:
+    from ctypes import CDLL
+
+    return CDLL(None).memcmp
+
+
+def weights(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
+    """Every stored element equals the source's, replicas too, padding is zero; residues and carried files are equal."""
+    progress = progress or Silent()
+    rung, lock, pool = Rung("weights"), threading.Lock(), Pool()
+    _same_model(out, source)
+    joined = plan(source.layout, out.layout)
+    progress.start("comparing weights", sum(entry.nbytes for _, entry in source.places.values()))
+    compared: set[Key] = set()
+
+    class Counting(Comparer):
+        def done(self, keys: Iterable[Key]) -> None:
+            keys = list(keys)
+            with lock:
+                compared.update(keys)
+            super().done(keys)
+
+    try:
+        halt = threading.Event()
+        advance = until(halt, progress.advance)
+        ours = out.manifest is not None  # an engine's own padding and constants are what they were in its memory
+
+        def sink() -> Comparer:
+            return Counting(out, pool, rung, lock, ours)
+
+        worker.run(joined, source, out, sink, workers=threads, pool=pool, progress=advance, stop=halt)
+        constants = {(slot.rank, slot.name(point)): slot for slot in out.layout.constants for point in slot.points()}
+        rest = Comparer(out, pool, rung, lock, ours)
+        rest.done([key for key in out.places if key not in compared and key not in constants])
+        for key, slot in constants.items():
+            path, entry = out.locate(key)
+            assert isinstance(slot.template, Constant)
+            if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
+                (rung.failures if ours else rung.notes).append(f"{path.name}: {key[1]} is not {slot.template.value}")
+        if out.manifest is not None and {file.name for file in out.originals} == {file.name for file in source.originals}:
+            _residues(out, source, pool, rung)
+        else:
+            _buffers(out, source, pool, rung)
+            rung.notes += [f"{source.where} is cut into other files than those that merging writes"] if out.manifest is not None else []
+        _carried(out.carried, source.carried, pool, rung)
+    finally:
+        pool.close()
+    progress.finish()
+    rung.failures += doubles(out, source, threads, progress).failures
+    rung.failures.sort()
+    return rung
+
+
+class _Tied(Comparer):
+    than = "the tensor that it is tied to"
+
+
+def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None, sampled: bool = False) -> Rung:
+    """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit, or in a sample."""
+    progress = progress or Silent()
+    rung, lock = Rung("tied"), threading.Lock()
+    once = source.layout.beyond(out.layout)
+    if not once:
+        return rung
+    joined = plan(out.layout, replace(source.layout, pieces=once))
+    if sampled:
+        joined, progress = sample(joined, out, source), Silent()
+    sizes = source.layout.logical_bytes()
+    progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
+    _hold_against(joined, out, source, lambda pool: _Tied(source, pool, rung, lock, padded=not sampled), threads, progress)
+    return rung
+
+
+def check_tied(source: Source, out: Layout, threads: int, progress: Progress | None = None, sampled: bool = False) -> None:
+    """Tensors that `out` stores once where the source has two must be equal: ReshardError otherwise."""
+    if not (lost := source.layout.beyond(out)):
+        return
+    kept = {name: pieces for name, pieces in source.layout.pieces.items() if name not in lost}
+    once = replace(source, layout=replace(source.layout, pieces=kept, tied=out.tied))
+    if found := doubles(once, source, threads, progress, sampled).failures:
+        names = ", ".join(f"{other} and {name}" for name, other in out.tied.items())
+        raise ReshardError(
+            f"{source.where}: config.json says tie_word_embeddings, yet {names} are not equal: {found[0]}",
+            "an engine would use one for both: say tie_word_embeddings = false in config.json to keep both",
+        )
+
+
+class _Copy(Comparer):
+    than = "the copy of a lower rank"
+
+
+def replicas(out: Source, threads: int, progress: Progress | None = None) -> Rung:
+    """What several ranks hold is the same on all of them."""
+    progress = progress or Silent()
+    rung, lock, layout = Rung("replicas"), threading.Lock(), out.layout
+    first = {name: set(map(id, layout.distinct(name))) for name in layout.pieces}
+    again = {name: tuple(piece for piece in held if id(piece) not in first[name]) for name, held in layout.pieces.items()}
+    again = {name: held for name, held in again.items() if held}
+    if not again:
+        return rung
+    joined = plan(layout, replace(layout, pieces=again), range(layout.mesh.world))
+    sizes = layout.logical_bytes()
+    progress.start("comparing replicas", sum(sizes.get(name, 0) for name in again))
+    _hold_against(joined, out, out, lambda pool: _Copy(out, pool, rung, lock, padded=False), threads, progress)
+    return rung
+
+
+def _hold_against(joined: Plan, a: Source, b: Source, sink: Callable[[Pool], Comparer], threads: int, progress: Progress) -> None:
+    """Carry out a plan, with comparing in the place of writing."""
+    halt = threading.Event()
+    with closing(Pool()) as pool:
+        advance = until(halt, progress.advance)
+        worker.run(joined, a, b, lambda: sink(pool), workers=threads, pool=pool, progress=advance, stop=halt)
+    progress.finish()
+
+
+def _same_model(out: Source, source: Source) -> None:
+    mine, theirs = out.layout.model.tensors, source.layout.model.tensors
+    for name in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(name), theirs.get(name)
+        if a is None or b is None or (a.sizes, a.dtypes, a.layers) != (b.sizes, b.dtypes, b.layers):
+            one, other = (f"{t.sizes} {'/'.join(t.dtypes)}" if t else "missing" for t in (a, b))
+            raise MismatchError(f"{name} is {one} in {out.where}, {other} in {source.where}", "these are different models")
+
+
+def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
+    """Buffers kept aside, as far as both have them: what transformers would not write may be missing."""
+    for name in out.layout.model.aside:
+        if name not in source.tensors:
+            (rung.failures if out.manifest is None else rung.notes).append(f"{name}: is not in the source")
+            continue
+        (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(other, there, m):
+            rung.failures.append(f"{out.originals[out.tensors[name][0]].name}: {name} differs from the source")
+
+
+def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
+    mine = {original.name: original for original in out.originals}
+    for original in source.originals:
+        other = mine[original.name]
+        if (other.size, other.holes) != (original.size, original.holes):
+            rung.failures.append(f"{original.name}: the shards do not remember it as it is")
+            continue
+        for (_, length, path, at), (_, _, other_path, other_at) in zip(source.residue(original), out.residue(other), strict=True):
+            for start in range(0, length, BLOCK):
+                n = min(BLOCK, length - start)
+                if pool.read(path, at + start, n) != pool.read(other_path, other_at + start, n):
+                    rung.failures.append(f"{original.name}: header or buffers differ from what the shards remember")
+                    break
+        rung.files += 1
+
+
+def _carried(out: Sequence[Carried], source: Sequence[Carried], pool: Pool, rung: Rung) -> None:
+    there = {file.name: file for file in out}
+    for file in source:
+        other = there.get(file.name)
+        if other is None:
+            rung.failures.append(f"{file.name}: was not carried along")
+        elif other.size != file.size or pool.read(file.path, 0, file.size) != pool.read(other.path, 0, other.size):
+            rung.failures.append(f"{file.name}: differs from the source's")
+    if more := sorted(there.keys() - {file.name for file in source}):
+        rung.notes.append(f"the source has no {_names(more)} to compare with")
+        rung.files += 1
+
+
+def against(out: Path, source: Source, threads: int, progress: Progress | None = None) -> Report:
+    """Bit-exact weights against a source."""
+    return Report(out, (weights(open_source(out), source, threads, progress),))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known;
+    `strict`: files that no manifest lists are a failure; `required`: what has to pass."""
+
+    only: str | None = None
+    sha256: bool = False
+    published: Mapping[str, FileDigest] | None = None
+    numerics: Callable[[Path, Source | None, Progress], Rung] | None = None
+    strict: bool = False
+    required: tuple[str, ...] = ()
+
+
+def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
+    """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails.
+
+    All of it is of one conversion: where `out` is replaced meanwhile it begins anew, and ends in Replaced if that happens again and again.
+    """
+    talk = progress or Silent()
+
+    def climb(directory: Directory) -> Report:
+        try:
+            return _verify(out, source, threads, talk, wish, directory)
+        finally:
+            talk.finish()
+
+    return reading(out, climb)
+
+
+def _verify(out: Path, source: Source | None, threads: int, progress: Progress, wish: Wish, directory: Directory) -> Report:
+    shards = manifest.present(out)
+    if not shards and source is None and wish.published is None:
+        manifest.check_lost(out)
+        raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
+    opened: list[Source] = []
+
+    def open_out() -> Source:
+        if not opened:
+            opened.append(open_source(out, source.layout.model.family if source is not None else None))
+        return opened[0]
+
+    def weigh() -> Rung:
+        assert source is not None
+        return weights(open_out(), source, threads, progress)
+
+    def restore() -> Rung:
+        from . import verify_sha256
+
+        known = wish.published if wish.published is not None else verify_sha256.recorded(open_out())
+        if not known and not wish.sha256 and wish.only is None:
+            return Rung("sha256", skipped="no digest of the original files is known: convert --sha256, or --hub ID")
+        rung = verify_sha256.sha256(open_out(), known, threads, progress)
+        rung.failures += replicas(open_out(), threads, progress).failures  # files are made of the lowest rank's
+        return rung
+
+    def compute() -> Rung:
+        if wish.numerics is None:
+            return Rung("numerics", skipped="not asked for: --numerics, --only numerics")
+        if source is not None:
+            _same_model(open_out(), source)
+        return wish.numerics(out, source, progress)
+
+    no_manifest = None if shards else "no manifest"
+    climbs: dict[str, tuple[str | None, Callable[[], Rung]]] = {
+        "integrity": (no_manifest, lambda: integrity(out, threads, progress, wish.strict)),
+        "weights": (None if source is not None else "there is nothing to compare with: --against SRC", weigh),
+        "sha256": (None, restore),
+        "numerics": (None, compute),
+    }
+    rungs: list[Rung] = []
+    for name, (missing, climb) in climbs.items():
+        if wish.only not in (None, name):
+            continue
+        if missing is not None:
+            if wish.only == name:
+                raise ReshardError(f"{out}: --only {name}: {missing}")
+            rungs.append(Rung(name, skipped=missing))
+            continue
+        if any(rung.failures for rung in rungs):
+            rungs.append(Rung(name, skipped="an earlier rung failed"))
+            continue
+        began = time.monotonic()
+        try:
+            rung = climb()
+        except PlaceError:
+            raise
+        except ReshardError as error:
+            if name != "weights" or not (out / "config.json").is_file():  # no damage, but no checkpoint
+                raise
+            rung = Rung(name, failures=[error.message])
+        directory.check()
+        rung.seconds = time.monotonic() - began
+        rungs.append(rung)
+    return Report(out, tuple(rungs), _left(out if shards else None, source), wish.required)
+
+
+def _left(out: Path | None, source: Source | None) -> tuple[Left, ...]:
+    """What is not in a directory of what lay beside the weights: as its conversion noted it, and as it lies there now."""
+    noted: tuple[Left, ...] = ()
+    with suppress(MismatchError):  # whatever is wrong with it, integrity says it
+        noted = manifest.load_left(out) if out is not None else ()
+    known = {file.name: file for file in (*noted, *(source.left if source is not None else ()))}
+    return tuple(known[name] for name in sorted(known))

@@ -1,0 +1,120 @@
+"""The proof without the original: digests of the published files, from the shards alone, against those that were recorded or published.
+
+What merging would write is streamed and hashed; nothing is written, nothing but metadata is downloaded.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from ..checkpoints.source import Source
+from ..checkpoints.streams import Streams
+from ..checkpoints.target import restored
+from ..errors import ReshardError, failed
+from ..layout.join import plan
+from ..store.digest import FileDigest
+from ..store.local import Pool
+from ..text.progress import Progress, Silent
+from ..threads import each
+from .verdict import Rung
+
+Job = tuple[str, int, Iterator[memoryview | bytearray]]  # name and size of a file, and its bytes in order
+
+
+def recorded(out: Source) -> dict[str, FileDigest]:
+    """The digests that a directory remembers of the published files: those of the Hub, or of `convert --sha256`."""
+    known = {original.name: original.sha256 for original in out.originals if original.sha256} | out.sums
+    return {name: FileDigest("sha256", digest, "was recorded") for name, digest in known.items()}
+
+
+def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress: Progress | None = None) -> Rung:
+    """Every published file that merging would write, and every file carried along, has the digest that is wanted of it.
+
+    Raises ReshardError where no digest is known of any weights.
+    """
+    progress, rung = progress or Silent(), Rung("sha256")
+    if not any(original.name in wanted for original in out.originals):
+        raise ReshardError(
+            f"{out.where}: no SHA-256 of the original files is known",
+            "convert --sha256 records them; --hub ID asks the Hub for those that it publishes",
+        )
+    restored_files = restored(out)
+    known = [original for original in out.originals if original.name in wanted]
+    along = [file for file in out.carried if file.name in wanted]
+    missing = len(out.originals) - len(known)
+    if missing:
+        rung.notes.append(f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}")
+    progress.start("hashing what merging would write", sum(file.size for file in known) + sum(file.size for file in along))
+    lock, halt = threading.Lock(), threading.Event()
+    with closing(Pool()) as pool:
+        streams = Streams(plan(out.layout, restored_files.layout), out, restored_files, pool)
+
+        def check(job: Job) -> None:
+            name, size, windows = job
+            digest = wanted[name]
+            state = digest.state(size)
+            for window in windows:
+                if halt.is_set():
+                    return
+                state.update(window)
+                progress.advance(len(window))
+            if state.hexdigest() != digest.value:
+                with lock:
+                    kind = "SHA-256" if digest.kind == "sha256" else "git id"
+                    rung.failures.append(f"{name}: the shards make a file of {kind} {state.hexdigest()}, {digest.value} {digest.by}")
+
+        jobs: list[Job] = [(file.name, file.size, streams.windows(file.name)) for file in known]
+        jobs += [(file.name, file.size, pool.chunks(file.path, 0, file.size)) for file in along]
+        jobs.sort(key=lambda job: -job[1])  # the largest first: they end together
+        try:
+            each(jobs, check, threads, halt)
+        except OSError as error:
+            raise failed("reading", out.where, error) from error
+    rung.failures.sort()
+    rung.files, rung.bytes = len(jobs), sum(size for _, size, _ in jobs)
+    progress.finish()
+    return rung
+
+
+def _first(out: Source, wanted: Mapping[str, FileDigest]) -> str:
+    names = [original.name for original in out.originals if original.name not in wanted]
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def hashable(source: Source) -> bool:
+    """Whether the published files are there to be hashed: of shards no more is known than what their directory remembers."""
+    return source.root is not None and source.manifest is None and not source.residues
+
+
+def hashed(source: Source, threads: int, progress: Progress) -> Source:
+    """The source with the SHA-256 of every published file, and of every one carried along, that is not known yet.
+
+    Raises PlaceError if a file is not what it was when its header was read.
+    """
+    import hashlib
+
+    if source.root is None or not hashable(source):
+        return source
+    halt = threading.Event()
+    files = {original.name: (source.root / original.name, original.size) for original in source.originals if not original.sha256}
+    files |= {file.name: (file.path, file.size) for file in source.carried}
+    found: dict[str, str] = {}
+    progress.start("computing SHA-256", sum(size for _, size in files.values()))
+    with closing(Pool(stamps=source.stamps)) as pool:
+
+        def digest(item: tuple[str, tuple[Path, int]]) -> None:
+            name, (path, size) = item
+            state = hashlib.sha256()
+            for piece in pool.chunks(path, 0, size):
+                if halt.is_set():
+                    return
+                state.update(piece)
+                progress.advance(len(piece))
+            found[name] = state.hexdigest()
+
+        each(files.items(), digest, threads, halt)
+    progress.finish()
+    originals = tuple(original._replace(sha256=found.get(original.name, original.sha256)) for original in source.originals)
+    return replace(source, originals=originals, sums={file.name: found[file.name] for file in source.carried})

@@ -1,0 +1,4 @@
+"""Words for people: sizes and durations, progress, control characters made visible.
+
+Imports nothing of reshard.
+"""

@@ -1,0 +1,269 @@
+"""Launching: one process per rank on this machine, watched until all have ended. Knows nothing about models.
+
+torch is imported once and the ranks are forked, so that N ranks start as quickly as one, and so that nothing that lies in the user's
+current folder is imported in its place. The parent computes nothing and keeps no thread. Whatever happens, no rank outlives it.
+"""
+
+import atexit
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from mmap import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from reshard.errors import PlaceError, ReshardError
+from reshard.text.escapes import visible
+
+from .lost import Lost
+
+if TYPE_CHECKING:
+    from .collectives import World
+
+T = TypeVar("T")
+Tell = Callable[[str], None]
+Work = Callable[[int, Tell], None]
+
+PHASES = ("start", "load", "prefill", "decode", "report", "end")
+_DEATH_SIGNAL = 1  # prctl: the signal that a process gets when its parent is gone
+_REPORT = 1000  # characters of a rank's last words: they fit into a pipe at once
+_GRACE = 5.0  # seconds in which the others may say what they know of a rank that is lost
+GONE = 141  # exit code: whoever read stdout has gone away
+
+
+@dataclass
+class _Child:
+    """A rank's process: where its last words come from, and how it ended."""
+
+    rank: int
+    pid: int
+    pipe: int
+    words: bytes = b""
+    code: int | None = None
+    said: dict[str, Any] = field(default_factory=dict)
+
+
+def launch(size: int, work: Work, timeout: float) -> None:
+    """Run `work(rank, tell)` in a process per rank; in these RANK, WORLD_SIZE and MASTER_ADDR, MASTER_PORT are set as torchrun does it.
+
+    `tell` is told of each phase. Raises what the first rank to fail raised, or PlaceError for one that was killed, with its phase; the
+    others are ended then.
+    """
+    if size > 1:
+        _check_loopback()
+    phases = mmap(-1, size)
+    children: list[_Child] = []
+    doors = os.pipe()  # the port goes through here, once there is one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        children.extend(_fork(rank, size, work, phases, doors) for rank in range(size))
+        os.close(doors[0])
+        store = _store(size, timeout) if size > 1 else None
+        with suppress(BrokenPipeError):
+            os.write(doors[1], (store.port if store else 0).to_bytes(8, "little") * size)
+        os.close(doors[1])
+        _watch(children)
+    finally:
+        for child in children:
+            if child.code is None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+                _reap(child)
+            os.close(child.pipe)
+    _judge(children, [PHASES[number] for number in phases[:]])
+
+
+def run_processes(size: int, work: "Callable[[World], T]", timeout: float) -> list[T]:
+    """`work` once per rank, each in a process of its own, connected by gloo; their results in the order of the ranks.
+
+    `run_threads` of real ranks. The work and its results are pickled. A process of its own forks the ranks: no fork survives the threads
+    that torch has started in this one. Raises as `launch` does.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="reshard-ranks-") as folder:
+        torch.save(work, Path(folder, "work"))
+        program = f"import sys; sys.path[:] = {sys.path!r}; from reshard.runtime import launch; launch.serve(*sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", program, folder, str(size), str(timeout), str(os.getpid())], check=False)
+        if (said := Path(folder, "error")).exists():
+            words = json.loads(said.read_text(encoding="utf-8"))
+            error: type[ReshardError] = PlaceError if words["code"] == 3 else ReshardError
+            raise error(words["message"], words["hint"])
+        if done.returncode:
+            raise PlaceError(f"the process that starts the {size} ranks ended with code {done.returncode}")
+        return [torch.load(Path(folder, f"rank-{rank}"), weights_only=False) for rank in range(size)]
+
+
+def serve(folder: str, size: str, timeout: str, parent: str) -> None:
+    """The process of `run_processes` that forks the ranks. Results, or what they failed with, go to files in the folder."""
+    import torch
+
+    _follow(int(parent))
+    work = torch.load(Path(folder, "work"), weights_only=False)
+
+    def one(rank: int, tell: Tell) -> None:
+        from .collectives import joined
+
+        with joined("gloo", int(size), float(timeout)) as world:
+            tell("load")
+            found = work(world)
+        torch.save(found, Path(folder, f"rank-{rank}"))
+
+    try:
+        launch(int(size), one, float(timeout))
+    except ReshardError as error:
+        words = {"message": error.message, "hint": error.hint, "code": error.exit_code}
+        Path(folder, "error").write_text(json.dumps(words), encoding="utf-8")
+
+
+def _check_loopback() -> None:
+    """The ranks meet at 127.0.0.1; torch tries that for a long time where it cannot be."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5.0):
+            pass
+    except OSError as error:
+        raise PlaceError(
+            f"127.0.0.1 cannot be reached, where the ranks meet: {error.strerror or error}", "ip link set lo up; or one rank: --tp 1"
+        ) from None
+
+
+def _store(size: int, timeout: float) -> Any:
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        return TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise PlaceError(f"the ranks have no place to meet: {str(error).partition(chr(10))[0]}") from None
+
+
+def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]) -> _Child:
+    reading, writing = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if pid:
+        os.close(writing)
+        return _Child(rank, pid, reading)
+    code = 70
+    try:
+        os.close(reading)
+        os.close(doors[1])
+        _follow(parent)
+        atexit._clear()  # what the parent would do at its end
+        code = _run(rank, size, work, phases, doors[0], writing)
+    except BaseException:
+        sys.stderr.write(visible(traceback.format_exc()))
+    finally:
+        os._exit(code)
+
+
+def _follow(parent: int) -> None:
+    """Die with the parent, and leave Ctrl-C, and a terminal that is closed, to it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int) -> int:
+    """The life of one rank; its exit code. Its last words, if it fails, go into the pipe."""
+    from . import heartbeat
+
+    def tell(phase: str) -> None:
+        phases[rank] = PHASES.index(phase)
+
+    def say(**words: Any) -> int:
+        line = json.dumps({"time": time.monotonic()} | words | {"message": str(words["message"])[:_REPORT]})
+        os.write(report, line.encode() + b"\n")
+        return int(words["code"])
+
+    heartbeat.report = lambda rank, verdict: say(message=verdict, hint=None, code=3, lost=True)
+
+    port = int.from_bytes(os.read(door, 8), "little")
+    os.close(door)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the name of this machine resolves to
+    if rank:
+        os.dup2(2, 1)  # stdout is rank 0's
+    code = 0
+    try:
+        work(rank, tell)
+        sys.stdout.flush()
+        tell("end")
+    except BrokenPipeError:
+        code = GONE
+    except ReshardError as error:
+        code = say(message=error.message, hint=error.hint, code=error.exit_code, lost=isinstance(error, Lost))
+    except BaseException as error:
+        if not isinstance(error, MemoryError):
+            sys.stderr.write(visible(traceback.format_exc()))
+        words = f"rank {rank} failed in {PHASES[phases[rank]]}: {type(error).__name__}: {error}"
+        code = say(message=words, hint=None, code=3, lost=False)
+    threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    if not threads:
+        atexit._run_exitfuncs()
+    sys.stderr.flush()
+    return code
+
+
+def _watch(children: list[_Child]) -> None:
+    """Wait until all have ended; when one fails, the others have a moment to say why."""
+    deadline: float | None = None
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.pipe, selectors.EVENT_READ, child)
+        while selector.get_map():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            for key, _ in selector.select(left):
+                child = key.data
+                if data := os.read(child.pipe, 65536):
+                    child.words += data
+                    continue
+                selector.unregister(child.pipe)
+                _reap(child)
+                if child.code:
+                    deadline = min(deadline or float("inf"), time.monotonic() + (0 if child.code == GONE else _GRACE))
+
+
+def _reap(child: _Child) -> None:
+    with suppress(ChildProcessError):
+        child.code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+    said = [json.loads(line) for line in child.words.splitlines()]
+    child.said = min(said, key=lambda words: (bool(words["lost"]), words["time"]), default={})
+
+
+def _judge(children: list[_Child], phases: list[str]) -> None:
+    """Raise what the job died of: a rank's own error, else what the others say of one, else what its end looked like."""
+    if any(child.code == GONE for child in children):
+        raise BrokenPipeError
+    said = sorted((child.said for child in children if child.said), key=lambda words: words["time"])
+    for words in [*(words for words in said if not words.get("lost")), *said]:
+        error: type[ReshardError] = PlaceError if words.get("code", 3) == 3 else ReshardError
+        raised = error(words["message"], words.get("hint"))
+        raised.exit_code = words.get("code", 3)
+        raise raised
+    for child in children:
+        if child.code:
+            how = f"was ended by {signal.Signals(-child.code).name}" if child.code < 0 else f"ended with code {child.code}"
+            hint = "the kernel ends processes so where memory runs out" if child.code == -signal.SIGKILL else None
+            raise PlaceError(f"rank {child.rank} {how} in {phases[child.rank]}", hint)

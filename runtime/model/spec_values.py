@@ -1,0 +1,70 @@
+"""`[model]` of a family table, answered by a config.
+
+A value is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null counts: a number,
+`true`, `false`, `=word` (that word), a key of config.json, one of these divided by another or times it, `a / b`, `a * b`, or what is true
+or false: `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of texts is true if one of them is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from reshard.errors import ReshardError
+from reshard.tables.config import Config
+
+
+class Facts:
+    """What a table says of a model, or of a part of it."""
+
+    def __init__(self, facts: Mapping[str, Any], config: Config) -> None:
+        self.facts, self.config = facts, config
+
+    def value(self, fact: str, default: Any = None) -> Any:
+        given = self.facts.get(fact, default)
+        if isinstance(given, list):
+            return any(self._first(text) for text in given)
+        return self._first(given) if isinstance(given, str) else given
+
+    def _first(self, text: str) -> Any:
+        for word in map(str.strip, text.split("|")):
+            found = self._one(word)
+            if found is not None:
+                return found
+        return None
+
+    def _one(self, word: str) -> Any:
+        if word in ("true", "false"):
+            return word == "true"
+        if " if " in word:
+            value, _, key = word.partition(" if ")
+            return self._one(value) if self.config.says(key) else None
+        if word.startswith("="):
+            return word[1:]
+        if word.startswith("!") or " == " in word or " != " in word:
+            return self.config.says(word)
+        for sign in (" / ", " * "):
+            if sign in word:
+                one, other = (self._one(part.strip()) for part in word.split(sign))
+                return None if one is None or other is None else one / other if sign == " / " else one * other
+        try:
+            return float(word)
+        except ValueError:
+            return self.config.get(word)
+
+    def number(self, fact: str, default: Any) -> float:
+        found = self.value(fact, default)
+        if isinstance(found, list) and found and all(one == found[0] for one in found):
+            found = found[0]  # one for each layer
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}, a number is needed for {fact}")
+        return float(found)
+
+    def optional(self, fact: str) -> float | None:
+        """A number, or None where nothing says it."""
+        return None if self.value(fact) is None else self.number(fact, None)
+
+    def word(self, fact: str, default: str) -> str:
+        given = self.facts.get(fact, default)
+        return str(given if fact == "norm" else self.value(fact, default))
+
+    def true(self, fact: str) -> bool:
+        return bool(self.value(fact))
