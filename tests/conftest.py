@@ -33,13 +33,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Generator[None, object, object]:
-    """A model that the installed transformers does not have yet is skipped."""
+    """A test of a model that the installed transformers does not have yet is skipped."""
     try:
         return (yield)
     except ImportError as error:
         if error.name != "transformers" or isinstance(error, ModuleNotFoundError):
             raise
         pytest.skip(str(error))
+
+
+pytest_runtest_setup = pytest_pyfunc_call
 
 
 @pytest.fixture(scope="session")
