@@ -1,7 +1,7 @@
 """What several test modules share: the checkpoints, each built once per machine."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seen.add(name)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """A test of a model that the installed transformers does not have yet is skipped."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if error.name != "transformers" or isinstance(error, ModuleNotFoundError):
+            raise
+        pytest.skip(str(error))
+
+
+pytest_runtest_setup = pytest_pyfunc_call
 
 
 @pytest.fixture(scope="session")

@@ -118,8 +118,9 @@ def noise_like(seed: str, name: str, tensor: torch.Tensor, centre: float, dtype:
         return next(found for found in drawn if distinct(found))
     if name.endswith("bias"):
         return noise(f"{seed} {name}", tensor.shape, 0.1, 0.0, dtype)
-    if name.endswith("sinks"):
-        return noise(f"{seed} {name}", tensor.shape, 1.0, 0.0, dtype)
+    if name.endswith(("sinks", "sink")):
+        drawn = (noise(f"{seed} {name} {attempt}", tensor.shape, 1.0, 0.0, dtype) for attempt in itertools.count())
+        return next(found for found in drawn if distinct(found))
     return noise(f"{seed} {name}", tensor.shape, 0.2, centre, dtype=dtype)
 
 

@@ -93,7 +93,7 @@ def test_shards_that_change_while_they_are_read(source: Path, tmp_path: Path) ->
     shards = tmp_path / "shards"
     assert reshard("convert", source, shards, "--tp", "2").code == 0
     with Stepped("convert", shards, tmp_path / "out", "--to", "hf", "--workers", "1") as job:
-        job.advance(lambda: any((tmp_path / ".out.reshard").glob("*.safetensors")))
+        job.advance(lambda: any((tmp_path / ".out.reshard").glob("new/*.safetensors")))
         path = shards / "rank-00001" / "model.safetensors"
         path.write_bytes(bytes(path.stat().st_size))
         refused(job.end(), 3, "rank-00001/model.safetensors: was changed while it was being read")

@@ -208,6 +208,8 @@ def test_constraints_pin_everything() -> None:
     """Every requirement, of every extra and of what they bring, is pinned in constraints.txt, at a version in its range."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines)}
+    if metadata.version("torch").partition("+")[0] != pins["torch"]:
+        pytest.skip("other versions are installed, which bring other packages")
     wanted = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
     for text in wanted:
         requirement = Requirement(text)

@@ -302,20 +302,11 @@ def test_no_worker_goes_on_after_an_interrupt(source: Path, tmp_path: Path, monk
 
 def test_a_signal_while_hashing_ends_it_at_once(big: Path, tmp_path: Path) -> None:
     """Before anything is written, a file of any size is being read to its end."""
-    hashing = """
-import io
-class Slow(io.FileIO):
-    def read(self, size=-1):
-        step()
-        time.sleep(0.02)
-        return super().read(65536)
-opened = pathlib.Path.open
-pathlib.Path.open = lambda self, *a, **k: Slow(self) if k.get("buffering") == 0 else opened(self, *a, **k)
-main(sys.argv[1:])
-"""
-    with Stepped("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", code=hashing) as job:
+    slowly = TRANSFERS.replace("step()", "step(); time.sleep(0.02)", 1)
+    with Stepped("convert", big, tmp_path / "out", "--tp", "2", "--workers", "1", "--sha256", code=slowly) as job:
         job.allow(1)
         job.until(2)
+        assert names(tmp_path) == []
         job.job.terminate()
         job.until(1, "signals")
         assert job.end().code == 143

@@ -9,9 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from running import environment, llama, names, refused, reshard, stamps, start, tree
-from test_cli import SLOW
-from test_publish import SCENES, Scene, begun, content, disturbed, kill
+from running import TRANSFERS, Stepped, llama, names, refused, reshard, stamps, tree
+from test_publish import SCENES, Scene, content, disturbed, kill
 
 from reshard.checkpoints import manifest
 from reshard.store import publish
@@ -127,28 +126,29 @@ def test_an_empty_folder_is_one_whose_job_was_killed_at_once(source: Path, tmp_p
 def test_out_reads_as_what_it_is_while_a_job_works_inside(source: Path, tmp_path: Path) -> None:
     """On a mounted volume the work lies in OUT: it is no part of what is there. Also when the job was killed, which `inspect` says."""
     out = old(source, tmp_path / "out")
-    inside = f"from reshard.store import publish\npublish._mounted = lambda path: True\n{SLOW}"
-    job = start("convert", source, out, "--tp", "4", "--overwrite", code=inside, env=environment(SLOW="0.02"))
-    begun(out, job, inside=True)
-    for state in ("running", "killed"):
-        assert reshard("verify", out).code == 0, state
-        found = reshard("inspect", out)
-        assert found.code == 0 and ("killed conversion" in found.out) == (state == "killed"), found
-        if state == "running":
-            job.kill()
-            job.communicate()
+    inside = f"from reshard.store import publish\npublish._mounted = lambda path: True\n{TRANSFERS}"
+    with Stepped("convert", source, out, "--tp", "4", "--overwrite", code=inside) as job:
+        job.allow(2)
+        job.until(3)
+        for state in ("running", "killed"):
+            assert reshard("verify", out).code == 0, state
+            found = reshard("inspect", out)
+            assert found.code == 0 and ("killed conversion" in found.out) == (state == "killed"), found
+            job.job.kill()
+            job.job.wait()
     assert str(out / ".reshard-work") in reshard("inspect", out).out
     assert reshard("convert", source, out, "--tp", "2", "--json").json["already"] is True
     assert tree(out) == tree(source.parent / "old")
 
 
 def test_what_a_killed_job_left_is_told_by_inspect_and_by_the_next_job_nearby(source: Path, tmp_path: Path) -> None:
-    job = start("convert", source, tmp_path / "out", "--tp", "2", "--workers", "1", code=SLOW, env=environment(SLOW="0.02"))
-    begun(tmp_path / "out", job)
-    running = reshard("convert", source, tmp_path / "early", "--tp", "2", "--json").json
-    refused(reshard("verify", tmp_path / "out"), 3, "is not there yet: a conversion is writing it")
-    job.kill()
-    job.communicate()
+    with Stepped("convert", source, tmp_path / "out", "--tp", "2", "--workers", "1") as job:
+        job.allow(2)
+        job.until(3)
+        running = reshard("convert", source, tmp_path / "early", "--tp", "2", "--json").json
+        refused(reshard("verify", tmp_path / "out"), 3, "is not there yet: a conversion is writing it")
+        job.job.kill()
+        job.job.wait()
     folder = tmp_path / ".out.reshard"
     assert running["notes"] == []
     near = reshard("convert", source, tmp_path / "near", "--tp", "2")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fixtures import State, checkpoint, configure, rewrite
 from gauntlet import MORE, OPTIONS, SEQ, Reference, convert_and_back, run_like
 from running import reshard
@@ -231,12 +232,17 @@ def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(n
         assert any(".attn.q" in key for key in mine)
 
 
+BROKEN = {"5.24.0": ("llama4",)}  # models that a transformers cannot run on text alone: its output has no `image_outputs`
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_given_text_shards_compute_what_transformers_makes_of_the_whole_model(name: str, scratch: Path, tmp_path: Path) -> None:
     """Where no rank has more than the manifest, the carried files and its own folder."""
     torch.set_num_threads(1)
     source = open_source(written(name, scratch))
     found = reference_for(source)
+    if name in BROKEN.get(transformers.__version__, ()):
+        pytest.skip(found.name)
     assert found.independent, found.name
     ids = prompts_for(source)[:2, : SEQ + 1]
     with torch.inference_mode():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from fixtures import BLOCK, BLOCK_SCALED, DEEPSEEK, State, add_mtp, configure, define, in_blocks, noise_like, quantize, rewrite, write
 
+# Many heads in an indexer: what none of them finds is worth exactly nothing, and among such columns any choice is as good.
 LATENT: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 56, "q_lora_rank": 36, "kv_lora_rank": 28}
 LATENT |= {"qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "intermediate_size": 104, "moe_intermediate_size": 40}
-LATENT |= {"index_n_heads": 6, "index_head_dim": 16, "index_topk": 7, "first_k_dense_replace": 1, "num_mtp_layers": 0}
+LATENT |= {"index_n_heads": 20, "index_head_dim": 16, "index_topk": 7, "first_k_dense_replace": 1, "num_mtp_layers": 0}
 
 
 @define("deepseek_v32", heads=8, kv=8, layers=3, experts=4, mtp=1, ep=(1, 2, 4))
@@ -61,7 +62,7 @@ def glm_moe_dsa_each(directory: Path, seed: str) -> None:
 
 
 V4: dict[str, Any] = {"vocab_size": 331, "num_attention_heads": 8, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3}
-V4 |= {"index_n_heads": 6, "index_topk": 7, "sliding_window": 9, "o_groups": 4, "hc_mult": 3, "num_nextn_predict_layers": 0}
+V4 |= {"index_n_heads": 20, "index_topk": 7, "sliding_window": 9, "o_groups": 4, "hc_mult": 3, "num_nextn_predict_layers": 0}
 V4 |= {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}, "bos_token_id": 1, "eos_token_id": 2}
 NEAR, SPARSE, POOLED = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 

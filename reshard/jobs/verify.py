@@ -416,9 +416,9 @@ def _carried(out: Sequence[Carried], source: Sequence[Carried], pool: Pool, rung
             rung.failures.append(f"{file.name}: was not carried along")
         elif other.size != file.size or pool.read(file.path, 0, file.size) != pool.read(other.path, 0, other.size):
             rung.failures.append(f"{file.name}: differs from the source's")
+        rung.files += 1
     if more := sorted(there.keys() - {file.name for file in source}):
         rung.notes.append(f"the source has no {_names(more)} to compare with")
-        rung.files += 1
 
 
 def against(out: Path, source: Source, threads: int, progress: Progress | None = None) -> Report:
