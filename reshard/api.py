@@ -181,7 +181,7 @@ def verify(
 def check_table(
     family: str, *, given: str | Path | None = None, sample: int | None = None, progress: Progress | None = None
 ) -> "TableCheck":
-    """Damage a family table in every way and say what notices each damage; see `reshard.table_check`."""
+    """Damage a family table in every way and say what notices each damage; see `reshard.authoring.check_table`."""
     from .authoring.check_table import check_table as check
 
     table = table_of(family)
@@ -217,7 +217,7 @@ def fingerprint(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Fingerprint | Share":
-    """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.fingerprint.combine`."""
+    """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.jobs.fingerprint.combine`."""
     from .jobs import fingerprint as prints
 
     count = threads.count(workers)

@@ -23,7 +23,8 @@ COMMANDS = ("inspect", "plan", "convert", "verify", "generate", "fingerprint", "
 # `python -m reshard` on storage that needs `SLOW` seconds for each transfer, and with the intervals of a heartbeat in `BEAT`.
 SLOW = """
 import os, sys, time
-from reshard import files, progress
+from reshard.store import local as files
+from reshard.text import progress
 from reshard.cli import main
 transfer = files.Pool._transfer
 def slow(*arguments):

@@ -369,7 +369,7 @@ def test_large_pieces_are_decoded_in_small_parts(monkeypatch: pytest.MonkeyPatch
 
     changed = edited("llama", tmp_path / "changed", edit)
     whole = difference(published("llama"), changed, 2)
-    monkeypatch.setattr("reshard.difference.CHUNK", 16)
+    monkeypatch.setattr("reshard.jobs.diff.CHUNK", 16)
     parts = difference(published("llama"), changed, 2)
     for one, other in zip(whole.rows, parts.rows, strict=True):
         assert replace(one, rms=None) == replace(other, rms=None)

@@ -26,7 +26,7 @@ def test_the_sources_ask_for_digits_by_name() -> None:
         for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", "") and p.is_file()):
             lines = path.read_text(encoding="utf-8").splitlines()
             found += [f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if LOOSE.search(line)]
-    assert not found, "write [0-9], or use reshard.limits.numeral:\n" + "\n".join(found)
+    assert not found, "write [0-9], or use reshard.inputs.limits.numeral:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize("text", SPELLINGS)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from reshard.tables import parse
 from reshard.tables.notation import parse_pattern
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/format.md", "docs/notation.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
 BLOCK = 8 << 20
 
 
@@ -42,6 +43,7 @@ def _module(path: Path) -> ModuleType:
 
 
 generate, reader = _module(ROOT / "docs/generate.py"), _module(ROOT / "docs/reader.py")
+rooms = generate.rooms
 
 
 def _text(document: str) -> str:
@@ -111,15 +113,42 @@ def test_what_is_the_same_on_every_cpu_counts(old: str) -> None:
     assert generate.comparable(SESSION.replace(old, "7", 1)) != generate.comparable(SESSION)
 
 
-def test_modules_import_one_way() -> None:
-    """No two modules of reshard import one another, at any depth."""
-    generate.import_order()
+def test_rooms_import_one_way() -> None:
+    """No import runs upwards or in a circle: those inside functions, for type checkers, and by `import_module` included."""
+    assert rooms.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("where", "line", "fault"),
+    [
+        ("reshard/tables/config.py", "from ..layout import mesh\n", "layout is above tables"),
+        ("reshard/errors.py", "def late():\n    from .jobs import plan\n", "jobs is above errors"),
+        ("reshard/store/digest.py", "from importlib import import_module\nimport_module('reshard.jobs.plan')\n", "jobs is above store"),
+        ("reshard/layout/mesh.py", "import reshard.runtime.load\n", "only the command line"),
+        ("reshard/text/units.py", "from . import progress\n", "in a circle"),
+    ],
+)
+def test_an_import_that_runs_upwards_is_noticed(where: str, line: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("reshard", "runtime"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.toml", "__pycache__", "runtime"))
+    with (tmp_path / where).open("a") as file:
+        file.write(line)
+    monkeypatch.setattr(rooms, "ROOT", tmp_path)
+    assert any(fault in found for found in rooms.faults()), rooms.faults()
+
+
+def test_the_picture_of_the_rooms_is_current() -> None:
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.picture(), "run docs/generate.py"
 
 
 def test_every_module_says_what_it_is() -> None:
-    """Every module has a docstring that begins with a whole sentence."""
-    for path in (ROOT / "reshard").glob("*.py"):
+    """Every module and every room has a docstring that begins with a whole sentence."""
+    for path in rooms.modules().values():
         assert re.search(r"\w.*\.$", generate.sentence(path)), path
+
+
+def test_the_top_of_the_package_is_a_handful_of_modules() -> None:
+    assert len([path for path in (ROOT / "reshard").glob("*.py") if not path.stem.startswith("__")]) <= 5
 
 
 # --- commands and examples -----------------------------------------------------------------------------------------------------------
@@ -149,31 +178,35 @@ def test_commands_shown_exist() -> None:
 
 
 def test_every_command_is_shown() -> None:
-    """Every command is in the README, and so is every script."""
-    shown = {name for document, name, _ in _commands() if document == "README.md"}
-    assert set(cli.cli.commands) <= shown
-    for script in ("scripts/test", "scripts/demo", "scripts/bench"):
+    """Every command is in the documentation, and what a newcomer runs is in the README."""
+    assert set(cli.cli.commands) <= {name for _, name, _ in _commands()}
+    assert {"plan", "convert", "verify", "generate", "inspect"} <= {name for document, name, _ in _commands() if document == "README.md"}
+    for script in ("scripts/test", "scripts/demo", "scripts/docs"):
         assert script in _text("README.md")
 
 
+def test_the_readme_is_short() -> None:
+    assert len(_text("README.md").encode()) < 9000
+
+
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python examples of the README do what they say."""
-    running, converting = _fences("README.md", "python")
+    """The Python examples of the documentation do what they say."""
+    (running,), (converting,) = _fences("docs/serve.md", "python"), _fences("docs/operate.md", "python")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/model").symlink_to(ROOT / "demo/model")
     monkeypatch.chdir(tmp_path)
-    exec(compile(converting, "README.md", "exec"), {})
+    exec(compile(converting, "docs/operate.md", "exec"), {})
     assert (tmp_path / "out/manifest.json").exists()
     torch = pytest.importorskip("torch")
     names = {"input_ids": torch.tensor([[1, 2, 3]]), "positions": None, "cache": None}
-    exec(compile(running, "README.md", "exec"), names)
+    exec(compile(running, "docs/serve.md", "exec"), names)
     assert names["logits"].shape == (1, 3, 259)
     assert names["tensors"]["embed"].shape == (65, 144)
 
 
 def test_links_lead_somewhere() -> None:
     """Every relative link and every path in back quotes that looks like one of ours exists."""
-    for document in (*DOCUMENTS, "docs/vocabulary.md", "CHANGELOG.md"):
+    for document in (*DOCUMENTS, "SECURITY.md", "CHANGELOG.md"):
         text = _text(document)
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / document).parent.joinpath(link).exists(), f"{document}: {link}"

@@ -131,7 +131,7 @@ def test_weights_that_are_no_regular_file(source: Path) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_files_that_may_not_be_read(source: Path) -> None:
     """Said as the storage says it, exit 3; root, which may read everything, becomes nobody for it."""
-    demote = "import os, sys\nfrom reshard.cli import main\nimport reshard.api, reshard.conversion, reshard.report\nos.setresuid(65534, 65534, 65534)\nmain(sys.argv[1:])"  # noqa: E501
+    demote = "import os, sys\nfrom reshard.cli import main\nimport reshard.api, reshard.jobs.convert, reshard.jobs.plan\nos.setresuid(65534, 65534, 65534)\nmain(sys.argv[1:])"  # noqa: E501
     for path in (source, *source.parents):
         if path.stat().st_uid == 0 and path.stat().st_mode & 0o777 == 0o700:
             path.chmod(0o711)

@@ -1,4 +1,4 @@
-"""Laws of reshard.foreign: directories that vLLM wrote itself are read exactly, or refused in words.
+"""Laws of reshard.checkpoints.engine_shards: directories that vLLM wrote itself are read exactly, or refused in words.
 
 The directories are written here in plain torch, from the text of the format alone; nothing of reshard takes part in that.
 """
@@ -282,7 +282,7 @@ def test_the_merge_can_be_split_anew(tmp_path: Path) -> None:
 
 def test_more_than_50_gb_become_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transformers would split, so do the originals: with its limit lowered, the index and every file are as split directly."""
-    monkeypatch.setattr("reshard.foreign.MAX_FILE_SIZE", 60_000)
+    monkeypatch.setattr("reshard.checkpoints.engine_shards.MAX_FILE_SIZE", 60_000)
     source = open_source(saved(tmp_path / "vllm", "mixtral", 4))
     direct = to(fixtures.checkpoint("mixtral"), tmp_path / "direct", limit=60_000)
     assert different(to(source, tmp_path / "out"), direct) == []

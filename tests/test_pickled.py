@@ -1,4 +1,4 @@
-"""reshard.pickled finds in a file of torch.save what torch.load finds, runs nothing that the file asks for, and refuses the rest."""
+"""The reader of .bin files finds in a file of torch.save what torch.load finds, runs nothing that the file asks for, and refuses the rest."""
 
 import argparse
 import collections
@@ -1074,6 +1074,6 @@ def test_damage_is_the_same_to_every_reader_of_opcodes():
 
 
 def test_the_module_needs_neither_torch_nor_numpy_nor_pickle():
-    script = "import sys, reshard.pickled; print(sorted({'torch', 'numpy', 'pickle', '_pickle'} & set(sys.modules)))"
+    script = "import sys, reshard.containers.torch_zip; print(sorted({'torch', 'numpy', 'pickle', '_pickle'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

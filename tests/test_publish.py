@@ -589,7 +589,8 @@ def test_what_is_read_only_is_not_replaced(source: Path, tmp_path: Path) -> None
         os.chown(path, 65534, -1)
     (out / "rank-00001").chmod(0o555)
     before = tree(out)
-    demote = "import os, sys\nfrom reshard import api, cli, conversion, report\nos.setresuid(65534, 65534, 65534)\ncli.main(sys.argv[1:])"
+    demote = "import os, sys\nfrom reshard import api, cli\nfrom reshard.jobs import convert, plan\n"
+    demote += "os.setresuid(65534, 65534, 65534)\ncli.main(sys.argv[1:])"
     words = [sys.executable, "-c", demote, "convert", str(source), str(out), "--tp", "4", "--overwrite"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 3 and "rank-00001: is read-only" in done.stderr, done

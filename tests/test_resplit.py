@@ -1,4 +1,4 @@
-"""Laws of reshard.resplit: what it writes is what transformers writes, byte for byte."""
+"""Laws of reshard.checkpoints.hf_split: what it writes is what transformers writes, byte for byte."""
 
 import json
 from pathlib import Path

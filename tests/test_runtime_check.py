@@ -233,7 +233,8 @@ import resource, sys, threading
 from pathlib import Path
 import torch, reshard
 from reshard.errors import ReshardError
-from reshard.runtime import check, layers, memory, ranks, reference  # what is imported counts for nobody
+from reshard.runtime import memory
+from reshard.runtime.proof import layerwise, numerics, on_ranks, reference  # what is imported counts for nobody
 torch.set_num_threads(1)
 threading.stack_size(1 << 20)
 out, source, size = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -299,7 +299,7 @@ def test_a_table_of_which_no_checkpoint_can_be_made_up_is_refused_with_the_reaso
 
 
 def test_whatever_else_a_table_says_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reshard.made_up._sized", lambda *_: {}["nothing"])
+    monkeypatch.setattr("reshard.authoring.synthetic._sized", lambda *_: {}["nothing"])
     with pytest.raises(ReshardError, match=r"no checkpoint can be made up .* KeyError\('nothing'\)"):
         next(made_up(family("llama"), tmp_path))
 

@@ -7,7 +7,7 @@ Pure arithmetic on a model, its config and a layout. Knows nothing about files, 
                    repeated KV head is counted on each rank, and a latent cache (["attn.kv_a", "attn.k_rope"]) is whole on all
     window         size expression for the tokens that a windowed layer keeps; missing, null or 0: no layer has a window
     window_if      config key that must be true (`!key`: false), else no layer has a window
-    window_layers  which layers have it, by a rule, see reshard.rules. Default: all
+    window_layers  which layers have it, by a rule, see `reshard.tables.layer_rules`. Default: all
     borrowed       the layers that keep nothing and look up what earlier ones keep, by such a rule; stages behind these keep it, too
 
 A cache element has the dtype of the weights that make it, at least 16 bits: checkpoints in FP8 are served with a 16-bit cache.
