@@ -1,4 +1,4 @@
-"""The header reader accepts what the safetensors library accepts, writes byte for byte what it writes, and says what is wrong with others."""
+"""Headers: accepted is what the library accepts, writes byte for byte what it writes, and says what is wrong with others."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The reader of .bin files finds in a file of torch.save what torch.load finds, runs nothing that the file asks for, and refuses the rest."""
+"""In a file of torch.save we find what torch.load finds, runs nothing that the file asks for, and refuses the rest."""
 
 import argparse
 import collections
