@@ -143,7 +143,9 @@ def finish_before_rank_0(folder: Path, size: int = 6, rounds: int = 4) -> list[i
                     while step < (100 if rank else 1_000_000) and not all(peer.gone for peer in life.peers.values()):
                         step += 1
                         life.say(phase="decode", at=["sum mlp", step])
-                    code = 3 if life.take() else 0
+                    if (verdict := life.take()) is not None:
+                        print(f"rank {rank}: {verdict}", file=sys.stderr, flush=True)
+                    code = 3 if verdict else 0
                     life.close()
                 except BaseException:
                     traceback.print_exc()

@@ -7,6 +7,7 @@ collective, or, where it is stuck in one, the process prints it and ends with co
 """
 
 import atexit
+import fcntl
 import hmac
 import json
 import os
@@ -15,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import termios
 import threading
 import time
 from collections import defaultdict
@@ -34,6 +36,8 @@ SHARE = 0.2  # of the timeout: after which one that is somewhere else is given u
 WAIT = 0.5  # of the timeout: so long a collective waits, and so long a process may be silent; the rest is for ending
 EXIT = 3  # the exit code of a job that lost a rank
 MOST = 64 << 10  # bytes of a message
+
+_CLOSED = 7  # TCP_CLOSE, of linux/tcp_states.h
 
 Facts = dict[str, Any]
 
@@ -80,11 +84,18 @@ class Peer:
             self._unsent = self._unsent[self.connection.send(self._unsent) :]
 
     def part(self, line: bytes, wait: float) -> None:
-        """Say the last thing and close, in so many seconds."""
+        """Say the last thing."""
         with suppress(OSError):
             self.connection.settimeout(wait)
             self.connection.sendall(self._unsent + line)
-        self.connection.close()
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def unheard(self) -> bool:
+        """Whether anything that was said has not arrived: closing now could drop it, since what was not read here makes that a reset."""
+        with suppress(OSError):
+            state = self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            return state != _CLOSED and any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
+        return False
 
     def kill(self) -> None:
         """End a process that is stopped for good, so that it is left behind by nobody; only on this machine."""
@@ -228,6 +239,11 @@ class Lifeline:
             self._facts = self._facts | {"done": True}
             for peer in self.peers.values():
                 peer.part(self._line(), self._beat)
+        until = time.monotonic() + self._beat
+        while any(peer.unheard() for peer in self.peers.values()) and time.monotonic() < until:
+            time.sleep(0.001)
+        for peer in self.peers.values():
+            peer.connection.close()
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self.fail(error)
