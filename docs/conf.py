@@ -16,7 +16,6 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-autodoc_mock_imports = ["torch"]
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 

@@ -138,18 +138,17 @@ def verify(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Verdict":
-    """Check a directory, rung by rung; `Report.ok`: nothing failed, and what was required passed; `Report.proven`: all four passed whole.
+    """Run the checks of a directory. `Report.ok`: nothing failed, and what was required passed; `Report.proven`: all four passed whole.
 
-    integrity    by its manifest
-    weights      bit-exact `against` the original
-    sha256       the files that merging would write have the digests that were recorded, or those that the Hub publishes of the model `hub`;
-                 `sha256`: it is an error if none is known
-    numerics     the model computes what the original does; None: where it can be run here; `exhaustive`: with prompts for every row of
-                 the vocabulary; `layers`: layer by layer, in the memory of one; `processes`: ranks are processes, connected by gloo, and
-                 not threads
+    - integrity: by its manifest.
+    - weights: bit-exact, `against` the original.
+    - sha256: the files that merging would write have the digests that were recorded, or those that the Hub publishes of the model
+      `hub`. With `sha256` it is an error if none is known.
+    - numerics: the model computes what the original does. None: where it can be run here. `exhaustive`: with prompts for every row of
+      the vocabulary. `layers`: layer by layer, in the memory of one. `processes`: ranks are processes connected by gloo, not threads.
 
-    `only` names one rung. `strict`: files that the manifest does not list are a mismatch, and not just unproven. `require`: rungs that have
-    to pass, or "proven"; what was skipped, or compared with this runtime alone, has not.
+    `only` names one check. `strict`: files that the manifest does not list are a mismatch, not just unproven. `require`: checks that
+    have to pass, or "proven"; what was skipped, or compared with this runtime alone, has not passed.
     """
     from .jobs.verdict import PROVEN, RUNGS, required
     from .jobs.verify import Wish
