@@ -439,14 +439,13 @@ def _add_sha256(
         return found, ()  # Hugging Face files have no place for them
     known = manifest.load(out)
     lacking = {original.name for original in manifest.load_originals(out) if not original.sha256}
-    if verify_sha256.hashable(job.source) and (lacking or not manifest.load_sums(out, known)):
+    if job.source.published_paths and (lacking or not manifest.load_sums(out, known)):
         source = verify_sha256.hashed(job.source, options.threads, progress)
     elif any(original.sha256 and original.name in lacking for original in job.source.originals):
         source = job.source
     else:
         return found, ()
-    digests = {original.name: original.sha256 for original in source.originals if original.sha256} | source.sums
-    wanted = {name: FileDigest("sha256", digest, "is that of the source's") for name, digest in digests.items()}
+    wanted = {name: FileDigest("sha256", digest, "is that of the source's") for name, digest in source.sha256().items()}
     if failures := verify_sha256.sha256(open_source(out), wanted, options.threads, progress).failures:
         raise ReshardError(
             f"{out}: is not empty, and the source has other contents: {failures[0]}",

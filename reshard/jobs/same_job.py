@@ -278,9 +278,8 @@ def _compare(job: "Job", out: Path, options: "Options", progress: Progress, samp
 
 def _sources(job: "Job", stored: Key, most: int = 3) -> str:
     """The tensors of the source that a stored tensor is made of, and their files."""
-    root = job.source.root or Path()
     made = {copy.src_name: (copy.src.rank, copy.src_name) for copy in job.plan.copies() if (copy.dst.rank, copy.dst_name) == stored}
-    named = [f"{job.source.locate(key)[0].relative_to(root)}: {name}" for name, key in sorted(made.items())]
+    named = [f"{job.source.relative(job.source.locate(key)[0])}: {name}" for name, key in sorted(made.items())]
     return " or ".join(named[:most]) + " …" * (len(named) > most)
 
 
