@@ -9,22 +9,19 @@ import shutil
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import xxhash
-
 from ..checkpoints import manifest
-from ..checkpoints import target as output
 from ..checkpoints.companions import Left, words
+from ..checkpoints.form import form_of
 from ..checkpoints.manifest import Listed
-from ..checkpoints.published import Original
-from ..checkpoints.shards import folder, scalar, shard_digest, tensors_json
 from ..checkpoints.source import Source, open_source
-from ..checkpoints.target import Output
+from ..checkpoints.target import Below, Digests, Finished, Target
+from ..checkpoints.target_shards import source_texts
 from ..containers.safetensors import BITS
 from ..engine import worker as engine
 from ..engine.worker import Key, Writer, in_items
@@ -32,18 +29,17 @@ from ..errors import PlaceError, ReshardError, failed
 from ..layout.join import Plan, plan
 from ..layout.mesh import Mesh
 from ..store import publish
-from ..store.digest import FileDigest, of, of_blocks
+from ..store.digest import FileDigest, of
 from ..store.directory import Directory, unchanged
 from ..store.local import Pool, Stamp, check_stamp
+from ..store.whole import write, write_pieces
 from ..store.workfolder import left_by_killed, told
-from ..tables.parse import Constant, Table
+from ..tables.parse import Table
 from ..text.progress import Progress, Silent, until
 from ..text.units import decimal
 from ..threads import count
 from . import same_job
 from .verdict import WIDTH
-
-OURS = (manifest.NAME, "source")  # names in a shard directory that a carried file must not take
 
 
 @dataclass(frozen=True)
@@ -143,14 +139,14 @@ class Job:
     """A conversion, planned and checked, not begun."""
 
     source: Source
-    output: Output
+    target: Target
     plan: Plan
     engine: str | None
 
     @property
     def towers(self) -> tuple[str, ...]:
         """What stands beside the language model, and is not cut among several ranks."""
-        rows = self.source.layout.model.family.rows if self.output.layout.mesh.world > 1 else ()
+        rows = self.source.layout.model.family.rows if self.target.layout.mesh.world > 1 else ()
         return tuple(dict.fromkeys(row.tower for row in rows if row.tower))
 
     @property
@@ -168,7 +164,7 @@ class Job:
 
 def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None = None) -> Job:
     """Everything that can be refused is refused here, before anything is written."""
-    out = output.outputs(source, to, mesh, max_file_size)
+    out = form_of(to, max_file_size).target(source, mesh)
     engine_name = _engine(to, out.layout.table, options.engine_version)
     if not options.pad and out.layout.padding:
         axis, (size, padded) = next(iter(out.layout.padding.items()))
@@ -230,11 +226,11 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
             )
         publish.check_replaceable(out)
     carried = _carried(job)
-    publish.check_space(out, job.output.bytes + sum(file.size for file in source.carried) + _residue_bytes(job))
-    if source.layout.beyond(job.output.layout):
+    publish.check_space(out, job.target.bytes + sum(file.size for file in source.carried) + job.target.kept(source))
+    if source.layout.beyond(job.target.layout):
         from .verify import check_tied
 
-        check_tied(source, job.output.layout, options.threads, progress)
+        check_tied(source, job.target.layout, options.threads, progress)
     if options.sha256:
         from . import verify_sha256
 
@@ -245,13 +241,12 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         closing(Pool(os.O_RDWR)) as pool,
         closing(Pool(stamps=source.stamps)) as reader,
     ):
-        job.output.below(publication.work)
+        below = job.target.below(publication.work)
         try:
-            _lay_files(job, pool, reader)
-            digests: dict[Key, list[bytes]] | None = {} if job.output.shards else None
+            _lay_files(job, below, pool, reader)
             progress.start("converting", job.reads)
-            _move(job, options, pool, reader, digests, progress)
-            root = _finish(job, carried, reader, digests)
+            digests = _move(job, below, options, pool, reader, progress)
+            root = _finish(job, carried, below.root, reader, digests)
             pool.close()
             _check_unchanged(source.stamps)
             if source.directory is not None:
@@ -261,139 +256,67 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         if options.fsync:
             publication.sync(options.threads)
         try:
-            publication.commit(manifest.NAME if job.output.shards else "config.json")
+            publication.commit(job.target.last)
         except KeyboardInterrupt:
             if publish.published is None:  # else it came while names were moved, and the job is done
                 raise
     progress.finish()
-    return Result(out, False, root, job.reads, job.output.bytes, time.monotonic() - began, source.left, job.towers, notes=_notes(out))
+    return Result(out, False, root, job.reads, job.target.bytes, time.monotonic() - began, source.left, job.towers, notes=_notes(out))
 
 
-def _move(job: Job, options: Options, pool: Pool, reader: Pool, digests: dict[Key, list[bytes]] | None, progress: Progress) -> None:
-    out = job.output
+def _move(job: Job, below: Below, options: Options, pool: Pool, reader: Pool, progress: Progress) -> Digests:
     halt = threading.Event()
+    digests: dict[Key, list[bytes]] = {}
+    wanted = digests if job.target.digested else None
     engine.run(
         job.plan,
         job.source,
-        out,
-        lambda: Writer(out, pool, digests),
+        below,
+        lambda: Writer(below, pool, wanted),
         workers=options.threads,
         pool=reader,
         progress=until(halt, progress.advance),
         stop=halt,
     )
-    if digests is None:
-        return
-    rest = Writer(out, pool, digests)
-    rest.done([key for key in out.entries if key not in digests])  # constants, padding alone, empty tensors
+    rest = [key for key in below.entries if key not in digests]  # constants, padding alone, empty tensors
+    Writer(below, pool, wanted).done(rest)
+    return digests
 
 
-def _lay_files(job: Job, pool: Pool, reader: Pool) -> None:
+def _lay_files(job: Job, below: Below, pool: Pool, reader: Pool) -> None:
     """Create every file at its full size, with everything in it that is no tensor."""
-    out = job.output
-    for name, size in out.sizes.items():
-        path = out.root / name
+    target = job.target
+    for name, size in target.sizes.items():
+        path = below.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.truncate(size)
-        for offset, data in out.literals.get(name, ()):
+        for offset, data in target.literals.get(name, ()):
             pool.write(path, offset, data)
-        for offset, length, place, at in out.moved.get(name, ()):
+        for offset, length, place, at in target.moved.get(name, ()):
             for piece in reader.chunks(place, at, length):
                 pool.write(path, offset, piece)
                 offset += len(piece)
-    for slot in out.layout.constants if out.shards else ():
-        for point in slot.points():
-            path, entry = out.locate((slot.rank, slot.name(point)))
-            assert isinstance(slot.template, Constant)
-            pool.write(path, entry.offset, scalar(slot.template))
-    for name, data in out.whole.items():
-        (out.root / name).write_bytes(data)
+    for name, data in target.whole.items():
+        write(below.root / name, data)
 
 
-def _finish(job: Job, carried: Sequence[tuple[str, Path, int]], reader: Pool, digests: Mapping[Key, list[bytes]] | None) -> str | None:
-    """Everything beside the weights: carried files, residues, tables, tensors.json, the manifest; times of restored files."""
-    out, source = job.output, job.source
-    along = [_copy(name, path, mtime, out.root, reader) for name, path, mtime in carried]
-    if digests is None:
-        for name, mtime in out.mtimes.items():
-            os.utime(out.root / name, ns=(mtime, mtime))
-        return None
-    kept = _keep_source(job, reader)
-    ranks = []
-    for shard in out.shards:
-        mine = {name: digests[shard.rank, name] for name, _, _ in shard.tensors}
-        text = tensors_json(shard, out.layout, mine)
-        name = f"{folder(shard.rank)}/tensors.json"
-        _write(out.root / name, text)
-        weights = Listed(shard.file, shard.size, shard_digest(shard.prologue, (of_blocks(mine[name]) for name, _, _ in shard.tensors)))
-        ranks.append((weights, Listed(name, len(text), of(text))))
-    text, root = manifest.dump(out.layout, engine=job.engine, origin=source.origin, plan=out.plan, ranks=ranks, carried=along, source=kept)
-    _write(out.root / manifest.NAME, text)
-    return root
-
-
-def _keep_source(job: Job, reader: Pool) -> list[Listed]:
-    """The folder `source`: residues, tables, files.json. Residues have the times of the files they are from."""
-    out, source = job.output, job.source
-    kept = []
-    for original in source.originals:
-        path = manifest.residue_path(out.root, original.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size, digest = _stream(path, _pieces(source, original, reader))
-        os.utime(path, ns=(original.mtime_ns, original.mtime_ns))
-        kept.append(Listed(str(path.relative_to(out.root)), size, digest))
-    data = _source_texts(job)
-    for name, content in data.items():
-        _write(out.root / name, content)
-        kept.append(Listed(name, len(content), of(content)))
-    if source.left:
-        _write(out.root / manifest.LEFT, manifest.dump_left(source.left))
-    return kept
-
-
-def _source_texts(job: Job) -> dict[str, bytes]:
-    """The small files of the folder `source`."""
-    family, table = job.output.layout.model.family, job.output.layout.table
-    texts = {f"source/families/{name}.toml": text for name, text in family.texts.items()}
-    texts |= {f"source/formats/{name}.toml": text for name, text in table.texts.items()}
-    data = {name: text.encode() for name, text in texts.items()} | {manifest.FILES: manifest.dump_originals(job.source.originals)}
-    if job.source.sums:
-        data[manifest.SUMS] = manifest.dump_sums(job.source.sums)
-    return data
-
-
-def _pieces(source: Source, original: Original, reader: Pool) -> Iterator[bytearray]:
-    for _, length, path, at in source.residue(original):
-        yield from reader.chunks(path, at, length)
+def _finish(job: Job, carried: Sequence[tuple[str, Path, int]], root: Path, reader: Pool, digests: Digests) -> str | None:
+    along = [_copy(name, path, mtime, root, reader) for name, path, mtime in carried]
+    return job.target.seal(root, job.source, job.engine, along, digests, reader)
 
 
 def _copy(name: str, path: Path, mtime_ns: int, root: Path, reader: Pool) -> Listed:
     size = path.stat().st_size
     target = root / name
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         raise PlaceError(
             f"{name}: another file was written under this name: the file system takes upper and lower case for the same",
             "choose a destination that tells them apart",
         )
-    size, digest = _stream(target, reader.chunks(path, 0, size))
+    size, digest = write_pieces(target, reader.chunks(path, 0, size))
     os.utime(target, ns=(mtime_ns, mtime_ns))
     return Listed(name, size, digest)
-
-
-def _stream(path: Path, pieces: Iterator[bytearray]) -> tuple[int, str]:
-    state, size = xxhash.xxh3_128(), 0
-    with path.open("wb") as file:
-        for piece in pieces:
-            state.update(piece)
-            size += file.write(piece)
-    return size, state.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 def _carried(job: Job) -> list[tuple[str, Path, int]]:
@@ -402,17 +325,12 @@ def _carried(job: Job) -> list[tuple[str, Path, int]]:
     if "config.json" not in {name for name, _, _ in files}:
         why = next((file.why for file in job.source.left if file.name == "config.json"), "it is not there")
         raise ReshardError(f"{job.source.where}: config.json cannot be copied ({why})", "nothing opens a checkpoint without it")
-    taken = {*OURS, *(folder(rank) for rank in range(job.output.layout.mesh.world))} if job.output.shards else set()
-    taken |= {*job.output.sizes, *job.output.whole}
+    taken = job.target.reserved
     above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
     for name, _, _ in files:
         if name in above or any(part in taken for part in (name, *map(str, PurePosixPath(name).parents))):
             raise ReshardError(f"{job.source.where}: {name} would be carried over a file of the same name", "rename or move it first")
     return files
-
-
-def _residue_bytes(job: Job) -> int:
-    return sum(high - low for original in job.source.originals for low, high in original.residue()) if job.output.shards else 0
 
 
 def _check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
@@ -425,9 +343,7 @@ def _check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
         check_stamp(path, stamp, status)
 
 
-def _add_sha256(
-    job: Job, out: Path, found: same_job.Finished, options: Options, progress: Progress
-) -> tuple[same_job.Finished, tuple[str, ...]]:
+def _add_sha256(job: Job, out: Path, found: Finished, options: Options, progress: Progress) -> tuple[Finished, tuple[str, ...]]:
     """Add to finished shards the SHA-256 of the source's files, as far as they lack it: what `convert --sha256` would have written.
 
     Merging the shards must make files of these digests, which proves the content. Everything else is linked into a new directory, which
@@ -435,11 +351,8 @@ def _add_sha256(
     """
     from . import verify_sha256
 
-    if not job.output.shards:
-        return found, ()  # Hugging Face files have no place for them
-    known = manifest.load(out)
-    lacking = {original.name for original in manifest.load_originals(out) if not original.sha256}
-    if job.source.published_paths and (lacking or not manifest.load_sums(out, known)):
+    lacking = job.target.lacks_sha256(out)
+    if lacking and job.source.published_paths:
         source = verify_sha256.hashed(job.source, options.threads, progress)
     elif any(original.sha256 and original.name in lacking for original in job.source.originals):
         source = job.source
@@ -451,11 +364,11 @@ def _add_sha256(
             f"{out}: is not empty, and the source has other contents: {failures[0]}",
             "choose another destination, or --overwrite to replace it",
         )
-    texts = _source_texts(replace(job, source=source))
+    known, texts = manifest.load(out), source_texts(job.target.layout, source)
     kept = [file for file in known.source if file.name not in texts]
     kept += [Listed(name, len(text), of(text)) for name, text in texts.items()]
     texts[manifest.NAME], _ = manifest.dump(
-        job.output.layout, engine=job.engine, origin=known.origin, plan=known.plan, ranks=known.ranks, carried=known.carried, source=kept
+        job.target.layout, engine=job.engine, origin=known.origin, plan=known.plan, ranks=known.ranks, carried=known.carried, source=kept
     )
     publish.check_replaceable(out)
     with publish.Publication(out, replace=True, durable=options.fsync) as publication:
@@ -463,7 +376,7 @@ def _add_sha256(
             _link(out, publication.work)
             for name, text in texts.items():
                 (publication.work / name).unlink(missing_ok=True)  # never through the link
-                _write(publication.work / name, text)
+                write(publication.work / name, text)
             _check_unchanged(source.stamps)
         except OSError as error:
             raise failed("writing", out, error) from error

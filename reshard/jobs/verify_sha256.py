@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoints.source import Source
 from ..checkpoints.streams import Streams
-from ..checkpoints.target import restored
+from ..checkpoints.target_files import restored
 from ..errors import ReshardError, failed
 from ..layout.join import plan
 from ..store.digest import FileDigest
