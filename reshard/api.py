@@ -20,11 +20,12 @@ from .text.progress import Progress
 
 if TYPE_CHECKING:
     from .authoring.check_table import TableCheck
-    from .jobs.convert import Job, Options, Result
     from .jobs.diff import Difference
     from .jobs.explain import Explanation
     from .jobs.fingerprint import Fingerprint, Share
+    from .jobs.job import Job, Options
     from .jobs.plan import Report
+    from .jobs.result import Result
     from .jobs.verdict import Report as Verdict
     from .jobs.verdict import Rung
     from .store.digest import FileDigest
@@ -53,7 +54,7 @@ def plan(
     batch: int = 1,
 ) -> "Report":
     """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
-    from .jobs.convert import Options
+    from .jobs.job import Options
     from .jobs.plan import build, facts, said
 
     source = open_any(src, revision, family)
@@ -105,8 +106,8 @@ def convert(
     A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and the source the
     same. Raises ReshardError before anything is written for whatever can be told before.
     """
-    from .jobs.convert import Options
     from .jobs.convert import convert as convert_job
+    from .jobs.job import Options
 
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
@@ -260,7 +261,7 @@ def _published(out: Path, text: str) -> "dict[str, FileDigest]":
 def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_size: int | None) -> "Job":
     """A planned job; a mesh that does not fit is refused with the sizes that would."""
     from .checkpoints.form import form_of
-    from .jobs.convert import prepare as prepare_job
+    from .jobs.job import prepare as prepare_job
 
     try:
         return prepare_job(source, to, mesh, options, max_file_size)

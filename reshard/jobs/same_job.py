@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING
 
 from ..checkpoints import manifest
 from ..checkpoints.companions import CHECKPOINT
@@ -28,9 +27,7 @@ from ..errors import MismatchError, ReshardError, failed
 from ..store import publish
 from ..store.local import Pool
 from ..text.progress import Progress, until
-
-if TYPE_CHECKING:
-    from .convert import Job, Options
+from .job import Job, Options
 
 # Files of a shard directory, by their names: what --overwrite may delete where its manifest is lost or torn.
 _SHARDS = re.compile(
@@ -39,7 +36,7 @@ _SHARDS = re.compile(
 )
 
 
-def irreplaceable(out: Path, job: "Job") -> str | None:
+def irreplaceable(out: Path, job: Job) -> str | None:
     """An entry of a directory that is no part of a checkpoint, so that --overwrite must not delete it; None if all are."""
     files = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()]
     files = [name for name in files if name.split("/")[0] not in publish.NOBODYS]
@@ -62,7 +59,7 @@ def irreplaceable(out: Path, job: "Job") -> str | None:
     return beside if beside is not None or (out / "config.json").is_file() else next(iter(files), "directories")
 
 
-def finished(job: "Job", out: Path, options: "Options", progress: Progress) -> Finished:
+def finished(job: Job, out: Path, options: Options, progress: Progress) -> Finished:
     """How it is known that `out` is what this job would write.
 
     Raises ReshardError if it is not, naming what is different; MismatchError if it was, and has been damaged.
@@ -87,7 +84,7 @@ def finished(job: "Job", out: Path, options: "Options", progress: Progress) -> F
         raise failed("comparing", out, error) from error
 
 
-def _compare(job: "Job", out: Path, options: "Options", progress: Progress, sampled: bool) -> None:
+def _compare(job: Job, out: Path, options: Options, progress: Progress, sampled: bool) -> None:
     """All weights, or a sample of each tensor, are those that this job would write."""
     from .verdict import Rung
     from .verify import Comparer, check_tied
@@ -120,7 +117,7 @@ def _compare(job: "Job", out: Path, options: "Options", progress: Progress, samp
         raise Other(f"it holds other weights than the source: {_sources(job, stored)} ({failure})")
 
 
-def _sources(job: "Job", stored: Key, most: int = 3) -> str:
+def _sources(job: Job, stored: Key, most: int = 3) -> str:
     """The tensors of the source that a stored tensor is made of, and their files."""
     made = {copy.src_name: (copy.src.rank, copy.src_name) for copy in job.plan.copies() if (copy.dst.rank, copy.dst_name) == stored}
     named = [f"{job.source.relative(job.source.locate(key)[0])}: {name}" for name, key in sorted(made.items())]
