@@ -1,7 +1,8 @@
-"""The command line: one module per command, named for it, with a click command called `command`. Only this package prints or exits.
+"""The command line: one module per command. Only this package prints or exits.
 
-Imports nothing heavy before a command needs it, so that `reshard --help` is instant: a command's module is imported when it is asked for,
-and what the command uses when it runs.
+To add a command, add a module named for it that defines a click command called `command`, and list the name in
+COMMANDS. A command parses its options, calls the API and prints. Modules are imported when their command is asked for,
+and what a command uses when it runs, so that `reshard --help` is instant.
 """
 
 import atexit
@@ -26,7 +27,7 @@ COMMANDS = ("check-table", "convert", "diff", "explain", "fingerprint", "generat
 
 
 class _Commands(Mapping[str, click.Command]):
-    """Commands by name, each imported when it is asked for."""
+    """Commands by name, imported on first use."""
 
     def __getitem__(self, name: str) -> click.Command:
         if name not in COMMANDS:
@@ -44,42 +45,46 @@ class _Commands(Mapping[str, click.Command]):
 @click.group(commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="reshard")
 def cli() -> None:
-    """Convert checkpoints between parallel layouts: exactly, at the speed of cp, in little memory.
+    """Convert checkpoints between parallel layouts: bit-exact, as fast as cp, in little memory.
 
     \b
-    SRC: a checkpoint directory, a Hub id (org/name), or what convert wrote.
-      reshard plan    SRC --tp 8         what would be written, and what it needs
+    SRC: a checkpoint directory, a Hub id (org/name), or an output of convert.
+      reshard plan    SRC --tp 8         show what would be written
       reshard convert SRC OUT --tp 8     write one directory per rank
-      reshard verify  OUT --against SRC  prove it
-      reshard convert OUT BACK --to hf   the original files again, byte for byte
+      reshard verify  OUT --against SRC  prove it correct
+      reshard convert OUT BACK --to hf   restore the original files, bit for bit
       reshard generate OUT --prompt "…"  run the model
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the one place where errors are printed and exit codes are chosen."""
-    gc.set_threshold(50_000)  # plans are many small values, few of them garbage: looking for cycles so often takes a tenth of starting up
-    atexit.register(gc.freeze)  # nor is there need to look for them at the end
+    gc.set_threshold(
+        50_000,
+    )  # plans are many small values and little garbage: default collections cost 10 % of start-up
+    atexit.register(gc.freeze)  # no final collection either
     _open_all()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy moves bytes here; its linear algebra need not start threads
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy only moves bytes here: no thread pool for linear algebra
     for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, interrupted)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes; in JSON this is how to write them
+            stream.reconfigure(
+                errors="backslashreplace",
+            )  # names of files may be any bytes; in JSON this is how to write them
     try:
         sys.exit(cli.main(arguments, prog_name="reshard", standalone_mode=False) or 0)
     except ReshardError as error:
         fail(error.message, error.hint, error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        fail("interrupted; what was not finished has been removed", None, ended_by(error))
+        fail("interrupted; unfinished output was removed", None, ended_by(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         sys.exit(2)
     except click.ClickException as error:
         usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "reshard"
-        fail(error.format_message(), f"{usage} --help shows what there is", 2)
+        fail(error.format_message(), f"see {usage} --help", 2)
     except OSError as error:
         hush(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
@@ -91,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _open_all() -> None:
-    """Standard streams that were closed (`2>&-`) lead nowhere, or files would be opened in their place, and written to as such."""
+    """Open closed standard streams (`2>&-`) on /dev/null: the next file opened must not take their descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

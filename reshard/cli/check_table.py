@@ -8,16 +8,30 @@ from . import options
 from .output import Talk, show
 
 
-@click.command("check-table", short_help="Damage a family table in every way, and see what notices.")
+@click.command("check-table", short_help="Test a family table by mutating it.")
 @click.argument("family", metavar="FAMILY")
-@click.option("--with", "given", metavar="PATH", help="A checkpoint of the family to try it on, beside made-up ones.")
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Only so many damages, spread over all.")
-@click.option("--all", "each", is_flag=True, help="List every damage, and what noticed it.")
+@click.option(
+    "--with",
+    "given",
+    metavar="PATH",
+    help="Also test on this checkpoint of the family, next to synthetic ones.",
+)
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Try only N mutations, spread over all of them.")
+@click.option("--all", "each", is_flag=True, help="List every mutation and what detected it.")
 @options.talk
-def command(family: str, given: str | None, sample: int | None, each: bool, as_json: bool, progress_kind: str, quiet: bool) -> None:
-    """Exchange, transpose, shift and drop every row and axis of a table, and say what notices each damage.
+def command(
+    family: str,
+    given: str | None,
+    sample: int | None,
+    each: bool,
+    as_json: bool,
+    progress_kind: str,
+    quiet: bool,
+) -> None:
+    """Test a family table: mutate each row and axis, and report undetected mutations.
 
-    FAMILY is the name of a shipped table, or a TOML file of your own: what is not noticed in it, nothing protects. Exit 1 if there is any.
+    FAMILY is the name of a shipped table, or your own TOML file. An undetected mutation is a mistake that no check
+    would catch. Exit 1 if there are any, or if the table is found to be wrong.
     """
     from .. import api
 

@@ -14,11 +14,11 @@ from ..text.escapes import visible
 from .output import hush
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DEFECT = 70  # exit code, as of sysexits.h: what nobody has foreseen
+DEFECT = 70  # EX_SOFTWARE of sysexits.h: an internal error
 
 
 def interrupted(number: int, _: FrameType | None) -> None:
-    deaf()  # once is enough: what follows is clearing up
+    deaf()  # once is enough: cleaning up is not interrupted
     raise KeyboardInterrupt(number)
 
 
@@ -28,25 +28,28 @@ def deaf() -> None:
 
 
 def ended_by(error: BaseException) -> int:
-    """The exit code for a signal, as of a shell: 128 and its number."""
+    """The exit code for a signal, as in a shell: 128 plus its number."""
     cause = error.__context__ if isinstance(error, click.exceptions.Abort) else error
     return 128 + int(next(iter(cause.args if cause else ()), signal.SIGINT))
 
 
 def starved(error: Exception) -> tuple[str, str] | None:
-    """Message and hint where the machine had too little of something, not the program a defect; else None."""
+    """Message and hint if the machine ran out of something; None for errors that are the program's own."""
     if isinstance(error, MemoryError):
-        return "out of memory", "raise the limit (ulimit -v, or that of the container), or use fewer --workers"
+        return "out of memory", "raise the limit (ulimit -v, or the container's), or use fewer --workers"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "no more threads can be started", "raise the limit (ulimit -u, ulimit -v), or use fewer --workers"
+        return "cannot start another thread", "raise the limit (ulimit -u, ulimit -v), or use fewer --workers"
     if isinstance(error, ImportError) and not (error.name or "").startswith("reshard"):
         first = next(line for line in str(error.__cause__ or error).splitlines() if line.strip())
-        return f"a module cannot be loaded: {first}", "raise the limit on memory (ulimit -v) if there is one, or install reshard again"
+        return (
+            f"cannot load a module: {first}",
+            "raise the memory limit (ulimit -v) if there is one, or reinstall reshard",
+        )
     return None
 
 
 def defect(error: Exception) -> tuple[str, str]:
-    """Message and hint for what should never happen. The traceback goes to a file, or, with RESHARD_DEBUG set, to stderr."""
+    """Message and hint for a bug. The traceback goes to a file or, with RESHARD_DEBUG set, to stderr."""
     import tempfile
     import traceback
 
@@ -57,7 +60,12 @@ def defect(error: Exception) -> tuple[str, str]:
     else:
         try:
             with tempfile.NamedTemporaryFile(
-                "w", prefix="reshard-", suffix=".txt", encoding="utf-8", errors="replace", delete=False
+                "w",
+                prefix="reshard-",
+                suffix=".txt",
+                encoding="utf-8",
+                errors="replace",
+                delete=False,
             ) as file:
                 file.write(f"reshard {__version__}, Python {sys.version}\n{shlex.join(sys.argv)}\n\n{trace}")
             there = f"the traceback is in {file.name}"
@@ -66,7 +74,10 @@ def defect(error: Exception) -> tuple[str, str]:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119
     first = str(error).partition("\n")[0][:200]
-    return f"a defect in reshard {__version__}, at {where}: {type(error).__name__}: {first}", f"please report it: {there}"
+    return (
+        f"internal error in reshard {__version__} at {where}: {type(error).__name__}: {first}",
+        f"please report this bug: {there}",
+    )
 
 
 def fail(message: str, hint: str | None, code: int) -> None:

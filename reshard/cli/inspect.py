@@ -7,15 +7,23 @@ from . import options
 from .output import show
 
 
-@click.command("inspect", short_help="What is this: family, sizes, dtypes, files, layout.")
+@click.command("inspect", short_help="Show family, sizes, dtypes, files and layout.")
 @click.argument("src", metavar="SRC")
-@click.option("--draft-table", is_flag=True, help="Print a starter table for --family: what names and shapes tell.")
+@click.option("--draft-table", is_flag=True, help="Print a starter family table, inferred from names and shapes.")
 @options.source
 @options.talk
-def command(src: str, draft_table: bool, revision: str | None, family: str | None, as_json: bool, progress_kind: str, quiet: bool) -> None:
-    """What is this: family, sizes, dtypes, files, layout, provenance.
+def command(
+    src: str,
+    draft_table: bool,
+    revision: str | None,
+    family: str | None,
+    as_json: bool,
+    progress_kind: str,
+    quiet: bool,
+) -> None:
+    """Show what a checkpoint is: family, sizes, dtypes, files, layout, provenance.
 
-    For a family that has no table: --draft-table > my.toml, edit it, and convert with --family my.toml.
+    For a family without a table: --draft-table > my.toml, edit it, then convert with --family my.toml.
     """
     from ..jobs import inspect as describe
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values reach the functions of the API."""
+"""Options shared by several commands, and how their values become arguments of the API."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,8 @@ def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | 
         parts = text.split(separator)
         if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) and int(part) for part in parts):
             raise ReshardError(
-                f'{option.opts[0]} {text}: numbers from 1 on are needed, with "{separator}" between them', f"for example {option.metavar}"
+                f'{option.opts[0]} {text}: expected positive integers separated by "{separator}"',
+                f"for example {option.metavar}",
             )
         return tuple(map(int, parts))
 
@@ -30,7 +31,7 @@ def _ranks(_: click.Context, __: click.Parameter, text: str | None) -> int | str
     if text is None or text == "auto":
         return text
     if (found := numeral(text)) is None:
-        raise ReshardError(f'--tp {text}: a number of ranks is needed, 1 to 65536, or "auto"')
+        raise ReshardError(f'--tp {text}: expected a number of ranks, 1 to 65536, or "auto"')
     return found
 
 
@@ -44,44 +45,67 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 mesh = _options(
-    click.option("--tp", callback=_ranks, metavar="N|auto", help="Tensor parallel ranks; auto: the fewest that fit --device-memory."),
-    click.option("--pp", type=int, default=1, metavar="N", help="Pipeline stages."),
-    click.option("--ep", type=int, default=1, metavar="N", help="Expert parallel groups; divides --tp."),
-    click.option("--split", callback=_numbers(":"), metavar="3:3:2", help="Unequal tensor parallel ranks, by whole KV groups."),
+    click.option("--tp", callback=_ranks, metavar="N|auto", help="Tensor-parallel size; auto: the smallest that fits."),
+    click.option("--pp", type=int, default=1, metavar="N", help="Pipeline-parallel size."),
+    click.option("--ep", type=int, default=1, metavar="N", help="Expert-parallel size; must divide --tp."),
     click.option(
-        "--pp-layers", callback=_numbers(","), metavar="10,11,11", help="Layers of each stage (default: earlier ones get the extra)."
+        "--split",
+        callback=_numbers(":"),
+        metavar="3:3:2",
+        help="Uneven tensor-parallel split, in KV groups.",
     ),
-    click.option("--to", default=None, metavar="FORMAT", help="native (default), vllm, or hf: Hugging Face files."),
-    click.option("--engine-version", metavar="V", help="Version of the engine that will load the format."),
     click.option(
-        "--max-file-size", metavar="5GB", help="With --to hf: split anew, as transformers would, instead of restoring the originals."
+        "--pp-layers",
+        callback=_numbers(","),
+        metavar="10,11,11",
+        help="Layers per pipeline stage (default: as even as possible).",
     ),
-    click.option("--no-pad", is_flag=True, help="Refuse to pad the vocabulary."),
-    click.option("--no-repeat", is_flag=True, help="Refuse to repeat KV heads."),
+    click.option(
+        "--to",
+        default=None,
+        metavar="FORMAT",
+        help="Output format: native (default), vllm, or hf (Hugging Face files).",
+    ),
+    click.option("--engine-version", metavar="V", help="Version of the engine that will load the shards."),
+    click.option(
+        "--max-file-size",
+        metavar="5GB",
+        help="With --to hf: split files as transformers would, not as the original.",
+    ),
+    click.option("--no-pad", is_flag=True, help="Fail instead of padding the vocabulary."),
+    click.option("--no-repeat", is_flag=True, help="Fail instead of replicating KV heads."),
 )
 device = _options(
-    click.option("--device-memory", metavar="24GiB", help="Memory of one device: does it fit?"),
-    click.option("--context", type=click.IntRange(1), metavar="TOKENS", help="Tokens per sequence in the KV cache."),
-    click.option("--batch", type=click.IntRange(1), default=1, metavar="N", help="Sequences in the KV cache."),
+    click.option("--device-memory", metavar="24GiB", help="Memory of one device: report whether the model fits."),
+    click.option("--context", type=click.IntRange(1), metavar="TOKENS", help="Context length, to size the KV cache."),
+    click.option("--batch", type=click.IntRange(1), default=1, metavar="N", help="Batch size, to size the KV cache."),
 )
 source = _options(
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
-    click.option("--family", metavar="NAME|FILE", help="Family table to use: a name, or your own TOML file."),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
+    click.option("--family", metavar="NAME|FILE", help="Family table: a shipped one's name, or a TOML file."),
 )
 talk = _options(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option(
-        "--progress", "progress_kind", type=click.Choice(["auto", "json", "none"]), default="auto", help="How to show progress, on stderr."
+        "--progress",
+        "progress_kind",
+        type=click.Choice(["auto", "json", "none"]),
+        default="auto",
+        help="Progress format on stderr.",
     ),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but results of --json, and errors."),
+    click.option("--quiet", "-q", is_flag=True, help="Print only errors, failures and --json results."),
 )
 workers = click.option(
-    "--workers", type=click.IntRange(1, 256), default=None, metavar="N", help="Threads (default: one per CPU, at most 8)."
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=None,
+    metavar="N",
+    help="Worker threads (default: one per CPU, at most 8).",
 )
 
 
 def arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Options as the functions of the API take them; what was not given is left to their defaults."""
+    """Options as arguments of the API; those not given are left to its defaults."""
     found = {name: value for name, value in given.items() if value is not None and not name.startswith("no_")}
     for option in ("pad", "repeat", "check"):
         if given.get(f"no_{option}"):

@@ -1,4 +1,4 @@
-"""Printing: stdout carries data, stderr carries talk and progress. No other module of reshard prints."""
+"""Printing: data on stdout, messages and progress on stderr."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Talk:
-    """Progress that ends in good order, whatever happens."""
+    """Progress that is closed whatever happens."""
 
     def __init__(self, kind: str, quiet: bool) -> None:
         from ..text.progress import reporter
@@ -38,7 +38,7 @@ def say(quiet: bool, *lines: str) -> None:
 
 
 def _print(text: str) -> None:
-    """To stdout. A reader that has gone away (`| head`) is no mismatch: as a shell has it, that is 128 + SIGPIPE."""
+    """To stdout. If the reader has gone away (`| head`), exit with 128 + SIGPIPE as a shell would; 1 means a mismatch."""
     try:
         click.echo(text)
     except BrokenPipeError:
@@ -47,7 +47,7 @@ def _print(text: str) -> None:
 
 
 def hush(stream: TextIO) -> None:
-    """What a stream would not take is not tried again."""
+    """Drop what a stream did not accept, so that the interpreter does not try again at exit."""
     from ..text import progress
 
     progress.hush(stream)

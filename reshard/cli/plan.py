@@ -8,7 +8,7 @@ from . import options
 from .output import show
 
 
-@click.command("plan", short_help="Dry run: what each rank gets, disk and memory needed.")
+@click.command("plan", short_help="Dry run: bytes per rank, disk and memory needed.")
 @click.argument("src", metavar="SRC")
 @options.mesh
 @options.device
@@ -16,7 +16,7 @@ from .output import show
 @options.workers
 @options.talk
 def command(src: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
-    """Dry run: bytes per rank, what each layer becomes, disk and memory needed, sizes that work."""
+    """Dry run: bytes per rank, how each layer is stored, disk and memory needed, TP sizes that work."""
     from .. import api
 
     report = api.plan(src, **options.arguments(given))
