@@ -1,4 +1,4 @@
-"""What `--to` names: a format of shards, or the form of Hugging Face files. From it, a source and a mesh follows the target."""
+"""What `--to` names: a format of shards, or Hugging Face files. With a source and a mesh it gives the target."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def form_of(to: str, max_file_size: int | None = None) -> Form:
 
 
 def _stored_twice(source: Source, table: Table, mesh: Mesh) -> dict[str, str]:
-    """Tensors that an engine wants once, as config.json says they are tied, where the source has both (Qwen3-0.6B does)."""
+    """Tensors that the source has twice (Qwen3-0.6B does) and an engine wants once: config.json says they are tied."""
     model = source.layout.model
     says = source.config.with_defaults(model.family.defaults).says
     pairs = model.family.tied

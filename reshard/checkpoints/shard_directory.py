@@ -102,7 +102,7 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
 
 
 def _check_carried(root: Path, known: Manifest) -> None:
-    """What a manifest lists as copied is what a conversion would copy: merging puts it in the place of the user's choice."""
+    """What a manifest lists as copied is what a conversion would copy: merging writes it where the user says."""
     names = [file.name for file in known.carried]
     if "config.json" not in names:
         raise MismatchError(f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again")
@@ -113,7 +113,7 @@ def _check_carried(root: Path, known: Manifest) -> None:
 
 
 def check_prologue(path: Path, prologue: bytes, size: int) -> None:
-    """A shard begins with exactly the header that its manifest implies and has its size: not truncated, exchanged or stray."""
+    """A shard has exactly the header and size that its manifest implies: not truncated, exchanged or stray."""
     try:
         if path.exists() and not path.is_file():
             raise MismatchError(f"{path}: is not a regular file", "fetch the file again, or convert again")

@@ -1,4 +1,4 @@
-"""Sources: anything that tensors can be read from, opened by what a directory holds. What a source is: `source_kinds`."""
+"""Opening a directory that tensors can be read from, by what it holds. What a source is: `source_kinds`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,10 @@ __all__ = ["Source", "check_small_files", "from_published", "open_rank", "open_s
 
 
 def open_source(path: Path, family: Table | None = None) -> Source:
-    """Open a local directory: shards if it has a manifest, an engine's shards by their file names, else a published checkpoint.
+    """Open a local directory: shards by a manifest, an engine's by their file names, else a published checkpoint.
 
-    Raises ReshardError for what is none of these; MismatchError for shards that are damaged; PlaceError for what cannot be read.
+    Raises ReshardError for what is none of these; MismatchError for shards that are damaged; PlaceError for what cannot
+    be read.
     """
     check_whole(path)
     if not path.exists():

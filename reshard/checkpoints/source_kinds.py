@@ -1,7 +1,7 @@
-"""What tensors are read from, behind one interface: a published checkpoint, a shard directory, shards that an engine wrote.
+"""What tensors are read from, behind one interface: a published checkpoint, a shard directory, an engine's shards.
 
-A source knows where every stored tensor is and what the published files are or were. It has read headers, no tensor. What differs between
-the three kinds is answered here; nobody else asks which one it is.
+A source knows where every stored tensor is and what the published files are or were. It has read headers, no tensor.
+What differs between the three kinds is answered here; nobody else asks which one it is.
 """
 
 from abc import ABC, abstractmethod
@@ -30,8 +30,8 @@ Extent = tuple[int, int, Path | bytes, int]  # offset in the published file, len
 class Source(ABC):
     """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read.
 
-    `root`: the local directory; None on the Hub, where only headers were read, and paths are relative. `stamps`: what every file that is
-    read was like when it was first opened. `directory`: `root` as it was then.
+    `root`: the local directory; None on the Hub, where only headers were read, and paths are relative. `stamps`: what
+    every file that is read was like when it was first opened. `directory`: `root` as it was then.
     """
 
     where: str
@@ -60,7 +60,7 @@ class Source(ABC):
 
     @abstractmethod
     def _kept(self, original: Original, offset: int, at: int) -> tuple[Path | bytes, int]:
-        """Where the residue of a published file is now that begins at `offset` of it, and at byte `at` of all its residue."""
+        """Where a stretch of residue is now: at `offset` of the published file, at byte `at` of all its residue."""
 
     @property
     @abstractmethod
@@ -79,12 +79,12 @@ class Source(ABC):
 
     @property
     def keeps_residues(self) -> bool:
-        """Whether the bytes of the published files that are no tensors are kept next to the tensors, to restore those files."""
+        """Whether what is no tensor in the published files is kept, so that they can be restored."""
         return False
 
     @property
     def zero_padding(self) -> bool:
-        """Whether padding is zero and constants are the table's; in an engine's shards they are what they were in its memory."""
+        """Whether padding is zero and constants are the table's; an engine saves what was in its memory."""
         return False
 
     @property
@@ -123,7 +123,7 @@ class Source(ABC):
             at += high - low
 
     def buffer(self, name: str) -> tuple[Entry, Extent]:
-        """A buffer that no rank gets, and where its bytes are now. Raises MismatchError where the residue does not hold it."""
+        """A buffer that no rank gets, and where its bytes are now; MismatchError where the residue does not hold it."""
         at, entry = self.tensors[name]
         length = extent(entry)
         for low, size, place, start in self.residue(self.originals[at]):
@@ -188,7 +188,8 @@ class ShardSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSource(Source):
-    """Shards that an engine wrote. Nothing says what the published files were: they are taken to be those that transformers would write.
+    """Shards that an engine wrote. Nothing says what the published files were: they are assumed to be as transformers
+    writes them.
 
     `residues`: name → the bytes of such a file that are no tensors.
     """

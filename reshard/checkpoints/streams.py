@@ -1,8 +1,9 @@
-"""Streams: the files that a conversion would write, byte after byte, without writing them. So they can be hashed in order.
+"""The files that a conversion would write as streams of bytes, in order, without writing them: to be hashed.
 
-    window of the file  ←  for each stored tensor in it the copies of the plan, clipped to the window; the rest from the residue
+    window of the file  ←  the plan's copies into each stored tensor, clipped to the window; the rest from the residue
 
-Memory is little more than a window per stream, whatever the size of a tensor. Knows files and offsets, nothing about models.
+Memory is little more than a window per stream, whatever the size of a tensor. Knows files and offsets, nothing about
+models.
 """
 
 import math
@@ -72,7 +73,7 @@ class Streams:
             yield window
 
     def _cuts(self, name: str) -> Iterator[tuple[int, int]]:
-        """Where the windows of a file begin and end: in a large tensor at whole rows, so that one window of it is laid out as the next."""
+        """Where the windows of a file begin and end: at whole rows of a large tensor, so that they are alike."""
         at = 0
         for start, stop, _, entry in self._entries.get(name, ()):
             if stop - start > WINDOW and start >= at:
@@ -165,7 +166,7 @@ class _Stored:
                     self._read(path, part, room, low)
 
     def _read(self, path: Path, box: Box, room: _Room, low: int) -> None:
-        """One box into the window: by one read where its bytes stand near each other, else part by part of its widest source dimension."""
+        """One box into the window: by one read where its bytes are close, else split at the widest dimension."""
         offset, to, dims = box
         if len(dims) == 1 and dims[0][1:] == (1, 1):
             self.pool.read_into(path, offset, room.window[to - low : to - low + dims[0][0]])

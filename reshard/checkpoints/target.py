@@ -1,6 +1,7 @@
 """What a conversion is going to write, behind one interface: shards for a mesh, or Hugging Face files.
 
-Every offset is known before the first byte is written. What differs between the kinds is answered here; nobody else asks which one it is.
+Every offset is known before the first byte is written. What differs between the kinds is answered here; nobody else
+asks which one it is.
 """
 
 import os
@@ -27,9 +28,10 @@ class Other(Exception):
 
 @dataclass(frozen=True)
 class Finished:
-    """Why nothing is to be written. `by`: what showed that the source is the same: sha256, commit, sample or content, the weakest of them.
+    """Why nothing is to be written.
 
-    `checked`: whether the destination was read, too. `times`: mtimes of its files that let the next re-run do without reading everything.
+    `by`: what showed that the source is the same: sha256, commit, sample or content, the weakest of them. `checked`:
+    whether the destination was read, too. `times`: mtimes of its files that let the next re-run do without reading all.
     """
 
     by: str
@@ -37,7 +39,7 @@ class Finished:
     times: dict[Path, int]
 
     def remember(self) -> None:
-        """Set the times: the content was found equal, so that the next re-run need not read it. Skipped where OUT is read-only."""
+        """Set the times: the content is equal, the next re-run need not read it. Skipped where OUT is read-only."""
         for path, mtime in self.times.items():
             with suppress(OSError):
                 os.utime(path, ns=(mtime, mtime))
@@ -60,8 +62,8 @@ class Below:
 class Target(ABC):
     """The files to be written. `entries`: stored tensor → its file and where it lies in that.
 
-    What is no tensor: `literals`, bytes of ours in the files of tensors; `moved`, stretches that come from the source; `whole`, small
-    files; and what `seal` adds. Files that are copied as is are no part of a target.
+    What is no tensor: `literals`, bytes of ours in the files of tensors; `moved`, stretches that come from the source;
+    `whole`, small files; and what `seal` adds. Files that are copied as is are no part of a target.
     """
 
     layout: Layout
@@ -92,19 +94,20 @@ class Target(ABC):
 
     @abstractmethod
     def seal(self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool) -> str | None:
-        """Write what follows from the rest: digests, residues, tables, the manifest, times. The digest over all files, if one is recorded.
+        """Write what follows from the rest: digests, residues, tables, the manifest, times.
 
-        `engine`: name and version of that which the format is for. `digests`: of all stored tensors, where they are `digested`. Raises
-        OSError where a file cannot be written, PlaceError where the source has changed.
+        The digest over all files, None if none is recorded. `engine`: name and version of that which the format is for.
+        `digests`: of all stored tensors, where they are `digested`. Raises OSError where a file cannot be written,
+        PlaceError where the source has changed.
         """
 
     @abstractmethod
     def recognise(self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool) -> Finished:
         """Decide by names, sizes, times and what is no tensor that `out` holds this target, made from this source.
 
-        Weights are left to the caller, by what `Finished.by` says: "content" is to be compared whole, "sample" in part. `intact` checks
-        `out` against its own digests, None if that was not asked for; with `checksum` nothing but content counts. Raises Other where
-        something else is there, MismatchError where it is damaged.
+        Weights are left to the caller, by what `Finished.by` says: "content" is to be compared whole, "sample" in part.
+        `intact` checks `out` against its own digests, None if that was not asked for; with `checksum` nothing but
+        content counts. Raises Other where something else is there, MismatchError where it is damaged.
         """
 
     @abstractmethod

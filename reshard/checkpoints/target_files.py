@@ -1,4 +1,4 @@
-"""Writing Hugging Face files: the published files restored byte for byte, or split anew as transformers would write them."""
+"""Writing Hugging Face files: the published ones restored byte for byte, or split anew as transformers would."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -100,7 +100,7 @@ def restored(source: Source) -> FilesTarget:
 
 
 def split_anew(source: Source, max_file_size: int) -> FilesTarget:
-    """Files as transformers would write them with this limit, in bytes; buffers that no rank gets are not written, as it would not."""
+    """Files as transformers would write them with this limit, in bytes: without buffers that an engine recomputes."""
     from . import hf_split
 
     layout = source.published()

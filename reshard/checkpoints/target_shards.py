@@ -86,7 +86,7 @@ class ShardTarget(Target):
         return digest
 
     def _keep_source(self, root: Path, source: Source, reader: Pool) -> list[Listed]:
-        """The folder `source`: residues, tables, files.json. Residues have the times of the files that they are from."""
+        """The folder `source`: residues, which get the times of the files that they are from, tables, files.json."""
         kept = []
         for original in source.originals:
             path = manifest.residue_path(root, original.name)
@@ -193,7 +193,7 @@ def _same_digests(source: Source, known: Manifest) -> None:
 
 
 def _evidence(source: Source, out: Path, known: Manifest, earlier: dict[str, Original], stale: dict[Path, int]) -> str:
-    """What shows that the weights are the same, without reading all of them: the weakest of what shows it of one file."""
+    """What shows, without reading all of them, that the weights are the same: the weakest over all files."""
     commit = source.origin.commit is not None and source.origin.commit == known.origin.commit
     found = set()
     for original in source.originals:

@@ -21,10 +21,10 @@ from .job import Job, Options
 
 
 def add_sha256(job: Job, out: Path, found: Finished, options: Options, progress: Progress) -> tuple[Finished, tuple[str, ...]]:
-    """Add to finished shards the SHA-256 of the source's files, as far as they lack it: what `convert --sha256` would have written.
+    """Add to finished shards the SHA-256 of the source's files where they lack it, as `convert --sha256` writes it.
 
-    Merging the shards must make files of these digests, which proves the content. Everything else is linked into a new directory, which
-    takes the place of the old as any conversion does: a reader finds the one or the other.
+    Merging the shards must make files of these digests, which proves the content. Everything else is linked into a new
+    directory, which takes the place of the old as any conversion does: a reader finds the one or the other.
     """
     lacking = job.target.lacks_sha256(out)
     if lacking and job.source.published_paths:

@@ -1,4 +1,4 @@
-"""Converting: check that it can be done, lay out the files, move the tensors, seal, publish. Re-running a finished job is a no-op.
+"""Converting: lay out the files, move the tensors, seal, publish. Re-running a finished conversion is a no-op.
 
     lay(job, work)             creates every file at its full size: headers, constants, what else of ours is in it
     move(job, work) → digests  reads each byte of the source's tensors once and writes it wherever it belongs
@@ -46,7 +46,8 @@ class Work:
 def convert(job: Job, out: Path, options: Options, progress: Progress | None = None) -> Result:
     """Write the target of a job to `out` and publish it; nothing where `out` holds it already.
 
-    Raises ReshardError for whatever can be refused, before anything is written; PlaceError where writing fails or a source changes.
+    Raises ReshardError for what can be refused, before anything is written; PlaceError where writing fails or a source
+    changes.
     """
     progress, began = progress or Silent(), time.monotonic()
     source, target = job.source, job.target
@@ -124,7 +125,7 @@ def lay(job: Job, work: Work) -> None:
 
 
 def move(job: Job, work: Work, threads: int, progress: Progress) -> Digests:
-    """Copy all tensors to where they belong. The digests of what was written, constants and padding included; empty if none are needed.
+    """Copy all tensors to where they belong; digests of what the target now holds, constants included, if it needs any.
 
     Raises as `lay` does; the first failure stops all threads.
     """
@@ -147,9 +148,9 @@ def move(job: Job, work: Work, threads: int, progress: Progress) -> Digests:
 
 
 def seal(job: Job, work: Work, digests: Digests) -> str | None:
-    """Write everything but the weights: files copied as is, and what the target adds. The digest over all files, if one is recorded.
+    """Write everything else: files copied as is, and what the target adds.
 
-    Raises as `lay` does.
+    The digest over all files, None if none is recorded. Raises as `lay` does.
     """
     root = work.files.root
     carried = [_copy(file, root, work.reader) for file in job.source.carried]
@@ -182,7 +183,7 @@ def _check_names(job: Job) -> None:
 
 
 def _rerun(job: Job, out: Path, options: Options, progress: Progress, began: float) -> Result:
-    """The result where `out` is what this job would write. Raises ReshardError where it is not, naming the difference."""
+    """The result where `out` is what this job would write; ReshardError where it is not, naming the difference."""
     with unchanged(Directory(out)):
         found = same_job.finished(job, out, options, progress)
     added: tuple[str, ...] = ()

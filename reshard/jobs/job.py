@@ -1,4 +1,4 @@
-"""A conversion, planned: what is read and written, and which bytes go where. What can be refused is refused here, before any write."""
+"""A conversion, planned: what is read and written, and which bytes go where. What can be refused is refused here."""
 
 from dataclasses import dataclass
 
@@ -92,10 +92,10 @@ def _engine(to: str, table: Table, version: str | None) -> str | None:
             raise ReshardError(f'--engine-version {version}: format "{to}" belongs to no engine', "leave it out")
         return None
     versions = [str(v) for v in known["versions"]]
-    wanted = version or versions[-1]
+    wanted, name = version or versions[-1], known["name"]
     if not any(wanted == v or wanted.startswith(f"{v}.") for v in versions):
         raise ReshardError(
-            f"--engine-version {wanted}: {known['name']} {wanted} lays out its shards differently, or nobody has looked",
-            f"supported: {known['name']} {', '.join(versions)}",
+            f"--engine-version {wanted}: {name} {wanted} lays out its shards differently, or nobody has looked",
+            f"supported: {name} {', '.join(versions)}",
         )
-    return f"{known['name']} {next(v for v in versions if wanted == v or wanted.startswith(f'{v}.'))}"
+    return f"{name} {next(v for v in versions if wanted == v or wanted.startswith(f'{v}.'))}"

@@ -13,10 +13,11 @@ from .verdict import WIDTH
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. `root`: the digest over all files, None for Hugging Face files. Times in seconds, sizes in bytes.
+    """What a conversion did. Times in seconds, sizes in bytes.
 
-    `already`: OUT held it; then `decided_by` is what showed that the source is the same (see `same_job`), `checked` whether OUT was found
-    whole, and `added` what was added to it.
+    `root`: the digest over all files, None for Hugging Face files. `already`: OUT held it; then `decided_by` is what
+    showed that the source is the same (see `same_job`), `checked` whether OUT was found whole, and `added` what was
+    added to it.
     """
 
     out: Path

@@ -3,10 +3,10 @@
 Content decides, not times. In this order:
 
     plan, names and sizes           of what the destination and the source hold
-    integrity                       by the digests of the destination; Hugging Face files have none, there everything is compared
+    integrity                       by the digests of the destination; without any (Hugging Face files) all is compared
     small files, headers, buffers   by digest
-    weights                         the same SHA-256 (the Hub's cache names files by it) or commit; the same size and mtime, and a sample
-                                    of each tensor; where that does not say, every byte
+    weights                         the same SHA-256 (the Hub's cache names files by it) or commit; the same size
+                                    and mtime, and a sample of each tensor; otherwise every byte
 
 Only `remember` writes: times, nothing else.
 """
@@ -37,7 +37,7 @@ _SHARDS = re.compile(
 
 
 def irreplaceable(out: Path, job: Job) -> str | None:
-    """An entry of a directory that is no part of a checkpoint, so that --overwrite must not delete it; None if all are."""
+    """An entry of a directory that is no part of a checkpoint, so that --overwrite must not delete it; None without."""
     files = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()]
     files = [name for name in files if name.split("/")[0] not in publish.NOBODYS]
     broken = manifest.broken(out)

@@ -1,4 +1,4 @@
-"""The proof without the original: digests of the published files, from the shards alone, against those that were recorded or published.
+"""The proof without the original: digests of the published files, made from the shards alone, against known ones.
 
 What merging would write is streamed and hashed; nothing is written, nothing but metadata is downloaded.
 """
@@ -85,7 +85,7 @@ def _first(out: Source, wanted: Mapping[str, FileDigest]) -> str:
 def hashed(source: Source, threads: int, progress: Progress) -> Source:
     """The source with the SHA-256 of every published file, and of every file copied as is, that is not known yet.
 
-    Where the published files are not at hand it is returned as it is: of shards no more is known than what their directory remembers.
+    Where the published files are not at hand it is returned as it is: of shards no more is known than they record.
     Raises PlaceError if a file is not what it was when its header was read.
     """
     import hashlib
