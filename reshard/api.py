@@ -161,7 +161,7 @@ def verify(
         what = "is a file" if str(out) and path.exists() else "no such directory"
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
     if only is not None and only not in RUNGS:
-        raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
+        raise ReshardError(f"--only {only}: no such check", f"checks are {', '.join(RUNGS)}")
     musts = required(require)
     run_it = bool({PROVEN, "numerics"} & set(musts))
     if only is not None and set(musts) - {only}:
@@ -180,7 +180,7 @@ def verify(
 def check_table(
     family: str, *, given: str | Path | None = None, sample: int | None = None, progress: Progress | None = None
 ) -> "TableCheck":
-    """Damage a family table in every way and say what notices each damage; see `reshard.authoring.check_table`."""
+    """Mutate each row and axis of a family table, and report which mutations go undetected; see `reshard.authoring`."""
     from .authoring.check_table import check_table as check
 
     table = table_of(family)
@@ -230,9 +230,9 @@ def fingerprint(
 def _numerics(
     wanted: bool | None, only: str | None, exhaustive: bool, layers: bool, processes: bool, required: bool
 ) -> "Callable[[Path, Source | None, Progress], Rung] | None":
-    """The numeric rung, which is the runtime's; imported when it is climbed."""
+    """The numerics check, which is the runtime's; imported when it runs."""
     if layers and processes:
-        raise ReshardError("--layers and --processes are both given: layer by layer, ranks are threads", "leave out one of them")
+        raise ReshardError("--layers and --processes cannot be combined: layer by layer, ranks are threads", "leave out one of them")
     if wanted is False and only != "numerics":
         return None
 

@@ -36,8 +36,8 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
     progress, rung = progress or Silent(), Rung("sha256")
     if not any(original.name in wanted for original in out.originals):
         raise ReshardError(
-            f"{out.where}: no SHA-256 of the original files is known",
-            "convert --sha256 records them; --hub ID asks the Hub for those that it publishes",
+            f"{out.where}: the SHA-256 digests of the original files are not known",
+            "convert --sha256 records them; --hub ID gets them from the Hub",
         )
     restored_files = restored(out)
     known = [original for original in out.originals if original.name in wanted]
@@ -62,7 +62,7 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
             if state.hexdigest() != digest.value:
                 with lock:
                     kind = "SHA-256" if digest.kind == "sha256" else "git id"
-                    rung.failures.append(f"{name}: the shards make a file of {kind} {state.hexdigest()}, {digest.value} {digest.by}")
+                    rung.failures.append(f"{name}: merging gives {kind} {state.hexdigest()}, but {digest.value} {digest.by}")
 
         jobs: list[Job] = [(file.name, file.size, streams.windows(file.name)) for file in known]
         jobs += [(file.name, file.size, pool.chunks(file.path, 0, file.size)) for file in along]
