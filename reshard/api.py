@@ -16,7 +16,7 @@ from .layout.mesh import Mesh
 from .store import location
 from .store.directory import unchanged
 from .store.workfolder import check_whole
-from .tables import parse
+from .tables import formats
 from .text.progress import Progress
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_si
             raise
         from .layout.capacity import explain_refusal
 
-        table = parse.load("formats", to).for_family(source.layout.model.family.name)
+        table = formats.load(to).for_family(source.layout.model.family.name)
         raise explain_refusal(error, table, source.layout.model, mesh) from None
 
 
@@ -301,7 +301,7 @@ def choose_mesh(
     from .text.units import binary
 
     model = source.layout.model
-    table = parse.load("formats", to).for_family(model.family.name)
+    table = formats.load(to).for_family(model.family.name)
     mesh = smallest(model, source.config, table, device_memory, context, batch, ep=ep, pp=pp if pp > 1 else None)
     if mesh is None:
         raise ReshardError(f"no mesh of this model fits {binary(device_memory)} per device", "use devices with more memory")

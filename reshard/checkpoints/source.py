@@ -22,8 +22,9 @@ from ..store.digest import of_file
 from ..store.directory import Directory, reading
 from ..store.local import Pool, Stamp
 from ..store.workfolder import check_whole
-from ..tables import parse
-from ..tables.parse import Table
+from ..tables import families, formats
+from ..tables.families import Family
+from ..tables.formats import Format
 from . import companions, manifest
 from .companions import Carried, Left
 from .manifest import Manifest
@@ -93,10 +94,10 @@ class Source:
     def published(self) -> Layout:
         """The layout of the original files."""
         model = self.layout.model
-        return lay_out(model.family, model, Mesh(), model.active)
+        return lay_out(model.family.published, model, Mesh(), model.active)
 
 
-def open_source(path: Path, family: Table | None = None) -> Source:
+def open_source(path: Path, family: Family | None = None) -> Source:
     """Open a local directory: shards if it has a manifest, an engine's shards by their file names, else a published checkpoint."""
     check_whole(path)
     if not path.exists():
@@ -109,7 +110,7 @@ def open_source(path: Path, family: Table | None = None) -> Source:
         raise failed("reading", path, error) from error
 
 
-def _open(path: Path, family: Table | None) -> Source:
+def _open(path: Path, family: Family | None) -> Source:
     if manifest.present(path):
         return _open_shards(path)
     from . import engine_shards
@@ -120,10 +121,10 @@ def _open(path: Path, family: Table | None) -> Source:
     return from_published(open_published(path), family)
 
 
-def from_published(published: Published, family: Table | None = None) -> Source:
+def from_published(published: Published, family: Family | None = None) -> Source:
     """A published checkpoint, understood."""
     model, originals = understood(published, family)
-    layout = lay_out(model.family, model, Mesh(), model.active)
+    layout = lay_out(model.family.published, model, Mesh(), model.active)
     root = published.root or Path()
     paths = [root / original.name for original in originals]
     aside = set(model.aside)
@@ -198,7 +199,7 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> Source:
             raise MismatchError(
                 f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors", "convert again"
             )
-    pairs = family.tied.items() if isinstance(family.tied, dict) else ()
+    pairs = family.tied.items()
     tied = {name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()}
     layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=tied)
     shards = Shards(layout)
@@ -276,7 +277,7 @@ def check_small_files(root: Path, known: Manifest) -> None:
             )
 
 
-def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
+def _tables(root: Path, known: Manifest) -> tuple[Family, Format]:
     def texts(kind: str) -> Callable[[str], str]:
         def text(name: str) -> str:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -290,8 +291,8 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
         return text
 
     family, layout = texts("families"), texts("formats")
-    model = parse.parse(family(known.family), known.family, family)
-    return model, parse.parse(layout(known.format), known.format, layout, model.leaves())
+    model = families.parse(family(known.family), known.family, family)
+    return model, formats.parse(layout(known.format), known.format, layout, model.leaves())
 
 
 def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:

@@ -11,7 +11,8 @@ from ..engine.worker import Key
 from ..errors import ReshardError
 from ..layout.cut import Layout, lay_out
 from ..layout.mesh import Mesh
-from ..tables.parse import Table
+from ..tables import formats
+from ..tables.formats import Format
 from .shards import Shard, Shards
 from .source import Source
 
@@ -99,7 +100,6 @@ def split_anew(source: Source, max_file_size: int) -> Output:
 
 def outputs(source: Source, to: str, mesh: Mesh, max_file_size: int | None) -> Output:
     """The output that a request names: `to` is "hf", or a format."""
-    from ..tables import parse
 
     if to == "hf":
         if mesh != Mesh():
@@ -109,16 +109,16 @@ def outputs(source: Source, to: str, mesh: Mesh, max_file_size: int | None) -> O
         return restored(source) if max_file_size is None else split_anew(source, max_file_size)
     if max_file_size is not None:
         raise ReshardError("--max-file-size only goes with --to hf", "a rank's file is mapped whole; its size follows from the mesh")
-    table = parse.load("formats", to).for_family(source.layout.model.family.name)
+    table = formats.load(to).for_family(source.layout.model.family.name)
     return sharded(lay_out(table, source.layout.model, mesh, tied=_stored_twice(source, table, mesh)))
 
 
-def _stored_twice(source: Source, table: Table, mesh: Mesh) -> dict[str, str]:
+def _stored_twice(source: Source, table: Format, mesh: Mesh) -> dict[str, str]:
     """Tensors that an engine, told by config.json that they are tied, wants once where the original has both (Qwen3-0.6B does)."""
     model = source.layout.model
     says = source.config.with_defaults(model.family.defaults).says
     pairs = model.family.tied
-    if not table.engine or not table.tied or mesh.pp > 1 or not isinstance(pairs, dict) or not says("tie_word_embeddings"):
+    if not table.engine or not table.tied or mesh.pp > 1 or not says("tie_word_embeddings"):
         return {}
     twice = model.tensors.keys() - {*model.alias, *model.alias.values()}
     return {name: other for name, other in pairs.items() if {name, other} <= twice}

@@ -36,7 +36,8 @@ from ..store.digest import FileDigest, of, of_blocks
 from ..store.directory import Directory, unchanged
 from ..store.local import Pool, Stamp, check_stamp
 from ..store.workfolder import left_by_killed, told
-from ..tables.parse import Constant, Table
+from ..tables.formats import Format
+from ..tables.row import Constant
 from ..text.progress import Progress, Silent, until
 from ..text.units import decimal
 from ..threads import count
@@ -169,7 +170,7 @@ class Job:
 def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None = None) -> Job:
     """Everything that can be refused is refused here, before anything is written."""
     out = output.outputs(source, to, mesh, max_file_size)
-    engine_name = _engine(to, out.layout.table, options.engine_version)
+    engine_name = _engine(to, out.layout.format, options.engine_version)
     if not options.pad and out.layout.padding:
         axis, (size, padded) = next(iter(out.layout.padding.items()))
         raise ReshardError(
@@ -189,7 +190,7 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     return Job(source, out, joined, engine_name)
 
 
-def _engine(to: str, table: Table, version: str | None) -> str | None:
+def _engine(to: str, table: Format, version: str | None) -> str | None:
     """The engine and version that a format is written for; versions that no table describes are refused by name."""
     known = table.engine
     if not known:
@@ -354,7 +355,7 @@ def _keep_source(job: Job, reader: Pool) -> list[Listed]:
 
 def _source_texts(job: Job) -> dict[str, bytes]:
     """The small files of the folder `source`."""
-    family, table = job.output.layout.model.family, job.output.layout.table
+    family, table = job.output.layout.model.family, job.output.layout.format
     texts = {f"source/families/{name}.toml": text for name, text in family.texts.items()}
     texts |= {f"source/formats/{name}.toml": text for name, text in table.texts.items()}
     data = {name: text.encode() for name, text in texts.items()} | {manifest.FILES: manifest.dump_originals(job.source.originals)}

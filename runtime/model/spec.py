@@ -48,7 +48,7 @@ from reshard.errors import ReshardError
 from reshard.layout import capacity
 from reshard.model.understand import Model
 from reshard.tables.config import Config
-from reshard.tables.parse import Table
+from reshard.tables.families import Family
 
 from .spec_values import Facts
 
@@ -162,7 +162,7 @@ class Spec:
     positions: int | None
 
     @classmethod
-    def of(cls, table: Table, config: Config, model: Model) -> "Spec":
+    def of(cls, table: Family, config: Config, model: Model) -> "Spec":
         """Raises ReshardError for a family that does not run, and where config.json asks for what no fact describes."""
         if not table.runs:
             raise ReshardError(
@@ -283,7 +283,7 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     )
 
 
-def _growth(table: Table, said: Facts) -> Growth | None:
+def _growth(table: Family, said: Facts) -> Growth | None:
     of = Facts(table.model.get("growth", {}), said.config)
     by = of.optional("by")
     if by is None or not of.value("if", "true"):
@@ -303,7 +303,7 @@ def _score(of: Facts) -> str:
     return str(found)
 
 
-def _routing(table: Table, said: Facts) -> Routing:
+def _routing(table: Family, said: Facts) -> Routing:
     facts = table.model.get("routing")
     if not isinstance(facts, dict):
         raise ReshardError(f'family "{table.name}" has experts, its table does not say how they are chosen', "[model] routing is missing")
