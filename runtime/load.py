@@ -167,7 +167,7 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], known: Manifest, ra
         "reshard.plan": known.plan,
         "reshard.rank": str(rank),
         "reshard.world": str(mesh.world),
-        "reshard.layout.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
+        "reshard.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
     }
     version = metadata.get("reshard.version", "none")
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:

@@ -399,10 +399,10 @@ def test_metadata_of_a_shard(shards: Path) -> None:
         assert about == {
             "format": "pt",
             "reshard.version": manifest["reshard"],
-            "reshard.layout.cut": manifest["format"],
+            "reshard.layout": manifest["format"],
             "reshard.rank": str(rank),
             "reshard.world": str(mesh["tp"] * mesh["pp"]),
-            "reshard.layout.mesh": f"tp={mesh['tp']} pp={mesh['pp']} ep={mesh['ep']}",
+            "reshard.mesh": f"tp={mesh['tp']} pp={mesh['pp']} ep={mesh['ep']}",
             "reshard.plan": manifest["plan"],
         }
 

@@ -98,10 +98,10 @@ class Shards:
         return {
             "format": "pt",
             "reshard.version": FORMAT_VERSION,
-            "reshard.layout.cut": self.layout.format.name,
+            "reshard.layout": self.layout.format.name,
             "reshard.rank": str(rank),
             "reshard.world": str(mesh.world),
-            "reshard.layout.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
+            "reshard.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",
             "reshard.plan": self.digest,
         }
 

@@ -1,5 +1,6 @@
 """`like`: a table as what it changes in another one."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,39 +45,51 @@ def leads_nowhere(where: str, like: str) -> ReshardError:
 
 
 def merged(tables: Sequence[Data]) -> Data:
-    """`like`: the child first. Rows and keys are added to the parent's; a row of the same stored name replaces its."""
-    child, *parents = tables
-    for parent in parents:
-        parent = _respelled(parent, child.get("names", {}))
-        gone = [name for name in child.get("without", ()) if any(row[0] == name for row in parent.get("rows", ()))]
-        parent = _without(parent, gone)
-        merged = {key: value for key, value in parent.items() if key != "match"}  # what another table is for, this one is not
-        for key, value in child.items():
-            if isinstance(value, dict) and isinstance(parent.get(key), dict):
-                merged[key] = {**parent[key], **value}
-            elif key == "rows":
-                names = {row[0] for row in value}
-                first = {row[0]: at for at, row in reversed(list(enumerate(parent.get("rows", ()))))}
-                own = {name: [row for row in value if row[0] == name] for name in names}
-                kept = [
-                    each
-                    for at, row in enumerate(parent.get("rows", ()))
-                    for each in ([row] if row[0] not in names else own[row[0]] if first[row[0]] == at else ())
-                ]
-                merged[key] = kept + [row for row in value if row[0] not in first]
-            elif key in ("aside", "one_of", "towers"):
-                merged[key] = [*parent.get(key, ()), *value]
-            elif key == "without":
-                merged[key] = [*parent.get(key, ()), *(name for name in value if name not in gone)]
-            else:
-                merged[key] = value
-        child = merged
-    if child.get("without"):
-        raise ReshardError(f'table "{child.get("name")}": no table that it is like has the row {child["without"][0]}')
-    return child
+    """The tables of a chain as one. Each adds rows and keys to those of the next; a row of the same stored name replaces its."""
+    whole: Data = {}
+    for child in reversed(tables):
+        whole = _on(child, whole)
+    return whole
 
 
-def _without(parent: Data, gone: list[str]) -> Data:
+def _on(child: Data, parent: Data) -> Data:
+    parent = _respelled(parent, child.get("names", {}))
+    gone = child.get("without", ())
+    there = {row[0] for row in parent.get("rows", ())}
+    if missing := next((name for name in gone if name not in there), None):
+        raise ReshardError(f'table "{child.get("name")}": no table that it is like has the row {missing}')
+    parent = _without(parent, gone)
+    found = {key: value for key, value in parent.items() if key != "match"}  # what another table is for, this one is not
+    for key, value in child.items():
+        if isinstance(value, dict) and isinstance(parent.get(key), dict):
+            found[key] = {**parent[key], **value}
+        elif key == "rows":
+            found[key] = _replaced(parent.get(key, ()), value)
+        elif key in ("aside", "one_of", "towers"):
+            found[key] = [*parent.get(key, ()), *value]
+        elif key != "without":
+            found[key] = value
+    return found
+
+
+def _replaced(rows: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Rows, those of the same stored name replaced by all that `others` have of it, and the rest of `others`."""
+    own = defaultdict(list)
+    for row in others:
+        own[row[0]].append(row)
+    there = {row[0] for row in rows}
+    placed: set[str] = set()
+    found: list[Sequence[str]] = []
+    for row in rows:
+        if row[0] not in own:
+            found.append(row)
+        elif row[0] not in placed:
+            placed.add(row[0])
+            found += own[row[0]]
+    return found + [row for row in others if row[0] not in there]
+
+
+def _without(parent: Data, gone: Sequence[str]) -> Data:
     """A table without some of its rows, and without what it says of tags that only these had."""
     if not gone:
         return parent
