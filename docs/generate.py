@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import rooms
 
 from reshard.tables import families, formats
+from reshard.tables.facts import FACTS, ROUTING, Fact
 from reshard.tables.families import Family
 from reshard.tables.notation import Sum
 from reshard.tables.row import Row
@@ -203,6 +204,12 @@ def _without_numbers(check: re.Match[str]) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------------------
 
 
+def facts(known: Mapping[str, Fact]) -> str:
+    """A Markdown table of facts of `[model]`, or of a part of it."""
+    lines = [f"| `{name}` | {fact.meaning.replace('|', chr(92) + '|')} |" for name, fact in known.items()]
+    return "\n".join(("| key | meaning |", "|---|---|", *lines))
+
+
 def reader() -> str:
     return f"```python\n{(ROOT / 'docs/reader.py').read_text(encoding='utf-8').strip()}\n```"
 
@@ -212,6 +219,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/families.md": {"families": family_rows},
     "docs/architecture.md": {"tree": tree},
     "docs/format.md": {"reader": reader},
+    "docs/notation.md": {"facts": lambda: facts(FACTS), "routing": lambda: facts(ROUTING)},
 }
 
 

@@ -28,6 +28,7 @@ from reshard import cli
 from reshard.containers.safetensors import BITS
 from reshard.tables import families, formats
 from reshard.tables import keys as keys_of
+from reshard.tables.facts import FACTS, ROUTING
 from reshard.tables.notation import parse_pattern
 from reshard.tables.row import STAGES, Row
 
@@ -517,7 +518,7 @@ def test_every_key_and_word_is_described() -> None:
     family, form = (set(_first_column("docs/notation.md", f"Keys of a {kind} table")) for kind in ("family", "format"))
     keys = {re.sub(r"^\[?(\w+)[\].\w]*$", r"\1", key) for key in family | form}
     words = {"first", "last", "every", "whole", "cut=AXIS", "zero"}
-    assert keys - words == keys_of.FAMILY.keys() | keys_of.FORMAT.keys() | keys_of.FACTS | keys_of.ROUTING
+    assert keys - words == keys_of.FAMILY.keys() | keys_of.FORMAT.keys() | FACTS.keys() | ROUTING.keys()
     assert words <= form
     for word in (*STAGES, "whole", "zero"):
         families.parse(f'name = "x"\nrows = [["embed", "vocab hidden", "embed", "{word}"]]', "x")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from ..containers.safetensors import BITS
 from ..errors import ReshardError
 from ..model.understand import Config, Model
+from ..tables.facts import FACTS
 from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
 from ..tables.notation import evaluate
@@ -90,7 +91,7 @@ def window(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]]:
     return (tokens, layers) if tokens and layers else (None, ())
 
 
-def layers_of_rule(fact: str, default: str, model: Model, config: Config) -> tuple[int, ...]:
+def layers_of_rule(fact: str, model: Model, config: Config) -> tuple[int, ...]:
     """The layers that a fact of `[model]` names."""
     config = config.with_defaults(model.family.defaults)
 
@@ -98,7 +99,7 @@ def layers_of_rule(fact: str, default: str, model: Model, config: Config) -> tup
         tokens, layers = _windowed(model, config)
         return layers if tokens else None
 
-    return layers_named(model.family.model.get(fact, default), model.main_layers, config, windowed)
+    return layers_named(model.family.model.get(fact, FACTS[fact].default), model.main_layers, config, windowed)
 
 
 def _windowed(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]]:
@@ -156,7 +157,7 @@ def lenders(model: Model, config: Config) -> dict[int, int]:
     """For each layer that borrows keys and values the last one before it of its kind, with a window or without, that has its own."""
     if "borrowed" not in model.family.model:
         return {}
-    borrowing, windowed = layers_of_rule("borrowed", "", model, config), set(window(model, config)[1])
+    borrowing, windowed = layers_of_rule("borrowed", model, config), set(window(model, config)[1])
     return {
         layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
         for layer in borrowing

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ReshardError
 from ..inputs import decode, limits
+from . import facts
 from .row import Row, axes_of_rows
 
 # The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".
@@ -46,14 +47,6 @@ FORMAT: dict[str, Any] = COMMON | {
     "families": [str],
     "family": {"": {"": object}},
 }
-# The keys of [model].
-FACTS = {"cache", "window", "window_if", "window_layers", "norm", "norm_offset", "eps", "eps_latent", "activation", "routing"}
-FACTS |= {"gate_limit", "gate_alpha", "up_offset", "parallel", "alibi", "alibi_scaled", "rope_fraction", "rope_interleaved", "embed_scale"}
-FACTS |= {"attn_scale", "scale_by_layer", "attn_cap", "logit_cap", "runs", "bare", "rope_layers", "rope_near", "late_qk_norm", "growth"}
-FACTS |= {"rope_base", "bare_heads", "window_chunks", "index_top", "index_interleaved", "borrowed"}
-FACTS |= {"post_norm", "pos_offset", "rope_size", "head_norm"}
-FACTS |= {"attn_clip", "value_factor", "embed_factor", "residual_factor", "logit_factor", "attn_factor"}
-ROUTING = {"divide", "top", "score", "renormalize", "jitter", "scale", "groups", "group_top", "group_best", "weigh_input", "wide"}
 
 
 def family(data: dict[str, Any], where: str) -> dict[str, Any]:
@@ -64,12 +57,7 @@ def family(data: dict[str, Any], where: str) -> dict[str, Any]:
             "give that of a family; shipped ones go by name",
         )
     _checked(data, where, FAMILY)
-    if odd := sorted(set(data.get("model", ())) - FACTS):
-        raise ReshardError(f"{where}: unknown key {odd[0]} in [model]", f"keys are {', '.join(sorted(FACTS))}")
-    routing = data.get("model", {}).get("routing", {})
-    if not isinstance(routing, dict) or (odd := sorted(routing.keys() - ROUTING)):
-        wrong = f"key {odd[0]}" if isinstance(routing, dict) else "value"
-        raise ReshardError(f"{where}: unknown {wrong} in [model] routing", f"keys are {', '.join(sorted(ROUTING))}")
+    facts.check(data.get("model", {}), where)
     return data
 
 

@@ -7,11 +7,11 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from reshard.tables import families
+from reshard.tables.facts import PARTS, ROUTING
 from reshard.tables.families import Family
 
 from .decoder import ATTENTION, EMBEDDING, FEED_FORWARD, HEAD, OWN, RESIDUAL
 from .experts import ACTIVATIONS
-from .spec import PARTS
 from .spec_values import Facts
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def used(source: "Source", table: "Family", step: str, part: str, apart: Sequenc
     facts: dict[str, tuple[str | None, Any]] = {}
     for name in names:
         if name in table.model and name == "routing":
-            inner = Facts(table.model[name], config)
+            inner = Facts(table.model[name], config, ROUTING)
             facts |= {f"routing.{key}": _resolved(said, inner.value(key)) for key, said in inner.facts.items()}
         elif name in table.model:
             said = table.model[name]
