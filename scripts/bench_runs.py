@@ -75,7 +75,9 @@ def ours_imports() -> dict[str, float]:
     """What `reshard generate` imports before it does anything."""
     import torch.distributed  # noqa: F401
 
+    from reshard.runtime import generate, job, load  # noqa: F401
     from reshard.runtime.comm import collectives  # noqa: F401
+    from reshard.runtime.model import decoder  # noqa: F401
 
     return {"imported_at": time.monotonic()}
 

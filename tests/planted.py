@@ -42,10 +42,10 @@ class Remembered(reference.Reference):
             self._said[key] = super().logits(ids, dtype)
         return self._said[key]
 
-    def greedy(self, starts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        key = most, starts.numpy().tobytes()
+    def greedy(self, starts: torch.Tensor, most: int, cached: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        key = most, cached, starts.numpy().tobytes()
         if key not in self._said:
-            self._said[key] = super().greedy(starts, most)
+            self._said[key] = super().greedy(starts, most, cached)
         return self._said[key]
 
 

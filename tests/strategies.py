@@ -117,10 +117,10 @@ def invented(
         value = evaluate(expression, Config(config, table.defaults).get)
         if value is not None:
             known[axis] = value
-    tied = isinstance(table.tied, dict) and Config(config, table.defaults).says("tie_word_embeddings")
+    tied = Config(config, table.defaults).says("tie_word_embeddings")
     stored: Headers = {}
     for row in settle(table, {}, known).rows:
-        if row.tags - set(tags) or (tied and isinstance(table.tied, dict) and row.leaves[0] in table.tied):
+        if row.tags - set(tags) or (tied and row.leaves[0] in table.tied):
             continue
         shape = row.pattern.measure(lambda _, axis: size_of(axis, known))[0]
         layers = [at for at in range(max(known["layer"], len(kinds))) if row.within(set(kinds[at] if kinds else ()))]

@@ -212,7 +212,7 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
     ("plan SRC --tp 2 --split 3:3:2", ("3:3:2", "--tp is 2")),
     ("plan SRC --tp 1 --split 3:3:2", ("3:3:2", "--tp is 1")),
     ("plan SRC --split 3:x", ("--split 3:x", "for example 3:3:2")),
-    ("plan SRC --split 3:0:2", ("--split 3:0:2", "from 1 on")),
+    ("plan SRC --split 3:0:2", ("--split 3:0:2", "positive integers")),
     ("plan SRC --split 3::2", ("--split 3::2",)),
     ("plan SRC --split 8:1:1", ("8:1:1", "rank 2", "nothing")),
     ("plan SRC --pp 9", ("--pp 9", "3 layers", "PP sizes that work: 1, 2, 3")),

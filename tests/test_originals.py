@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import reshard as api
 from reshard.checkpoints import streams as stream
 from reshard.checkpoints.source import open_source
-from reshard.checkpoints.target import restored
+from reshard.checkpoints.target_files import restored
 from reshard.jobs.verify_sha256 import recorded, sha256
 from reshard.layout.join import plan
 from reshard.store.digest import FileDigest

@@ -16,6 +16,7 @@ from planted import without_transformers
 from running import process, refused, reshard, sign
 
 import reshard as api
+from reshard.checkpoints.opening import table_of
 from reshard.checkpoints.source import open_source
 from reshard.jobs.verdict import Rung
 from reshard.runtime.proof import numerics as check
@@ -138,7 +139,7 @@ def test_a_tensor_beyond_what_transformers_reads_makes_no_reference(tmp_path: Pa
     """It may be left aside by the table, too, which would then agree."""
     extra = "model.layers.0.mlp.gate_proj.scale"
     rewrite(source := copy("llama", tmp_path / "model"), lambda state: state | {extra: torch.ones(3)})
-    assert extra in reference_for(open_source(source, api.api.family_table(str(aside(tmp_path, extra))))).name
+    assert extra in reference_for(open_source(source, table_of(str(aside(tmp_path, extra))))).name
 
 
 def aside(folder: Path, name: str) -> Path:

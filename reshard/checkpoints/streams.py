@@ -16,7 +16,7 @@ from ..errors import MismatchError
 from ..layout.cut import Point
 from ..layout.join import Copy, Dim, Plan, collapse
 from ..store.local import Batch, Pool, batches, buffer
-from .target import Output
+from .target import Target
 
 WINDOW = 4 << 20  # bytes
 PIECE = 512 << 10  # bytes read at once of what is not contiguous: they stay in cache until they are where they belong
@@ -29,10 +29,10 @@ Box = tuple[int, int, tuple[Dim, ...]]  # offset in the source's file, offset in
 
 
 class Streams:
-    """The files of an output. `plan` leads from `source` to it; safe among threads, each with a file of its own."""
+    """The files of a target. `plan` leads from `source` to it; safe among threads, each with a file of its own."""
 
-    def __init__(self, plan: Plan, source: Place, output: Output, pool: Pool) -> None:
-        self.plan, self.source, self.output, self.pool = plan, source, output, pool
+    def __init__(self, plan: Plan, source: Place, target: Target, pool: Pool) -> None:
+        self.plan, self.source, self.target, self.pool = plan, source, target, pool
         self._rooms: list[_Room] = []  # those that are free
         self._jobs: dict[Key, tuple[int, Point]] = {}
         for number, component in enumerate(plan.components):
@@ -40,7 +40,7 @@ class Streams:
                 for copy in component.copies(point):
                     self._jobs[copy.dst.rank, copy.dst_name] = number, point
         self._entries: dict[str, list[tuple[int, int, Key, Entry]]] = defaultdict(list)
-        for key, (name, entry) in output.entries.items():
+        for key, (name, entry) in target.entries.items():
             if entry.nbytes:
                 self._entries[name].append((entry.offset, entry.offset + extent(entry), key, entry))
         for entries in self._entries.values():
@@ -80,7 +80,7 @@ class Streams:
                 yield from _steps(at, start, WINDOW)
                 yield from _steps(start, stop, WINDOW // row * row or WINDOW)
                 at = stop
-        yield from _steps(at, self.output.sizes[name], WINDOW)
+        yield from _steps(at, self.target.sizes[name], WINDOW)
 
     def copies(self, key: Key) -> list[Copy]:
         """Those that make up one stored tensor."""
@@ -90,9 +90,9 @@ class Streams:
     def _beside(self, name: str, window: memoryview, low: int, high: int) -> int:
         """Lay what is no tensor into a window; how many bytes that were."""
         covered = 0
-        for offset, data in self.output.literals.get(name, ()):
+        for offset, data in self.target.literals.get(name, ()):
             covered += _lay(window, low, high, offset, data)
-        for offset, length, place, at in self.output.moved.get(name, ()):
+        for offset, length, place, at in self.target.moved.get(name, ()):
             start, stop = max(offset, low), min(offset + length, high)
             if start >= stop:
                 continue

@@ -390,8 +390,7 @@ def _row(dst: Source, name: str, layer: int | None, elements: int, counts: list[
     key, worst = next((item for item in counts if item[1].odd_at is not None), max(counts, key=lambda item: item[1].largest))
     at = worst.at if worst.odd_at is None else worst.odd_at
     entry = dst.locate(key)[1]
-    published = dst.manifest is None and not dst.residues
-    text = f"{'' if published else f'{key[0]}:'}{key[1]}{bracketed(unravel(_row_major(entry, at), entry.shape))}"
+    text = f"{dst.address(key)}{bracketed(unravel(_row_major(entry, at), entry.shape))}"
     largest = rms = None
     if floating(dtype):
         largest = max(count.largest for _, count in counts)

@@ -390,8 +390,7 @@ class _Asking:
 
     def __init__(self, source: Source, asked: str, pool: Pool) -> None:
         self.source, self.asked, self.pool = source, asked, pool
-        self.published = source.manifest is None and not source.residues
-        self.originals = source.layout if self.published else source.published()
+        self.originals = source.published()
         pairs = source.layout.alias.items()
         self.same = {name: [name, *(b for a, b in pairs if a == name), *(a for a, b in pairs if b == name)] for name in self.tensors}
 
@@ -426,9 +425,9 @@ class _Asking:
         file, kept = self.source.originals[at].name, None
         here = Holding(None, name, first, name, last, 1, count, file, bits_of(entry, first))
         _, (begin, _, place, start) = self.source.buffer(name)
-        if isinstance(place, Path) and self.source.root is not None:
+        if (path := self.source.local(place)) is not None:
             low, high = (bit + 8 * (start - begin) for bit in here.bits)
-            kept = self._read(replace(here, file=self._relative(place), bits=(low, high)), place, entry.dtype)
+            kept = self._read(replace(here, file=self.source.relative(path), bits=(low, high)), path, entry.dtype)
         return self._explanation(
             "buffer", entry.dtype, entry.shape, here=replace(here, value=kept.value, raw=kept.raw) if kept else here, kept=kept
         )
@@ -483,7 +482,8 @@ class _Asking:
     def _part(self, name: str, box: Box, single: bool) -> Part:
         tensor = self.tensors[name]
         held = tuple(self._holdings(self.source.layout, name, box, self._locate, single))
-        origins = () if self.published else tuple(self._holdings(self.originals, name, box, self._locate_original, single))
+        elsewhere = self.originals is not self.source.layout  # else the published files are what holds it
+        origins = tuple(self._holdings(self.originals, name, box, self._locate_original, single)) if elsewhere else ()
         count = tensor.count([box[axis] for axis in tensor.axes])
         return Part(name, box, dict(zip(tensor.axes, tensor.sizes, strict=True)), count, held, origins)
 
@@ -509,16 +509,12 @@ class _Asking:
 
     def _locate(self, rank: int, name: str) -> tuple[str, Path | None, Entry]:
         path, entry = self.source.locate((rank, name))
-        return self._relative(path), path if self.source.root is not None else None, entry
+        return self.source.relative(path), self.source.local(path), entry
 
     def _locate_original(self, _: int, name: str) -> tuple[str, Path | None, Entry]:
         at, entry = self.source.tensors[name]
         file = self.source.originals[at].name
-        return file, self.source.root / file if self.published and self.source.root is not None else None, entry
-
-    def _relative(self, path: Path) -> str:
-        root = self.source.root
-        return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else str(path)
+        return file, self.source.published_paths.get(file), entry
 
     def _read(self, holding: Holding, path: Path, dtype: str) -> Holding:
         data = self.pool.read(path, holding.byte, -(-holding.bits[1] // 8) - holding.byte)
@@ -546,7 +542,7 @@ class _Asking:
             axes = {axis for piece in self._pieces(found) for axis in piece.tensor.axes} & layout.padding.keys()
             padded = [(axis, *layout.padding[axis]) for axis in sorted(axes)]
             notes += [f"{axis} has {size}, {stored} are stored, over all ranks" for axis, size, stored in padded]
-        if self.source.residues and any(part.origins for part in found.parts):
+        if not self.source.originals_known and any(part.origins for part in found.parts):
             notes.append("the original files are not known: they are told as transformers would write them")
         return replace(found, notes=tuple(notes))
 

@@ -100,7 +100,6 @@ def published(src: str, revision: str | None) -> Published:
 
 def _understood(source: Source, name: str) -> dict[str, Any]:
     model, layout, about = source.layout.model, source.layout, facts(source, name)
-    known = source.manifest
     beside = {row.leaves[0] for row in model.family.rows if row.tower}
     own = {base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)} | model.family.sizes.keys()
     atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
@@ -124,7 +123,7 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "kept_aside": len(model.aside),
         "carried": [file.name for file in source.carried],
         "left": [file.name for file in source.left],
-        "root": known.root if known else None,
+        "root": source.root_digest,
     }
 
 

@@ -662,17 +662,10 @@ def _plain(value: Any) -> Any:
 
 def facts(source: Source, name: str, *options: str) -> SourceFacts:
     """What a report says of a source; `options` are what the next command must repeat."""
-    files = {path: None for path, _ in source.places.values()}
-    known = source.manifest
-    if known is not None:
-        sizes = [weights.size for weights, _ in known.ranks]
-    else:
-        weights = [original.size for original in source.originals if original.container != "plain"]
-        sizes = [source.stamps[path].size for path in files] if source.residues else weights
     return SourceFacts(
         name=name,
-        files=len(files),
-        nbytes=sum(sizes),
+        files=len({path for path, _ in source.places.values()}),
+        nbytes=source.weights_size,
         tensors=len(source.places),
         dtypes=Counter(entry.dtype for _, entry in source.places.values()),
         commit=source.origin.commit,

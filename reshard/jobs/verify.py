@@ -283,7 +283,7 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
     try:
         halt = threading.Event()
         advance = until(halt, progress.advance)
-        ours = out.manifest is not None  # an engine's own padding and constants are what they were in its memory
+        ours = out.zero_padding
 
         def sink() -> Comparer:
             return Counting(out, pool, rung, lock, ours)
@@ -297,11 +297,12 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
                 (rung.failures if ours else rung.notes).append(f"{path.name}: {key[1]} is not {slot.template.value}")
-        if out.manifest is not None and {file.name for file in out.originals} == {file.name for file in source.originals}:
+        if out.keeps_residues and {file.name for file in out.originals} == {file.name for file in source.originals}:
             _residues(out, source, pool, rung)
         else:
             _buffers(out, source, pool, rung)
-            rung.notes += [f"{source.where} is cut into other files than those that merging writes"] if out.manifest is not None else []
+            if out.keeps_residues:
+                rung.notes.append(f"{source.where} is cut into other files than those that merging writes")
         _carried(out.carried, source.carried, pool, rung)
     finally:
         pool.close()
@@ -387,7 +388,7 @@ def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
     """Buffers kept aside, as far as both have them: what transformers would not write may be missing."""
     for name in out.layout.model.aside:
         if name not in source.tensors:
-            (rung.failures if out.manifest is None else rung.notes).append(f"{name}: is not in the source")
+            (rung.notes if out.keeps_residues else rung.failures).append(f"{name}: is not in the source")
             continue
         (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(other, there, m):

@@ -96,7 +96,7 @@ def run_processes(size: int, work: "Callable[[World], T]", timeout: float) -> li
 
     with tempfile.TemporaryDirectory(prefix="reshard-ranks-") as folder:
         torch.save(work, Path(folder, "work"))
-        program = f"import sys; sys.path[:] = {sys.path!r}; from reshard.runtime import launch; launch.serve(*sys.argv[1:])"
+        program = f"import sys; sys.path[:] = {sys.path!r}; from reshard.runtime.comm import launch; launch.serve(*sys.argv[1:])"
         done = subprocess.run([sys.executable, "-c", program, folder, str(size), str(timeout), str(os.getpid())], check=False)
         if (said := Path(folder, "error")).exists():
             words = json.loads(said.read_text(encoding="utf-8"))

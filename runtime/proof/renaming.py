@@ -12,6 +12,8 @@ From the list of layers on, names stay what they are: `k_proj` never becomes `v_
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from reshard.inputs.limits import numeral
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -40,12 +42,12 @@ def renaming(stored: Shapes, wanted: Shapes) -> dict[str, str]:
 
 def _bare(parts: Sequence[str], known: set[str]) -> list[str]:
     """A name without the modules that occur nowhere in the names that are wanted."""
-    return [part for part in parts[:-1] if part in known or part.isdecimal()] + [parts[-1]]
+    return [part for part in parts[:-1] if part in known or numeral(part) is not None] + [parts[-1]]
 
 
 def _kept(parts: Sequence[str]) -> int:
     """From where on a name has to be the same: from the list of layers, and by its last two parts at least."""
-    number = next((at for at, part in enumerate(parts) if part.isdecimal()), len(parts))
+    number = next((at for at, part in enumerate(parts) if numeral(part) is not None), len(parts))
     return max(0, min(number - 1, len(parts) - 2))
 
 
