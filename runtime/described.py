@@ -18,7 +18,7 @@ from reshard.errors import MismatchError
 from reshard.layout.cut import Layout, lay_out
 from reshard.model.naming import tower_rows
 from reshard.model.understand import Model, Tensor
-from reshard.tables import parse
+from reshard.tables import formats, wrappers
 from reshard.tables.config import Config
 from reshard.tables.notation import evaluate, fold, parse_template
 
@@ -27,7 +27,7 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     """The config, and a layout that has this rank's tensors. Raises MismatchError where the rank's file holds others."""
     about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
     config = Config(read_json(root / "config.json"))
-    family = parse.named(known.family, config)
+    family = wrappers.named(known.family, config)
     config = config.with_defaults(family.defaults)
     try:
         tensors = _tensors(said, about["sizes"])
@@ -42,7 +42,7 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
         model = Model(family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise MismatchError(f"{root}: rank {rank} is described in a way that cannot be read: {error!r}", "fetch it again") from None
-    table, mesh = parse.load("formats", known.format).for_family(family.name), known.mesh
+    table, mesh = formats.load(known.format).for_family(family.name), known.mesh
     if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
         mesh = replace(mesh, ep=1)  # a stage without experts: there is nothing that EP would cut
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)

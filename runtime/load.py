@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from reshard.layout.mesh import Mesh
     from reshard.model.understand import Model
     from reshard.tables.config import Config
-    from reshard.tables.parse import Row, Table
+    from reshard.tables.families import Family
+    from reshard.tables.row import Row
 
     from .comm.collectives import World
     from .model.decoder import Decoder
@@ -256,11 +257,11 @@ def load_model(
     return decoder.eval()
 
 
-def with_facts(family: "Table") -> "Table":
+def with_facts(family: "Family") -> "Family":
     """A family table that says how to run the model: the shipped one where a directory was converted by one that did not say."""
-    from reshard.tables import parse
+    from reshard.tables import families
 
-    return family if family.model or family.name not in parse.shipped("families") else parse.load("families", family.name)
+    return family if family.model or family.name not in families.shipped() else families.load(family.name)
 
 
 def _world(timeout: float) -> "World":
@@ -379,7 +380,7 @@ def _open_for(
     from reshard.layout.capacity import explain_refusal
     from reshard.layout.cut import lay_out
     from reshard.layout.mesh import Mesh
-    from reshard.tables import parse
+    from reshard.tables import formats
 
     known = manifest.load(root) if manifest.present(root) else None
     if known is not None:
@@ -401,7 +402,7 @@ def _open_for(
         return Opened(directory, root, config, layout, known, None)
     source = out if isinstance(out, Source) else open_out(root)
     model = source.layout.model
-    table = parse.load("formats", NATIVE).for_family(model.family.name)
+    table = formats.load(NATIVE).for_family(model.family.name)
     try:
         layout = lay_out(table, model, wanted)
     except ReshardError as error:
@@ -474,7 +475,7 @@ def main_dtype(model: "Model") -> torch.dtype | None:
 
 def _named(layout: "Layout", rank: int, chosen: "Callable[[Row], bool]") -> set[str]:
     """The stored names on a rank that some rows have."""
-    from reshard.tables.parse import Row
+    from reshard.tables.row import Row
 
     slots = [slot for slot in layout.by_rank[rank] if isinstance(slot.template, Row) and chosen(slot.template)]
     return {slot.name(point) for slot in slots for point in slot.points()}

@@ -10,16 +10,23 @@ from typing import Any
 
 from reshard.errors import ReshardError
 from reshard.tables.config import Config
+from reshard.tables.facts import FACTS, Fact
 
 
 class Facts:
-    """What a table says of a model, or of a part of it."""
+    """What a table says of a model, or of a part of it. `known`: all facts there are, with what they are where it says nothing."""
 
-    def __init__(self, facts: Mapping[str, Any], config: Config) -> None:
-        self.facts, self.config = facts, config
+    def __init__(self, facts: Mapping[str, Any], config: Config, known: Mapping[str, Fact] = FACTS) -> None:
+        self.facts, self.config, self.known = facts, config, known
+
+    def given(self, fact: str, default: Any = None) -> Any:
+        """What the table says, or else `default`, or else the default of the fact."""
+        if fact in self.facts:
+            return self.facts[fact]
+        return self.known[fact].default if default is None else default
 
     def value(self, fact: str, default: Any = None) -> Any:
-        given = self.facts.get(fact, default)
+        given = self.given(fact, default)
         if isinstance(given, list):
             return any(self._first(text) for text in given)
         return self._first(given) if isinstance(given, str) else given
@@ -50,21 +57,17 @@ class Facts:
         except ValueError:
             return self.config.get(word)
 
-    def number(self, fact: str, default: Any) -> float:
+    def number(self, fact: str, default: Any = None) -> float:
         found = self.value(fact, default)
         if isinstance(found, list) and found and all(one == found[0] for one in found):
             found = found[0]  # one for each layer
         if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}, a number is needed for {fact}")
+            raise ReshardError(f"config.json: {self.given(fact, default)} is {found!r}, a number is needed for {fact}")
         return float(found)
 
     def optional(self, fact: str) -> float | None:
         """A number, or None where nothing says it."""
-        return None if self.value(fact) is None else self.number(fact, None)
-
-    def word(self, fact: str, default: str) -> str:
-        given = self.facts.get(fact, default)
-        return str(given if fact == "norm" else self.value(fact, default))
+        return None if self.value(fact) is None else self.number(fact)
 
     def true(self, fact: str) -> bool:
         return bool(self.value(fact))

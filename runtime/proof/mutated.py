@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from reshard.checkpoints.source import Source
 from reshard.layout.cut import Layout, lay_out
 from reshard.layout.mesh import Mesh
-from reshard.tables import parse
+from reshard.tables import formats
 
 from ..comm.collectives import World, alone, run_threads
 from ..load import Cast, Reader
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 def run(source: Source, mesh: Mesh, ids: Tensor) -> Outcome:
     """A forward in float64 on ranks that are threads; shards are made on the way, through the plan, as loading makes them."""
     model = source.layout.model
-    layout = lay_out(parse.load("formats", "native").for_family(model.family.name), model, mesh)
+    layout = lay_out(formats.load("native").for_family(model.family.name), model, mesh)
 
     def work(world: World) -> tuple[Tensor, list[Tensor]]:
         with torch.inference_mode():
@@ -61,7 +61,7 @@ def apart(source: Source, ids: Tensor) -> Tensor | None:
     Beside each other, the biases of both are one sum, which says nothing of either.
     """
     model = source.layout.model
-    layout = lay_out(parse.load("formats", "native").for_family(model.family.name), model, Mesh())
+    layout = lay_out(formats.load("native").for_family(model.family.name), model, Mesh())
     with torch.inference_mode():
         decoder = _decoder(source, layout, alone())
         if not decoder.spec.parallel:
@@ -79,7 +79,7 @@ def ahead(source: Source, ids: Tensor) -> Tensor | None:
     model = source.layout.model
     if not {"mtp.eh_proj", "mtp_eh_proj", "mtp.e_proj"} & model.tensors.keys():
         return None
-    layout = lay_out(parse.load("formats", "native").for_family(model.family.name), model, Mesh())
+    layout = lay_out(formats.load("native").for_family(model.family.name), model, Mesh())
     with torch.inference_mode():
         decoder = _decoder(source, layout, alone())
         x: Tensor | None = None
