@@ -495,7 +495,7 @@ def test_overwrite_never_deletes_what_is_no_checkpoint(kind: str, thing: str, so
     else:
         (out / thing).write_text("precious")
     before = stamps(out)
-    refused(reshard("convert", source, out, "--tp", "4", "--overwrite"), 2, str(out), thing, "no part of a checkpoint")
+    refused(reshard("convert", source, out, "--tp", "4", "--overwrite"), 2, str(out), thing, "not part of a checkpoint")
     assert stamps(out) == before
 
 

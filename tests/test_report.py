@@ -63,7 +63,7 @@ org/model
     19.66 MB, norm 245.76 kB
   repeated: each of the 8 kv is stored on 2 ranks
   disk needed about 143.84 GB
-  memory while converting 65.1 MiB at most (2 workers)
+  memory while converting at most 65.1 MiB (2 workers)
 
 Per rank (column: outputs are split, row: inputs are split, whole: not split):
 

@@ -362,7 +362,7 @@ def test_a_torn_conversion_is_broken_and_can_be_replaced(torn: str, source: Path
     assert reshard("verify", out).code == 1
     refused(reshard("convert", source, out, "--tp", "2"), 1, "manifest.json: is missing or damaged", "--overwrite")
     (out / "rank-00001" / "thesis.tex").write_text("precious")
-    refused(reshard("convert", source, out, "--tp", "2", "--overwrite"), 2, "thesis.tex", "no part of a checkpoint")
+    refused(reshard("convert", source, out, "--tp", "2", "--overwrite"), 2, "thesis.tex", "not part of a checkpoint")
     (out / "rank-00001" / "thesis.tex").unlink()
     assert reshard("convert", source, out, "--tp", "2", "--overwrite").code == 0
     assert tree(out) == tree(source.parent / "old")

@@ -378,7 +378,7 @@ def test_plan_inspect_and_convert_say_what_is_carried(scratch: Path, tmp_path: P
     assert "vision_tower, 23,312 parameters" in done.out and "wraps:        llama" in done.out
     assert "sizes:        group 2, head_dim 10," in done.out  # nothing of the towers'
     done = reshard("convert", written("deepseek_ocr2", scratch), tmp_path / "out", "--tp", "2")
-    words = "carried whole: model.projector, model.qwen2_model, model.sam_model,\n  model.view_seperator\n"
+    words = "kept whole: model.projector, model.qwen2_model, model.sam_model,\n  model.view_seperator\n"
     assert words in done.out + done.err, done.out + done.err
 
 

@@ -73,7 +73,7 @@ def _link(out: Path, work: Path) -> None:
         except OSError as error:
             raise PlaceError(
                 f"{path}: cannot be linked to {to}: {error.strerror}",
-                "--sha256 adds to a finished directory by way of hard links; here --overwrite --sha256 does it, by writing all of it anew",
+                "--sha256 adds to a finished directory through hard links; use --overwrite --sha256 to write all of it again",
             ) from error
 
     shutil.copytree(out, work, symlinks=True, ignore=theirs, copy_function=link, dirs_exist_ok=True)

@@ -59,7 +59,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     if busy:
         if (theirs := same_job.irreplaceable(out, job)) is not None:
             raise ReshardError(
-                f"{out}: holds {theirs}, which is no part of a checkpoint: --overwrite would delete it",
+                f"{out}: holds {theirs}, which is not part of a checkpoint: --overwrite would delete it",
                 "choose another destination, or move it away",
             )
         publish.check_replaceable(out)
@@ -174,12 +174,12 @@ def _check_names(job: Job) -> None:
     source, taken = job.source, job.target.reserved
     if "config.json" not in {file.name for file in source.carried}:
         why = next((file.why for file in source.left if file.name == "config.json"), "it is not there")
-        raise ReshardError(f"{source.where}: config.json cannot be copied ({why})", "nothing opens a checkpoint without it")
+        raise ReshardError(f"{source.where}: config.json cannot be copied ({why})", "no loader can open a checkpoint without it")
     above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
     for file in source.carried:
         name = file.name
         if name in above or any(part in taken for part in (name, *map(str, PurePosixPath(name).parents))):
-            raise ReshardError(f"{source.where}: {name} would be carried over a file of the same name", "rename or move it first")
+            raise ReshardError(f"{source.where}: {name} would overwrite an output file of the same name", "rename or move it first")
 
 
 def _rerun(job: Job, out: Path, options: Options, progress: Progress, began: float) -> Result:

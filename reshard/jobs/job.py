@@ -89,13 +89,13 @@ def _engine(to: str, table: Format, version: str | None) -> str | None:
     known = table.engine
     if not known:
         if version is not None:
-            raise ReshardError(f'--engine-version {version}: format "{to}" belongs to no engine', "leave it out")
+            raise ReshardError(f'--engine-version {version}: format "{to}" is not for a particular engine', "leave it out")
         return None
     versions = [str(v) for v in known["versions"]]
     wanted, name = version or versions[-1], known["name"]
     if not any(wanted == v or wanted.startswith(f"{v}.") for v in versions):
         raise ReshardError(
-            f"--engine-version {wanted}: {name} {wanted} lays out its shards differently, or nobody has looked",
+            f"--engine-version {wanted}: untested with {name} {wanted}",
             f"supported: {name} {', '.join(versions)}",
         )
     return f"{name} {next(v for v in versions if wanted == v or wanted.startswith(f'{v}.'))}"

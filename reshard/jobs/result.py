@@ -51,16 +51,16 @@ class Result:
     def lines(self, src: str, *options: str) -> list[str]:
         """What a person wants to know, the next command last; `options` are what it must say of the source, too."""
         if self.already:
-            how = {"sample": "same source, by a sample: --checksum compares everything", "content": "same source, byte by byte"}
+            how = {"sample": "same source, by a sample; --checksum compares everything", "content": "same source, byte by byte"}
             unchecked = "" if self.checked else "; OUT was not checked"
             why = f"same plan, {how.get(self.decided_by or '', f'same source, by {self.decided_by}')}{unchecked}"
-            done = textwrap.wrap(f"{self.out} is already what this job would write ({why})", WIDTH, break_on_hyphens=False)
+            done = textwrap.wrap(f"{self.out} is up to date ({why})", WIDTH, break_on_hyphens=False)
             done += [f"added: {', '.join(self.added)}"] if self.added else []
         else:
             rate = decimal(round(self.read / max(self.seconds, 1e-9)))
             done = [f"{self.out}: {decimal(self.written)} written in {self.seconds:.1f} s ({rate}/s)"]
         if self.towers:
-            done += textwrap.wrap(f"carried whole: {', '.join(self.towers)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            done += textwrap.wrap(f"kept whole: {', '.join(self.towers)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         done += words(self.left, WIDTH)
         if self.root is not None:
             done.append(f"root digest: {self.root}")

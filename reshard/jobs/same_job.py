@@ -79,7 +79,7 @@ def finished(job: Job, out: Path, options: Options, progress: Progress) -> Finis
     except Other as error:
         raise ReshardError(f"{out}: is not empty, and {error}", "choose another destination, or --overwrite to replace it") from None
     except MismatchError as error:
-        raise MismatchError(f"{out}: is damaged: {error.message}", "--overwrite writes it anew") from None
+        raise MismatchError(f"{out}: is damaged: {error.message}", "--overwrite writes it again") from None
     except OSError as error:
         raise failed("comparing", out, error) from error
 
