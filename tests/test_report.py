@@ -81,9 +81,9 @@ Per rank (column: outputs are split, row: inputs are split, whole: not split):
     mlp.gate_up  3584 × 8192  BF16  column by inter; of gate, up
     mlp.down     8192 × 1792  BF16  row by inter
 
-At run time on 24.00 GiB per device, 21.60 GiB of it usable (10 % in reserve),
+At run time on 24.00 GiB per device, 21.60 GiB of it usable (10 % reserved),
   context 8192, batch 4:
-  rank      weights     KV cache     together
+  rank      weights     KV cache        total
   0-15     8.37 GiB     1.25 GiB     9.62 GiB  fits
   KV cache in BF16, 80 layers
   fits, with 11.98 GiB to spare beyond the reserve
