@@ -60,3 +60,22 @@ def test_no_value_of_an_option_makes_a_traceback(name: str, place: Path, tmp_pat
         done = reshard(*said)
         assert done.code in (0, 2, 3), (said, done)
         assert done.code == 0 or done.err.startswith(("error: ", "Usage: ")), (said, done)
+
+
+NUMBERS = [
+    *(("plan", "SRC", "--tp", "2", option) for option in ("--pp", "--ep", "--context", "--batch", "--workers")),
+    ("plan", "SRC", "--tp"),
+    ("fingerprint", "SHARDS", "--rank"),
+    *(("generate", "nowhere", "--tokens", "1", option) for option in ("--tp", "--pp", "--ep", "--max-tokens", "--top-k", "--seed")),
+    *(("generate", "nowhere", "--tokens", "1", option) for option in ("--temperature", "--top-p", "--timeout")),
+]
+
+
+@pytest.mark.parametrize("words", NUMBERS, ids=lambda words: f"{words[0]} {words[-1]}")
+def test_numbers_are_spelled_in_plain_digits(words: tuple[str, ...], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"SRC": str(place / "model"), "SHARDS": str(place / "shards")}
+    real = words[-1] in ("--temperature", "--top-p", "--timeout")
+    for value in ("1_0", "\u0661", " 1", "\uff11", "\u00b2", "0x1", "nan", "inf", *([] if real else ["9" * 19])):
+        done = reshard(*(names.get(word, word) for word in words), value)
+        assert done.code == 2 and words[-1] in done.err and ("is not a valid" in done.err or words[0] == "plan"), (value, done)

@@ -326,3 +326,34 @@ def test_the_memory_of_a_refusal_is_small(tmp_path: Path) -> None:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); from reshard import cli; cli.main(sys.argv[1:])"
     )
     refused(process("plan", directory, "--tp", "2", code=code), 2, "config.json", f"{20 * GIB}")
+
+
+def test_a_tensor_of_too_long_a_name_is_refused_without_all_of_it(tmp_path: Path) -> None:
+    out = llama(tmp_path / "source", {**llama_tensors(), "a" * (limits.NAME + 1): ("U8", (1,), b"x")})
+    done = reshard("inspect", out)
+    refused(done, 2, f"has a name of {limits.NAME + 1} characters, at most {limits.NAME} are read")
+    assert len(done.err) < 1000
+
+
+@pytest.mark.parametrize("key", ["sizes", "repeats", "tied", "padding"])
+def test_a_manifest_that_says_more_of_the_model_than_there_is_fails(key: str, shards: Path, tmp_path: Path) -> None:
+    """Signed again. A key that this version does not know is ignored, as a later one might write it."""
+    out = copy(shards, tmp_path / "out")
+    edit(out / "manifest.json", lambda data: data.update(later={"a": 1}))
+    sign(out)
+    assert reshard("verify", out).code == 0
+    value = {"sizes": 7, "repeats": 2, "tied": "embed", "padding": [100, 128]}[key]
+    edit(out / "manifest.json", lambda data: data[key].update(imagined=value))
+    sign(out)
+    done = reshard("verify", out)
+    assert done.code == 1 and "manifest.json: contradicts the tables" in done.out, done
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 2.0}, {"tp": True}, {"split": [float("inf"), 1]}, {"split": [float("nan"), 1]}, {"pp": [2]}])
+def test_a_mesh_of_other_numbers_in_a_signed_manifest_is_a_mismatch(mesh: dict[str, Any], shards: Path, tmp_path: Path) -> None:
+    out = copy(shards, tmp_path / "out")
+    edit(out / "manifest.json", lambda data: data["mesh"].update(mesh))
+    sign(out)
+    for words in (("verify", out), ("inspect", out), ("convert", out, tmp_path / "back", "--to", "hf")):
+        done = reshard(*words)
+        assert done.code == 1 and "$.mesh." in done.out + done.err, (words, done)

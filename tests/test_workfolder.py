@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -363,6 +364,19 @@ def test_a_torn_conversion_is_broken_and_can_be_replaced(torn: str, source: Path
     refused(reshard("convert", source, out, "--tp", "2"), 1, "manifest.json: is missing or damaged", "--overwrite")
     (out / "rank-00001" / "thesis.tex").write_text("precious")
     refused(reshard("convert", source, out, "--tp", "2", "--overwrite"), 2, "thesis.tex", "not part of a checkpoint")
+    (out / "rank-00001" / "thesis.tex").unlink()
+    assert reshard("convert", source, out, "--tp", "2", "--overwrite").code == 0
+    assert tree(out) == tree(source.parent / "old")
+
+
+@pytest.mark.parametrize("change", [{"ranks": "x"}, {"carried": [5]}, {"plan": None}, {"mesh": {"tp": 2.0, "pp": 1, "ep": 1}}])
+def test_a_conversion_whose_manifest_is_of_no_form_can_be_replaced(change: dict[str, object], source: Path, tmp_path: Path) -> None:
+    out = old(source, tmp_path / "out")
+    path = out / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert reshard("verify", out).code == 1
+    (out / "rank-00001" / "thesis.tex").write_text("precious")
+    refused(reshard("convert", source, out, "--tp", "2", "--overwrite"), 2, "thesis.tex", "no part of a checkpoint")
     (out / "rank-00001" / "thesis.tex").unlink()
     assert reshard("convert", source, out, "--tp", "2", "--overwrite").code == 0
     assert tree(out) == tree(source.parent / "old")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import MismatchError, ReshardError, failed
+from ..errors import MismatchError, PlaceError, ReshardError, failed
 from ..inputs import decode, limits
 from ..layout.cut import Layout
 from ..layout.mesh import Mesh
@@ -181,11 +181,11 @@ def broken(directory: Path) -> bool:
     if not path.is_file():  # a pipe would be waited for
         return all(there)
     try:
-        return not json.loads(path.read_bytes())  # {} is no manifest either
-    except (ValueError, RecursionError):
+        return not decode.json_file(path, limits.MANIFEST, {})  # {} is no manifest either
+    except PlaceError:
+        raise
+    except ReshardError:
         return True
-    except OSError as error:
-        raise failed("reading", path, error) from error
 
 
 def check_lost(directory: Path) -> None:

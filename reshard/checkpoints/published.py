@@ -66,7 +66,7 @@ class Tally:
         self.tensors = self.names = 0
 
     def checked(self, entries: dict[str, Entry], where: str) -> dict[str, Entry]:
-        """The same tensors of one more file. Raises ReshardError where there are too many, or one has too many dimensions."""
+        """The same tensors of one more file. Raises ReshardError for too many, too long a name, too many dimensions."""
         self.tensors += len(entries)
         self.names += sum(map(len, entries))
         for count, most, what in ((self.tensors, limits.TENSORS, "tensors"), (self.names, limits.NAMES, "characters of tensors' names")):
@@ -76,6 +76,8 @@ class Tally:
                     "is one file there under several names?",
                 )
         for name, entry in entries.items():
+            if len(name) > limits.NAME:
+                raise ReshardError(f"{where}: {name[:40]}… has a name of {len(name)} characters, at most {limits.NAME} are read")
             if len(entry.shape) > limits.DIMENSIONS:
                 raise ReshardError(f"{where}: {name} has {len(entry.shape)} dimensions, at most {limits.DIMENSIONS} are read")
         return entries

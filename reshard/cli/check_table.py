@@ -5,6 +5,7 @@ import sys
 import click
 
 from . import options
+from .options import Whole
 from .output import Talk, show
 
 
@@ -16,7 +17,7 @@ from .output import Talk, show
     metavar="PATH",
     help="Also test on this checkpoint of the family, next to synthetic ones.",
 )
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Try only N mutations, spread over all of them.")
+@click.option("--sample", type=Whole(1), metavar="N", help="Try only N mutations, spread over all of them.")
 @click.option("--all", "each", is_flag=True, help="List every mutation and what detected it.")
 @options.talk
 def command(

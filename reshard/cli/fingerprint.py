@@ -4,12 +4,13 @@ import click
 
 from ..errors import ReshardError
 from . import options
+from .options import Whole
 from .output import Talk, show
 
 
 @click.command("fingerprint", short_help="Hash weights so that every layout of them agrees.")
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True)
-@click.option("--rank", type=int, metavar="N", help="Only this rank's share, as JSON.")
+@click.option("--rank", type=Whole(), metavar="N", help="Only this rank's share, as JSON.")
 @click.option("--combine", is_flag=True, help="PATHs are the shares of all ranks: combine them.")
 @click.option(
     "--seed",

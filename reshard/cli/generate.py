@@ -9,6 +9,7 @@ import click
 
 from ..errors import ReshardError
 from .exits import ended_by, fail
+from .options import Real, Whole
 
 
 @click.command("generate", short_help="Run the model from its shards.")
@@ -18,7 +19,7 @@ from .exits import ended_by, fail
 @click.option("--tokens", multiple=True, metavar='"1 2 3"', help="A prompt as token ids.")
 @click.option(
     "--max-tokens",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=128,
     show_default=True,
     metavar="N",
@@ -26,24 +27,24 @@ from .exits import ended_by, fail
 )
 @click.option(
     "--temperature",
-    type=float,
+    type=Real(),
     metavar="T",
     help="0 is greedy (default: from generation_config.json, else greedy).",
 )
-@click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens.")
-@click.option("--top-p", type=float, metavar="P", help="Sample from the most likely tokens with total probability P.")
+@click.option("--top-k", type=Whole(), metavar="K", help="Sample from the K most likely tokens.")
+@click.option("--top-p", type=Real(), metavar="P", help="Sample from the most likely tokens with total probability P.")
 @click.option(
     "--seed",
-    type=int,
+    type=Whole(),
     default=0,
     show_default=True,
     metavar="N",
     help="The same seed gives the same text, on any mesh.",
 )
 @click.option("--chat/--no-chat", default=None, help="Apply the chat template to prompts (default: if there is one).")
-@click.option("--tp", type=int, metavar="N", help="Tensor-parallel size (default: OUT's mesh).")
-@click.option("--pp", type=int, default=1, metavar="N", help="Pipeline-parallel size.")
-@click.option("--ep", type=int, default=1, metavar="N", help="Expert-parallel size; must divide --tp.")
+@click.option("--tp", type=Whole(), metavar="N", help="Tensor-parallel size (default: OUT's mesh).")
+@click.option("--pp", type=Whole(), default=1, metavar="N", help="Pipeline-parallel size.")
+@click.option("--ep", type=Whole(), default=1, metavar="N", help="Expert-parallel size; must divide --tp.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -59,7 +60,7 @@ from .exits import ended_by, fail
 @click.option("--hash", "hashed", is_flag=True, help="Check the shards against their digests first.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1),
+    type=Real(0.1),
     default=60.0,
     show_default=True,
     metavar="S",

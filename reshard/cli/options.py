@@ -7,9 +7,27 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import ReshardError
-from ..inputs.limits import numeral
+from ..inputs.limits import DIGITS, numeral
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Whole(click.IntRange):
+    """An integer in decimal digits. Python's own int() takes `1_0`, digits of other scripts and spaces, too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not re.fullmatch(rf"-?[0-9]{{1,{DIGITS}}}", value):
+            self.fail(f"{value!r} is not a valid integer.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Real(click.FloatRange):
+    """A finite number in plain decimal or scientific notation."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?", value):
+            self.fail(f"{value!r} is not a valid number.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, ...] | None]:
@@ -46,8 +64,8 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 mesh = _options(
     click.option("--tp", callback=_ranks, metavar="N|auto", help="Tensor-parallel size; auto: the smallest that fits."),
-    click.option("--pp", type=int, default=1, metavar="N", help="Pipeline-parallel size."),
-    click.option("--ep", type=int, default=1, metavar="N", help="Expert-parallel size; must divide --tp."),
+    click.option("--pp", type=Whole(), default=1, metavar="N", help="Pipeline-parallel size."),
+    click.option("--ep", type=Whole(), default=1, metavar="N", help="Expert-parallel size; must divide --tp."),
     click.option(
         "--split",
         callback=_numbers(":"),
@@ -77,8 +95,8 @@ mesh = _options(
 )
 device = _options(
     click.option("--device-memory", metavar="24GiB", help="Memory of one device: report whether the model fits."),
-    click.option("--context", type=click.IntRange(1), metavar="TOKENS", help="Context length, to size the KV cache."),
-    click.option("--batch", type=click.IntRange(1), default=1, metavar="N", help="Batch size, to size the KV cache."),
+    click.option("--context", type=Whole(1), metavar="TOKENS", help="Context length, to size the KV cache."),
+    click.option("--batch", type=Whole(1), default=1, metavar="N", help="Batch size, to size the KV cache."),
 )
 source = _options(
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub repository."),
@@ -97,7 +115,7 @@ talk = _options(
 )
 workers = click.option(
     "--workers",
-    type=click.IntRange(1, 256),
+    type=Whole(1, 256),
     default=None,
     metavar="N",
     help="Worker threads (default: one per CPU, at most 8).",

@@ -31,6 +31,7 @@ DIGITS = 18  # of a number in text: it fits 64 bits
 
 # Headers of all weights files of a checkpoint together. A single one may have 100,000,000 bytes, as safetensors has it.
 NAMES = 200_000_000  # characters of tensors' names
+NAME = 10_000  # characters of one of them
 TENSORS = 1_000_000  # stored tensors: about a GiB of memory
 DIMENSIONS = 64  # of a stored tensor, as in torch
 
