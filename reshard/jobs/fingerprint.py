@@ -641,7 +641,10 @@ def _bytes(tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         packed = said == "F4" or said != dtype
         if not packed and tuple(tensor.shape) != shape:
             raise ReshardError(f"{name}: has shape {tuple(tensor.shape)} in memory, {shape} in the layout")
-        data: Array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy knows neither bfloat16 nor FP8
+        tensor = tensor.detach().cpu()
+        if tensor.dtype.itemsize == 1:
+            tensor = tensor.view(torch.uint8)  # older versions of torch cannot copy all of these types
+        data: Array = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy knows neither bfloat16 nor FP8
     elif isinstance(tensor, np.ndarray):
         said = _NUMPY.get(tensor.dtype.name, dtype)
         if said != dtype and not said.startswith("U"):  # numpy has no bfloat16: bits come as unsigned numbers
