@@ -21,7 +21,7 @@ import reshard as api
 from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
 from reshard.layout.mesh import Mesh
-from reshard.runtime.comm.collectives import alone
+from reshard.runtime.comm.threads import alone
 from reshard.runtime.load import load_model
 from reshard.runtime.model.experts import route
 from reshard.runtime.model.spec import Routing

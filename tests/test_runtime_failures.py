@@ -52,7 +52,8 @@ def rank_of_job(rank: int, port: int, way: str, phase: str) -> int:
 
     from reshard.errors import ReshardError
     from reshard.layout.mesh import Mesh
-    from reshard.runtime.comm.collectives import Processes, groups
+    from reshard.runtime.comm.collectives import groups
+    from reshard.runtime.comm.processes import Processes
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

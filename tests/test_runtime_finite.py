@@ -15,7 +15,7 @@ from running import process, refused, sign
 
 import reshard as api
 from reshard.layout.mesh import Mesh
-from reshard.runtime.comm.collectives import run_threads
+from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.generate import Generated, Options, generate
 from reshard.runtime.load import load_model
 from reshard.runtime.model.finite import NotFinite

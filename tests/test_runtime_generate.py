@@ -30,7 +30,7 @@ from reshard.errors import ReshardError
 from reshard.inputs import limits
 from reshard.layout.mesh import Mesh
 from reshard.runtime import template as chat_template
-from reshard.runtime.comm.collectives import run_threads
+from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.generate import Generated, Options, check, generate
 from reshard.runtime.load import load_model
 from reshard.runtime.sampling import Sampling

@@ -25,8 +25,12 @@ import reshard
 from reshard.containers.safetensors import BITS, Entry
 from reshard.errors import MismatchError, ReshardError
 from reshard.layout.mesh import Mesh
-from reshard.runtime import load, load_model, load_shard
-from reshard.runtime.comm.collectives import Lost, World, run_threads
+from reshard.runtime import load, load_model, load_shard, mapped
+from reshard.runtime.comm.collectives import World
+from reshard.runtime.comm.lost import Lost
+from reshard.runtime.comm.threads import run_threads
+from reshard.runtime.dtypes import DTYPES
+from reshard.runtime.mapped import State
 
 Get = Callable[[str], Path]
 
@@ -35,7 +39,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def same(one: load.State, other: load.State) -> None:
+def same(one: State, other: State) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
@@ -134,9 +138,9 @@ def test_every_dtype_comes_as_the_library_has_it_or_as_raw_bytes(tmp_path: Path,
         save(tmp_path / "one.safetensors", {"x": (dtype, shape, data)})
         memory = mmap.mmap(-1, len(data))
         memory[:] = data
-        tensor = load._tensor(memory, Entry(dtype, shape, 0, len(data)))
+        tensor = mapped.view(memory, Entry(dtype, shape, 0, len(data)))
         assert bits(tensor) == data
-        if dtype in load.DTYPES:
+        if dtype in DTYPES:
             assert tuple(tensor.shape) == shape
             try:
                 theirs = load_file(tmp_path / "one.safetensors")["x"]
@@ -151,10 +155,10 @@ def test_every_dtype_comes_as_the_library_has_it_or_as_raw_bytes(tmp_path: Path,
 def test_empty_tensors_and_scalars_are_themselves() -> None:
     memory = mmap.mmap(-1, 8)
     memory[:4] = np.float32(2.5).tobytes()
-    assert load._tensor(memory, Entry("F32", (), 0, 4)).item() == 2.5
-    empty = load._tensor(memory, Entry("BF16", (0, 5), 4, 0))
+    assert mapped.view(memory, Entry("F32", (), 0, 4)).item() == 2.5
+    empty = mapped.view(memory, Entry("BF16", (0, 5), 4, 0))
     assert (empty.dtype, empty.shape) == (torch.bfloat16, (0, 5))
-    assert load._tensor(memory, Entry("F4", (3, 0), 4, 0)).shape == (3, 0)
+    assert mapped.view(memory, Entry("F4", (3, 0), 4, 0)).shape == (3, 0)
 
 
 def test_opening_reads_what_is_said_of_the_tensors_and_none_of_them(tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ class Rank:
         self.rank, self.size = rank, size
 
 
-def states(out: Path, size: int, mesh: Mesh | None = None) -> Iterator[tuple[load.Opened, load.State]]:
+def states(out: Path, size: int, mesh: Mesh | None = None) -> Iterator[tuple[load.Opened, State]]:
     for rank in range(size):
         opened = load.open_for(out, mesh, Rank(rank, size))  # type: ignore[arg-type]
         yield opened, opened.state(rank)

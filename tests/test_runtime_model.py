@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from reshard.errors import ReshardError
 from reshard.layout.mesh import Mesh
-from reshard.runtime.comm.collectives import World, run_threads
+from reshard.runtime.comm.collectives import World
+from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model
 from reshard.runtime.proof.bounds import RMS, TIMES
 

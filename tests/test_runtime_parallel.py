@@ -19,8 +19,11 @@ from running import WATCHDOG, environment
 from reshard.errors import PlaceError
 from reshard.layout.mesh import Mesh
 from reshard.runtime.comm import collectives
-from reshard.runtime.comm.collectives import Lost, Processes, World, alone, groups, run_threads
+from reshard.runtime.comm.collectives import World, groups
 from reshard.runtime.comm.heartbeat import Lifeline
+from reshard.runtime.comm.lost import Lost
+from reshard.runtime.comm.processes import Processes
+from reshard.runtime.comm.threads import alone, run_threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,42 +1,45 @@
-"""What a decoder computes, as facts: read from a family table's `[model]` section and config.json. Knows no weights and no ranks.
+"""What a decoder computes: values from a family table's `[model]` and config.json. Knows no weights and no ranks.
 
-How a value is said stands in facts.py, how layers are named in reshard.rules.
+spec_values.py says how a value is written, reshard.tables.layer_rules how layers are selected.
 
     norm            "rms" (default) or "layer"
     norm_offset     1 where norms multiply by 1 + weight
-    bare            the norms that have no weights, by their names; bare_heads: query and key heads have one in layers that rotate
+    bare            names of norms without weights; bare_heads: query and key heads have one, in layers that rotate
     eps             default: the key that config.json has for it; eps_latent: of the norms inside latent attention
     activation      default: hidden_act
-    gate_limit, gate_alpha, up_offset   of a gated unit that clamps: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
-    parallel        attention and feed-forward both start from the layer's input
-    post_norm       attn_norm and mlp_norm come after what a layer adds has been added, and there is none at the end
+    gate_limit, gate_alpha, up_offset   of a clamped gated unit: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
+    parallel        attention and feed-forward both read the layer's input
+    post_norm       attn_norm and mlp_norm are applied after the residual addition, and there is no final norm
     pos_offset      rows of pos_embed before that of the first position
-    alibi           positions are a bias on the scores; alibi_scaled: in bfloat16, and scaled as they are
-    rope_fraction   part of a head that is rotated, or rope_size: so many features of it; rope_interleaved: pairs stand beside each other
-    rope_layers     the layers that rotate, by a rule, default: all
-    rope_base       base of angles where neither rope_parameters nor rope_theta gives one
-    rope_near       base of the layers with a window where config.json does not give each kind of layer angles of its own; never stretched
-    borrowed        the layers that look up keys and values of the last one before them of their kind that has its own, by a rule
-    late_qk_norm    norms of query and key heads come after their rotation
-    index_top       tokens that the layers' indexers let a token see; index_interleaved: as rope_interleaved, of the indexers
+    alibi           positions are a bias on the scores; alibi_scaled: in bfloat16, and scaled like the scores
+    rope_fraction   fraction of a head that is rotated; rope_size: number of features instead; rope_interleaved: rotated
+                    pairs are adjacent
+    rope_layers     the layers with rotary positions, by a rule, default: all
+    rope_base       base of the angles where neither rope_parameters nor rope_theta gives one
+    rope_near       base of layers with a window, where config.json has no angles per kind of layer; never scaled
+    borrowed        layers that use keys and values of the last earlier layer of their kind that has its own, by a rule
+    late_qk_norm    norms of query and key heads are applied after rotation
+    index_top       tokens that a layer's indexer lets a token attend to; index_interleaved: as rope_interleaved
     attn_clip       queries, keys and values are clamped to ± this
-    growth          of queries with their positions, counted from `start` (default 0): times 1 + by · log(1 + ⌊position / span⌋);
-                    `unrotated`: in layers that do not rotate; `if`: where this is true
+    growth          queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions counted from `start`
+                    (default 0); `unrotated`: in layers without rotary positions; `if`: where this is true
     embed_scale     embeddings are multiplied by its root
-    embed_factor, residual_factor, logit_factor     embeddings, what a layer adds, and logits are multiplied by it
-    attn_scale      scores are divided by its root, default: features of a head; scale_by_layer: and by the layer's number, from 1
+    embed_factor, residual_factor, logit_factor     embeddings, residual branches, and logits are multiplied by it
+    attn_scale      scores are divided by its root, default: head size; scale_by_layer: and by the layer number, from 1
     attn_factor     scores are multiplied by it instead
     value_factor    values are multiplied by it
     attn_cap, logit_cap     soft caps; 0: none
-    head_norm       rows of the head are divided by their lengths
-    routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen), "sparsemixer" (each choice by
-                    softmax over what is left, without what is worse than the best of that by more than twice `jitter`, relatively);
-                    renormalize: by the sum, or by the norm of that order; scale; groups, group_top: experts are chosen in so many of
-                    so many groups, the best by the sum of their group_best (default 2) best scores; weigh_input: an expert's input is
-                    weighed, not its output; divide: what the router's own norm gives is divided by its root; wide: it works in float32
-    window_chunks   windows do not slide: a token sees what came before it in its own chunk of so many tokens
-    cache, window, window_if, window_layers      see reshard.capacity
-    runs            false: these facts are not enough, the family converts and does not run; or what must be true of config.json, a list
+    head_norm       rows of the head are normalised to unit length
+    routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen) or
+                    "sparsemixer" (each choice by softmax over the experts left, without those that score worse than the
+                    best of them by more than twice `jitter`, relatively); renormalize: by the sum, or the norm of that
+                    order; scale; groups, group_top: experts are chosen in that many of so many groups, those with the
+                    largest sum of their group_best (default 2) best scores; weigh_input: an expert's input is weighted,
+                    not its output; divide: the output of the router's own norm is divided by its root; wide: float32
+    window_chunks   windows do not slide: a token attends to earlier tokens of its own chunk of that many tokens
+    cache, window, window_if, window_layers      see reshard.layout.capacity
+    runs            false: these values do not suffice, the family converts but does not run; or a list of conditions on
+                    config.json
 """
 
 import math
@@ -52,17 +55,46 @@ from reshard.tables.parse import Table
 
 from .spec_values import Facts
 
-POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # keys for how many there are
+# Keys of config.json for the number of positions.
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
 
-# Which facts bear on which part of a step; `layer`: on how the parts of one are put together. Those of NO_PART say what runs at all.
+# Which values matter for which part of a step; `layer`: for how its parts are combined. NO_PART: what runs at all.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("embed_scale", "embed_factor", "pos_offset"),
     "norm": ("norm", "norm_offset", "bare", "eps"),
     "attention": (
-        *("rope_interleaved", "rope_fraction", "rope_size", "rope_layers", "rope_base", "rope_near", "alibi", "alibi_scaled"),
-        *("attn_scale", "attn_factor", "scale_by_layer", "attn_cap", "attn_clip", "value_factor", "growth", "late_qk_norm", "bare_heads"),
-        *("window", "window_if", "window_layers", "window_chunks", "borrowed", "index_top", "index_interleaved", "eps_latent"),
+        *(
+            "rope_interleaved",
+            "rope_fraction",
+            "rope_size",
+            "rope_layers",
+            "rope_base",
+            "rope_near",
+            "alibi",
+            "alibi_scaled",
+        ),
+        *(
+            "attn_scale",
+            "attn_factor",
+            "scale_by_layer",
+            "attn_cap",
+            "attn_clip",
+            "value_factor",
+            "growth",
+            "late_qk_norm",
+            "bare_heads",
+        ),
+        *(
+            "window",
+            "window_if",
+            "window_layers",
+            "window_chunks",
+            "borrowed",
+            "index_top",
+            "index_interleaved",
+            "eps_latent",
+        ),
     ),
     "feed-forward": ("activation", "gate_limit", "gate_alpha", "up_offset"),
     "experts": ("routing",),
@@ -75,7 +107,7 @@ NO_PART = ("cache", "runs")
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: `size` features of a head are rotated; `scaling` is what config.json says of the variant `kind`."""
+    """Rotary positions: `size` features of a head are rotated; `scaling`: the parameters of the variant `kind`."""
 
     kind: str
     size: int
@@ -87,7 +119,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Growth:
-    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions counted from `start`; everywhere, or where none rotate."""
+    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions from `start`; see the module."""
 
     by: float
     span: float
@@ -97,7 +129,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router chooses `top` experts per token, and weighs them."""
+    """How a router chooses `top` experts per token, and weights them."""
 
     top: int
     score: str
@@ -114,10 +146,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Spec:
-    """All facts of one model that its decoder needs; see the module for the words.
+    """All values that the decoder of one model needs; see the module for the words.
 
-    `rope`, `rope_near`: angles of the layers without a window and with one; `roped`, `windowed`: layers; `positions`: None where there is
-    no limit.
+    `rope`, `rope_near`: angles of the layers without and with a window; `roped`, `windowed`: layers; `positions`: None
+    where there is no limit.
     """
 
     norm: str
@@ -163,16 +195,18 @@ class Spec:
 
     @classmethod
     def of(cls, table: Table, config: Config, model: Model) -> "Spec":
-        """Raises ReshardError for a family that does not run, and where config.json asks for what no fact describes."""
+        """Raises ReshardError for a family that does not run, and for a config that no value describes."""
         if not table.runs:
             raise ReshardError(
-                f'family "{table.name}" converts and merges, it does not run: its table has no [model] facts for a decoder',
-                "verify proves its weights by rungs 1 to 3; docs/notation.md lists the facts",
+                f'family "{table.name}" converts and merges but does not run: its table does not describe a decoder',
+                "verify proves its weights (integrity, weights, sha256); docs/notation.md lists what [model] can say",
             )
         said = Facts(table.model, config.with_defaults(table.defaults))
         for condition in table.model.get("runs", ()):
             if not any(said.config.says(alternative) for alternative in condition.split(" | ")):
-                raise ReshardError(f'config.json: family "{table.name}" runs only with {condition}', "it converts and merges all the same")
+                raise ReshardError(
+                    f'config.json: family "{table.name}" runs only with {condition}', "it still converts and merges"
+                )
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors
         window, windowed = capacity.window(model, config)
@@ -234,25 +268,27 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
-    """Features of a query head, and those that could be rotated, in layers without a window and in layers with one."""
+    """Features of a query head, and features that could be rotated in layers without and with a window."""
     if "attn.kv_a" in model.tensors:
         return model.sizes["qk_dim"], model.sizes["rope_dim"], model.sizes["rope_dim"]
     found: dict[bool, int] = {}
     for layer in range(model.main_layers):
         if (tensor := model.form("attn.q", layer)) is not None:
-            found[layer in windowed] = next(model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("qk_dim", "head_dim"))
+            found[layer in windowed] = next(
+                model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("qk_dim", "head_dim")
+            )
     far = found.get(False, found.get(True, 0)) or model.sizes.get("head_dim", 0)
     return far, far, found.get(True, far)
 
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-_OLD = {"su": "longrope", "mrope": "default"}  # the positions of text are the same along every axis of an image
+_OLD = {"su": "longrope", "mrope": "default"}  # for text, positions are equal along every axis of an image
 
 
 def _ropes(said: Facts, far: int, close: int) -> tuple[Rope | None, Rope | None]:
-    """Angles of the layers without a window, and of those with one, whose heads have `far` and `close` features."""
+    """Angles of the layers without and with a window, whose heads have `far` and `close` features."""
     scaling, given = (dict(said.config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
-    if any(isinstance(one, dict) for one in given.values()):  # for each kind of layer its own
+    if any(isinstance(one, dict) for one in given.values()):  # one per kind of layer
         whole, near = (given.get(f"{kind}_attention") for kind in ("full", "sliding"))
     else:
         whole = near = scaling or given
@@ -267,18 +303,25 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     kind = _OLD.get(kind, kind)
     if kind not in KINDS:
-        raise ReshardError(f'config.json: rope of type "{kind}"', f"the runtime knows {', '.join(KINDS)}")
+        raise ReshardError(f'config.json: unknown rope type "{kind}"', f"the runtime has {', '.join(KINDS)}")
     positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
     fraction = scaling.get("partial_rotary_factor")
     if kind == "proportional" or (kind == "default" and "rope_fraction" not in said.facts):
-        fraction = 1.0  # the rest turns with frequency zero; or it is a key that most decoders do not read
+        fraction = 1.0  # the rest has frequency 0; or it is a key that most decoders do not read
     part = size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)
     return Rope(
         kind=kind,
         size=int(said.number("rope_size", part)),
-        base=float(scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or said.number("rope_base", 10000.0)),
+        base=float(
+            scaling.get("rope_theta")
+            or get("rope_theta")
+            or get("rotary_emb_base")
+            or said.number("rope_base", 10000.0)
+        ),
         positions=positions,
-        original=int(scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions),
+        original=int(
+            scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions
+        ),
         scaling=scaling,
     )
 
@@ -295,18 +338,23 @@ SCORES = ("softmax", "sigmoid", "chosen", "sparsemixer")
 
 
 def _score(of: Facts) -> str:
-    """One of these words, or what config.json says in one of them."""
+    """A score of SCORES, given directly or by config.json."""
     word = str(of.facts.get("score", "softmax"))
     found = word if word in SCORES else of.value("score")
     if found not in SCORES:
-        raise ReshardError(f"config.json: experts are scored by {found!r} ({word})", f"the runtime knows {', '.join(SCORES)}")
+        raise ReshardError(
+            f"config.json: unknown expert scoring {found!r} ({word})", f"the runtime has {', '.join(SCORES)}"
+        )
     return str(found)
 
 
 def _routing(table: Table, said: Facts) -> Routing:
     facts = table.model.get("routing")
     if not isinstance(facts, dict):
-        raise ReshardError(f'family "{table.name}" has experts, its table does not say how they are chosen', "[model] routing is missing")
+        raise ReshardError(
+            f'family "{table.name}" has experts, but its table does not say how they are routed',
+            "add [model] routing to the table",
+        )
     of = Facts(facts, said.config)
     return Routing(
         top=int(of.number("top", "num_experts_per_tok")),

@@ -1,8 +1,9 @@
-"""`[model]` of a family table, answered by a config.
+"""Values of a family table's `[model]` section, evaluated with a config.
 
-A value is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null counts: a number,
-`true`, `false`, `=word` (that word), a key of config.json, one of these divided by another or times it, `a / b`, `a * b`, or what is true
-or false: `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of texts is true if one of them is.
+A value is a constant (a number, true, false), or alternatives `a | b | …`, the first of which that is not null counts:
+a number, `true`, `false`, `=word` (that word), a key of config.json, a quotient or product `a / b`, `a * b`, or a
+condition `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of conditions is
+true if one of them is.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from reshard.tables.config import Config
 
 
 class Facts:
-    """What a table says of a model, or of a part of it."""
+    """The values of `[model]`, or of a table in it, for one config."""
 
     def __init__(self, facts: Mapping[str, Any], config: Config) -> None:
         self.facts, self.config = facts, config
@@ -53,13 +54,13 @@ class Facts:
     def number(self, fact: str, default: Any) -> float:
         found = self.value(fact, default)
         if isinstance(found, list) and found and all(one == found[0] for one in found):
-            found = found[0]  # one for each layer
+            found = found[0]  # one per layer, all equal
         if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}, a number is needed for {fact}")
+            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}; {fact} needs a number")
         return float(found)
 
     def optional(self, fact: str) -> float | None:
-        """A number, or None where nothing says it."""
+        """A number, or None where neither the table nor the config has one."""
         return None if self.value(fact) is None else self.number(fact, None)
 
     def word(self, fact: str, default: str) -> str:
