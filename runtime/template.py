@@ -49,7 +49,7 @@ def render(
         raise _failing(where, f"took more than {limits.TEMPLATE_SECONDS} s of CPU time")
     if child.returncode:
         raise _failing(
-            where, f"made its process exit with {child.returncode}: it nests too deeply, or needs too much memory"
+            where, f"made its process exit with {child.returncode}: it is nested too deeply, or needs too much memory"
         )
     found = json.loads(told)
     if isinstance(found, str):
@@ -77,7 +77,7 @@ def serve() -> None:
     except MemoryError:
         found = f"it needs more than {binary(memory)} of memory"
     except RecursionError:
-        found = "it nests too deeply"
+        found = "it is nested too deeply"
     except Exception as error:  # whatever a stranger's program can raise
         found = f"{error}"[:1000] or type(error).__name__
     sys.stdout.write(json.dumps(found))

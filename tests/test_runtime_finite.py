@@ -130,7 +130,7 @@ def test_a_weight_that_is_not_finite_is_named_with_the_prompt_and_its_token(tmp_
     message, hint = said(run(source, Mesh(2)))
     words = f"are not finite in {dtype}: the embedding, rank 0, is the first to give {value}, at token 3; its embed holds {value}"
     assert message == f"prompt 2: the logits after token 5 {words}"
-    assert "embed is stored so" in str(hint) and "bfloat16" not in str(hint)
+    assert "embed is stored like that" in str(hint) and "bfloat16" not in str(hint)
 
 
 def test_a_weight_that_does_not_fit_into_float16_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
@@ -196,4 +196,4 @@ def test_layer_by_layer_a_reference_that_is_not_finite_proves_nothing(tmp_path: 
     api.convert(source, tmp_path / "out", tp=2)
     report = api.verify(tmp_path / "out", against=source, only="numerics", layers=True)
     assert report.ok and not report.rungs[0].whole
-    assert report.rungs[0].notes[0].startswith("the embedding of the reference gives what is not finite")
+    assert report.rungs[0].notes[0].startswith("the embedding of the reference is not finite")

@@ -222,14 +222,14 @@ def test_a_file_of_another_size_is_refused_with_both_numbers_and_never_mapped(
 
 def test_a_missing_file_is_refused(mine: Path) -> None:
     weights(mine, 0).unlink()
-    refused(MismatchError, mine, 0, "is missing", "rank-00000/model.safetensors")
+    refused(MismatchError, mine, 0, "missing", "rank-00000/model.safetensors")
 
 
 def test_exchanged_files_are_refused(mine: Path) -> None:
     weights(mine, 0).rename(mine / "other")
     weights(mine, 1).rename(weights(mine, 0))
     (mine / "other").rename(weights(mine, 1))
-    refused(MismatchError, mine, 0, "its header says rank 1, wanted is 0")
+    refused(MismatchError, mine, 0, "its header says rank 1, expected 0")
 
 
 @pytest.mark.parametrize("key", ["plan", "world", "mesh", "version"])
@@ -238,7 +238,9 @@ def test_a_file_of_another_conversion_is_refused(mine: Path, key: str) -> None:
     found = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][f"reshard.{key}"]
     other = found[:-1] + "7" if key != "version" else "7" + found[1:]
     weights(mine, 0).write_bytes(data.replace(f'"reshard.{key}":"{found}"'.encode(), f'"reshard.{key}":"{other}"'.encode()))
-    refused(MismatchError, mine, 0, f"{key} {other}" if key != "version" else f"version {other}", "wanted" if key != "version" else "reads")
+    refused(
+        MismatchError, mine, 0, f"{key} {other}" if key != "version" else f"version {other}", "expected" if key != "version" else "reads"
+    )
 
 
 def test_a_damaged_header_is_refused(mine: Path) -> None:
@@ -255,13 +257,13 @@ def test_a_flipped_bit_is_found_where_digests_are_asked_for(mine: Path, at: int)
     weights(mine, 1).write_bytes(data)
     load_shard(mine, 1)
     load_shard(mine, 0, verify="hash")
-    refused(MismatchError, mine, 1, "rank-00001/model.safetensors", "have digest", verify="hash")
+    refused(MismatchError, mine, 1, "rank-00001/model.safetensors", "digest is", verify="hash")
 
 
 def test_edited_digests_are_found(mine: Path) -> None:
     path = mine / "rank-00000" / "tensors.json"
     path.write_text(path.read_text().replace('"digest": "', '"digest": "0', 1))
-    refused(MismatchError, mine, 0, "tensors.json", "the manifest says", verify="hash")
+    refused(MismatchError, mine, 0, "tensors.json", "by the manifest", verify="hash")
 
 
 def test_an_unknown_way_to_verify_is_refused(shards: Path) -> None:
@@ -480,7 +482,7 @@ def test_a_job_of_another_size_is_refused_with_both_numbers_where_resharding_is_
     with pytest.raises(ReshardError, match=r"is for 2 ranks.*this job has 4 ranks") as caught:
         load.open_for(shards, None, Rank(0, 4), reshard_on_load=False)  # type: ignore[arg-type]
     assert "start 2 processes" in str(caught.value.hint)
-    with pytest.raises(ReshardError, match="no shard directory for 4 ranks"):
+    with pytest.raises(ReshardError, match="not a shard directory for 4 ranks"):
         load.open_for(checkpoint("llama"), None, Rank(0, 4), reshard_on_load=False)  # type: ignore[arg-type]
 
 
@@ -566,7 +568,7 @@ def test_a_job_without_a_process_group_is_told_to_make_one(shards: Path, monkeyp
 
 def test_a_rank_that_cannot_load_ends_the_job_with_its_own_error(mine: Path) -> None:
     weights(mine, 1).unlink()
-    with pytest.raises(MismatchError, match="is missing"):
+    with pytest.raises(MismatchError, match="missing, expected"):
         run_threads(2, lambda world: load_model(mine, world=world))
 
 
