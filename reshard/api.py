@@ -16,16 +16,16 @@ from .layout.mesh import Mesh
 from .store import location
 from .store.directory import unchanged
 from .store.workfolder import check_whole
-from .tables import parse
 from .text.progress import Progress
 
 if TYPE_CHECKING:
     from .authoring.check_table import TableCheck
-    from .jobs.convert import Job, Options, Result
     from .jobs.diff import Difference
     from .jobs.explain import Explanation
     from .jobs.fingerprint import Fingerprint, Share
+    from .jobs.job import Job, Options
     from .jobs.plan import Report
+    from .jobs.result import Result
     from .jobs.verdict import Report as Verdict
     from .jobs.verdict import Rung
     from .store.digest import FileDigest
@@ -54,7 +54,7 @@ def plan(
     batch: int = 1,
 ) -> "Report":
     """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
-    from .jobs.convert import Options
+    from .jobs.job import Options
     from .jobs.plan import build, facts, said
 
     source = open_any(src, revision, family)
@@ -64,7 +64,7 @@ def plan(
     job = prepare(source, to, mesh, options, _size("--max-file-size", max_file_size))
     return build(
         source.layout,
-        job.output.layout,
+        job.target.layout,
         config=source.config,
         source=facts(source, str(src), *said(revision, family)),
         workers=options.threads,
@@ -106,8 +106,8 @@ def convert(
     A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and the source the
     same. Raises ReshardError before anything is written for whatever can be told before.
     """
-    from .jobs.convert import Options
     from .jobs.convert import convert as convert_job
+    from .jobs.job import Options
 
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
@@ -161,7 +161,7 @@ def verify(
         what = "is a file" if str(out) and path.exists() else "no such directory"
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
     if only is not None and only not in RUNGS:
-        raise ReshardError(f"--only {only}: there is no such rung", f"rungs are {', '.join(RUNGS)}")
+        raise ReshardError(f"--only {only}: no such check", f"checks are {', '.join(RUNGS)}")
     musts = required(require)
     run_it = bool({PROVEN, "numerics"} & set(musts))
     if only is not None and set(musts) - {only}:
@@ -180,7 +180,7 @@ def verify(
 def check_table(
     family: str, *, given: str | Path | None = None, sample: int | None = None, progress: Progress | None = None
 ) -> "TableCheck":
-    """Damage a family table in every way and say what notices each damage; see `reshard.authoring.check_table`."""
+    """Mutate each row and axis of a family table, and report which mutations go undetected; see `reshard.authoring`."""
     from .authoring.check_table import check_table as check
 
     table = table_of(family)
@@ -230,9 +230,9 @@ def fingerprint(
 def _numerics(
     wanted: bool | None, only: str | None, exhaustive: bool, layers: bool, processes: bool, required: bool
 ) -> "Callable[[Path, Source | None, Progress], Rung] | None":
-    """The numeric rung, which is the runtime's; imported when it is climbed."""
+    """The numerics check, which is the runtime's; imported when it runs."""
     if layers and processes:
-        raise ReshardError("--layers and --processes are both given: layer by layer, ranks are threads", "leave out one of them")
+        raise ReshardError("--layers and --processes cannot be combined: layer by layer, ranks are threads", "leave out one of them")
     if wanted is False and only != "numerics":
         return None
 
@@ -260,17 +260,13 @@ def _published(out: Path, text: str) -> "dict[str, FileDigest]":
 
 def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_size: int | None) -> "Job":
     """A planned job; a mesh that does not fit is refused with the sizes that would."""
-    from .jobs.convert import prepare as prepare_job
+    from .checkpoints.form import form_of
+    from .jobs.job import prepare as prepare_job
 
     try:
         return prepare_job(source, to, mesh, options, max_file_size)
     except ReshardError as error:
-        if to == "hf":
-            raise
-        from .layout.capacity import explain_refusal
-
-        table = parse.load("formats", to).for_family(source.layout.model.family.name)
-        raise explain_refusal(error, table, source.layout.model, mesh) from None
+        raise form_of(to).explained(error, source, mesh) from None
 
 
 def choose_mesh(
@@ -293,19 +289,9 @@ def choose_mesh(
         pp = len(pp_layers)
     if tp != "auto":
         return Mesh(int(tp), pp, ep, split, pp_layers)
-    if to == "hf":
-        raise ReshardError("--to hf writes one checkpoint for all ranks, --tp auto was asked for", "leave out --tp")
-    if device_memory is None:
-        raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
-    from .layout.capacity import smallest
-    from .text.units import binary
+    from .checkpoints.form import form_of
 
-    model = source.layout.model
-    table = parse.load("formats", to).for_family(model.family.name)
-    mesh = smallest(model, source.config, table, device_memory, context, batch, ep=ep, pp=pp if pp > 1 else None)
-    if mesh is None:
-        raise ReshardError(f"no mesh of this model fits {binary(device_memory)} per device", "use devices with more memory")
-    return mesh
+    return form_of(to).smallest_mesh(source, device_memory, context, batch, ep, pp if pp > 1 else None)
 
 
 def _numbers(option: str, given: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -84,6 +84,7 @@ def failed(doing: str, path: Path | str, error: OSError) -> PlaceError:
         errno.EPERM: "check the permissions of the path",
         errno.EROFS: "the file system is mounted read-only",
         errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.ENOMEM: "raise the memory limit (ulimit -v, or the container's), or use fewer --workers",
         errno.EIO: "the storage reports a failure: check it, then try again",
         errno.ENOENT: "the file disappeared: was it moved or deleted meanwhile?",
     }

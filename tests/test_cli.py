@@ -212,7 +212,7 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
     ("plan SRC --tp 2 --split 3:3:2", ("3:3:2", "--tp is 2")),
     ("plan SRC --tp 1 --split 3:3:2", ("3:3:2", "--tp is 1")),
     ("plan SRC --split 3:x", ("--split 3:x", "for example 3:3:2")),
-    ("plan SRC --split 3:0:2", ("--split 3:0:2", "from 1 on")),
+    ("plan SRC --split 3:0:2", ("--split 3:0:2", "positive integers")),
     ("plan SRC --split 3::2", ("--split 3::2",)),
     ("plan SRC --split 8:1:1", ("8:1:1", "rank 2", "nothing")),
     ("plan SRC --pp 9", ("--pp 9", "3 layers", "PP sizes that work: 1, 2, 3")),
@@ -277,6 +277,7 @@ def test_a_wrong_command_line_is_refused_in_words(line: str, parts: tuple[str, .
     "words", [("--tp", "65536"), ("--split", ":".join(["1"] * 20_000)), ("--tp", "32768", "--pp", "2")], ids=lambda words: words[0]
 )
 def test_absurd_numbers_are_refused_at_once(words: tuple[str, ...], source: Path) -> None:
+    assert reshard("plan", source, "--tp", "2").code == 0  # imports what a plan needs, which is not counted
     count = lines_run(lambda: refused(reshard("plan", source, *words), 2, "does not fit this model", "TP sizes that work"))
     assert count < LINES, count
 

@@ -284,6 +284,38 @@ def test_links_out_of_the_checkpoint_are_left_out_and_said(source: Path, tmp_pat
     assert "notes.txt" in reshard("verify", tmp_path / "out", "--against", source).out
 
 
+@pytest.mark.parametrize("listed", ["notes.txt", "deep/passwd", "tokenizer.json", "source/notes.residue"])
+def test_no_link_of_a_shard_directory_leads_out_of_it(listed: str, source: Path, tmp_path: Path) -> None:
+    """Not even where it is listed, with its digest, by whoever signed the directory again."""
+    put(tmp_path, secrets__passwd="root:x:0")
+    out = tmp_path / "out"
+    assert reshard("convert", source, out, "--tp", "2").code == 0
+    link = out / ("deep" if listed == "deep/passwd" else listed)
+    link.symlink_to(tmp_path / "secrets" / ("" if listed == "deep/passwd" else "passwd"))
+    data = json.loads((out / "manifest.json").read_text())
+    kind = "source" if listed.startswith("source/") else "carried"
+    data[kind] = sorted([*data[kind], {"file": listed, "size": 0, "digest": "0" * 32}], key=lambda entry: str(entry["file"]))
+    (out / "manifest.json").write_text(json.dumps(data))
+    sign(out)
+    for words in (["verify", out], ["convert", out, tmp_path / "back", "--to", "hf"], ["convert", out, tmp_path / "one", "--tp", "1"]):
+        done = reshard(*words)
+        assert done.code == 1 and listed in done.err + done.out and "outside of the directory" in done.err + done.out, done
+    assert not (tmp_path / "back").exists() and not (tmp_path / "one").exists()
+
+
+def test_shards_may_be_links_to_shared_storage(source: Path, tmp_path: Path) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+    assert reshard("convert", source, out, "--tp", "2").code == 0
+    before = tree(out)
+    away.mkdir()
+    for name in ("rank-00001", "source", "config.json"):
+        shutil.move(out / name, away / name)
+        (out / name).symlink_to(away / name)
+    assert reshard("verify", out).code == 0
+    assert reshard("convert", out, tmp_path / "back", "--to", "hf").code == 0
+    assert tree(tmp_path / "back") == tree(source) and before
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "chat_template.jinja", "generation_config.json"])
 def test_files_of_a_checkpoint_may_be_links_to_files_of_their_name_elsewhere(name: str, source: Path, tmp_path: Path) -> None:
     """As in folders made of links to shared storage. A link of such a name to any other file is refused."""
@@ -340,10 +372,10 @@ def test_a_file_that_no_manifest_lists_is_named_and_makes_it_unproven(name: str,
     assert done.code == 0 and rung["ok"] and not done.json["proven"]
     assert name in rung["unproven"][0] and rung["numbers"]["unlisted"] == [name]
     text = reshard("verify", out).out
-    assert f"unproven: manifest.json does not list {name}" in " ".join(text.split()) and "the directory is whole" not in text
+    assert f"unproven: manifest.json does not list {name}" in " ".join(text.split()) and "the files are intact" not in text
     for strict in (("verify", out, "--strict"), (*words, "--strict")):
         done = reshard(*strict)
-        assert done.code == 1 and f"{name}: is none of the files" in done.out
+        assert done.code == 1 and f"{name}: is not listed in manifest.json" in done.out
     refused(reshard("verify", out, "--strict", "--only", "weights"), 2, "--strict")
 
 

@@ -109,8 +109,8 @@ def test_a_file_that_is_replaced_after_it_was_opened(
     if kind == "shards":
         assert reshard("convert", source, tmp_path / "shards", "--tp", "2").code == 0
     path = source / "b.safetensors" if kind == "published" else tmp_path / "shards" / "rank-00001" / "model.safetensors"
-    module, name = {"opened": (api, "open_any"), "hashed": (verify_sha256, "hashed"), "laid": (convert, "_lay_files")}[moment]
-    step, finish, kept = getattr(module, name), convert._finish, tmp_path / "kept"
+    module, name = {"opened": (api, "open_any"), "hashed": (verify_sha256, "hashed"), "laid": (convert, "lay")}[moment]
+    step, finish, kept = getattr(module, name), convert.seal, tmp_path / "kept"
 
     def replaced(*arguments: Any, **given: Any) -> Any:
         found = step(*arguments, **given)
@@ -123,7 +123,7 @@ def test_a_file_that_is_replaced_after_it_was_opened(
         return finish(*arguments)
 
     monkeypatch.setattr(module, name, replaced)
-    monkeypatch.setattr(convert, "_finish", back)
+    monkeypatch.setattr(convert, "seal", back)
     given = source if kind == "published" else tmp_path / "shards"
     refused(reshard("convert", given, tmp_path / "out", "--tp", "4", "--sha256"), 3, f"{path}: was changed while it was being read")
     assert not (tmp_path / "out").exists()

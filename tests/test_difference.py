@@ -210,7 +210,7 @@ def test_nan_equals_nan_only_if_the_bits_are_equal(tmp_path: Path) -> None:
     assert (row.differing, row.odd, row.largest, row.rms) == (2, 2, 0.0, 0.0)
     assert row.worst == f"{key}[0,5]"
     json.dumps(found.to_json(), allow_nan=False)
-    assert "2 are infinite or no number" in " ".join(" ".join(found.lines()).split())
+    assert "2 are infinite or NaN" in " ".join(" ".join(found.lines()).split())
 
 
 def test_zeros_of_either_sign_differ_by_nothing(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_checkpoints_without_a_common_tensor_are_refused() -> None:
     other = replace(
         a, layout=replace(a.layout, model=replace(model, tensors={f"x.{key}": tensor for key, tensor in model.tensors.items()}))
     )
-    with pytest.raises(ReshardError, match="none of them is in both"):
+    with pytest.raises(ReshardError, match="they have none in common"):
         difference(a, other, 1)
 
 

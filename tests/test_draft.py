@@ -37,7 +37,7 @@ def test_a_drafted_table_is_edited_and_then_converts_merges_and_reshapes(unknown
     assert "5 × model.layers.{}.post_norm1.weight  [56]" in refused.err
 
     drafted = reshard("inspect", unknown, "--draft-table")
-    assert drafted.code == 0 and "2 names are left to fill in (TODO)" in drafted.err
+    assert drafted.code == 0 and "2 left to fill in (TODO)" in drafted.err
     table = tmp_path / "my.toml"
     table.write_text(drafted.out)
     refused = reshard("convert", unknown, tmp_path / "out", "--tp", "2", "--family", table)
@@ -55,7 +55,7 @@ def test_a_drafted_table_is_edited_and_then_converts_merges_and_reshapes(unknown
     assert reshard("convert", tmp_path / "two", tmp_path / "again", "--tp", "8").code == 0
     assert differing(tmp_path / "eight", tmp_path / "again") == []
     checked = reshard("check-table", table, "--with", unknown)
-    assert checked.code == 0 and "not climbed" in checked.out, checked.out + checked.err
+    assert checked.code == 0 and "not run" in checked.out, checked.out + checked.err
     assert reshard("convert", unknown, tmp_path / "left", "--tp", "2", "--family", table, "--json").code == 0
 
 
@@ -111,8 +111,8 @@ def test_transformers_plan_is_a_second_opinion(unknown: Path, tmp_path: Path) ->
     finally:
         module._tp_plan = original  # type: ignore[assignment]
     assert [doubt for doubt in found.doubts if "self_attn.q_proj" in doubt and "rowwise" in doubt]
-    assert "# TODO model.layers.{layer}.self_attn.q_proj.weight: transformers cuts it rowwise" in found.text
-    assert "transformers cuts it colwise" in found.text
+    assert "# TODO model.layers.{layer}.self_attn.q_proj.weight: transformers splits it rowwise" in found.text
+    assert "transformers splits it colwise" in found.text
 
 
 @pytest.mark.parametrize("name", [*FIXTURES, *zoo()])

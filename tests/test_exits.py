@@ -40,7 +40,8 @@ def test_a_defect_exits_70_with_a_line_to_report(tmp_path: Path) -> None:
     """Which version, where, what; the traceback is in a file, or on stderr where it is asked for."""
     code = DEFECT.format(error='ValueError("one\\ntwo")')
     done = process("plan", "x", "--tp", "2", code=code, env=environment(TMPDIR=str(tmp_path)))
-    refused(done, 70, "a defect in reshard 0.1.0, at <string>:5: ValueError: one\n\nhint: please report it: the traceback is in ")
+    said = "internal error in reshard 0.1.0 at <string>:5: ValueError: one\n\nhint: please report this bug: the traceback is in "
+    refused(done, 70, said)
     (file,) = tmp_path.iterdir()
     assert str(file) in done.err
     assert file.read_text().startswith("reshard 0.1.0, Python 3.") and "ValueError: one\ntwo" in file.read_text()
@@ -52,8 +53,8 @@ def test_a_defect_exits_70_with_a_line_to_report(tmp_path: Path) -> None:
     ("error", "said"),
     [
         ("MemoryError", "out of memory"),
-        ('RuntimeError("can\'t start new thread")', "no more threads can be started"),
-        ('ImportError("libx.so: failed to map segment", name="numpy")', "a module cannot be loaded: libx.so: failed to map segment"),
+        ('RuntimeError("can\'t start new thread")', "cannot start another thread"),
+        ('ImportError("libx.so: failed to map segment", name="numpy")', "cannot load a module: libx.so: failed to map segment"),
         ('OSError(12, "Cannot allocate memory")', "Cannot allocate memory"),
     ],
 )
@@ -104,7 +105,7 @@ reshard.api.convert = late
 main()
 """
     done = process("convert", source, tmp_path / "out", "--tp", "2", code=code)
-    assert (done.code, done.err) == (0, f"{tmp_path / 'out'}: is complete; the signal to stop came too late\n")
+    assert (done.code, done.err) == (0, f"{tmp_path / 'out'} is complete: it was published before the signal arrived\n")
     assert reshard("verify", tmp_path / "out").code == 0
 
 

@@ -245,10 +245,10 @@ def test_constants_are_said_to_be_constants(shards: Callable[..., Path]) -> None
 def test_a_constant_that_is_another_is_said_to_be_another(tmp_path: Path) -> None:
     key = "model.layers.0.self_attn.attn._k_scale"
     out = saved(tmp_path / "v", "llama", 2)
-    assert any(line.startswith("is the constant 1.0: ") for line in explain(open_source(out), f"0:{key}").lines())
+    assert any(line.startswith("is the constant 1.0, which ") for line in explain(open_source(out), f"0:{key}").lines())
     edit(file_of(out, key), lambda state: state.update({key: torch.tensor(math.nan)}))
     found = explain(open_source(out), f"0:{key}")
-    assert any(line.startswith("is the constant 1.0 by the table, here it is nan: ") for line in found.lines())
+    assert any(line.startswith("is the constant 1.0 (by the table; here it is nan), ") for line in found.lines())
     assert (found.to_json()["constant"], found.to_json()["here"]["value"]) == (1.0, "nan")
 
 
@@ -298,7 +298,7 @@ def test_a_damaged_replica_is_told(shards: Callable[..., Path], tmp_path: Path) 
     with (out / found.here.file).open("r+b") as file:
         file.seek(found.here.byte)
         file.write(b"\x77")
-    assert "do not hold the same bytes" in explain(open_source(out), "3:layers.2.attn.qkv[12,12]").notes[0]
+    assert "the copies differ" in explain(open_source(out), "3:layers.2.attn.qkv[12,12]").notes[0]
 
 
 def test_a_published_checkpoint_explains_itself() -> None:
@@ -408,16 +408,16 @@ def test_lines_fit_80_columns_and_json_is_json(name: str, mesh: str, shards: Cal
         ("3:layers.2.attn.qkv[1,2,3]", ("3 indices, ", " has 2 dimensions: [30, 56]")),
         ("norm[1,2]", ("2 indices, norm has 1 dimension: [56]",)),
         ("99999999999:embed", ("rank 99999999999", "ranks 0 to 7")),
-        ("", ("names no element",)),
-        ("3:", ("names no element",)),
-        ("3: ", ("names no element",)),
-        ("3: 4:embed", ("names no element",)),
-        ("embed[1", ("names no element",)),
-        ("embed[-1]", ("names no element",)),
-        ("embed[1,,2]", ("names no element",)),
-        ("embed[a]", ("names no element",)),
-        ("embed[1][2]", ("names no element",)),
-        ("embed[" + "9" * 5000 + "]", ("names no element",)),
+        ("", ("is not an element",)),
+        ("3:", ("is not an element",)),
+        ("3: ", ("is not an element",)),
+        ("3: 4:embed", ("is not an element",)),
+        ("embed[1", ("is not an element",)),
+        ("embed[-1]", ("is not an element",)),
+        ("embed[1,,2]", ("is not an element",)),
+        ("embed[a]", ("is not an element",)),
+        ("embed[1][2]", ("is not an element",)),
+        ("embed[" + "9" * 5000 + "]", ("is not an element",)),
     ],
 )
 def test_what_there_is_not_is_said_with_what_there_is(text: str, words: tuple[str, ...], shards: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from reshard.checkpoints.hub import AHEAD, is_id, ref
 from reshard.containers import safetensors
+from reshard.inputs import limits
 
 ID = "org/tiny"
 CARD = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n"
@@ -552,6 +553,17 @@ def test_repositories_that_are_no_checkpoints(run: Client, hub: Hub, tmp_path: P
     for found, words in zip(results, [words for _, words in ODD for _ in range(2)], strict=True):
         assert found["code"] == 2
         assert re.search(words, found["error"]), found["error"]
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_file_that_is_too_large_to_be_read_is_not_fetched(name: str, run: Client, hub: Hub, tiny: Path) -> None:
+    """The Hub's list says how large it is."""
+    limit = limits.CONFIG if name == "config.json" else limits.INDEX
+    with (tiny / name).open("ab") as file:
+        file.truncate(limit + 1)
+    for found in run(remote(), local()):
+        assert found["code"] == 2 and f"{name}: has {limit + 1} bytes, at most {limit} are read" in found["error"]
+    assert name not in hub.files()
 
 
 def test_a_damaged_header_is_named(run: Client, hub: Hub, tiny: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import reshard as api
 from reshard.checkpoints import streams as stream
 from reshard.checkpoints.source import open_source
-from reshard.checkpoints.target import restored
+from reshard.checkpoints.target_files import restored
 from reshard.jobs.verify_sha256 import recorded, sha256
 from reshard.layout.join import plan
 from reshard.store.digest import FileDigest
@@ -98,7 +98,7 @@ def test_recorded_digests_are_compared_and_a_flipped_bit_is_found(source: Path, 
     weights.write_bytes(data)
     done = reshard("verify", out, "--only", "sha256")
     assert done.code == 1
-    assert "the shards make a file of SHA-256" in done.out and "was recorded" in done.out
+    assert "merging gives SHA-256" in done.out and "was recorded" in done.out
 
 
 def test_without_digests_the_rung_says_so(source: Path, tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ def test_without_digests_the_rung_says_so(source: Path, tmp_path: Path) -> None:
     assert reshard("convert", source, out, "--tp", "2").code == 0
     done = reshard("verify", out)
     assert done.code == 0
-    assert "sha256     skipped    no digest of the original files is known:" in done.out
+    assert "sha256     skipped    no digests of the original files recorded:" in done.out
     assert "proven" not in done.out
     for words in (("--sha256",), ("--only", "sha256")):
         done = reshard("verify", out, *words)
         assert done.code == 2
-        assert "no SHA-256 of the original files is known" in done.err and "--hub ID" in done.err
+        assert "the SHA-256 digests of the original files are not known" in done.err and "--hub ID" in done.err
     done = reshard("verify", out, "--only", "everything")
-    assert done.code == 2 and "rungs are integrity, weights, sha256, numerics" in done.err
+    assert done.code == 2 and "checks are integrity, weights, sha256, numerics" in done.err
 
 
 def test_digests_that_the_hub_publishes_are_compared_without_any_download(source: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_the_runtime_is_found_wherever_reshard_is(
     found = _run(home / "bin/python", "-c", "import runtime.launch", directory=project, fails=True)
     assert "this package is reshard.runtime" in found
     done = subprocess.run([home / "bin/python", "-m", "reshard.runtime", "generate", "no"], cwd=project, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.partition("\n")[0]) == (2, "error: there is no prompt")
+    assert (done.returncode, done.stderr.partition("\n")[0]) == (2, "error: no prompt was given")
 
 
 def test_module_works_like_the_command(installed: Path) -> None:

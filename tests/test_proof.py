@@ -58,7 +58,8 @@ def test_names_exchanged_in_a_table_are_not_proven_where_transformers_is_missing
     assert "numerics self-consistent agrees with this runtime at TP 1 (transformers is not installed), not independent;" in words
     assert "hint: pip install 'reshard[reference]'" in words
     assert words.endswith(
-        "3 of 4 checks passed: the directory is whole; every element is the source's, bit by bit; merging makes the published files;"
+        "3 of 4 checks passed: the files are intact; every element equals the original's, bit by bit;"
+        " merging restores the published files;"
         " the shards agree with this runtime at TP 1, which is not independent"
     )
     assert "proven" not in words.replace("unproven", "")
@@ -90,9 +91,9 @@ def test_a_table_is_not_called_caught_by_a_reference_that_is_not_independent(tmp
     line = ("check-table", mine, "--with", checkpoint("llama"), "--sample", "1")
     done = process(*line, env=bare)
     assert "all caught" not in done.out, done.out
-    assert "compared with nothing independent" in " ".join(done.out.split()) and "pip install 'reshard[reference]'" in " ".join(
-        done.out.split()
-    ), done.out
+    assert "no independent reference" in " ".join(done.out.split()) and "pip install 'reshard[reference]'" in " ".join(done.out.split()), (
+        done.out
+    )
     assert json.loads(process(*line, "--json", env=bare).out)["proven"] is False
 
 
@@ -245,7 +246,7 @@ def test_what_is_skipped_is_neither_ok_nor_wrong(tmp_path: Path) -> None:
         ("numerics", "skipped", None),
     ]
     assert (done.code, done.json["ok"], done.json["proven"], done.json["passed"]) == (0, True, False, 1)
-    assert reshard("verify", tmp_path / "out").out.splitlines()[-2].startswith("1 of 4 checks passed: the directory is whole;")
+    assert reshard("verify", tmp_path / "out").out.splitlines()[-2].startswith("1 of 4 checks passed: the files are intact;")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_what_is_required_and_not_reached_ends_with_1(needed: str, code: int, un
     done = reshard("verify", tmp_path / "out", "--require", needed, "--json")
     assert (done.code, done.json["ok"], done.json["unmet"], done.json["required"]) == (code, not code, unmet, needed.split(","))
     words = " ".join(reshard("verify", tmp_path / "out", "--require", needed, "--quiet").out.split())
-    assert words.endswith(f"NOT REACHED: --require {needed}: {', '.join(unmet)}" if unmet else "")
+    assert words.endswith(f"NOT MET: --require {needed}: {', '.join(unmet)}" if unmet else "")
     report = api.verify(tmp_path / "out", require=needed.split(","))
     assert (report.ok, report.unmet) == (not code, unmet)
 

@@ -265,7 +265,7 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times
         done = job.end()
         assert job.count("reached") < FEW, "it went on with its tensor"
     assert done.code == 128 + sign
-    assert done.err.rstrip().endswith("\n\nerror: interrupted; what was not finished has been removed")
+    assert done.err.rstrip().endswith("\n\nerror: interrupted; unfinished output was removed")
     assert names(tmp_path) == []
 
 

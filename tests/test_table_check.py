@@ -214,7 +214,7 @@ def test_what_a_checkpoint_cannot_tell_is_not_called_caught(checkpoint: Get) -> 
     found = TableCheck("gpt_neox", 16, 7, ("given",), (trial, Trial("other", "opening", "why")))
     assert not found.ok and not found.proven
     assert found.lines()[:3] == [
-        "gpt_neox: 1 of 2 caught: 2 damages of 16 rows and 7 axes",
+        "gpt_neox: 1 of 2 caught: 2 mutations of 16 rows and 7 axes",
         "  NOT CAUGHT: 1",
         "    rows attn.o_bias and mlp.down_bias exchanged: the same logits: they differ",
     ]
@@ -224,8 +224,8 @@ def test_what_a_checkpoint_cannot_tell_is_not_called_caught(checkpoint: Get) -> 
 def test_a_given_checkpoint_is_tried_first_and_says_whether_the_table_itself_is_right(checkpoint: Get) -> None:
     found = check_table(family("llama"), checkpoint("llama"), sample=40)
     assert found.ok and found.proven and not found.wrong
-    assert found.itself.startswith("the table as it is: logits differ from those of transformers")
-    assert {trial.checkpoint for trial in found.trials if trial.by == "numerics"} == {str(checkpoint("llama")), "made up 1"}
+    assert found.itself.startswith("the table itself: logits differ from transformers")
+    assert {trial.checkpoint for trial in found.trials if trial.by == "numerics"} == {str(checkpoint("llama")), "synthetic 1"}
     assert found.uncovered == (), "its optional rows are in one made up"
 
 
@@ -240,7 +240,7 @@ def test_a_table_that_is_wrong_itself_is_told_by_a_given_checkpoint(checkpoint: 
     found = check_table(table, checkpoint("llama"), sample=20)
     assert found.wrong and not found.ok and found.missed == ()
     assert "caught" not in found.lines()[0]
-    assert found.lines()[1].startswith("  WRONG: the table as it is: logits differ from those of transformers")
+    assert found.lines()[1].startswith("  WRONG: the table itself: logits differ from transformers")
     alone = check_table(table, sample=20)
     assert alone.ok and alone.itself == ""
 
@@ -260,20 +260,20 @@ def test_a_table_of_axes_that_nobody_knows_is_checked_too(tmp_path: Path) -> Non
     rows = [["wte", "vocab hidden", "embed"], ["h.{layer}.n", "hidden", "attn_norm"], ["n", "hidden", "norm"]]
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": {"layer": "layers", "hidden": "size"}}))
     found = check_table(parse.load_file(tmp_path / "mine.toml"))
-    assert found.skipped is not None and found.skipped.startswith("the runtime cannot run made up 1")
+    assert found.skipped is not None and found.skipped.startswith("the runtime cannot run synthetic 1")
     assert found.ok and not found.proven and found.count[OPEN] > 0
 
 
 @pytest.mark.parametrize("name", parse.shipped("formats"))
 def test_the_table_of_a_format_is_refused(name: str) -> None:
     done = command("check-table", str(parse.HOME / "formats" / f"{name}.toml"), "--sample", "1")
-    assert (done.code, done.out) == (2, "") and f'"{name}" is the table of a format, not of a family' in done.err
+    assert (done.code, done.out) == (2, "") and f'"{name}" is a format table, not a family table' in done.err
 
 
 ODD = {
-    "no size but zero": ('like = "llama"\n[sizes]\nkv = "a * 0"', r'\[sizes\] kv = "a \* 0"\) has size 0, one from 1'),
-    "a size of zero": ('like = "llama"\n[sizes]\ninter = "0"', r'\[sizes\] inter = "0"\) has size 0, one from 1'),
-    "a part of zero": ('like = "llama"\n[sizes]\nkv = "0"\nheads = "h"', r'\[sizes\] kv = "0"\) has size 0, one from 1'),
+    "no size but zero": ('like = "llama"\n[sizes]\nkv = "a * 0"', r'\[sizes\] kv = "a \* 0"\) has size 0, expected 1'),
+    "a size of zero": ('like = "llama"\n[sizes]\ninter = "0"', r'\[sizes\] inter = "0"\) has size 0, expected 1'),
+    "a part of zero": ('like = "llama"\n[sizes]\nkv = "0"\nheads = "h"', r'\[sizes\] kv = "0"\) has size 0, expected 1'),
     "half a sum": ('like = "llama"\n[sizes]\nvocab = "hidden+"', r'\[sizes\] vocab = "hidden\+"\) has no size'),
     "half a sum of layers": ('like = "llama"\n[sizes]\nlayer = "a+"', r'\[sizes\] layer = "a\+"\) has no size'),
     "half a sum elsewhere": ('like = "granitemoehybrid"\n[sizes]\nvocab = "a + "', r'\[sizes\] vocab = "a \+ "\) has no size'),
@@ -284,7 +284,7 @@ ODD = {
     "a value and a section": ('like = "llama"\n[sizes]\nlayer = "a"\nhidden = "a.b"', "a is a section of config.json in a.b"),
     "a very long axis": (
         'like = "llama"\n[sizes]\nvocab = "99999999999"',
-        r'vocab = "99999999999"\) has size 99999999999, one from 1 to 1048576',
+        r'vocab = "99999999999"\) has size 99999999999, expected 1 to 1048576',
     ),
     "a very large model": ('like = "llama"\n[sizes]\nvocab = "131072"\nhidden = "16384"', "more than 67108864 elements"),
 }
@@ -295,13 +295,13 @@ def test_a_table_of_which_no_checkpoint_can_be_made_up_is_refused_with_the_reaso
     """Never a traceback, and never a verdict such as "0 of 1 caught"."""
     text, why = ODD[what]
     (tmp_path / "odd.toml").write_text(f'name = "odd"\n{text}\n')
-    with pytest.raises(ReshardError, match=f'family "odd": no checkpoint can be made up from its table: .*{why}'):
+    with pytest.raises(ReshardError, match=f'family "odd": cannot generate a synthetic checkpoint from its table: .*{why}'):
         check_table(parse.load_file(tmp_path / "odd.toml"), sample=1)
 
 
 def test_whatever_else_a_table_says_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reshard.authoring.synthetic._sized", lambda *_: {}["nothing"])
-    with pytest.raises(ReshardError, match=r"no checkpoint can be made up .* KeyError\('nothing'\)"):
+    with pytest.raises(ReshardError, match=r"cannot generate a synthetic checkpoint .* KeyError\('nothing'\)"):
         next(made_up(family("llama"), tmp_path))
 
 
@@ -325,7 +325,7 @@ def found() -> TableCheck:
 def test_a_report_says_the_verdict_first_in_80_columns(found: TableCheck) -> None:
     lines = found.lines()
     wrong = 120 - found.count[EQUIVALENT]
-    assert lines[0] == f"phi3: all caught: {wrong} damages of 9 rows and 7 axes"
+    assert lines[0] == f"phi3: all caught: {wrong} mutations of 9 rows and 7 axes"
     assert all(len(line) <= 80 for line in [*lines, *found.lines(each=True)])
     for rung in RUNGS:
         assert any(line.startswith(f"  {rung:<11} {found.count[rung]:>5}  ") for line in lines)
@@ -346,10 +346,10 @@ def test_the_same_table_gives_the_same_report(found: TableCheck) -> None:
 def test_progress_is_told_damage_by_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lines, "first", 0.0)
     done = command("check-table", "phi3", "--sample", "5")
-    assert re.search(r"^trying damages: 5 of 5 \(100 %\), [0-9,]+/s$", done.err, re.M), done.err
+    assert re.search(r"^testing mutations: 5 of 5 \(100 %\), [0-9,]+/s$", done.err, re.M), done.err
     done = command("check-table", "phi3", "--sample", "5", "--progress", "json")
     last = json.loads(done.err.splitlines()[-1])
-    assert [last[key] for key in ("what", "done", "total", "end")] == ["trying damages", 5, 5, True]
+    assert [last[key] for key in ("what", "done", "total", "end")] == ["testing mutations", 5, 5, True]
     done = command("check-table", "phi3", "--sample", "5", "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
 

@@ -75,7 +75,7 @@ def test_a_whole_directory_passes(source: Path, shards: Path) -> None:
     assert done.out.startswith("integrity  ok         42 tensors, 10 files")
     done = reshard("verify", shards, "--against", source)
     assert done.code == 0
-    words = "2 of 4 checks passed: the directory is whole; every element is the source's, bit by bit"
+    words = "2 of 4 checks passed: the files are intact; every element equals the original's, bit by bit"
     assert " ".join(done.out.split()).endswith(words)
 
 
@@ -168,7 +168,7 @@ def test_a_stray_shard_is_found(shards: Path, out: Path) -> None:
     """Engines load what they find by its name."""
     (out / "rank-00002").mkdir()
     shutil.copy(out / "rank-00000" / "model.safetensors", out / "rank-00002")
-    found(reshard("verify", out), "rank-00002/model.safetensors", "none of the files")
+    found(reshard("verify", out), "rank-00002/model.safetensors", "is not listed in manifest.json")
 
 
 def edits(value: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -353,7 +353,7 @@ def hf_damages() -> list[tuple[str, Callable[[Path], None], tuple[str, ...]]]:
         ("weight", lambda directory: flip(directory / "model.safetensors", 100_000), ("model.safetensors", "differs")),
         ("buffer", lambda directory: flip(directory / "model.safetensors", -2), ("inv_freq", "differs")),
         ("truncated", cut, ("model.safetensors", "truncated")),
-        ("missing", unlink, ("tokenizer.json", "not carried")),
+        ("missing", unlink, ("tokenizer.json", "not copied")),
         ("edited", edit, ("tokenizer.json", "differs")),
     ]
 
@@ -400,7 +400,7 @@ def test_the_same_weights_cut_into_other_files_are_the_same_weights(source: Path
     again = tmp_path / "again"
     assert reshard("convert", source, again, "--to", "hf", "--max-file-size", "100KB").code == 0
     done = reshard("verify", shards, "--against", again, "--only", "weights")
-    assert done.code == 0 and "is cut into other files than those that merging writes" in " ".join(done.out.split()), done
+    assert done.code == 0 and "is split into other files than merging would write" in " ".join(done.out.split()), done
     path = next(again.glob("*.safetensors"))
     flip(path, -1)
     assert reshard("verify", shards, "--against", again, "--only", "weights").code == 1
@@ -410,12 +410,12 @@ def test_weights_that_no_rank_has_are_found_behind_links_and_under_other_names(o
     shutil.copytree(out / "rank-00000", tmp_path / "elsewhere")
     (out / "rank-00007").symlink_to(tmp_path / "elsewhere")
     (out / "round").symlink_to(out)
-    found(reshard("verify", out), "rank-00007/model.safetensors: is none of the files")
+    found(reshard("verify", out), "rank-00007/model.safetensors: is not listed in manifest.json")
     (out / "rank-00007").unlink()
     (out / "round").unlink()
     assert reshard("verify", out).code == 0
     (out / "pytorch_model.bin").write_bytes(b"")
-    found(reshard("verify", out), "pytorch_model.bin: is none of the files")
+    found(reshard("verify", out), "pytorch_model.bin: is not listed in manifest.json")
 
 
 @pytest.mark.parametrize("name", ["rank-00000/model.safetensors", "manifest.json", "config.json"])

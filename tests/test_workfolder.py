@@ -78,7 +78,43 @@ def a_marked_folder_with_more(folder: Path) -> str:
     return "holds thesis.tex"
 
 
+def a_marked_folder_with_a_link(folder: Path, name: str) -> str:
+    victim = folder.parent / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("precious")
+    folder.mkdir()
+    (folder / "reshard.marker").write_text("")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim if name in ("old", "new") else victim / "thesis.tex")
+    return f"holds {name}"
+
+
+def whose_old_is_a_link(folder: Path) -> str:
+    return a_marked_folder_with_a_link(folder, "old")
+
+
+def whose_new_is_a_link(folder: Path) -> str:
+    return a_marked_folder_with_a_link(folder, "new")
+
+
+def whose_marker_is_a_link(folder: Path) -> str:
+    return a_marked_folder_with_a_link(folder, "reshard.marker")
+
+
+def whose_listing_is_a_link(folder: Path) -> str:
+    return a_marked_folder_with_a_link(folder, "entries.json")
+
+
+def whose_marker_has_another_name_too(folder: Path) -> str:
+    folder.mkdir()
+    victim = folder.parent / "thesis.tex"
+    victim.write_text("precious")
+    (folder / "reshard.marker").hardlink_to(victim)
+    return "holds reshard.marker"
+
+
 FOREIGN = [a_link, a_dangling_link, a_file, a_folder, a_folder_with_our_names, a_marked_folder_with_more]
+FOREIGN += [whose_old_is_a_link, whose_new_is_a_link, whose_marker_is_a_link, whose_listing_is_a_link, whose_marker_has_another_name_too]
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])
@@ -102,6 +138,21 @@ def test_what_is_not_reshards_own_is_refused_and_not_touched(make: object, where
             assert stamps(place) == untouched, words
         if before == "old":
             assert reshard("verify", out).code == 0
+
+
+@pytest.mark.parametrize("said", ['["../thesis.tex"]', '["..", "a/../../thesis.tex"]', "[5]", '["a\\u0000b"]', "[" * 100_000])
+def test_a_strangers_listing_of_a_commit_moves_nothing_out_of_its_place(said: str, source: Path, tmp_path: Path) -> None:
+    """As it may come with a directory that was downloaded, and that is converted to."""
+    out = old(source, tmp_path / "out")
+    (tmp_path / "thesis.tex").write_text("precious")
+    folder = out / ".reshard-work"
+    (folder / "new" / "waiting").mkdir(parents=True)
+    (folder / "reshard.marker").write_text("")
+    (folder / "entries.json").write_text(said)
+    for words in (["--tp", "2"], ["--tp", "4", "--overwrite"]):
+        assert reshard("convert", source, out, *words).code == 0
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    assert names(tmp_path) == ["out", "thesis.tex"]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")

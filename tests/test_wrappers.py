@@ -371,10 +371,10 @@ def test_plan_inspect_and_convert_say_what_is_carried(scratch: Path, tmp_path: P
     assert done.code == 0
     assert "published; family llava around llama, 3 layers" in done.out, done.out
     assert "replicated: vision_tower 139.87 kB, multi_modal_projector" in done.out, done.out
-    assert "other towers, which are not cut, whole on every rank" in done.out
+    assert "other components, not split: whole on every rank" in done.out
     assert "vision_tower  39 tensors" in done.out, done.out
     done = reshard("inspect", written("llava", scratch))
-    assert "vision_tower, 23,312 parameters" in done.out and "around:       llama" in done.out
+    assert "vision_tower, 23,312 parameters" in done.out and "wraps:        llama" in done.out
     assert "sizes:        group 2, head_dim 10," in done.out  # nothing of the towers'
     done = reshard("convert", written("deepseek_ocr2", scratch), tmp_path / "out", "--tp", "2")
     words = "carried whole: model.projector, model.qwen2_model, model.sam_model,\n  model.view_seperator\n"

@@ -1,14 +1,15 @@
-"""Checking a table by damaging it: every row and axis is exchanged, transposed, shifted, renamed or dropped, and something must notice.
+"""Mutation testing of a table: every row and axis is exchanged, transposed, shifted, renamed or dropped; a check must fail.
 
     rows attn.k and attn.v exchanged            numerics: logits differ by 1.3, rounding is 4e-16
     row norm dropped                            opening: no row claims model.norm.weight
 
 A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests, weights or files.
-It is caught only where it does not fit a checkpoint, or where the model is run. Checkpoints are a given one, and random ones made up
-from the table itself: no matrix square, no two axes of one size, unless the table forces it; one for each set of optional rows.
+It is caught only where it does not fit a checkpoint, or where the model is run. Checkpoints are a given one and synthetic
+ones, random and generated from the table: no square matrix, no two axes of the same size unless the table forces it, and
+one for each set of optional rows.
 
-The table as it is, on one rank, is what a damaged one is compared with; a given checkpoint is also run by transformers, which says
-whether the table itself is right. Where transformers is no reference for it, nothing does, and nothing is called caught.
+Mutated tables are compared with the table as it is, on one rank. A given checkpoint is also run by transformers, which says
+whether the table itself is right; without such a reference, nothing does.
 """
 
 import tempfile
@@ -31,15 +32,15 @@ from .mutations import Mutation, mutations
 from .synthetic import made_up
 
 _OF_FORMATS = ("files", "engine", "cut", "replicate", "uneven", "weighted", "pad", "constants", "families", "family")
-SHOWN = 40  # damages that are not caught, told one by one
+SHOWN = 40  # undetected mutations listed
 
 
 @dataclass(frozen=True)
 class TableCheck:
-    """What became of every damage. `rounding`: the largest difference that still counts as none; None where nothing was run.
+    """What became of each mutation. `rounding`: the largest difference that counts as none; None where nothing was run.
 
-    `right`: what an independent implementation says of the table as it is, on a given checkpoint; None where none was asked, or there is
-    none. Damages are told from the table as it is, so that they say nothing of whether that is right.
+    `right`: whether an independent implementation agrees with the table as it is, on a given checkpoint; None where there
+    is none. Mutations are compared with the table as it is, so they say nothing about whether that is right.
     """
 
     family: str
@@ -74,16 +75,16 @@ class TableCheck:
 
     @property
     def proven(self) -> bool:
-        """Every damage was caught, and a table that was tried on a given checkpoint computes there what something independent does."""
+        """Every mutation was caught and, on a given checkpoint, the table agrees with an independent implementation."""
         return self.ok and not self.count[OPEN] and (self.right is not None or not self.given)
 
     def lines(self, each: bool = False) -> list[str]:
-        """What a person wants to know, the verdict first; with `each` every damage and what caught it."""
+        """A report for people, the verdict first; with `each`, every mutation and what caught it."""
         count, wrong = self.count, len(self.trials) - self.count[EQUIVALENT]
         caught = sum(count[rung] for rung in RUNGS)
         share = f"{caught} of {wrong}" if caught < wrong else "all" if self.right or not self.given else f"{wrong}"
         told = "differ from the table itself" if self.given and not self.right else "caught"
-        found = [f"{self.family}: {share} {told}: {wrong} damages of {self.rows} rows and {self.axes} axes"]
+        found = [f"{self.family}: {share} {told}: {wrong} mutations of {self.rows} rows and {self.axes} axes"]
         found += _wrapped(self.itself, 2) if self.itself else []
         found += [line for text in (self.first.lines() if self.first is not None else ()) for line in _wrapped(text, 4)]
         found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []
@@ -95,16 +96,17 @@ class TableCheck:
             if rung == "numerics" and self.rounding is not None:
                 words += f" (by more than {self.rounding:.1g})"
             found += _wrapped(f"{rung:<11} {count[rung]:>5}  {words}", 2, 21)
-        found += _wrapped(f"{EQUIVALENT:<11} {count[EQUIVALENT]:>5}  the same layout in other words", 2, 21)
+        found += _wrapped(f"{EQUIVALENT:<11} {count[EQUIVALENT]:>5}  the same layout, written differently", 2, 21)
         if count[OPEN]:
-            found += _wrapped(f"{OPEN:<11} {count[OPEN]:>5}  fits, and the model was not run: {self.skipped}", 2, 21)
+            found += _wrapped(f"{'not run':<11} {count[OPEN]:>5}  fits, but the model was not run: {self.skipped}", 2, 21)
         found += _wrapped("What fits passes integrity, weights and sha256: a wrong table merges back what it split.", 0)
         for name in self.uncovered:
-            found += _wrapped(f"no checkpoint has the row {name}: bring one, --with PATH", 0)
+            found += _wrapped(f"no checkpoint has row {name}: provide one, --with PATH", 0)
         found += [line for name in self.checkpoints for line in _wrapped(f"checkpoint: {name}", 0, 2)]
         if each:
             for trial in self.trials:
-                found += _wrapped(f"{trial.by:<11} {trial.name}{': ' + trial.words if trial.words else ''}", 0, 14)
+                by = "not run" if trial.by == OPEN else trial.by
+                found += _wrapped(f"{by:<11} {trial.name}{': ' + trial.words if trial.words else ''}", 0, 14)
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -136,35 +138,36 @@ def _wrapped(text: str, indent: int, more: int | None = None) -> list[str]:
 
 
 def check_table(table: Table, given: Path | None = None, sample: int | None = None, progress: Progress | None = None) -> TableCheck:
-    """Damage a family table in every way and say what catches each damage.
+    """Mutate each row and axis of a family table, and report what catches each mutation.
 
-    `given`: a checkpoint of the family, opened with the table first, and run if it is small; what it lacks is tried on made-up ones.
-    `sample`: at most so many damages, spread over all. Raises ReshardError where the table itself does not fit, or no checkpoint can be
-    made up from it.
+    `given`: a checkpoint of the family, opened with the table first, and run if it is small; rows that it lacks are tested on
+    synthetic ones. `sample`: test at most this many mutations, spread over all. Raises ReshardError where the table itself
+    does not fit, or no synthetic checkpoint can be generated from it.
     """
     data = written(table)
     if word := next((word for word in _OF_FORMATS if data.get(word)), None):
         raise ReshardError(
-            f'"{table.name}" is the table of a format, not of a family: it has "{word}"', "give that of a family; shipped ones go by name"
+            f'"{table.name}" is a format table, not a family table: it has "{word}"',
+            "give a family table: a shipped one's name, or a TOML file",
         )
     progress = progress or Silent()
     skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
     with tempfile.TemporaryDirectory(prefix="reshard-check-") as scratch, _quiet_torch(skipped):
         benches = [Bench(str(given), given, table, skipped)] if given is not None else []
         for number, root in enumerate(made_up(table, Path(scratch)), 1):
-            name = f"made up {number}"
+            name = f"synthetic {number}"
             try:
                 benches.append(Bench(name, root, table, skipped))
             except ReshardError as error:
                 if given is None:
                     raise ReshardError(
-                        f'family "{table.name}": the checkpoint made up from its table does not fit it: {error.message}',
-                        "the table contradicts itself, or needs a config key that nobody can guess: give a checkpoint, --with PATH",
+                        f'family "{table.name}": the synthetic checkpoint generated from its table does not fit it: {error.message}',
+                        "the table contradicts itself, or needs a config key that cannot be guessed: --with PATH gives a checkpoint",
                     ) from None
         itself, right = benches[0].against_transformers() if given is not None else ("", None)
         todo = _spread(list(mutations(table)), sample)
         trials = []
-        progress.start("trying damages", len(todo), " damages")
+        progress.start("testing mutations", len(todo), " mutations")
         for mutation in todo:
             trials.append(tried(mutation, table, benches))
             progress.advance(1)

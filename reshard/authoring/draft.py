@@ -1,4 +1,4 @@
-"""A starter table for a family that has none: what headers and config.json tell, and what tensors of such names are elsewhere.
+"""A starter table for a family that has none, inferred from headers, config.json and tensors of similar names elsewhere.
 
 What is filled in is a guess that the shapes agree with; what could not be guessed is a comment that begins with TODO. Where transformers
 is installed, its own plan for tensor parallelism is a second opinion on what is cut. Prints nothing, writes nothing.
@@ -41,13 +41,13 @@ class Draft:
         """What is left to do, in a line or two."""
         if self.towers:
             return (
-                f'the language model is as in "{self.like}"; whole on the first stage: {", ".join(self.towers)}; then reshard check-table'
+                f'the language model is as in "{self.like}"; whole on the first stage: {", ".join(self.towers)}; next: reshard check-table'
             )
         if self.like:
-            return f'every tensor is as in "{self.like}": say in [model] how it runs, then reshard check-table'
-        todo = f"{len(self.open)} names are left to fill in ({OPEN})" if self.open else "no name is left open"
-        doubts = f"; {len(self.doubts)} rows are cut otherwise by transformers" if self.doubts else ""
-        return f"{self.filled} names of tensors filled in, {todo}{doubts}; read every row, then reshard check-table"
+            return f'every tensor is as in "{self.like}": describe the model in [model], then run reshard check-table'
+        todo = f"{len(self.open)} left to fill in ({OPEN})" if self.open else "none left to fill in"
+        doubts = f"; transformers splits {len(self.doubts)} rows differently" if self.doubts else ""
+        return f"{self.filled} tensor names filled in, {todo}{doubts}; review every row, then run reshard check-table"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -132,7 +132,7 @@ def _said(config: Config, axes: Iterable[str], order: list[str]) -> Iterator[str
         if there:
             yield f'{_quoted(axis)} = "{there[0]}"'
         elif axis not in ("group", "layer"):
-            yield f"# {OPEN} {axis}: solved from the shapes; give it a key of config.json, if there is one"
+            yield f"# {OPEN} {axis}: solved from the shapes; give its key in config.json, if there is one"
 
 
 def _quoted(key: str) -> str:
@@ -206,15 +206,15 @@ def _doubts(rows: Iterable[tuple[Found, Meaning]], config: Config) -> Iterator[s
             continue
         column, row = (bool(axes_of(dim) & cut) for dim in dims)
         if ("colwise" in way and not column) or ("rowwise" in way and not row):
-            yield f'{each.name}: transformers cuts it {way}, this row says "{meaning.pattern}"'
+            yield f'{each.name}: transformers splits it {way}, this row says "{meaning.pattern}"'
 
 
 # --- text ------------------------------------------------------------------------------------------------------------------------
 
 
-HEAD = """# Drafted by `reshard inspect --draft-table`. What is filled in agrees with config.json and the shapes, which is not proof:
-# k and v, gate and up, two norms have the same shapes. Read every row; `reshard check-table` and `reshard verify` say how
-# far to trust it. docs/notation.md is the notation, docs/vocabulary.md lists the logical names."""
+HEAD = """# Drafted by `reshard inspect --draft-table`. What is filled in agrees with config.json and the shapes, but k and v, gate and
+# up, or two norms have the same shapes. Review every row; `reshard check-table` and `reshard verify` say how far to trust
+# it. docs/notation.md describes the notation, docs/vocabulary.md lists the logical names."""
 
 
 def _alike(published: Published, found: list[Found]) -> Draft | None:
@@ -232,7 +232,7 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
                 understand(parse.parse(text, "draft", _text), published.config, stored)
             except ReshardError:
                 continue
-            note = f'# Every tensor has the name and the shape that it has in "{family}".'
+            note = f'# Every tensor has the same name and shape as in "{family}".'
             return Draft(f"{HEAD}\n{note}\n{text}", len(found), (), family)
     return None
 
@@ -249,7 +249,7 @@ def _around(published: Published, found: list[Found]) -> Draft | None:
     about = decode.toml_of(wrapper.texts[wrapper.name], wrapper.name)
     spelled = {start: [o for o in others if any(each.name.startswith(o) for each in found)] for start, others in about["names"].items()}
     text = f'name = {_text_of(_name(config))}\nlike = "{about["like"]}"\n'
-    text += f"towers = {json.dumps(towers)}  # carried whole, on the first stage: is none of them a part of the language model?\n[names]\n"
+    text += f"towers = {json.dumps(towers)}  # stored whole on the first stage: is any of them part of the language model?\n[names]\n"
     text += "".join(f"{json.dumps(start)} = {json.dumps(others)}\n" for start, others in spelled.items() if others)
     text += "".join(["[defaults]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in about["defaults"].items())])
     try:
@@ -343,7 +343,7 @@ def _in_words(each: Found, sizes: Sizes, plan: Mapping[str, str]) -> str:
         if size in sizes.values()
     ]
     way = plan.get(each.end.removesuffix(".weight"))
-    some += [f"transformers cuts it {way}"] if way else []
+    some += [f"transformers splits it {way}"] if way else []
     return f" {', '.join(some)}" if some else ""
 
 

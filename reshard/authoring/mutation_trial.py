@@ -1,4 +1,4 @@
-"""Trials: a damaged table on a checkpoint, beside the table as it is, until something tells them apart.
+"""Trials: a mutated table on a checkpoint, next to the table as it is, until some check tells them apart.
 
 A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests, weights or files.
 It is caught only where it does not fit a checkpoint, or where the model is run.
@@ -23,17 +23,17 @@ from ..tables import parse
 from ..tables.parse import Table
 from .mutations import Mutation
 
-# By what a damage is caught, and what that means; in the order in which it is tried.
+# What can catch a mutation, in the order tried, and what that means.
 RUNGS = {
-    "reading": "the table contradicts itself, and is not read",
-    "opening": "it does not fit the checkpoint, which is not opened",
-    "planning": "its tensors have other axes than the formats know",
-    "numerics": "it fits, merges back bit by bit, and the model computes other logits",
-    "beyond": "as numerics, but what differs is not looked at by verify --numerics",
+    "reading": "the table contradicts itself: it cannot be read",
+    "opening": "the table does not fit the checkpoint: it cannot be opened",
+    "planning": "tensors have axes that the formats do not know",
+    "numerics": "fits and merges back bit by bit, but the model computes other logits",
+    "beyond": "as numerics, but in something that verify --numerics does not check",
 }
 EQUIVALENT, MISSED, OPEN = "equivalent", "NOT CAUGHT", "not climbed"
 
-LARGEST = 50_000_000  # elements of a given checkpoint that is run, in float64, for every damage
+LARGEST = 50_000_000  # elements of a given checkpoint that is run, in float64, for every mutation
 MESHES = (Mesh(), Mesh(2), Mesh(3), Mesh(4), Mesh(8), Mesh(2, 2), Mesh(4, ep=2), Mesh(3, weights=(2, 1, 1)))
 TIMES, FLOOR = 16.0, 1e-7  # × the rounding between one rank and two; × the largest logit
 TRUE = 4.0  # × what transformers changes between float32 and float64: the bound of verify --numerics
@@ -42,7 +42,7 @@ PROMPTS, LENGTH = 2, 24
 
 @dataclass(frozen=True)
 class Trial:
-    """One damage, in words, what caught it, and how."""
+    """One mutation, in words, what caught it, and how."""
 
     name: str
     by: str
@@ -51,7 +51,7 @@ class Trial:
 
 
 def tried(mutation: Mutation, table: Table, benches: Sequence["Bench"]) -> Trial:
-    """One damage: read, then tried on the checkpoints that have its rows, until one tells it from the true table."""
+    """One mutation: read, then tried on the checkpoints that have its rows, until one tells it from the true table."""
     name = mutation.name
     damaged: Table | None = None
     if mutation.data is not None:
@@ -71,14 +71,14 @@ def tried(mutation: Mutation, table: Table, benches: Sequence["Bench"]) -> Trial
 
 
 def _on(bench: "Bench", mutation: Mutation, damaged: Table | None) -> Trial:
-    """One damage on one checkpoint."""
+    """One mutation on one checkpoint."""
     name = mutation.name
     if damaged is None:
         assert mutation.shift is not None
         leaf, axis = mutation.shift
         displaced = bench.displaced(leaf, axis) if leaf else bench.renumbered(mutation.rows[0], axis)
         if displaced is None:
-            return Trial(name, EQUIVALENT, "nothing to displace: an axis of one", bench.name)
+            return Trial(name, EQUIVALENT, "nothing to shift: an axis of size 1", bench.name)
         source = displaced
     else:
         try:
@@ -86,14 +86,14 @@ def _on(bench: "Bench", mutation: Mutation, damaged: Table | None) -> Trial:
         except ReshardError as error:
             return Trial(name, "opening", _line(error), bench.name)
         if meaning(source.layout) == bench.meaning:
-            return Trial(name, EQUIVALENT, "says the same of every element", bench.name)
+            return Trial(name, EQUIVALENT, "means the same for every element", bench.name)
     try:
         plan(source.layout, lay_out(bench.native, source.layout.model, bench.mesh))
     except ReshardError as error:
         return Trial(name, "planning", _line(error), bench.name)
     trial = Trial(name, OPEN, bench.why, bench.name) if bench.why else bench.judge(source, name)
     if trial.by not in RUNGS and damaged is not None and bench.shards(source) == bench.shards():
-        return Trial(name, EQUIVALENT, "makes the same shards on every mesh", bench.name)
+        return Trial(name, EQUIVALENT, "gives the same shards on every mesh", bench.name)
     return trial
 
 
@@ -104,7 +104,7 @@ def _line(error: ReshardError) -> str:
 
 
 class Bench:
-    """A checkpoint on which damages are tried, opened once with the true table."""
+    """A checkpoint on which mutations are tried, opened once with the true table."""
 
     def __init__(self, name: str, root: Path, table: Table, skipped: str | None) -> None:
         self.name, self.table = name, table
@@ -123,7 +123,7 @@ class Bench:
             self.mesh = Mesh()
         lay_out(self.native, model, self.mesh)
         elements = sum(tensor.elements for held, tensor in model.tensors.items() if held not in model.alias)
-        self.why = skipped or (f"{name} has {elements} elements, at most {LARGEST} are run" if elements > LARGEST else "")
+        self.why = skipped or (f"{name} is too large to run: {elements} elements, at most {LARGEST}" if elements > LARGEST else "")
         self.rounding = 0.0
         if not self.why:
             try:
@@ -145,7 +145,7 @@ class Bench:
         largest, own = float(self.wanted.abs().max()), _mutated().distance(self.same.logits, self.wanted)
         self.rounding = max(TIMES * own, FLOOR * largest)
         if not own < largest / 1000:
-            raise ReshardError(f"two ranks compute other logits than one: they differ by {own:.3g}, the largest is {largest:.3g}")
+            raise ReshardError(f"two ranks compute other logits than one: off by {own:.3g}, the largest is {largest:.3g}")
 
     def against_transformers(self) -> tuple[str, bool | None]:
         """What an independent implementation says of the table as it is, and whether that is that it is right; None: there is none."""
@@ -158,13 +158,13 @@ class Bench:
             reference = references.reference_for(self.source)
             if not reference.independent:
                 hint = f": {reference.hint}" if reference.hint else ""
-                return f"the table as it is: compared with nothing independent, but {reference.name}{hint}", None
+                return f"the table itself: no independent reference, only {reference.name}{hint}", None
             exact, own = (reference.logits(self.ids, dtype) for dtype in (torch.float64, torch.float32))
             if not (error := references.relative(own, exact)) <= references.FINE:
                 words = f"{reference.name} is off by {error:.2g} of the scale of its logits, more than rounding explains"
-                return f"the table as it is: compared with nothing independent: {words}", None
+                return f"the table itself: no independent reference: {words}", None
             off, bound = _mutated().distance(self.wanted, exact), TRUE * _mutated().distance(own, exact)
-            words = f"the table as it is: logits differ from those of {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
+            words = f"the table itself: logits differ from {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
             if not off > bound:
                 return words, True
             self.first = import_module("reshard.runtime.proof.first_difference").first_to_differ(self.source, reference, self.ids)

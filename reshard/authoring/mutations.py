@@ -1,4 +1,4 @@
-"""Damages of a table: every row and axis is exchanged, transposed, shifted, renamed or dropped, one at a time. Knows no checkpoint."""
+"""Mutations of a table: each row and axis exchanged, transposed, shifted, renamed or dropped, one at a time."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ Data = dict[str, Any]  # a table as TOML has it, `like` resolved
 
 @dataclass(frozen=True)
 class Mutation:
-    """A damage, in words: the table as TOML would have it, or an axis of a logical tensor (of a row's name: "") displaced by one.
+    """A mutation, in words: the table as TOML has it, or an axis of a logical tensor (of a row's name: "") shifted by one.
 
     `rows`: those that it touches.
     """
@@ -29,7 +29,7 @@ class Mutation:
 
 
 def mutations(table: Table) -> Iterator[Mutation]:
-    """Every damage of every row and axis, each once."""
+    """Every mutation of every row and axis, each once."""
     data = parse.written(table)
     seen = {identity(data)}
     for mutation in itertools.chain(_rows(data), _patterns(table, data), _axes(table, data), _shifts(table, data)):
@@ -41,7 +41,7 @@ def mutations(table: Table) -> Iterator[Mutation]:
 
 
 def identity(data: Data) -> str:
-    """What a table says, whatever else it holds: damages that say the same are one."""
+    """What a table says, whatever else it holds: mutations that say the same are one."""
     return json.dumps([data.get(key) for key in ("rows", "sizes", "axes")])
 
 
@@ -135,7 +135,7 @@ def _patterns(table: Table, data: Data) -> Iterator[Mutation]:
 
 
 def _damaged(product: Product, leaves: Sequence[str], axes: Sequence[str]) -> Iterator[tuple[str, Product, str | None]]:
-    """A product damaged in one place: in words, what it becomes, and other leaves where they go along."""
+    """A product mutated in one place: in words, what it becomes, and other leaves where they go along."""
     for n in range(len(product) - 1):
         one, other = product[n], product[n + 1]
         yield f"{_word(one)} and {_word(other)} exchanged", (*product[:n], other, one, *product[n + 2 :]), None

@@ -73,7 +73,8 @@ def made_up(table: Table, where: Path) -> Iterator[Path]:
 
 def _none(table: Table, why: str) -> ReshardError:
     return ReshardError(
-        f'family "{table.name}": no checkpoint can be made up from its table: {why}', "docs/notation.md shows the form of every key"
+        f'family "{table.name}": cannot generate a synthetic checkpoint from its table: {why}',
+        "docs/notation.md shows the form of every key",
     )
 
 
@@ -148,7 +149,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
                 ranges.append(range(sizes[axis]))
         elements += math.prod(map(len, ranges)) * math.prod(shape)
         if elements > MOST:
-            raise ReshardError(f"with the sizes that it fixes it has more than {MOST} elements")
+            raise ReshardError(f"the sizes that it fixes give more than {MOST} elements")
         names = [row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)]
         if names:
             shapes.append((at, row, [(name, dtype, shape) for name in names]))
@@ -163,7 +164,7 @@ def _check(table: Table, rows: Iterable[Row], sizes: Mapping[str, int]) -> None:
         if axis not in sizes:
             raise ReshardError(f"{what} has no size, whatever config.json says")
         if not 1 <= sizes[axis] <= LARGEST:
-            raise ReshardError(f"{what} has size {sizes[axis]}, one from 1 to {LARGEST} is needed")
+            raise ReshardError(f"{what} has size {sizes[axis]}, expected 1 to {LARGEST}")
 
 
 def _placed(table: Table, kinds: list[list[str]]) -> list[list[str]]:
@@ -306,7 +307,7 @@ def _nested(config: Data) -> Data:
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ReshardError(f"{section} is a section of config.json in {key}, and a value elsewhere")
+                raise ReshardError(f"{section} is a section of config.json in {key}, but a value elsewhere")
         place[last] = value
     return found
 

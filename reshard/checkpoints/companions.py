@@ -5,7 +5,6 @@ too; weights in other forms, nested checkpoints, large files and hidden folders 
 """
 
 import errno
-import json
 import os
 import re
 import stat
@@ -15,8 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..errors import ReshardError, failed
-from ..inputs import limits
+from ..errors import MismatchError, ReshardError, failed
+from ..inputs import decode, limits
 from ..text.escapes import in_line
 
 FOLDER_MAX = 1000  # files in a folder
@@ -134,9 +133,10 @@ def _modules(found: Found, read: Callable[[], bytes]) -> set[str]:
     size = found.get(MODULES)
     if not isinstance(size, int) or size > _MODULES_MAX:
         return set()
+    text = read()
     try:
-        said = json.loads(read())
-    except (ValueError, RecursionError):
+        said = decode.json_of(text, _MODULES_MAX, MODULES)
+    except ReshardError:
         return set()
     paths = [part.get("path") for part in said if isinstance(part, dict)] if isinstance(said, list) else []
     return {path.removeprefix("./").rstrip("/") for path in paths if isinstance(path, str)} - {""}
@@ -162,7 +162,7 @@ def beside(root: Path, taken: Collection[str]) -> tuple[tuple[Carried, ...], tup
     be read.
     """
     listing = _Listing(root, taken)
-    carried, left = sort_out(listing.found, taken, lambda: (root / MODULES).read_bytes())
+    carried, left = sort_out(listing.found, taken, lambda: decode.read(root / MODULES, _MODULES_MAX))
     for name in carried:
         if not os.access(root / name, os.R_OK):
             raise failed("opening", root / name, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -174,7 +174,7 @@ class _Listing:
 
     def __init__(self, root: Path, taken: Collection[str]) -> None:
         self.root, self.taken = root, set(taken)
-        self.homes = _homes(root)
+        self.homes = homes(root)
         self.found: dict[str, int | str | ReshardError] = {}
         self.stamps: dict[str, tuple[int, int]] = {}  # of files: size, modification time in ns
         self.counts: Counter[str] = Counter()  # what was found below each entry of the directory
@@ -235,12 +235,11 @@ class _Listing:
 
     def _astray(self, name: str, path: Path) -> str | ReshardError | None:
         """What is said of a link that leads out of the checkpoint: one of the files that make a checkpoint may, to a file of its name."""
-        target = Path(os.path.realpath(path))
-        if any(target.is_relative_to(home) for home in self.homes):
+        if (target := astray(path, self.homes)) is None:
             return None
-        if not CHECKPOINT.fullmatch(name) or "/" in name:
+        if not _of_a_checkpoint(name):
             return _ELSEWHERE
-        if target.name == path.name or (target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")):
+        if _of_that_name(path, target):
             return None
         return ReshardError(
             f"{path}: is a link to {target}, which is outside of the checkpoint and has another name",
@@ -248,7 +247,36 @@ class _Listing:
         )
 
 
-def _homes(root: Path) -> list[Path]:
+def astray(path: Path, homes: Iterable[Path]) -> Path | None:
+    """Where a path leads, if links lead it out of all of these directories; None if it stays."""
+    target = Path(os.path.realpath(path))
+    return None if any(target.is_relative_to(home) for home in homes) else target
+
+
+def check_links(root: Path, names: Iterable[str]) -> None:
+    """Raises MismatchError for a file of a shard directory, copied as it is or kept of the source, that is a link to somebody else's.
+
+    The directory's own (`source/…`) and files of a known name may be links to files of the same name, as on shared storage.
+    """
+    places = homes(root)
+    for name in names:
+        path = root / name
+        if (target := astray(path, places)) is None:
+            continue
+        if not ((_of_a_checkpoint(name) or _OURS.fullmatch(name.partition("/")[0])) and _of_that_name(path, target)):
+            raise MismatchError(f"{path}: leads to {target}, which is outside of the directory", "do not use this directory")
+
+
+def _of_a_checkpoint(name: str) -> bool:
+    return "/" not in name and CHECKPOINT.fullmatch(name) is not None
+
+
+def _of_that_name(path: Path, target: Path) -> bool:
+    """Whether a link leads to a file of its own name; what a blob of the Hub's cache is called says nothing."""
+    return target.name == path.name or (target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"))
+
+
+def homes(root: Path) -> list[Path]:
     """Where links may lead: the checkpoint itself; from a snapshot in the Hub's cache the blobs of the same model, too."""
     real = Path(os.path.realpath(root))
     repo = real.parent.parent

@@ -33,22 +33,13 @@ from ..tables.parse import Constant, Table, load, shipped
 from .companions import beside
 from .hf_split import loaded_order, resplit
 from .published import WEIGHTS, Original, Published, Tally, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
+from .source_kinds import EngineSource
 
 MAX_FILE_SIZE = 50 * 10**9  # bytes: what save_pretrained of transformers 5 splits by when nothing else is asked for
 NS = 10**9
 
 Place = tuple[Path, Entry]
 Held = dict[str, dict[int, str]]  # logical tensor → layer (-1: belongs to none) → dtype
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """What was found. `published`: what transformers would write of it; `residues`: of those files all that is no tensor."""
-
-    published: Published
-    layout: Layout
-    places: dict[Key, Place]
-    residues: dict[str, bytes]
 
 
 def recognised(root: Path) -> Table | None:
@@ -64,7 +55,7 @@ def recognised(root: Path) -> Table | None:
     return None
 
 
-def open_shards(root: Path, table: Table, family: Table | None = None) -> Foreign:
+def open_shards(root: Path, table: Table, family: Table | None = None) -> EngineSource:
     """Understand a directory that `recognised` gave a format for; `family` instead of the one that config.json names.
 
     Raises ReshardError for ranks that are missing, keys that are missing, doubled or unexpected, and every shape or dtype that is not
@@ -87,10 +78,23 @@ def open_shards(root: Path, table: Table, family: Table | None = None) -> Foreig
     except ReshardError as error:
         raise ReshardError(error.message, reading.advice(mesh) or error.hint) from None
     originals, tensors, residues = _as_transformers_would(model, _one_time(stamps))
-    published = Published(where, root, config, originals, tensors, *beside(root, {path.name for path in stamps}), origin_of(root))
+    carried, left = beside(root, {path.name for path in stamps})
+    published = Published(where, root, config, originals, tensors, carried, left, origin_of(root))
     model, originals = understood(published, family)
-    stamps = stamps_of(file.path for file in published.carried) | earlier | stamps
-    return Foreign(replace(published, originals=originals, stamps=stamps), lay_out(reading.format, model, mesh), places, residues)
+    return EngineSource(
+        where=where,
+        root=root,
+        config=config,
+        layout=lay_out(reading.format, model, mesh),
+        places=places,
+        originals=originals,
+        tensors=tensors,
+        carried=carried,
+        left=left,
+        origin=published.origin,
+        stamps=stamps_of(file.path for file in carried) | earlier | stamps,
+        residues=residues,
+    )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------

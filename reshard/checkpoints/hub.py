@@ -77,6 +77,10 @@ class Repo:
     files: dict[str, tuple[int, str | None]]
     blobs: dict[str, str] = field(default_factory=dict)
 
+    def check_size(self, name: str) -> None:
+        """Refuse, before any of it is fetched, a file to be read whole that is too large for that by what the Hub says of it."""
+        decode.fits(self.files[name][0], limits.CONFIG if name == "config.json" else limits.INDEX, f"{self.id}/{name}")
+
     def url(self, name: str) -> str:
         return hf_hub_url(self.id, name, revision=self.commit)
 
@@ -122,7 +126,7 @@ def published(text: str, revision: str | None) -> Published:
 
     @cache
     def read(name: str) -> bytes:
-        decode.fits(repo.files[name][0], limits.INDEX, f"{repo.id}/{name}")
+        repo.check_size(name)
         return _File(repo, name, AHEAD)(repo.files[name][0], 0)
 
     names, index_name, index = _weights(repo, read)
@@ -338,12 +342,14 @@ def _fetch(where: Ref, progress: Progress | None) -> tuple[Path, tuple[list[str]
     if repo is None:
         return _cached(where), None
     if "config.json" in repo.files:
+        repo.check_size("config.json")
         root = _download(where, "config.json").parent  # by revision, so that the cache notes which commit it is, for later use offline
         if root.name != repo.commit:  # the branch has moved on since
             repo = _listing(Ref(where.id, root.name)) or repo
     at = Ref(repo.id, repo.commit)
 
     def read(name: str) -> bytes:
+        repo.check_size(name)
         return decode.read(_download(at, name), limits.INDEX)
 
     names, index, _ = _weights(repo, read)

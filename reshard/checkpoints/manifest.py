@@ -16,7 +16,7 @@ from ..layout.cut import Layout
 from ..layout.mesh import Mesh
 from ..store.digest import of
 from ..store.digest import root as root_digest
-from .companions import Left, inside
+from .companions import Left, check_links, inside
 from .published import Origin, Original
 from .shards import FORMAT_VERSION
 
@@ -227,6 +227,7 @@ def load(directory: Path) -> Manifest:
     )
     if len(manifest.ranks) != manifest.mesh.world:
         raise MismatchError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
+    check_links(directory, (file.name for file in (*manifest.carried, *manifest.source)))
     return manifest
 
 

@@ -1,8 +1,9 @@
-"""Streams: the files that a conversion would write, byte after byte, without writing them. So they can be hashed in order.
+"""The files that a conversion would write as streams of bytes, in order, without writing them: to be hashed.
 
-    window of the file  ←  for each stored tensor in it the copies of the plan, clipped to the window; the rest from the residue
+    window of the file  ←  the plan's copies into each stored tensor, clipped to the window; the rest from the residue
 
-Memory is little more than a window per stream, whatever the size of a tensor. Knows files and offsets, nothing about models.
+Memory is little more than a window per stream, whatever the size of a tensor. Knows files and offsets, nothing about
+models.
 """
 
 import math
@@ -16,7 +17,7 @@ from ..errors import MismatchError
 from ..layout.cut import Point
 from ..layout.join import Copy, Dim, Plan, collapse
 from ..store.local import Batch, Pool, batches, buffer
-from .target import Output
+from .target import Target
 
 WINDOW = 4 << 20  # bytes
 PIECE = 512 << 10  # bytes read at once of what is not contiguous: they stay in cache until they are where they belong
@@ -29,10 +30,10 @@ Box = tuple[int, int, tuple[Dim, ...]]  # offset in the source's file, offset in
 
 
 class Streams:
-    """The files of an output. `plan` leads from `source` to it; safe among threads, each with a file of its own."""
+    """The files of a target. `plan` leads from `source` to it; safe among threads, each with a file of its own."""
 
-    def __init__(self, plan: Plan, source: Place, output: Output, pool: Pool) -> None:
-        self.plan, self.source, self.output, self.pool = plan, source, output, pool
+    def __init__(self, plan: Plan, source: Place, target: Target, pool: Pool) -> None:
+        self.plan, self.source, self.target, self.pool = plan, source, target, pool
         self._rooms: list[_Room] = []  # those that are free
         self._jobs: dict[Key, tuple[int, Point]] = {}
         for number, component in enumerate(plan.components):
@@ -40,7 +41,7 @@ class Streams:
                 for copy in component.copies(point):
                     self._jobs[copy.dst.rank, copy.dst_name] = number, point
         self._entries: dict[str, list[tuple[int, int, Key, Entry]]] = defaultdict(list)
-        for key, (name, entry) in output.entries.items():
+        for key, (name, entry) in target.entries.items():
             if entry.nbytes:
                 self._entries[name].append((entry.offset, entry.offset + extent(entry), key, entry))
         for entries in self._entries.values():
@@ -72,7 +73,7 @@ class Streams:
             yield window
 
     def _cuts(self, name: str) -> Iterator[tuple[int, int]]:
-        """Where the windows of a file begin and end: in a large tensor at whole rows, so that one window of it is laid out as the next."""
+        """Where the windows of a file begin and end: at whole rows of a large tensor, so that they are alike."""
         at = 0
         for start, stop, _, entry in self._entries.get(name, ()):
             if stop - start > WINDOW and start >= at:
@@ -80,7 +81,7 @@ class Streams:
                 yield from _steps(at, start, WINDOW)
                 yield from _steps(start, stop, WINDOW // row * row or WINDOW)
                 at = stop
-        yield from _steps(at, self.output.sizes[name], WINDOW)
+        yield from _steps(at, self.target.sizes[name], WINDOW)
 
     def copies(self, key: Key) -> list[Copy]:
         """Those that make up one stored tensor."""
@@ -90,9 +91,9 @@ class Streams:
     def _beside(self, name: str, window: memoryview, low: int, high: int) -> int:
         """Lay what is no tensor into a window; how many bytes that were."""
         covered = 0
-        for offset, data in self.output.literals.get(name, ()):
+        for offset, data in self.target.literals.get(name, ()):
             covered += _lay(window, low, high, offset, data)
-        for offset, length, place, at in self.output.moved.get(name, ()):
+        for offset, length, place, at in self.target.moved.get(name, ()):
             start, stop = max(offset, low), min(offset + length, high)
             if start >= stop:
                 continue
@@ -165,7 +166,7 @@ class _Stored:
                     self._read(path, part, room, low)
 
     def _read(self, path: Path, box: Box, room: _Room, low: int) -> None:
-        """One box into the window: by one read where its bytes stand near each other, else part by part of its widest source dimension."""
+        """One box into the window: by one read where its bytes are close, else split at the widest dimension."""
         offset, to, dims = box
         if len(dims) == 1 and dims[0][1:] == (1, 1):
             self.pool.read_into(path, offset, room.window[to - low : to - low + dims[0][0]])

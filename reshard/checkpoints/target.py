@@ -1,124 +1,128 @@
-"""An output: the files that a conversion is going to write, every offset known before the first byte is.
+"""What a conversion is going to write, behind one interface: shards for a mesh, or Hugging Face files.
 
-Three kinds: a shard directory, the original files restored, and Hugging Face files split anew. Nothing is written here.
+Every offset is known before the first byte is written. What differs between the kinds is answered here; nobody else
+asks which one it is.
 """
 
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..containers.safetensors import Entry
 from ..engine.worker import Key
-from ..errors import ReshardError
-from ..layout.cut import Layout, lay_out
-from ..layout.mesh import Mesh
-from ..tables.parse import Table
-from .shards import Shard, Shards
-from .source import Source
+from ..layout.cut import Layout
+from ..store.local import Pool
+from .manifest import Listed
+from .source_kinds import Extent, Source
 
 Literal = tuple[int, bytes]  # offset, bytes
-Moved = tuple[int, int, Path | bytes, int]  # offset, length, file they come from (or the bytes themselves), offset there
+Digests = Mapping[Key, list[bytes]]  # of stored tensors: the digest of each block
 
 
-@dataclass
-class Output:
-    """Where each stored tensor will be, below `root`; what else each file holds (`literals`, `moved`)."""
+class Other(Exception):
+    """The destination holds something else than would be written; the text says what."""
 
-    layout: Layout
-    sizes: dict[str, int]
+
+@dataclass(frozen=True)
+class Finished:
+    """Why nothing is to be written.
+
+    `by`: what showed that the source is the same: sha256, commit, sample or content, the weakest of them. `checked`:
+    whether the destination was read, too. `times`: mtimes of its files that let the next re-run do without reading all.
+    """
+
+    by: str
+    checked: bool
+    times: dict[Path, int]
+
+    def remember(self) -> None:
+        """Set the times: the content is equal, the next re-run need not read it. Skipped where OUT is read-only."""
+        for path, mtime in self.times.items():
+            with suppress(OSError):
+                os.utime(path, ns=(mtime, mtime))
+
+
+@dataclass(frozen=True)
+class Below:
+    """The files of a target below the directory where they are being written, or were."""
+
+    root: Path
     entries: dict[Key, tuple[str, Entry]]
-    literals: dict[str, list[Literal]] = field(default_factory=dict)
-    moved: dict[str, list[Moved]] = field(default_factory=dict)
-    mtimes: dict[str, int] = field(default_factory=dict)  # of Hugging Face files: those restored keep their time
-    whole: dict[str, bytes] = field(default_factory=dict)  # small files written as they are
-    shards: tuple[Shard, ...] = ()
-    plan: str = ""
-    root: Path = Path()
-    paths: dict[str, Path] = field(default_factory=dict)  # of the files of tensors, once there is a place for them
-
-    def below(self, root: Path) -> None:
-        """Say where the files are going to be."""
-        self.root = root
-        self.paths = {name: root / name for name in self.sizes}
+    paths: dict[str, Path]
 
     def locate(self, key: Key) -> tuple[Path, Entry]:
         name, entry = self.entries[key]
         return self.paths[name], entry
 
+
+@dataclass(frozen=True, kw_only=True)
+class Target(ABC):
+    """The files to be written. `entries`: stored tensor → its file and where it lies in that.
+
+    What is no tensor: `literals`, bytes of ours in the files of tensors; `moved`, stretches that come from the source;
+    `whole`, small files; and what `seal` adds. Files that are copied as is are no part of a target.
+    """
+
+    layout: Layout
+    sizes: dict[str, int]  # of the files of tensors
+    entries: dict[Key, tuple[str, Entry]]
+    literals: dict[str, list[Literal]] = field(default_factory=dict)
+    moved: dict[str, list[Extent]] = field(default_factory=dict)
+    whole: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def digested(self) -> bool:
+        """Whether `seal` needs the digests of what is written."""
+
+    @property
+    @abstractmethod
+    def last(self) -> str:
+        """The file without which nothing opens the directory: it must appear last."""
+
+    @property
+    @abstractmethod
+    def reserved(self) -> set[str]:
+        """Names at the top, of files or folders, that no file copied as is may take."""
+
+    @abstractmethod
+    def kept(self, source: Source) -> int:
+        """Bytes of the source's files, other than tensors and files copied as is, that `seal` stores."""
+
+    @abstractmethod
+    def seal(self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool) -> str | None:
+        """Write what follows from the rest: digests, residues, tables, the manifest, times.
+
+        The digest over all files, None if none is recorded. `engine`: name and version of that which the format is for.
+        `digests`: of all stored tensors, where they are `digested`. Raises OSError where a file cannot be written,
+        PlaceError where the source has changed.
+        """
+
+    @abstractmethod
+    def recognise(self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool) -> Finished:
+        """Decide by names, sizes, times and what is no tensor that `out` holds this target, made from this source.
+
+        Weights are left to the caller, by what `Finished.by` says: "content" is to be compared whole, "sample" in part.
+        `intact` checks `out` against its own digests, None if that was not asked for; with `checksum` nothing but
+        content counts. Raises Other where something else is there, MismatchError where it is damaged.
+        """
+
+    @abstractmethod
+    def lacks_sha256(self, out: Path) -> set[str]:
+        """Files of the source, published or copied as is, whose SHA-256 `out` has room for and does not record."""
+
+    @property
+    def names(self) -> set[str]:
+        """All files but those that `seal` adds."""
+        return {*self.sizes, *self.whole}
+
     @property
     def bytes(self) -> int:
+        """Size in bytes of these files."""
         return sum(self.sizes.values()) + sum(map(len, self.whole.values()))
 
-
-def sharded(layout: Layout) -> Output:
-    """A shard directory."""
-    shards = Shards(layout)
-    files = tuple(shards)
-    return Output(
-        layout,
-        {shard.file: shard.size for shard in files},
-        {(shard.rank, name): (shard.file, entry) for shard in files for name, entry in shard.header.entries.items()},
-        {shard.file: [(0, shard.prologue)] for shard in files},
-        shards=files,
-        plan=shards.digest,
-    )
-
-
-def restored(source: Source) -> Output:
-    """The original files, byte for byte: their tensors from the plan, everything else from the residue."""
-    names = [original.name for original in source.originals]
-    aside = set(source.layout.model.aside)
-    return Output(
-        source.published(),
-        {original.name: original.size for original in source.originals},
-        {(0, name): (names[at], entry) for name, (at, entry) in source.tensors.items() if name not in aside},
-        moved={original.name: list(source.residue(original)) for original in source.originals},
-        mtimes={original.name: original.mtime_ns for original in source.originals},
-    )
-
-
-def split_anew(source: Source, max_file_size: int) -> Output:
-    """Hugging Face files as transformers would write them with this limit; buffers kept aside are not written, as it would not."""
-    layout = source.published()
-    aside = set(layout.model.aside)
-    stored = {name: entry for name, (_, entry) in source.tensors.items() if name not in aside}
-    from . import hf_split
-
-    order = hf_split.loaded_order(stored)
-    files, index = hf_split.resplit([(name, stored[name].dtype, stored[name].shape) for name in order], max_file_size)
-    whole = {"model.safetensors.index.json": index} if index is not None else {}
-    newest = max((original.mtime_ns for original in source.originals), default=0)
-    return Output(
-        layout,
-        {file.name: len(file.header) + sum(entry.nbytes for _, entry in file.tensors) for file in files},
-        {(0, name): (file.name, entry) for file in files for name, entry in file.tensors},
-        {file.name: [(0, file.header)] for file in files},
-        mtimes=dict.fromkeys([*(file.name for file in files), *whole], newest),
-        whole=whole,
-    )
-
-
-def outputs(source: Source, to: str, mesh: Mesh, max_file_size: int | None) -> Output:
-    """The output that a request names: `to` is "hf", or a format."""
-    from ..tables import parse
-
-    if to == "hf":
-        if mesh != Mesh():
-            raise ReshardError(
-                f"--to hf writes one checkpoint for all ranks, {mesh} was asked for", "leave out --tp, --pp, --ep and --split"
-            )
-        return restored(source) if max_file_size is None else split_anew(source, max_file_size)
-    if max_file_size is not None:
-        raise ReshardError("--max-file-size only goes with --to hf", "a rank's file is mapped whole; its size follows from the mesh")
-    table = parse.load("formats", to).for_family(source.layout.model.family.name)
-    return sharded(lay_out(table, source.layout.model, mesh, tied=_stored_twice(source, table, mesh)))
-
-
-def _stored_twice(source: Source, table: Table, mesh: Mesh) -> dict[str, str]:
-    """Tensors that an engine, told by config.json that they are tied, wants once where the original has both (Qwen3-0.6B does)."""
-    model = source.layout.model
-    says = source.config.with_defaults(model.family.defaults).says
-    pairs = model.family.tied
-    if not table.engine or not table.tied or mesh.pp > 1 or not isinstance(pairs, dict) or not says("tie_word_embeddings"):
-        return {}
-    twice = model.tensors.keys() - {*model.alias, *model.alias.values()}
-    return {name: other for name, other in pairs.items() if {name, other} <= twice}
+    def below(self, root: Path) -> Below:
+        return Below(root, self.entries, {name: root / name for name in self.sizes})

@@ -156,7 +156,7 @@ def _told(row: Row) -> list[str]:
     if row.largest is not None and row.rms is not None:
         text += f", max {row.largest:.6g}, rms {row.rms:.6g}"
     if row.odd:
-        text += f"; {row.odd:,} are infinite or no number"
+        text += f"; {row.odd:,} are infinite or NaN"
     return [*wrapped(text), *(wrapped(f"worst in {row.side} at {row.worst}", 2) if row.worst else [])]
 
 
@@ -175,8 +175,8 @@ def difference(a: Source, b: Source, threads: int, progress: Progress | None = N
         one, other = a.layout.model.family.name, b.layout.model.family.name
         raise ReshardError(
             f"{a.where} is a {one} model with {len(mine)} kinds of tensors, {b.where} is a {other} model with {len(theirs)}: "
-            "none of them is in both",
-            "compare two checkpoints of one architecture",
+            "they have none in common",
+            "compare two checkpoints of the same architecture",
         )
     rows: list[Row] = []
     alike: dict[str, list[int | None]] = {}
@@ -390,8 +390,7 @@ def _row(dst: Source, name: str, layer: int | None, elements: int, counts: list[
     key, worst = next((item for item in counts if item[1].odd_at is not None), max(counts, key=lambda item: item[1].largest))
     at = worst.at if worst.odd_at is None else worst.odd_at
     entry = dst.locate(key)[1]
-    published = dst.manifest is None and not dst.residues
-    text = f"{'' if published else f'{key[0]}:'}{key[1]}{bracketed(unravel(_row_major(entry, at), entry.shape))}"
+    text = f"{dst.address(key)}{bracketed(unravel(_row_major(entry, at), entry.shape))}"
     largest = rms = None
     if floating(dtype):
         largest = max(count.largest for _, count in counts)
@@ -434,4 +433,4 @@ def _notes(a: Source, b: Source) -> Iterator[str]:
         alone = [name for name in one.layout.model.aside if name not in other.layout.model.aside]
         if alone:
             more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-            yield f"buffers that an engine recomputes are only in {side}, which is no difference: {alone[0]}{more}"
+            yield f"buffers that an engine recomputes are only in {side}, which does not count as a difference: {alone[0]}{more}"

@@ -230,15 +230,15 @@ class Explanation:
         if self.constant is not None:
             there = self.here.value if self.here is not None else None
             differs = there not in (None, self.constant)
-            what = f"{self.constant} by the table, here it is {there}" if differs else self.constant
-            found += wrapped(f"is the constant {what}: the engine wants it, no checkpoint has it")
+            what = f"{self.constant} (by the table; here it is {there})" if differs else self.constant
+            found += wrapped(f"is the constant {what}, which the engine expects and no checkpoint has")
         if self.kind == "buffer":
-            found += wrapped("is a buffer that an engine recomputes: no rank gets it, it is kept aside")
+            found += wrapped("is a buffer that engines recompute: skipped, no rank stores it")
             if self.kept is not None and self.here is not None and self.kept.file != self.here.file:
                 found += wrapped(f"its bytes are in the residue: {self.kept.place}", 2)
         if self.padding:
             what = "is padding" if self.padding == self.elements else f"has padding: {self.padding} of its {self.elements} elements"
-            found += wrapped(f"{what}, no logical tensor has an element there")
+            found += wrapped(f"{what}, part of no logical tensor")
         for part in self.parts:
             found += self._part(part)
         for note in self.notes:
@@ -378,8 +378,8 @@ def _parse(text: str) -> tuple[int | None, str, tuple[int, ...]]:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise ReshardError(
-            f"{text!r} names no element: RANK:NAME[I,J] or NAME[I,J] is needed, with indices from 0 on",
-            "for example 3:layers.7.attn.qkv[700,12]; fewer indices mean the whole row, none the whole tensor",
+            f"{text!r} is not an element: expected RANK:NAME[I,J] or NAME[I,J], with indices from 0",
+            "for example 3:layers.7.attn.qkv[700,12]; fewer indices select a whole row, none the whole tensor",
         )
     rank, name, indices = match.groups()
     return None if rank is None else int(rank), name, tuple(map(int, indices.split(","))) if indices else ()
@@ -390,8 +390,7 @@ class _Asking:
 
     def __init__(self, source: Source, asked: str, pool: Pool) -> None:
         self.source, self.asked, self.pool = source, asked, pool
-        self.published = source.manifest is None and not source.residues
-        self.originals = source.layout if self.published else source.published()
+        self.originals = source.published()
         pairs = source.layout.alias.items()
         self.same = {name: [name, *(b for a, b in pairs if a == name), *(a for a, b in pairs if b == name)] for name in self.tensors}
 
@@ -404,8 +403,8 @@ class _Asking:
         layout = self.source.layout
         if rank >= layout.mesh.world:
             last = layout.mesh.world - 1
-            ranks = "rank 0 alone" if last == 0 else f"ranks 0 to {last}"
-            raise ReshardError(f"{self.asked}: rank {rank} is asked for, {self.source.where} has {ranks}")
+            ranks = "only rank 0" if last == 0 else f"ranks 0 to {last}"
+            raise ReshardError(f"{self.asked}: there is no rank {rank}, {self.source.where} has {ranks}")
         found = _find(layout.by_rank[rank], name)
         if found is None:
             raise self._elsewhere(rank, name)
@@ -426,9 +425,9 @@ class _Asking:
         file, kept = self.source.originals[at].name, None
         here = Holding(None, name, first, name, last, 1, count, file, bits_of(entry, first))
         _, (begin, _, place, start) = self.source.buffer(name)
-        if isinstance(place, Path) and self.source.root is not None:
+        if (path := self.source.local(place)) is not None:
             low, high = (bit + 8 * (start - begin) for bit in here.bits)
-            kept = self._read(replace(here, file=self._relative(place), bits=(low, high)), place, entry.dtype)
+            kept = self._read(replace(here, file=self.source.relative(path), bits=(low, high)), path, entry.dtype)
         return self._explanation(
             "buffer", entry.dtype, entry.shape, here=replace(here, value=kept.value, raw=kept.raw) if kept else here, kept=kept
         )
@@ -483,7 +482,8 @@ class _Asking:
     def _part(self, name: str, box: Box, single: bool) -> Part:
         tensor = self.tensors[name]
         held = tuple(self._holdings(self.source.layout, name, box, self._locate, single))
-        origins = () if self.published else tuple(self._holdings(self.originals, name, box, self._locate_original, single))
+        elsewhere = self.originals is not self.source.layout  # else the published files are what holds it
+        origins = tuple(self._holdings(self.originals, name, box, self._locate_original, single)) if elsewhere else ()
         count = tensor.count([box[axis] for axis in tensor.axes])
         return Part(name, box, dict(zip(tensor.axes, tensor.sizes, strict=True)), count, held, origins)
 
@@ -509,16 +509,12 @@ class _Asking:
 
     def _locate(self, rank: int, name: str) -> tuple[str, Path | None, Entry]:
         path, entry = self.source.locate((rank, name))
-        return self._relative(path), path if self.source.root is not None else None, entry
+        return self.source.relative(path), self.source.local(path), entry
 
     def _locate_original(self, _: int, name: str) -> tuple[str, Path | None, Entry]:
         at, entry = self.source.tensors[name]
         file = self.source.originals[at].name
-        return file, self.source.root / file if self.published and self.source.root is not None else None, entry
-
-    def _relative(self, path: Path) -> str:
-        root = self.source.root
-        return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else str(path)
+        return file, self.source.published_paths.get(file), entry
 
     def _read(self, holding: Holding, path: Path, dtype: str) -> Holding:
         data = self.pool.read(path, holding.byte, -(-holding.bits[1] // 8) - holding.byte)
@@ -532,7 +528,7 @@ class _Asking:
             raise ReshardError(f"{self.asked}: {given}, {name} has {_counted(len(shape), 'dimension')}: {list(shape)}")
         for dimension, (at, size) in enumerate(zip(indices, shape, strict=False)):
             if at >= size:
-                words = f"{self.asked}: index {at} is beyond dimension {dimension} of {name}, which has size {size}"
+                words = f"{self.asked}: index {at} is out of range for dimension {dimension} of {name}, which has size {size}"
                 raise ReshardError(words, f"its shape is {list(shape)}")
         return math.prod(shape[len(indices) :])
 
@@ -541,13 +537,13 @@ class _Asking:
         notes, layout = [], self.source.layout
         for part in found.parts if found.single else ():
             codes = {holding.code for holding in part.held} - {None}
-            notes += ["they do not hold the same bytes: reshard verify finds out which are damaged"] * (len(codes) > 1)
+            notes += ["the copies differ: reshard verify reports which are damaged"] * (len(codes) > 1)
         if found.padding:
             axes = {axis for piece in self._pieces(found) for axis in piece.tensor.axes} & layout.padding.keys()
             padded = [(axis, *layout.padding[axis]) for axis in sorted(axes)]
             notes += [f"{axis} has {size}, {stored} are stored, over all ranks" for axis, size, stored in padded]
-        if self.source.residues and any(part.origins for part in found.parts):
-            notes.append("the original files are not known: they are told as transformers would write them")
+        if not self.source.originals_known and any(part.origins for part in found.parts):
+            notes.append("the original files are not known: shown as transformers would write them")
         return replace(found, notes=tuple(notes))
 
     def _pieces(self, found: Explanation) -> list[Piece]:

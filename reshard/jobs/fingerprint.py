@@ -341,7 +341,7 @@ _SHARE: decode.Form = {"world": range(1, RANKS + 1), "ranks": [int], "facts": st
 
 def share_from_json(data: Any, where: str = "share") -> Share:
     """A share as `Share.to_json` wrote it. Raises ReshardError, naming `where`, for anything else."""
-    where, hint = f"{where}: is no share of a fingerprint", "one that `reshard fingerprint PATH --rank N` printed"
+    where, hint = f"{where}: is not a share of a fingerprint", "give the output of `reshard fingerprint PATH --rank N`"
     decode.check(data, {"fingerprint": object}, where, hint=hint)
     if data["fingerprint"] != VERSION:
         raise ReshardError(
@@ -353,7 +353,7 @@ def share_from_json(data: Any, where: str = "share") -> Share:
         lines = tuple(map(_line_from_json, data["tensors"]))
         for one, other in pairwise(lines):
             if one.name >= other.name:
-                raise ValueError(f"tensor {other.name} stands after {one.name}: they are sorted by name, each there once")
+                raise ValueError(f"tensor {other.name} follows {one.name}: names must be sorted and unique")
     except ValueError as error:
         raise ReshardError(f"{where}: {error}", hint) from None
     return Share(tuple(data["ranks"]), data["world"], data["facts"], lines, data["seed"])
@@ -365,7 +365,7 @@ def _line_from_json(entry: Mapping[str, Any]) -> Line:
         raise ValueError(f"{name}: {len(axes)} axes have {len(sizes)} sizes")
     sums = tuple(int(value[at : at + 8], 16) for at in range(0, len(value), 8))
     if max(sums) >= P:
-        raise ValueError(f"{name}: {value} is no fingerprint: its numbers are below {P:#x}")
+        raise ValueError(f"{name}: {value} is not a fingerprint: its numbers must be below {P:#x}")
     return Line(name, entry["dtype"], axes, sizes, entry["elements"], sums)
 
 
@@ -383,7 +383,7 @@ def combine(shares: Iterable[Share]) -> Fingerprint:
     """
     shares = list(shares)
     if not shares:
-        raise ReshardError("there is no share to combine", "give the files of all ranks")
+        raise ReshardError("no shares to combine", "give the files of all ranks")
     first = shares[0]
     seen: dict[int, Share] = {}
     for share in shares:
@@ -397,10 +397,10 @@ def combine(shares: Iterable[Share]) -> Fingerprint:
                 one, other = (
                     f"ranks {_folded(s.ranks)} have {at.tensor if at else 'no more'}" for s, at in ((first, line), (share, beside))
                 )
-                raise ReshardError(f"the shares have different tensors: {one}; {other}", "make the shares anew, and leave them as they are")
+                raise ReshardError(f"the shares have different tensors: {one}; {other}", "compute the shares again, and do not edit them")
         for rank in share.ranks:
             if rank in seen:
-                raise ReshardError(f"the share of rank {rank} is there twice", "give each rank's share once")
+                raise ReshardError(f"the share of rank {rank} was given twice", "give each rank's share once")
             seen[rank] = share
     missing = sorted(set(range(first.world)) - seen.keys())
     if missing:

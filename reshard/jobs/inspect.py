@@ -20,6 +20,17 @@ from ..text.escapes import in_line
 from ..text.units import decimal
 from .plan import facts
 
+# What facts are called in the text, where not by their keys.
+LABELS = {
+    "around": "wraps",
+    "towers": "components",
+    "kept_aside": "buffers",
+    "carried": "copied as is",
+    "left": "left behind",
+    "root": "root digest",
+    "killed": "leftovers",
+}
+
 
 @dataclass(frozen=True)
 class Description:
@@ -34,9 +45,11 @@ class Description:
     def text(self) -> str:
         lines = []
         for key, value in self.facts.items():
-            if value in (None, [], {}, ""):
+            if value in (None, [], {}, "") or (key, value) == ("kept_aside", 0):
                 continue
-            name = key.replace("_", " ")
+            if key == "kept_aside":
+                value = f"{value} that engines recompute: skipped, but restored by --to hf"
+            name = LABELS.get(key, key)
             if key in ("bytes",):
                 value = decimal(value)
             if isinstance(value, list):
@@ -63,10 +76,10 @@ def _wrap(name: str, items: list[str], width: int = 80) -> list[str]:
 
 
 def describe(src: str | Path, revision: str | None = None, family: str | None = None) -> Description:
-    """Describe a source, and what killed conversions have left in it and next to it.
+    """Describe a source, and what killed conversions left in it and next to it.
 
-    A checkpoint that no table fits is described by its headers, with the reason; so is a directory that is no checkpoint where anything
-    was left in it.
+    A checkpoint that no table fits is described by its headers, with the reason; so is a directory that is no checkpoint if
+    there are leftovers in it.
     """
     killed = _killed(Path(src))
     try:
@@ -100,7 +113,6 @@ def published(src: str, revision: str | None) -> Published:
 
 def _understood(source: Source, name: str) -> dict[str, Any]:
     model, layout, about = source.layout.model, source.layout, facts(source, name)
-    known = source.manifest
     beside = {row.leaves[0] for row in model.family.rows if row.tower}
     own = {base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)} | model.family.sizes.keys()
     atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
@@ -124,7 +136,7 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "kept_aside": len(model.aside),
         "carried": [file.name for file in source.carried],
         "left": [file.name for file in source.left],
-        "root": known.root if known else None,
+        "root": source.root_digest,
     }
 
 
@@ -136,7 +148,7 @@ def _numbers(tensor: Tensor, model: Model) -> int:
 
 
 def _towers(model: Model) -> list[str]:
-    """What stands beside the language model, and how many parameters each has."""
+    """Components next to the language model, and how many parameters each has."""
     parameters: Counter[str] = Counter()
     for row in model.family.rows:
         if row.tower:

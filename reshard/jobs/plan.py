@@ -400,7 +400,7 @@ def _names(dim: Product) -> Iterator[str]:
 
 # --- as text ---------------------------------------------------------------------------------------------------------------
 
-LEGEND = "On a rank (column: outputs are cut, row: inputs are cut, whole: on every rank):"
+LEGEND = "Per rank (column: outputs are split, row: inputs are split, whole: not split):"
 
 
 def _text(report: Report, width: int) -> Iterator[str]:
@@ -460,11 +460,11 @@ def _on_disk(report: Report, width: int) -> Iterator[str]:
             names.append(f"{len(rest)} more {decimal(sum(n for _, n in rest))}")
         yield from _wrapped(f"replicated: {', '.join(names)}", width)
     for axis, (size, n) in report.repeats.items():
-        yield from _wrapped(f"repeated: each of the {size} {axis} stands on {n} ranks", width)
+        yield from _wrapped(f"repeated: each of the {size} {axis} is stored on {n} ranks", width)
     about = "" if report.disk_exact else "about "
     yield f"  disk needed {about}{decimal(report.disk)}"
     workers = "1 worker" if report.workers == 1 else f"{report.workers} workers"
-    yield f"  memory while converting {binary(report.memory)} at most ({workers})"
+    yield f"  memory while converting at most {binary(report.memory)} ({workers})"
 
 
 def _rows(report: Report, width: int) -> Iterator[str]:
@@ -498,15 +498,15 @@ def _rows(report: Report, width: int) -> Iterator[str]:
 
 
 def _towers(kind: LayerKind, mesh: Mesh, width: int) -> Iterator[str]:
-    """What is carried along whole, a line for each tower."""
+    """Components that are not split, a line for each."""
     towers: dict[str, list[StoredAs]] = defaultdict(list)
     for row in kind.rows:
         if row.tower:
             towers[row.tower].append(row)
     if towers:
-        where = "on the first stage" if mesh.pp > 1 else "as it was" if mesh.world == 1 else "on every rank"
+        where = "whole on the first stage" if mesh.pp > 1 else "unchanged" if mesh.world == 1 else "whole on every rank"
         yield ""
-        yield from _wrapped(f"other towers, which are not cut, whole {where}", width)
+        yield from _wrapped(f"other components, not split: {where}", width)
     for name, rows in towers.items():
         count = sum(row.count for row in rows)
         yield f"    {name}  {count} tensor{'s' * (count > 1)}, {decimal(sum(row.nbytes for row in rows))}"
@@ -525,7 +525,7 @@ def _words(row: StoredAs, name: str, alone: bool) -> str:
     if row.stage != "every":
         parts.append(f"{row.stage} stage only")
     if row.zero:
-        parts.append("zeros but on the first rank")
+        parts.append("zero except on the first rank")
     if row.count > 1:
         parts.append(f"{row.count} tensors")
     if row.logical and row.logical != (name,):
@@ -533,7 +533,7 @@ def _words(row: StoredAs, name: str, alone: bool) -> str:
         start = starts.pop() if len(starts) == 1 and len(row.logical) > 1 else ""
         parts.append("of " + ", ".join(leaf.removeprefix(start) if name.startswith(start) else leaf for leaf in row.logical))
     if row.gathered:
-        parts.append("gathered tile by tile")
+        parts.append("transposed or interleaved")
     return "; ".join(parts)
 
 
@@ -541,24 +541,24 @@ def _on_device(report: Report, width: int) -> Iterator[str]:
     cache, device = report.cache, report.device
     title = "At run time"
     if device is not None:
-        title += f" on {binary(device.memory)} per device, {binary(device.usable)} of it usable ({capacity.RESERVE_PERCENT} % in reserve)"
+        title += f" on {binary(device.memory)} per device, {binary(device.usable)} of it usable ({capacity.RESERVE_PERCENT} % reserved)"
     if report.context:
         title += f", context {report.context}, batch {report.batch}"
     yield from _wrapped(title + ":", width, "")
     head = min(max(4, *(len(group.ranks) for group in report.ranks)), width - 50)
-    yield f"  {'rank':<{head}}  {'weights':>11}  {'KV cache':>11}  {'together':>11}"
+    yield f"  {'rank':<{head}}  {'weights':>11}  {'KV cache':>11}  {'total':>11}"
     for group in report.ranks:
         *before, ranks = textwrap.wrap(group.ranks, head)
         yield from (f"  {line}" for line in before)
         both = group.nbytes + (group.cache or 0)
         kept = "not counted" if group.cache is None else binary(group.cache)
-        verdict = "" if device is None else "  fits" if both <= device.usable else "  too much"
+        verdict = "" if device is None else "  fits" if both <= device.usable else "  too large"
         yield f"  {ranks:<{head}}  {binary(group.nbytes):>11}  {kept:>11}  {binary(both):>11}{verdict}"
     if cache is not None:
-        short = f", {len(cache.windowed)} of them {cache.window} tokens at most" if cache.windowed else ""
+        short = f", {len(cache.windowed)} of them at most {cache.window} tokens" if cache.windowed else ""
         yield from _wrapped(f"KV cache in {'/'.join(cache.dtypes)}, {cache.layers} layers{short}", width)
         if report.extra_layers:
-            yield from _wrapped("the layers for multi-token prediction keep nothing in ordinary decoding", width)
+            yield from _wrapped("multi-token prediction layers cache nothing in ordinary decoding", width)
     elif report.context:
         yield from _wrapped(f"KV cache not counted: the table of family {report.family} does not say what is cached", width)
     else:
@@ -566,9 +566,9 @@ def _on_device(report: Report, width: int) -> Iterator[str]:
     if device is None:
         return
     if device.fits:
-        yield from _wrapped(f"fits, with {binary(device.usable - device.worst)} beside the reserve to spare", width)
+        yield from _wrapped(f"fits, with {binary(device.usable - device.worst)} to spare beyond the reserve", width)
     else:
-        yield from _wrapped(f"does not fit: {binary(device.worst - device.usable)} too much", width)
+        yield from _wrapped(f"does not fit: {binary(device.worst - device.usable)} over", width)
     if report.format != "hf":
         small = device.smallest
         found = f"{small} ({small.world} rank{'s' if small.world > 1 else ''})" if small else "none"
@@ -662,17 +662,10 @@ def _plain(value: Any) -> Any:
 
 def facts(source: Source, name: str, *options: str) -> SourceFacts:
     """What a report says of a source; `options` are what the next command must repeat."""
-    files = {path: None for path, _ in source.places.values()}
-    known = source.manifest
-    if known is not None:
-        sizes = [weights.size for weights, _ in known.ranks]
-    else:
-        weights = [original.size for original in source.originals if original.container != "plain"]
-        sizes = [source.stamps[path].size for path in files] if source.residues else weights
     return SourceFacts(
         name=name,
-        files=len(files),
-        nbytes=sum(sizes),
+        files=len({path for path, _ in source.places.values()}),
+        nbytes=source.weights_size,
         tensors=len(source.places),
         dtypes=Counter(entry.dtype for _, entry in source.places.values()),
         commit=source.origin.commit,

@@ -1,4 +1,4 @@
-"""Verdicts: what a verification did, rung by rung, and what that proves. Does nothing itself."""
+"""Verdicts: what each check of a verification found, and what that proves. Does nothing itself."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -130,7 +130,7 @@ class Report:
                 if rung is None or not rung.ok:
                     yield f"{name}: {rung.status if rung is not None else 'not run'}"
                 elif whole and not rung.whole:
-                    yield f"{name}: in part"
+                    yield f"{name}: only in part"
 
         found = lacking([name for name in self.required if name != PROVEN], False)
         return list(dict.fromkeys([*found, *(lacking(RUNGS, True) if PROVEN in self.required else ())]))
@@ -142,19 +142,19 @@ class Report:
             return "FAILED: " + ", ".join(rung.name for rung in self.rungs if rung.failures)
         if self.proven:
             return (
-                f"proven: {len(RUNGS)} of {len(RUNGS)} checks passed: the files are whole, hold the original's bits, make its files again,"
-                " and compute what it computes"
+                f"proven: {len(RUNGS)} of {len(RUNGS)} checks passed: the files are intact, every element equals the original's,"
+                " merging restores the published files, and the model computes the same"
             )
         said = {
-            ("integrity", OK): "the directory is whole",
-            ("weights", OK): "every element is the source's, bit by bit",
-            ("sha256", OK): "merging makes the published files",
-            ("numerics", OK): "the shards compute what the original does",
+            ("integrity", OK): "the files are intact",
+            ("weights", OK): "every element equals the original's, bit by bit",
+            ("sha256", OK): "merging restores the published files",
+            ("numerics", OK): "the model computes the same as the original",
             ("numerics", SELF_CONSISTENT): "the shards agree with this runtime at TP 1, which is not independent",
         }
         if any(rung.name == "integrity" and rung.notes for rung in self.rungs):
-            said["integrity", OK] = "the files that the manifest lists are whole"
-        done = [said[rung.name, rung.status] for rung in self.rungs if (rung.name, rung.status) in said] or ["nothing was proven"]
+            said["integrity", OK] = "the files that the manifest lists are intact"
+        done = [said[rung.name, rung.status] for rung in self.rungs if (rung.name, rung.status) in said] or ["nothing is proven"]
         if [rung.name for rung in self.rungs if rung.skipped is None] == ["integrity"] and len(self.rungs) > 1:
             done.append("--against SRC compares every element with the original")
         return f"{self.passed} of {len(RUNGS)} checks passed: {'; '.join(done)}"
@@ -163,7 +163,7 @@ class Report:
         """What a person wants to know."""
         found = [*(line for rung in self.rungs for line in rung.lines()), *words(self.left, WIDTH), *textwrap.wrap(self.verdict, WIDTH)]
         if self.unmet:
-            found += textwrap.wrap(f"NOT REACHED: --require {','.join(self.required)}: {', '.join(self.unmet)}", WIDTH)
+            found += textwrap.wrap(f"NOT MET: --require {','.join(self.required)}: {', '.join(self.unmet)}", WIDTH)
         return found
 
     def to_json(self) -> dict[str, Any]:

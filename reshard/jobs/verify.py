@@ -1,6 +1,6 @@
 """Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing instead of writing.
 
-The other rungs are climbed elsewhere: sha256 in originals, numerics in the runtime.
+The other checks are elsewhere: sha256 in verify_sha256, numerics in the runtime.
 """
 
 import json
@@ -59,7 +59,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
         return rung
     listed = list(known.files())
     if manifest.root_of(out, known) != known.root:
-        rung.failures.append(f"{manifest.NAME}: its root digest is not that of what it says")
+        rung.failures.append(f"{manifest.NAME}: its root digest does not match its contents")
     progress.start("checking digests", sum(file.size for file in listed))
     pool = Pool()
     rung.files = len(listed)
@@ -68,18 +68,16 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
         if not path.is_file():
             rung.failures.append(f"{file.name}: is missing")
         elif (size := path.stat().st_size) != file.size:
-            rung.failures.append(f"{file.name}: has {size} bytes, {file.size} were written")
+            rung.failures.append(f"{file.name}: has {size} bytes, expected {file.size}")
     strays = sorted({*_files_in(out)} - {manifest.NAME, manifest.LEFT, *(file.name for file in listed)})
     loaded = [name for name in strays if _might_be_loaded(name)]
-    rung.failures += [f"{name}: is none of the files of {manifest.NAME}, and an engine might load it" for name in loaded]
+    rung.failures += [f"{name}: is not listed in {manifest.NAME}, and an engine might load it" for name in loaded]
     if others := [name for name in strays if not _might_be_loaded(name)]:
         rung.numbers = {"unlisted": others}
         if strict:
-            rung.failures += [f"{name}: is none of the files of {manifest.NAME}" for name in others]
+            rung.failures += [f"{name}: is not listed in {manifest.NAME}" for name in others]
         else:
-            rung.notes.append(
-                f"{manifest.NAME} does not list {_names(others)}, so that nothing is known of {'it' * (len(others) == 1) or 'them'}"
-            )
+            rung.notes.append(f"{manifest.NAME} does not list {_names(others)}: not checked")
     broken = {failure.split(":")[0] for failure in rung.failures}
     whole = [file for file in listed if file.name not in broken]
     weights = {weights.name: tensors for weights, tensors in known.ranks}
@@ -97,7 +95,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
         progress.advance(block.size)
         if digest != block.digest:
             with lock:
-                rung.failures.append(f"{block.file}: {block.where} have digest {digest}, {block.digest} was written")
+                rung.failures.append(f"{block.file}: {block.where} have digest {digest}, expected {block.digest}")
 
     def blocks() -> Iterator[Block]:
         for file in whole:
@@ -152,7 +150,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
     except PlaceError:
         raise
     except ReshardError as error:
-        return [f"{manifest.NAME}, config.json and the tables do not belong together: {error.message}"]
+        return [f"{manifest.NAME}, config.json and the tables contradict each other: {error.message}"]
     layout = source.layout
     shards, found = Shards(layout), []
     for shard, (_, tensors) in zip(shards, known.ranks, strict=True):
@@ -160,7 +158,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         for tensor in said["tensors"]:
             del tensor["digest"]  # was checked with the bytes
         if not _says(decode.json_file(out / tensors.name, limits.TENSORS_JSON), said):
-            found.append(f"{tensors.name}: is not what the tables and config.json make of this rank")
+            found.append(f"{tensors.name}: contradicts the tables and config.json")
     kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
     kept |= {manifest.SUMS} if source.sums else set()
     kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
@@ -169,7 +167,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
     found += [f"{manifest.NAME}: {'does not list' if name in kept else 'lists'} {name}" for name in odd]
     engines = {f"{layout.table.engine['name']} {version}" for version in layout.table.engine["versions"]} if layout.table.engine else {None}
     if known.engine not in engines:
-        found.append(f"{manifest.NAME}: engine {known.engine!r} is none that the format is for")
+        found.append(f"{manifest.NAME}: engine {known.engine!r} is not one that the format supports")
     text, _ = manifest.dump(
         layout,
         engine=known.engine,
@@ -180,7 +178,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         source=known.source,
     )
     if not _says(decode.json_file(out / manifest.NAME, limits.MANIFEST), json.loads(text) | {"reshard": known.version, "root": known.root}):
-        found.append(f"{manifest.NAME}: is not what the tables and config.json make of this model and mesh")
+        found.append(f"{manifest.NAME}: contradicts the tables and config.json")
     return found
 
 
@@ -234,7 +232,7 @@ class Comparer:
                 found = self._buffer[: min(worker.TILE, entry.nbytes - at)]
                 self.pool.read_into(path, entry.offset + at, found)
                 if bytes(found).count(0) < len(found):
-                    self.fail(key, f"{path.parent.name}/{path.name}: {key[1]}: padding from byte {at} on is not zero")
+                    self.fail(key, f"{path.parent.name}/{path.name}: {key[1]}: padding is not zero from byte {at} on")
                 at += len(found)
             with self.lock:
                 self.rung.tensors += 1
@@ -281,7 +279,7 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
     try:
         halt = threading.Event()
         advance = until(halt, progress.advance)
-        ours = out.manifest is not None  # an engine's own padding and constants are what they were in its memory
+        ours = out.zero_padding
 
         def sink() -> Comparer:
             return Counting(out, pool, rung, lock, ours)
@@ -295,11 +293,12 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
                 (rung.failures if ours else rung.notes).append(f"{path.name}: {key[1]} is not {slot.template.value}")
-        if out.manifest is not None and {file.name for file in out.originals} == {file.name for file in source.originals}:
+        if out.keeps_residues and {file.name for file in out.originals} == {file.name for file in source.originals}:
             _residues(out, source, pool, rung)
         else:
             _buffers(out, source, pool, rung)
-            rung.notes += [f"{source.where} is cut into other files than those that merging writes"] if out.manifest is not None else []
+            if out.keeps_residues:
+                rung.notes.append(f"{source.where} is split into other files than merging would write")
         _carried(out.carried, source.carried, pool, rung)
     finally:
         pool.close()
@@ -310,7 +309,7 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
 
 
 class _Tied(Comparer):
-    than = "the tensor that it is tied to"
+    than = "the tensor it is tied to"
 
 
 def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None, sampled: bool = False) -> Rung:
@@ -338,13 +337,13 @@ def check_tied(source: Source, out: Layout, threads: int, progress: Progress | N
     if found := doubles(once, source, threads, progress, sampled).failures:
         names = ", ".join(f"{other} and {name}" for name, other in out.tied.items())
         raise ReshardError(
-            f"{source.where}: config.json says tie_word_embeddings, yet {names} are not equal: {found[0]}",
-            "an engine would use one for both: say tie_word_embeddings = false in config.json to keep both",
+            f"{source.where}: config.json sets tie_word_embeddings, but {names} are not equal: {found[0]}",
+            "an engine would use one for both: set tie_word_embeddings to false in config.json to keep both",
         )
 
 
 class _Copy(Comparer):
-    than = "the copy of a lower rank"
+    than = "a lower rank's copy"
 
 
 def replicas(out: Source, threads: int, progress: Progress | None = None) -> Rung:
@@ -385,7 +384,7 @@ def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
     """Buffers kept aside, as far as both have them: what transformers would not write may be missing."""
     for name in out.layout.model.aside:
         if name not in source.tensors:
-            (rung.failures if out.manifest is None else rung.notes).append(f"{name}: is not in the source")
+            (rung.notes if out.keeps_residues else rung.failures).append(f"{name}: is not in the source")
             continue
         (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(other, there, m):
@@ -397,13 +396,13 @@ def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
     for original in source.originals:
         other = mine[original.name]
         if (other.size, other.holes) != (original.size, original.holes):
-            rung.failures.append(f"{original.name}: the shards do not remember it as it is")
+            rung.failures.append(f"{original.name}: differs from the file that the shards were made from")
             continue
         for (_, length, path, at), (_, _, other_path, other_at) in zip(source.residue(original), out.residue(other), strict=True):
             for start in range(0, length, BLOCK):
                 n = min(BLOCK, length - start)
                 if pool.read(path, at + start, n) != pool.read(other_path, other_at + start, n):
-                    rung.failures.append(f"{original.name}: header or buffers differ from what the shards remember")
+                    rung.failures.append(f"{original.name}: header or buffers differ from what the shards recorded")
                     break
         rung.files += 1
 
@@ -413,7 +412,7 @@ def _carried(out: Sequence[Carried], source: Sequence[Carried], pool: Pool, rung
     for file in source:
         other = there.get(file.name)
         if other is None:
-            rung.failures.append(f"{file.name}: was not carried along")
+            rung.failures.append(f"{file.name}: was not copied")
         elif other.size != file.size or pool.read(file.path, 0, file.size) != pool.read(other.path, 0, other.size):
             rung.failures.append(f"{file.name}: differs from the source's")
         rung.files += 1
@@ -459,7 +458,7 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
     shards = manifest.present(out)
     if not shards and source is None and wish.published is None:
         manifest.check_lost(out)
-        raise ReshardError(f"{out}: has no manifest, so there is nothing to verify it by", "give the original: --against SRC")
+        raise ReshardError(f"{out}: has no manifest to verify against", "give the original: --against SRC")
     opened: list[Source] = []
 
     def open_out() -> Source:
@@ -476,14 +475,14 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
 
         known = wish.published if wish.published is not None else verify_sha256.recorded(open_out())
         if not known and not wish.sha256 and wish.only is None:
-            return Rung("sha256", skipped="no digest of the original files is known: convert --sha256, or --hub ID")
+            return Rung("sha256", skipped="no digests of the original files recorded: convert --sha256, or --hub ID")
         rung = verify_sha256.sha256(open_out(), known, threads, progress)
         rung.failures += replicas(open_out(), threads, progress).failures  # files are made of the lowest rank's
         return rung
 
     def compute() -> Rung:
         if wish.numerics is None:
-            return Rung("numerics", skipped="not asked for: --numerics, --only numerics")
+            return Rung("numerics", skipped="not requested: --numerics, --only numerics")
         if source is not None:
             _same_model(open_out(), source)
         return wish.numerics(out, source, progress)
@@ -491,7 +490,7 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
     no_manifest = None if shards else "no manifest"
     climbs: dict[str, tuple[str | None, Callable[[], Rung]]] = {
         "integrity": (no_manifest, lambda: integrity(out, threads, progress, wish.strict)),
-        "weights": (None if source is not None else "there is nothing to compare with: --against SRC", weigh),
+        "weights": (None if source is not None else "nothing to compare with: --against SRC", weigh),
         "sha256": (None, restore),
         "numerics": (None, compute),
     }
@@ -505,7 +504,7 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
             rungs.append(Rung(name, skipped=missing))
             continue
         if any(rung.failures for rung in rungs):
-            rungs.append(Rung(name, skipped="an earlier rung failed"))
+            rungs.append(Rung(name, skipped="an earlier check failed"))
             continue
         began = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""The proof without the original: digests of the published files, from the shards alone, against those that were recorded or published.
+"""The proof without the original: digests of the published files, made from the shards alone, against known ones.
 
 What merging would write is streamed and hashed; nothing is written, nothing but metadata is downloaded.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoints.source import Source
 from ..checkpoints.streams import Streams
-from ..checkpoints.target import restored
+from ..checkpoints.target_files import restored
 from ..errors import ReshardError, failed
 from ..layout.join import plan
 from ..store.digest import FileDigest
@@ -25,8 +25,7 @@ Job = tuple[str, int, Iterator[memoryview | bytearray]]  # name and size of a fi
 
 def recorded(out: Source) -> dict[str, FileDigest]:
     """The digests that a directory remembers of the published files: those of the Hub, or of `convert --sha256`."""
-    known = {original.name: original.sha256 for original in out.originals if original.sha256} | out.sums
-    return {name: FileDigest("sha256", digest, "was recorded") for name, digest in known.items()}
+    return {name: FileDigest("sha256", digest, "was recorded") for name, digest in out.sha256().items()}
 
 
 def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress: Progress | None = None) -> Rung:
@@ -37,8 +36,8 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
     progress, rung = progress or Silent(), Rung("sha256")
     if not any(original.name in wanted for original in out.originals):
         raise ReshardError(
-            f"{out.where}: no SHA-256 of the original files is known",
-            "convert --sha256 records them; --hub ID asks the Hub for those that it publishes",
+            f"{out.where}: the SHA-256 digests of the original files are not known",
+            "convert --sha256 records them; --hub ID gets them from the Hub",
         )
     restored_files = restored(out)
     known = [original for original in out.originals if original.name in wanted]
@@ -63,7 +62,7 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
             if state.hexdigest() != digest.value:
                 with lock:
                     kind = "SHA-256" if digest.kind == "sha256" else "git id"
-                    rung.failures.append(f"{name}: the shards make a file of {kind} {state.hexdigest()}, {digest.value} {digest.by}")
+                    rung.failures.append(f"{name}: merging gives {kind} {state.hexdigest()}, but {digest.value} {digest.by}")
 
         jobs: list[Job] = [(file.name, file.size, streams.windows(file.name)) for file in known]
         jobs += [(file.name, file.size, pool.chunks(file.path, 0, file.size)) for file in along]
@@ -83,22 +82,19 @@ def _first(out: Source, wanted: Mapping[str, FileDigest]) -> str:
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
-def hashable(source: Source) -> bool:
-    """Whether the published files are there to be hashed: of shards no more is known than what their directory remembers."""
-    return source.root is not None and source.manifest is None and not source.residues
-
-
 def hashed(source: Source, threads: int, progress: Progress) -> Source:
-    """The source with the SHA-256 of every published file, and of every one carried along, that is not known yet.
+    """The source with the SHA-256 of every published file, and of every file copied as is, that is not known yet.
 
+    Where the published files are not at hand it is returned as it is: of shards no more is known than they record.
     Raises PlaceError if a file is not what it was when its header was read.
     """
     import hashlib
 
-    if source.root is None or not hashable(source):
+    paths = source.published_paths
+    if not paths:
         return source
     halt = threading.Event()
-    files = {original.name: (source.root / original.name, original.size) for original in source.originals if not original.sha256}
+    files = {original.name: (paths[original.name], original.size) for original in source.originals if not original.sha256}
     files |= {file.name: (file.path, file.size) for file in source.carried}
     found: dict[str, str] = {}
     progress.start("computing SHA-256", sum(size for _, size in files.values()))

@@ -53,6 +53,16 @@ def check_stamp(path: Path, stamp: Stamp, status: os.stat_result | None) -> None
         raise PlaceError(f"{path}: was changed while it was being read: {what}", "convert again, when nobody writes to it any more")
 
 
+def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Raise PlaceError if a file that was read is not what it was when it was opened first."""
+    for path, stamp in stamps.items():
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            status = None
+        check_stamp(path, stamp, status)
+
+
 def buffer(size: int) -> memoryview:
     """So many bytes of memory, of which no page is taken before it is written to."""
     return memoryview(mmap.mmap(-1, max(size, 1)))[:size]

@@ -13,8 +13,9 @@ Knows nothing about what is published.
 import errno
 import fcntl
 import hashlib
-import json
 import os
+import re
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import PlaceError, Replaced, ReshardError
+from ..inputs import decode, limits
 from ..text.units import decimal
 
 INSIDE = ".reshard-work"
 _MARKER, _NEW, _OLD, _LIST = "reshard.marker", "new", "old", "entries.json"
+_ENTRY = re.compile(r"(?!\.{1,2}\Z)[^/\0]+", re.DOTALL)  # a name in OUT itself, and no way out of it
 _LONGEST = 255  # bytes of a name, on every file system of Linux
 _TRIES, _WAIT = 6, 0.02  # seconds: somebody who only asks whether a folder is locked holds the lock for a moment
 
@@ -104,12 +107,16 @@ class WorkFolder:
         return set(names(self.new))
 
     def entries(self) -> list[str]:
-        """What a commit that was begun publishes; empty: none was begun."""
+        """What a commit that was begun publishes; empty: none was begun. Anything else that it says was not written by reshard."""
         try:
-            found = json.loads(self.listing.read_text())
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # killed while it was written: nothing had been moved
+            if not stat.S_ISREG(self.listing.lstat().st_mode):
+                return []
+            found = decode.json_file(self.listing, limits.FILES, [_ENTRY])
+        except PlaceError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, ReshardError):  # killed while it was written: nothing had been moved
             return []
-        return found if isinstance(found, list) else []
+        return [str(name) for name in found]
 
     def torn(self) -> bool:
         """Whether OUT is neither what it was nor what it shall be: a commit was begun and has not ended."""
@@ -120,7 +127,8 @@ class WorkFolder:
 
     def marked(self) -> bool:
         """Whether it is there and reshard's."""
-        return not self.path.is_symlink() and (self.path / _MARKER).is_file()
+        marker = self.path / _MARKER
+        return not self.path.is_symlink() and not marker.is_symlink() and marker.is_file()
 
     def locked(self) -> bool:
         """Whether a job is at work in it."""
@@ -180,7 +188,7 @@ class WorkFolder:
     def _check_names(self, descriptor: int) -> None:
         """An empty folder is one that was just made; one with anything else in it must be marked, and hold nothing but ours."""
         found = sorted(os.listdir(descriptor))
-        odd = [name for name in found if name not in (_MARKER, _NEW, _OLD, _LIST)] if _MARKER in found else found
+        odd = [name for name in found if not _ours(name, descriptor)] if _MARKER in found else found
         if odd:
             raise self._foreign(f"holds {odd[0]}, which reshard did not put there")
 
@@ -189,6 +197,14 @@ class WorkFolder:
             f"{self.path}: {what}; conversions to {self.out} use a folder of that name while they work",
             "move it away, or choose another destination; nothing in it was touched",
         )
+
+
+def _ours(name: str, folder: int) -> bool:
+    """Whether an entry of a work folder is one that reshard makes: a link of such a name would lead it to somebody else's files."""
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if name in (_NEW, _OLD):
+        return stat.S_ISDIR(status.st_mode)
+    return name in (_MARKER, _LIST) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def beside(out: Path) -> WorkFolder:

@@ -1,4 +1,4 @@
-"""Text for people, of which strangers may have written a part: control characters are shown, not obeyed. Prints nothing.
+"""Text for people, parts of which may be untrusted: control characters are escaped. Prints nothing.
 
 A name in a checkpoint may hold what moves a terminal's cursor, sets its title, or turns the order of the text around it.
 """

@@ -91,7 +91,7 @@ def numerics(
 
     if source is None:
         return skipped("there is nothing to compare with", "--against SRC")
-    if source.root is None or source.manifest is not None or source.residues:
+    if not source.published_paths:
         return skipped(f"{source.where} is not a published checkpoint", "--against the original")
     elements = sum(
         tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias

@@ -235,10 +235,9 @@ class _Theirs:
         from safetensors import safe_open
 
         found: dict[str, torch.Tensor] = {}
-        assert self.source.root is not None
         for at, original in enumerate(self.source.originals):
             names = {name for name, (file, _) in self.source.tensors.items() if file == at}
-            path = self.source.root / original.name
+            path = self.source.published_paths[original.name]
             if original.container == "safetensors":
                 with safe_open(path, "pt") as file:
                     found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a mapping
