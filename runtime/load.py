@@ -62,6 +62,7 @@ def load_model(
     default to the dtype of most of them. Block-scaled FP8 and its scales are not cast; what is WIDE is not narrowed.
     Raises ReshardError, and Lost if another rank fails or has another checkpoint.
     """
+    check_verify(verify)
     world = world or _world(timeout)
     world.phase = "load"
     with world.failing():

@@ -40,6 +40,7 @@ def load_shard(out: str | os.PathLike[str], rank: int, verify: str | None = None
     load the same conversion. Raises ReshardError for a wrong version, rank, size, header or digest, where possible
     before anything is mapped; PlaceError for another root, and if `out` keeps being replaced.
     """
+    check_verify(verify)
     path = local(out, "shards to load")
 
     def load(_: Directory) -> State:

@@ -34,7 +34,7 @@ WAYS = {
     "raises": ("rank 2 failed in {phase}: ValueError: something broke", AT_ONCE),
     "hangs": ("rank 2 did not reach sum mlp", SILENCE),
     "skips": ("rank 2 diverged in {phase}: it is at", SILENCE),
-    "manifest": ("rank 2 diverged in {phase}: its manifest is theirs, that of rank 0 is ours", AT_ONCE),
+    "manifest": ("rank 2 diverged in {phase}: its manifest is theirs, but ours on rank 0", AT_ONCE),
     "shapes": ("rank 2 diverged in {phase}: it is at sum mlp [2, 8] float32", AT_ONCE),
     "dtypes": ("rank 2 diverged in {phase}: it is at sum mlp [1, 8] float64", AT_ONCE),
     "large": ("rank 2 diverged in {phase}: it is at sum mlp [9999, 8] float32", AT_ONCE),

@@ -420,7 +420,7 @@ def test_a_digest_is_checked_on_the_way_to_another_mesh(mine: Path) -> None:
     weights(mine, 1).write_bytes(data)
     opened = load.open_for(mine, None, Rank(0, 1))  # type: ignore[arg-type]
     opened.state(0)
-    with pytest.raises(MismatchError, match="have digest"):
+    with pytest.raises(MismatchError, match="digest is"):
         opened.state(0, verify="hash")
 
 
