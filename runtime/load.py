@@ -24,7 +24,7 @@ from reshard.store.location import local
 from reshard.store.workfolder import check_whole
 
 from .cast import Cast
-from .mapped import State, load_shard
+from .mapped import State, check_verify, load_shard
 from .resharded import Reader
 
 if TYPE_CHECKING:

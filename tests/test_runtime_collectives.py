@@ -248,7 +248,7 @@ def test_another_message_is_named() -> None:
 
 def test_ranks_agree_or_the_one_that_does_not_is_named_with_both_values() -> None:
     said = lost(4, lambda world: world.agree({"mesh": "TP 4", "manifest": "beef" if world.rank == 1 else "cafe"}))
-    assert said == "rank 1 diverged in decode: its manifest is beef, that of rank 0 is cafe"
+    assert said == "rank 1 diverged in decode: its manifest is beef, but cafe on rank 0"
 
 
 def test_a_rank_that_raises_ends_the_others_at_once_and_its_error_is_raised() -> None:

@@ -514,7 +514,7 @@ def test_a_rank_with_another_manifest_is_named(tmp_path: Path) -> None:
         return "agreed"
 
     theirs, ours = (json.loads((tmp_path / f"out{seed}" / "manifest.json").read_text())["root"] for seed in (1, 0))
-    assert set(run_threads(4, work)) == {f"rank 2 diverged in load: its manifest is {theirs}, that of rank 0 is {ours}"}
+    assert set(run_threads(4, work)) == {f"rank 2 diverged in load: its manifest is {theirs}, but {ours} on rank 0"}
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------------------
@@ -573,5 +573,5 @@ def test_a_rank_that_cannot_load_ends_the_job_with_its_own_error(mine: Path) -> 
 
 
 def test_ranks_that_want_other_dtypes_are_told_apart(shards: Path) -> None:
-    with pytest.raises(Lost, match=r"rank 1 diverged in load: its dtype is torch.float16, that of rank 0 is torch.float32"):
+    with pytest.raises(Lost, match=r"rank 1 diverged in load: its dtype is torch.float16, but torch.float32 on rank 0"):
         run_threads(2, lambda world: load_model(shards, dtype=(torch.float32, torch.float16)[world.rank], world=world))
