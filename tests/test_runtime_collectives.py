@@ -218,8 +218,8 @@ def lost(size: int, work: Callable[[World], Any], timeout: float = WATCHDOG) -> 
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        (torch.ones(3), "rank 1 diverged in decode: it is at sum mlp [3] float32; rank 0 at sum mlp [2] float32"),
-        (torch.ones(2, dtype=torch.int32), "rank 1 diverged in decode: it is at sum mlp [2] int32; rank 0 at sum mlp [2] float32"),
+        (torch.ones(3), "rank 1 diverged in decode: it is at sum mlp [3] float32, rank 0 at sum mlp [2] float32"),
+        (torch.ones(2, dtype=torch.int32), "rank 1 diverged in decode: it is at sum mlp [2] int32, rank 0 at sum mlp [2] float32"),
     ],
 )
 def test_another_shape_or_dtype_is_named_with_its_rank_and_phase(theirs: torch.Tensor, words: str) -> None:
@@ -228,7 +228,7 @@ def test_another_shape_or_dtype_is_named_with_its_rank_and_phase(theirs: torch.T
 
 def test_another_collective_is_named() -> None:
     said = lost(3, lambda world: world.all_reduce(torch.ones(2), range(3), "attn" if world.rank == 2 else "mlp"))
-    assert said == "rank 2 diverged in decode: it is at sum attn [2] float32; rank 0 at sum mlp [2] float32"
+    assert said == "rank 2 diverged in decode: it is at sum attn [2] float32, rank 0 at sum mlp [2] float32"
 
 
 def test_a_share_of_another_size_is_named() -> None:
@@ -243,7 +243,7 @@ def test_another_message_is_named() -> None:
         else:
             world.recv((2,), torch.float32, 0)
 
-    assert lost(2, work) == "rank 1 diverged in decode: it is at pass [2] float32; rank 0 at pass [3] float32"
+    assert lost(2, work) == "rank 1 diverged in decode: it is at pass [2] float32, rank 0 at pass [3] float32"
 
 
 def test_ranks_agree_or_the_one_that_does_not_is_named_with_both_values() -> None:
