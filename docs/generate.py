@@ -12,16 +12,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import rooms
 
-from reshard.tables import parse
+from reshard.tables import families, formats
+from reshard.tables.facts import FACTS, ROUTING, Fact
+from reshard.tables.families import Family
 from reshard.tables.notation import Sum
-from reshard.tables.parse import Row, Table
+from reshard.tables.row import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = ("", ".py", ".md", ".json")
@@ -32,22 +34,22 @@ SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
 # --- the families ----------------------------------------------------------------------------------------------------------------
 
 
-def families() -> str:
+def family_rows() -> str:
     """A Markdown table with one row per family table, and what scripts/gauntlet saw of it."""
-    vllm = parse.load("formats", "vllm").families
+    vllm = formats.load("vllm").families
     seen = json.loads((ROOT / "docs" / "gauntlet.json").read_text(encoding="utf-8"))
     lines = ["| family | converts | runs | check-table | attention | feed-forward | also |", "|---|---|---|---|---|---|---|"]
-    for name in parse.shipped("families"):
-        table = parse.load("families", name)
+    for name in families.shipped():
+        table = families.load(name)
         also = "; ".join(word for word in (_also(table), "`--to vllm`" if name in vllm else "") if word)
         results = _results(table, seen.get(name, {}))
         lines.append(f"| `{name}` | {results} | {_attention(table)} | {_feed_forward(table)} | {also} |")
     return "\n".join(lines)
 
 
-def _results(table: Table, seen: dict[str, Any]) -> str:
+def _results(table: Family, seen: dict[str, Any]) -> str:
     """Meshes converted to and run at, and damages noticed; a dash for what was not tried since the table changed, or did not hold."""
-    if seen.get("table") != parse.digest(table.name):
+    if seen.get("table") != families.digest(table.name):
         return "– | – | –"
     failed = " ".join(seen["failed"])
     converts = "fails" if " converts: " in failed else f"{seen['meshes']} meshes"
@@ -56,11 +58,11 @@ def _results(table: Table, seen: dict[str, Any]) -> str:
     return f"{converts} | {runs} | {'100 %' if seen['caught'] == seen['damages'] else f'{min(share, 99.9):.1f} %'}"
 
 
-def _leaves(table: Table) -> dict[str, Row]:
+def _leaves(table: Family) -> dict[str, Row]:
     return {leaf.partition("@")[0]: row for row in reversed(table.rows) for leaf in row.leaves}
 
 
-def _attention(table: Table) -> str:
+def _attention(table: Family) -> str:
     leaves, words = _leaves(table), []
     if "attn.kv_a" in leaves:
         words.append("latent")
@@ -91,7 +93,7 @@ def _attention(table: Table) -> str:
     return ", ".join(words)
 
 
-def _feed_forward(table: Table) -> str:
+def _feed_forward(table: Family) -> str:
     leaves, words = _leaves(table), []
     if "mlp.up" in leaves:
         fused = ", fused" if len(leaves["mlp.up"].leaves) > 1 else ""
@@ -104,7 +106,7 @@ def _feed_forward(table: Table) -> str:
     return "; ".join(words)
 
 
-def _also(table: Table) -> str:
+def _also(table: Family) -> str:
     words = []
     if table.extra:
         words.append("multi-token prediction layers")
@@ -202,15 +204,22 @@ def _without_numbers(check: re.Match[str]) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------------------
 
 
+def facts(known: Mapping[str, Fact]) -> str:
+    """A Markdown table of facts of `[model]`, or of a part of it."""
+    lines = [f"| `{name}` | {fact.meaning.replace('|', chr(92) + '|')} |" for name, fact in known.items()]
+    return "\n".join(("| key | meaning |", "|---|---|", *lines))
+
+
 def reader() -> str:
     return f"```python\n{(ROOT / 'docs/reader.py').read_text(encoding='utf-8').strip()}\n```"
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/start/tutorial.md": {"session": session},
-    "docs/families.md": {"families": families},
+    "docs/families.md": {"families": family_rows},
     "docs/architecture.md": {"tree": tree},
     "docs/format.md": {"reader": reader},
+    "docs/notation.md": {"facts": lambda: facts(FACTS), "routing": lambda: facts(ROUTING)},
 }
 
 

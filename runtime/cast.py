@@ -12,7 +12,7 @@ from .dtypes import DTYPES
 if TYPE_CHECKING:
     from reshard.layout.cut import Layout
     from reshard.model.understand import Model
-    from reshard.tables.parse import Row
+    from reshard.tables.row import Row
 
 # Used in float32 whatever the other weights are (routers, recurrences, residual streams), as in transformers.
 WIDE = (
@@ -63,7 +63,7 @@ def main_dtype(model: "Model") -> torch.dtype | None:
 
 def _named(layout: "Layout", rank: int, chosen: "Callable[[Row], bool]") -> set[str]:
     """The stored names on a rank that belong to the chosen rows."""
-    from reshard.tables.parse import Row
+    from reshard.tables.row import Row
 
     slots = [slot for slot in layout.by_rank[rank] if isinstance(slot.template, Row) and chosen(slot.template)]
     return {slot.name(point) for slot in slots for point in slot.points()}

@@ -18,7 +18,7 @@ from reshard.errors import MismatchError
 from reshard.layout.cut import Layout, lay_out
 from reshard.model.naming import tower_rows
 from reshard.model.understand import Model, Tensor
-from reshard.tables import parse
+from reshard.tables import formats, wrappers
 from reshard.tables.config import Config
 from reshard.tables.notation import evaluate, fold, parse_template
 
@@ -27,7 +27,7 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     """The config, and a layout with this rank's tensors. Raises MismatchError where the rank's file has others."""
     about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
     config = Config(read_json(root / "config.json"))
-    family = parse.named(known.family, config)
+    family = wrappers.named(known.family, config)
     config = config.with_defaults(family.defaults)
     try:
         tensors = _tensors(said, about["sizes"])
@@ -48,7 +48,7 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
         raise MismatchError(
             f"{root}: cannot read the description of rank {rank}: {error!r}", "fetch its tensors.json again"
         ) from None
-    table, mesh = parse.load("formats", known.format).for_family(family.name), known.mesh
+    table, mesh = formats.load(known.format).for_family(family.name), known.mesh
     if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
         mesh = replace(mesh, ep=1)  # a stage without experts: EP cuts nothing
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)

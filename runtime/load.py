@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from reshard.layout.cut import Layout
     from reshard.layout.mesh import Mesh
     from reshard.tables.config import Config
-    from reshard.tables.parse import Table
+    from reshard.tables.families import Family
 
     from .comm.collectives import World
     from .model.decoder import Decoder
@@ -76,13 +76,11 @@ def load_model(
     return decoder.eval()
 
 
-def with_facts(family: "Table") -> "Table":
+def with_facts(family: "Family") -> "Family":
     """A family table with `[model]`: the shipped one, if a directory was converted with one that had none."""
-    from reshard.tables import parse
+    from reshard.tables import families
 
-    return (
-        family if family.model or family.name not in parse.shipped("families") else parse.load("families", family.name)
-    )
+    return family if family.model or family.name not in families.shipped() else families.load(family.name)
 
 
 def _world(timeout: float) -> "World":
@@ -216,7 +214,7 @@ def _open_for(
     from reshard.layout.capacity import explain_refusal
     from reshard.layout.cut import lay_out
     from reshard.layout.mesh import Mesh
-    from reshard.tables import parse
+    from reshard.tables import formats
 
     known = manifest.load(root) if manifest.present(root) else None
     if known is not None:
@@ -243,7 +241,7 @@ def _open_for(
         return Opened(directory, root, config, layout, known, None)
     source = out if isinstance(out, Source) else open_out(root)
     model = source.layout.model
-    table = parse.load("formats", NATIVE).for_family(model.family.name)
+    table = formats.load(NATIVE).for_family(model.family.name)
     try:
         layout = lay_out(table, model, wanted)
     except ReshardError as error:

@@ -34,7 +34,7 @@ from reshard.checkpoints.source import check_small_files, open_source
 from reshard.containers import safetensors, torch_zip
 from reshard.errors import ReshardError
 from reshard.jobs import fingerprint
-from reshard.tables import parse
+from reshard.tables import families, formats
 from reshard.tables.config import Config
 
 SECONDS, MEMORY = 10.0, 512 << 20  # of CPU time for one file; of memory for all of a target's
@@ -319,10 +319,10 @@ def family_tables(dice: random.Random) -> Callable[[], object]:
 
 @target
 def shipped_tables(dice: random.Random) -> Callable[[], object]:
-    kind = dice.choice(("families", "formats"))
-    name = dice.choice(parse.shipped(kind))
-    text = mutated((parse.HOME / kind / f"{name}.toml").read_bytes(), dice).decode(errors="replace")
-    return lambda: parse.parse(text, "f", parse._shipped(kind))
+    kind = dice.choice((families, formats))
+    shipped = kind._SHIPPED
+    text = mutated(shipped.text(dice.choice(shipped.names())).encode(), dice).decode(errors="replace")
+    return lambda: kind.parse(text, "f", shipped.text)
 
 
 @target

@@ -34,10 +34,12 @@ from reshard.layout.join import Plan
 from reshard.layout.mesh import Mesh
 from reshard.model.naming import settle
 from reshard.model.understand import Config, Model, Tensor, understand
-from reshard.tables import parse
+from reshard.tables import families
+from reshard.tables.families import Family
+from reshard.tables.formats import Format
 from reshard.tables.layer_rules import layers_named
 from reshard.tables.notation import Product, Sum, block_of, evaluate
-from reshard.tables.parse import Row, Table
+from reshard.tables.row import Row
 
 Array = np.ndarray[Any, Any]
 
@@ -84,9 +86,9 @@ def headers(name: str) -> tuple[dict[str, Any], Headers]:
     return config, {key: Stored(DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in read(directory).items()}
 
 
-def table_of(name: str) -> Table:
+def table_of(name: str) -> Family:
     """The family table of a fixture."""
-    return parse.load("families", FIXTURES[name].family)
+    return families.load(FIXTURES[name].family)
 
 
 @cache
@@ -104,7 +106,7 @@ def invented(
     `kinds`: those of each layer, extra layers included (none needed where the table has no `one_of`). `tags`: which are there.
     Weights are BF16, scales F32; a tied head is left out where config says so.
     """
-    table = parse.load("families", family)
+    table = families.load(family)
     config = {"model_type": family} | config
     for axis, expression in table.sizes.items():
         atoms = table.axes.get(axis, (axis,))
@@ -115,10 +117,10 @@ def invented(
         value = evaluate(expression, Config(config, table.defaults).get)
         if value is not None:
             known[axis] = value
-    tied = isinstance(table.tied, dict) and Config(config, table.defaults).says("tie_word_embeddings")
+    tied = Config(config, table.defaults).says("tie_word_embeddings")
     stored: Headers = {}
     for row in settle(table, {}, known).rows:
-        if row.tags - set(tags) or (tied and isinstance(table.tied, dict) and row.leaves[0] in table.tied):
+        if row.tags - set(tags) or (tied and row.leaves[0] in table.tied):
             continue
         shape = row.pattern.measure(lambda _, axis: size_of(axis, known))[0]
         layers = [at for at in range(max(known["layer"], len(kinds))) if row.within(set(kinds[at] if kinds else ()))]
@@ -194,7 +196,7 @@ def hold(layout: Layout, values: Mapping[str, Array]) -> dict[Key, Array]:
 def stored_extent(layout: Layout, row: Row, piece: Piece, axis: str) -> int:
     """How much of an axis a stored tensor has room for: what it holds, or its equal part of the padded size."""
     low, high = piece.box[piece.tensor.axes.index(axis)]
-    table, mesh = layout.table, layout.mesh
+    table, mesh = layout.format, layout.mesh
     if axis not in table.pad or axis not in table.cut.get("tp", ()) or row.whole or row.cut or mesh.weights:
         return high - low
     unit = math.prod(mesh.tp if factor == "tp" else int(factor) for factor in table.pad[axis].split("*"))
@@ -273,7 +275,7 @@ class Joint:
     formats: tuple[str, str]
 
     def model(self) -> Model:
-        table = parse.parse(self.family, "family")
+        table = families.parse(self.family, "family")
         layers = tuple(range(self.sizes["layer"]))
         found = {
             name: Tensor(name, axes, tuple(size_of(axis, self.sizes) for axis in axes), ("BF16",), layers if "layer" in axes else None)
@@ -369,7 +371,7 @@ class Invention:
     stored: Headers
 
     def model(self) -> Model:
-        return understand(parse.load("families", self.family), Config(self.config), self.stored, self.family)
+        return understand(families.load(self.family), Config(self.config), self.stored, self.family)
 
 
 SMALL: Mapping[str, Sequence[int]] = {
@@ -387,8 +389,8 @@ SMALL: Mapping[str, Sequence[int]] = {
 @st.composite
 def inventions(draw: st.DrawFn) -> Invention:
     """Any family, with any of its options and kinds of layers, at random sizes; weights in 8 bits with scales are left to fixtures."""
-    family = draw(st.sampled_from(parse.shipped("families")))
-    table = parse.load("families", family)
+    family = draw(st.sampled_from(families.shipped()))
+    table = families.load(family)
     axes = {axis for row in table.rows for axis in (*row.name.axes, *(a for path in row.pattern.axes for a in path)) if "/" not in axis}
     axes |= {"layer"}
     solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression) and not said(expression)}
@@ -472,7 +474,7 @@ def meshes(layers: int, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Mesh]:
     return found + [Mesh(n, pp, 1, weights[n], counts) for n in tp if n in weights for pp, counts in stages]
 
 
-def fitting(table: Table, model: Model, tp: Sequence[int] = (1, 2, 3, 4)) -> list[Layout]:
+def fitting(table: Format, model: Model, tp: Sequence[int] = (1, 2, 3, 4)) -> list[Layout]:
     """The layouts of a model in a format on all small meshes that it can lie on; all others are refused by ReshardError."""
     found = []
     for mesh in meshes(model.main_layers, tp):

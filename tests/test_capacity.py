@@ -13,11 +13,11 @@ from reshard.layout import capacity
 from reshard.layout.cut import Layout, lay_out
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, understand
-from reshard.tables import parse
+from reshard.tables import families, formats
 from reshard.tables.layer_rules import layers_named
 
 GIB = 1 << 30
-NATIVE = parse.load("formats", "native")
+NATIVE = formats.load("native")
 
 SMALL = shapes.LLAMA_70B | {
     "hidden_size": 96,
@@ -30,7 +30,7 @@ SMALL = shapes.LLAMA_70B | {
 
 
 def model_of(config: dict[str, Any], headers: shapes.Headers) -> Model:
-    return understand(parse.load("families", config["model_type"]), Config(config), headers)
+    return understand(families.load(config["model_type"]), Config(config), headers)
 
 
 @once
@@ -202,7 +202,7 @@ def test_gemma_s_even_layers_keep_a_window() -> None:
 
 
 def windowed(family: str, layers: int = 6, **config: Any) -> tuple[int | None, tuple[int, ...]]:
-    table = parse.load("families", family)
+    table = families.load(family)
     return capacity.window(Model(table, {}, {}, {}, main_layers=layers), Config({"model_type": family, **config}))
 
 
@@ -278,8 +278,8 @@ def test_a_null_window_is_none_and_a_short_layer_types_is_refused() -> None:
 
 def test_every_family_says_what_it_caches() -> None:
     """Each names logical tensors of its own; only what does not run may leave its cache uncounted, and `plan` says so."""
-    for name in parse.shipped("families"):
-        table = parse.load("families", name)
+    for name in families.shipped():
+        table = families.load(name)
         if "cache" not in table.model:
             assert not table.runs, name
             continue
@@ -369,11 +369,11 @@ def test_the_split_that_works_is_in_whole_kv_groups() -> None:
     assert capacity.split_that_works(NATIVE, llama(), Mesh(tp=6)) == (2, 2, 1, 1, 1, 1)
     assert capacity.split_that_works(NATIVE, deepseek(True), Mesh(tp=3)) == (22, 21, 21)  # pairs of heads: 2 × 192 is whole blocks
     assert capacity.split_that_works(NATIVE, llama(), Mesh(tp=12)) is None
-    assert capacity.split_that_works(parse.load("formats", "vllm"), llama(), Mesh(tp=3)) is None
+    assert capacity.split_that_works(formats.load("vllm"), llama(), Mesh(tp=3)) is None
 
 
 def refused(model: Model, format: str = "native", **mesh: Any) -> str:
-    table = parse.load("formats", format)
+    table = formats.load(format)
     with pytest.raises(ReshardError) as caught:
         lay_out(table, model, Mesh(**mesh))
     told = capacity.explain_refusal(caught.value, table, model, Mesh(**mesh))
@@ -398,7 +398,7 @@ def test_a_refusal_names_the_sizes_that_would_work() -> None:
 
 def test_a_mesh_that_a_refusal_names_works() -> None:
     """Every mesh that is named lays out on all of its ranks, and has as many ranks as were asked for."""
-    vllm, named = parse.load("formats", "vllm"), 0
+    vllm, named = formats.load("vllm"), 0
     asked = [(deepseek(True), Mesh(32), NATIVE), (deepseek(True), Mesh(64, ep=32), NATIVE), (llama(), Mesh(12, 2), vllm)]
     asked += [(small(), Mesh(tp, pp), table) for tp in (5, 6, 12, 20, 64) for pp in (1, 2, 3) for table in (NATIVE, vllm)]
     for model, mesh, table in asked:

@@ -26,8 +26,9 @@ from reshard.jobs.verify import verify
 from reshard.runtime.comm.collectives import World
 from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model
-from reshard.tables import parse
-from reshard.tables.parse import Table
+from reshard.tables import families, formats
+from reshard.tables.families import Family
+from reshard.tables.shipped import HOME
 from reshard.text.progress import Lines
 
 Get = Callable[[str], Path]
@@ -35,8 +36,8 @@ FAMILIES = sorted({fixture.family for fixture in FIXTURES.values()})
 SAMPLE = {"llama": 200, "gpt_neox": 200, "mixtral": 200, "deepseek_v3": 200}
 
 
-def family(name: str) -> Table:
-    return parse.load("families", name)
+def family(name: str) -> Family:
+    return families.load(name)
 
 
 @cache
@@ -109,12 +110,12 @@ def test_every_row_axis_and_size_is_damaged_and_no_damage_twice(name: str) -> No
     assert len({mutation.name for mutation in found}) == len(found)
     keys = [damaging.identity(mutation.data) for mutation in found if mutation.data is not None]
     assert len(set(keys)) == len(keys)
-    assert damaging.identity(parse.written(table)) not in keys
+    assert damaging.identity(table.written) not in keys
     assert sum(" dropped" in mutation.name and mutation.name.startswith("row ") for mutation in found) == len(table.rows)
     shifted = {mutation.shift for mutation in found if mutation.shift is not None and mutation.shift[0]}
     axes = {(leaf, axis) for row in table.rows for leaf, path in zip(row.leaves, row.pattern.axes, strict=True) for axis in path}
     assert shifted == axes
-    for axis in parse.written(table)["sizes"]:
+    for axis in table.written["sizes"]:
         assert {f"size of axis {axis} dropped", f"size of axis {axis} shifted by one"} <= {mutation.name for mutation in found}
 
 
@@ -236,7 +237,7 @@ def test_a_table_that_is_wrong_itself_is_told_by_a_given_checkpoint(checkpoint: 
         ["model.layers.{layer}.self_attn.v_proj.weight", "(kv head_dim) hidden", "attn.k"],
     ]
     (tmp_path / "mine.toml").write_text(f'name = "mine"\nlike = "llama"\nrows = {json.dumps(rows)}\n')
-    table = parse.load_file(tmp_path / "mine.toml")
+    table = families.load_file(tmp_path / "mine.toml")
     found = check_table(table, checkpoint("llama"), sample=20)
     assert found.wrong and not found.ok and found.missed == ()
     assert "caught" not in found.lines()[0]
@@ -256,18 +257,18 @@ def test_a_table_of_axes_that_nobody_knows_is_checked_too(tmp_path: Path) -> Non
     sizes = {"layer": "layers", "a": "as"}
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": sizes}))
     with pytest.raises(ReshardError, match="format"):
-        check_table(parse.load_file(tmp_path / "mine.toml"))
+        check_table(families.load_file(tmp_path / "mine.toml"))
     rows = [["wte", "vocab hidden", "embed"], ["h.{layer}.n", "hidden", "attn_norm"], ["n", "hidden", "norm"]]
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": {"layer": "layers", "hidden": "size"}}))
-    found = check_table(parse.load_file(tmp_path / "mine.toml"))
+    found = check_table(families.load_file(tmp_path / "mine.toml"))
     assert found.skipped is not None and found.skipped.startswith("the runtime cannot run synthetic 1")
     assert found.ok and not found.proven and found.count[OPEN] > 0
 
 
-@pytest.mark.parametrize("name", parse.shipped("formats"))
+@pytest.mark.parametrize("name", formats.shipped())
 def test_the_table_of_a_format_is_refused(name: str) -> None:
-    done = command("check-table", str(parse.HOME / "formats" / f"{name}.toml"), "--sample", "1")
-    assert (done.code, done.out) == (2, "") and f'"{name}" is a format table, not a family table' in done.err
+    done = command("check-table", str(HOME / "formats" / f"{name}.toml"), "--sample", "1")
+    assert (done.code, done.out) == (2, "") and f'"{name}" is the table of a format, not of a family' in done.err
 
 
 ODD = {
@@ -296,7 +297,7 @@ def test_a_table_of_which_no_checkpoint_can_be_made_up_is_refused_with_the_reaso
     text, why = ODD[what]
     (tmp_path / "odd.toml").write_text(f'name = "odd"\n{text}\n')
     with pytest.raises(ReshardError, match=f'family "odd": cannot generate a synthetic checkpoint from its table: .*{why}'):
-        check_table(parse.load_file(tmp_path / "odd.toml"), sample=1)
+        check_table(families.load_file(tmp_path / "odd.toml"), sample=1)
 
 
 def test_whatever_else_a_table_says_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +310,7 @@ def test_a_table_may_have_any_number_of_axes_that_nobody_knows(tmp_path: Path) -
     """All of them get sizes that no other has."""
     rows = [["wte", "vocab hidden", "embed"], *([f"w{n}", f"a{n} hidden", f"x{n}"] for n in range(40))]
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows}))
-    root = next(made_up(parse.load_file(tmp_path / "mine.toml"), tmp_path))
+    root = next(made_up(families.load_file(tmp_path / "mine.toml"), tmp_path))
     shapes = [entry.shape for _, entry in open_published(root).tensors.values()]
     assert len({shape[0] for shape in shapes} | {shapes[0][1]}) == 42
 

@@ -89,7 +89,7 @@ def test_help_imports_nothing_heavy() -> None:
         "tqdm",
         "safetensors",
         "reshard.engine.worker",
-        "reshard.tables.parse",
+        "reshard.tables.families",
     }
 
 

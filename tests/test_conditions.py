@@ -11,7 +11,7 @@ from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
 from reshard.runtime.model.spec import Spec
 from reshard.runtime.model.spec_values import Facts
-from reshard.tables import parse
+from reshard.tables import families
 from reshard.tables.config import Config
 
 CONFIG = Config({"on": True, "off": False, "null": None, "four": 4, "also": 4, "five": 5})
@@ -92,4 +92,4 @@ def test_what_no_fact_describes_does_not_run(name: str, changes: dict[str, objec
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     source = open_source(tmp_path / name)
     with pytest.raises(ReshardError, match=f"runs only with {re.escape(words)}"):
-        Spec.of(parse.load("families", source.layout.model.family.name), source.config, source.layout.model)
+        Spec.of(families.load(source.layout.model.family.name), source.config, source.layout.model)

@@ -26,8 +26,11 @@ from safetensors.torch import load_file
 import reshard
 from reshard import cli
 from reshard.containers.safetensors import BITS
-from reshard.tables import parse
+from reshard.tables import families, formats
+from reshard.tables import keys as keys_of
+from reshard.tables.facts import FACTS, ROUTING
 from reshard.tables.notation import parse_pattern
+from reshard.tables.row import STAGES, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
@@ -483,7 +486,7 @@ def _example() -> str:
 
 def test_example_table_works(tmp_path: Path) -> None:
     """The table of the notation page converts a checkpoint of a family that is not shipped, written by transformers, and merges it back."""
-    assert "biogpt" not in parse.shipped("families")
+    assert "biogpt" not in families.shipped()
     config = transformers.BioGptConfig(
         vocab_size=101, hidden_size=56, intermediate_size=88, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=30
     )
@@ -515,19 +518,19 @@ def test_every_key_and_word_is_described() -> None:
     family, form = (set(_first_column("docs/notation.md", f"Keys of a {kind} table")) for kind in ("family", "format"))
     keys = {re.sub(r"^\[?(\w+)[\].\w]*$", r"\1", key) for key in family | form}
     words = {"first", "last", "every", "whole", "cut=AXIS", "zero"}
-    assert keys - words == parse._KEYS.keys() | parse._FACTS | parse._ROUTING
+    assert keys - words == keys_of.FAMILY.keys() | keys_of.FORMAT.keys() | FACTS.keys() | ROUTING.keys()
     assert words <= form
-    for word in (*parse.STAGES, "whole", "zero"):
-        parse.parse(f'name = "x"\nrows = [["embed", "vocab hidden", "embed", "{word}"]]', "x")
+    for word in (*STAGES, "whole", "zero"):
+        families.parse(f'name = "x"\nrows = [["embed", "vocab hidden", "embed", "{word}"]]', "x")
 
 
-def _rows_of_tables() -> Iterator[parse.Row]:
-    for kind in ("families", "formats"):
-        for name in parse.shipped(kind):
-            table = parse.load(kind, name)
-            yield from table.rows
-            for family in table.overrides:
-                yield from table.for_family(family).rows
+def _rows_of_tables() -> Iterator[Row]:
+    for name in families.shipped():
+        yield from families.load(name).rows
+    for format in map(formats.load, formats.shipped()):
+        yield from format.rows
+        for family in format.overrides:
+            yield from format.for_family(family).rows
 
 
 def _axes_of_tables() -> Iterator[str]:
@@ -535,9 +538,8 @@ def _axes_of_tables() -> Iterator[str]:
         for path in row.pattern.axes:
             for axis in (*row.name.axes, *path):
                 yield from (base.partition("@")[0] for base in axis.partition("/")[0].split())
-    for kind in ("families", "formats"):
-        for name in parse.shipped(kind):
-            yield from (axis for axis in parse.load(kind, name).axes if "@" not in axis)
+    for table in (*map(families.load, families.shipped()), *map(formats.load, formats.shipped())):
+        yield from (axis for axis in table.axes if "@" not in axis)
 
 
 def _vocabulary() -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from reshard.authoring import similar
 from reshard.authoring.draft import draft
 from reshard.checkpoints.published import open_published
 from reshard.model.understand import understand
-from reshard.tables import parse
+from reshard.tables import families
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family that transformers has and we do not, with two norms that no table of ours calls so."""
     from transformers import HyperCLOVAXConfig
 
-    assert "hyperclovax" not in parse.shipped("families")
+    assert "hyperclovax" not in families.shipped()
     directory = tmp_path_factory.mktemp("unknown") / "model"
     write(directory, "hyperclovax", HyperCLOVAXConfig(**sizes(8, 4, 10, 56, 88, 331, 5)))
     return directory
@@ -76,16 +76,16 @@ def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_fil
     from reshard.authoring import draft as module
 
     family = FIXTURES[name].family
-    rest = tuple(other for other in parse.shipped("families") if family not in parse.load("families", other).texts)
+    rest = tuple(other for other in families.shipped() if family not in families.load(other).texts)
     for cached in (similar._known, similar._heirs, similar._outside, similar.buffers):
         cached.cache_clear()
-    monkeypatch.setattr(parse, "shipped", lambda kind: rest if kind == "families" else ("native", "vllm"))
+    monkeypatch.setattr(families, "shipped", lambda: rest)
     published = open_published(checkpoint(name))
     found = draft(published)
-    parsed = parse.parse(found.text, "draft", module._text)
+    parsed = families.parse(found.text, "draft", module._text)
     for cached in (similar._known, similar._heirs, similar._outside, similar.buffers):
         cached.cache_clear()
-    own = parse.load("families", family)
+    own = families.load(family)
     true = understand(own, published.config, {key: entry for key, (_, entry) in published.tensors.items()}).family
     meaning = {row.name.folded: (row.leaves, row.pattern.dims) for row in true.rows}
     wrong = [
@@ -122,7 +122,7 @@ def test_every_draft_can_be_read_as_a_table(name: str) -> None:
 
     found = draft(open_published(checkpoint(name)))
     assert "@" not in found.text  # variants of axes follow from config.json, of which a draft knows too little
-    parse.parse(found.text.replace('name = "', 'name = "x_', 1), "draft", module._text)
+    families.parse(found.text.replace('name = "', 'name = "x_', 1), "draft", module._text)
 
 
 def test_strange_checkpoints_are_drafted(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from reshard.errors import ReshardError
 from reshard.jobs.explain import Explanation, Holding, _parse, bits_of, decode, explain, floating, inside
 from reshard.layout.cut import lay_out
 from reshard.layout.mesh import Mesh
-from reshard.tables import parse
+from reshard.tables import formats
 
 # One mesh of each kind: plain, KV repeated, stages, experts, uneven.
 MESHES: dict[str, dict[str, Any]] = {
@@ -189,8 +189,8 @@ def test_each_element_of_any_layout_is_told_by_arithmetic(joint: Joint, data: st
     """
     model = joint.model()
     values = numbered(model)
-    layouts = [lay_out(model.family, model, Mesh(), model.active)]
-    layouts += [data.draw(st.sampled_from(fitting(parse.parse(text, "format"), model))) for text in joint.formats]
+    layouts = [lay_out(model.family.published, model, Mesh(), model.active)]
+    layouts += [data.draw(st.sampled_from(fitting(formats.parse(text, "format"), model))) for text in joint.formats]
     for layout in layouts:
         stored = hold(layout, values)
         for slot in layout.slots:

@@ -26,7 +26,7 @@ from reshard.jobs.fingerprint import LANES, Box, Fingerprint, Keys, P, Summer
 from reshard.layout.cut import Layout, lay_out
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, understand
-from reshard.tables import parse
+from reshard.tables import families
 
 of = fingerprint.of_directory
 
@@ -258,8 +258,8 @@ def published(layers: int, inter: int, hidden: int, *dtypes: str) -> Layout:
     )
     kinds = dtypes if len(dtypes) == layers else dtypes * layers
     stored = {f"blocks.{i}.up.weight": Stored(kinds[i], (inter, hidden)) for i in range(layers)}
-    model = understand(parse.parse(text, "tiny"), Config({"l": layers, "i": inter, "h": hidden}), stored)
-    return lay_out(model.family, model, Mesh(), model.active)
+    model = understand(families.parse(text, "tiny"), Config({"l": layers, "i": inter, "h": hidden}), stored)
+    return lay_out(model.family.published, model, Mesh(), model.active)
 
 
 def sums(layout: Layout, data: Any) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import Plan, plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, understand
-from reshard.tables import parse
+from reshard.tables import families, formats
 
 State = dict[str, torch.Tensor]
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,8 +131,8 @@ def plans(name: str) -> dict[str, str]:
     """From the published layout to every mesh that fits, from there to another, and to vLLM's."""
     family, sizes, kinds, tags, config = CHECKPOINTS[name]
     config, stored = invented(family, sizes, kinds, tags, **config)
-    model = understand(parse.load("families", family), Config(config), stored, name)
-    source = lay_out(model.family, model, Mesh(), model.active)
+    model = understand(families.load(family), Config(config), stored, name)
+    source = lay_out(model.family.published, model, Mesh(), model.active)
     found: dict[str, str] = {}
     layouts: dict[str, Layout] = {}
     for to, mesh in MESHES.items():
@@ -148,7 +148,7 @@ def plans(name: str) -> dict[str, str]:
 
 def laid(model: Model, to: str, mesh: Mesh) -> Layout | None:
     try:
-        return lay_out(parse.load("formats", to).for_family(model.family.name), model, mesh)
+        return lay_out(formats.load(to).for_family(model.family.name), model, mesh)
     except ReshardError:
         return None
 
@@ -167,7 +167,7 @@ def test_the_golden_plans_hold_every_family_and_every_mesh() -> None:
         missing = {"falcon_7b": {"hf to split 2:1:1"}, "deepseek_v3_fp8": {"hf to tp8"}}.get(name, set())
         assert found.keys() >= dense - missing, name
         assert ("hf to tp4 ep2" in found) == ("experts" in CHECKPOINTS[name][1]), name
-        assert ("hf to vllm tp4" in found) == (CHECKPOINTS[name][0] in parse.load("formats", "vllm").families), name
+        assert ("hf to vllm tp4" in found) == (CHECKPOINTS[name][0] in formats.load("vllm").families), name
     digests = [digest for found in known.values() for digest in found.values()]
     assert len(digests) - len(set(digests)) < 12  # Mistral is spelled as Llama is, and once sharded Phi-3 is too
 

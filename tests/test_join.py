@@ -16,16 +16,16 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import Copy, collapse, plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, understand
-from reshard.tables import parse
+from reshard.tables import families, formats
 
 
 def published(name: str) -> Layout:
     model = model_of(name)
-    return lay_out(model.family, model, Mesh(), model.active)
+    return lay_out(model.family.published, model, Mesh(), model.active)
 
 
 def native(name: str, **mesh: Any) -> Layout:
-    return lay_out(parse.load("formats", "native"), model_of(name), Mesh(**mesh))
+    return lay_out(formats.load("native"), model_of(name), Mesh(**mesh))
 
 
 def told(copy: Copy) -> tuple[Any, ...]:
@@ -120,8 +120,8 @@ def test_a_logical_tensor_that_two_rows_hold_in_different_layers_is_joined_layer
     """A Falcon of two generations: the norm of layer 0 is `ln_attn`, that of layer 1 `input_layernorm`."""
     sizes = {"layer": 3, "kv": 2, "group": 2, "head_dim": 3, "hidden": 5, "inter": 8, "vocab": 9}
     config, stored = invented("falcon", sizes, [["new"], ["old"], ["new"]], parallel_attn=True)
-    found = understand(parse.load("families", "falcon"), Config(config), stored)
-    src, dst = lay_out(found.family, found, Mesh(), found.active), lay_out(parse.load("formats", "native"), found, Mesh(tp=2))
+    found = understand(families.load("falcon"), Config(config), stored)
+    src, dst = lay_out(found.family.published, found, Mesh(), found.active), lay_out(formats.load("native"), found, Mesh(tp=2))
     for a, b in ((src, dst), (dst, src)):
         copies = [copy for copy in plan(a, b).copies() if "attn_norm" in copy.src_name + copy.dst_name]
         held = {0: "ln_attn", 1: "input_layernorm", 2: "ln_attn"}

@@ -36,11 +36,11 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Model
-from reshard.tables import parse
+from reshard.tables import formats
 
 
 def published(model: Model) -> Layout:
-    return lay_out(model.family, model, Mesh(), model.active)
+    return lay_out(model.family.published, model, Mesh(), model.active)
 
 
 def check(src: Layout, dst: Layout, values: dict[str, np.ndarray]) -> None:
@@ -60,7 +60,7 @@ def test_any_two_layouts_of_a_model_are_joined_exactly(joint: Joint, data: st.Da
     model = joint.model()
     values = numbered(model)
     source = published(model)
-    one, two = (data.draw(st.sampled_from(fitting(parse.parse(text, "format"), model))) for text in joint.formats)
+    one, two = (data.draw(st.sampled_from(fitting(formats.parse(text, "format"), model))) for text in joint.formats)
     event(f"{one.mesh} to {two.mesh}")
     for src, dst in ((source, one), (one, two), (two, source)):
         check(src, dst, values)
@@ -73,8 +73,8 @@ def test_every_family_at_any_size_is_split_reshaped_and_merged_exactly(invention
     values = numbered(model)
     layouts = []
     for _ in range(2):
-        formats = ["native", "vllm"] if model.family.name in parse.load("formats", "vllm").families else ["native"]
-        table = parse.load("formats", data.draw(st.sampled_from(formats))).for_family(model.family.name)
+        names = ["native", "vllm"] if model.family.name in formats.load("vllm").families else ["native"]
+        table = formats.load(data.draw(st.sampled_from(names))).for_family(model.family.name)
         mesh = data.draw(st.sampled_from(meshes(model.main_layers, tp=(1, 2, 4))))
         try:
             layouts.append(lay_out(table, model, mesh))

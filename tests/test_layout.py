@@ -12,12 +12,11 @@ from reshard.errors import ReshardError
 from reshard.layout.cut import Layout, Piece, lay_out
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, Tensor, understand
-from reshard.tables import parse as tables
-from reshard.tables.parse import parse
+from reshard.tables import families, formats
 
 
 def native(name: str, **mesh: Any) -> Layout:
-    return lay_out(tables.load("formats", "native"), model_of(name), Mesh(**mesh))
+    return lay_out(formats.load("native"), model_of(name), Mesh(**mesh))
 
 
 def box(layout: Layout, tensor: str, rank: int) -> dict[str, tuple[int, int]]:
@@ -50,7 +49,7 @@ SIZES = {"layer": 3, "vocab": 10, "hidden": 6, "kv": 2, "group": 4, "head_dim": 
 
 
 def model(without: str = "", **changes: Tensor) -> Model:
-    family = parse('name = "f"\nrows = []\n[axes]\nheads = "kv group"', "f")
+    family = families.parse('name = "f"\nrows = []\n[axes]\nheads = "kv group"', "f")
     tensors = {
         name: Tensor(name, axes, tuple(SIZES[axis] for axis in axes), ("BF16",), (0, 1, 2) if "layer" in axes else None)
         for name, axes in TENSORS.items()
@@ -78,7 +77,7 @@ def laid(
 ) -> Layout:
     every = ROWS | (rows or {})
     text = f'name = "x"\n{head}\nrows = {json.dumps([row for row in every.values() if row])}\n{cut}'
-    return lay_out(parse(text, "x"), kwargs.get("model") or model(), mesh or Mesh())
+    return lay_out(formats.parse(text, "x"), kwargs.get("model") or model(), mesh or Mesh())
 
 
 # Cuts
@@ -224,7 +223,7 @@ def test_names_count_from_zero_inside_the_rank_where_the_table_says_so() -> None
     ],
 )
 def test_earlier_stages_get_the_layers_that_are_left_over_unless_told(mesh: Mesh, stages: tuple[tuple[int, int], ...]) -> None:
-    layout = lay_out(tables.load("formats", "native"), model_of("llama"), mesh)
+    layout = lay_out(formats.load("native"), model_of("llama"), mesh)
     assert layout.stages == stages
     for rank, (low, high) in enumerate(stages):
         assert {name.split(".")[1] for name in names(layout, rank) if "layers" in name} == {str(layer) for layer in range(low, high)}
@@ -353,7 +352,7 @@ def test_a_dtype_of_its_own_in_one_layer_is_kept() -> None:
 )
 def test_of_two_tied_tensors_on_one_rank_one_is_stored(name: str, format: str, pp: int, first: set[str], last: set[str]) -> None:
     """On different stages both are; where both were published they are two, whatever config says."""
-    layout = lay_out(tables.load("formats", format).for_family("llama" if format == "vllm" else ""), model_of(name), Mesh(pp=pp))
+    layout = lay_out(formats.load(format).for_family("llama" if format == "vllm" else ""), model_of(name), Mesh(pp=pp))
     ends = {"embed", "head", "lm_head.weight", "model.embed_tokens.weight"}
     assert names(layout, 0) & ends == first and names(layout, pp - 1) & ends == last
 
@@ -361,9 +360,9 @@ def test_of_two_tied_tensors_on_one_rank_one_is_stored(name: str, format: str, p
 def test_a_head_that_is_stored_alone_serves_as_embedding() -> None:
     config, stored = invented("llama", {"layer": 2, "kv": 2, "group": 2, "head_dim": 3, "hidden": 5, "inter": 8, "vocab": 9})
     only = {key: value for key, value in stored.items() if "embed" not in key}
-    found = understand(tables.load("families", "llama"), Config(config | {"tie_word_embeddings": True}), only)
+    found = understand(families.load("llama"), Config(config | {"tie_word_embeddings": True}), only)
     assert found.alias == {"embed": "head"}
-    layout = lay_out(tables.load("formats", "native"), found, Mesh())
+    layout = lay_out(formats.load("native"), found, Mesh())
     assert "embed" in names(layout, 0) and "head" not in names(layout, 0)
 
 
@@ -371,7 +370,7 @@ def test_a_head_that_is_stored_alone_serves_as_embedding() -> None:
 
 
 def test_constants_stand_beside_their_tensor_in_every_layer_of_every_rank() -> None:
-    layout = lay_out(tables.load("formats", "vllm").for_family("llama"), model_of("llama"), Mesh(tp=2))
+    layout = lay_out(formats.load("vllm").for_family("llama"), model_of("llama"), Mesh(tp=2))
     for rank in range(2):
         mine = {name for name in names(layout, rank) if "attn.attn._" in name}
         assert mine == {f"model.layers.{layer}.self_attn.attn._{part}_scale" for layer in range(5) for part in ("q", "k", "v", "prob")}

@@ -16,7 +16,7 @@ from running import LLAMA, llama, llama_tensors, process, refused, reshard, save
 from reshard.checkpoints import manifest
 from reshard.errors import MismatchError, ReshardError
 from reshard.inputs import decode, limits
-from reshard.tables import parse
+from reshard.tables import families, formats
 
 GIB = 1 << 30
 DEEP = 200_000
@@ -167,7 +167,7 @@ def sign_small(out: Path) -> None:
 )
 def test_deep_or_odd_toml_is_refused_at_once(text: str, tmp_path: Path, source: Path) -> None:
     with pytest.raises(ReshardError, match=r"^t\.toml: "):
-        parse.parse(text, "t.toml")
+        families.parse(text, "t.toml")
     (tmp_path / "t.toml").write_text(text)
     refused(reshard("plan", source, "--tp", "2", "--family", tmp_path / "t.toml"), 2, "t.toml")
 
@@ -183,11 +183,11 @@ def table(**keys: str) -> str:
 def test_compound_axes_that_double_forty_times_are_refused_with_their_number() -> None:
     axes = "\n".join(f'a{at} = "a{at + 1} a{at + 1}"' for at in range(40))
     with pytest.raises(ReshardError, match=f"compound axis a0 stands for {2**40} axes, at most {limits.ATOMS} are allowed"):
-        parse.parse(table(axes=axes), "t.toml")
+        families.parse(table(axes=axes), "t.toml")
     chain = "\n".join(f'a{at} = "a{at + 1}"' for at in range(5000))
     with pytest.raises(ReshardError, match="5000 compound axes"):
-        parse.parse(table(axes=chain), "t.toml")
-    assert parse.parse(table(axes='a0 = "b c"'), "t.toml").axes == {"a0": ("b", "c")}
+        families.parse(table(axes=chain), "t.toml")
+    assert families.parse(table(axes='a0 = "b c"'), "t.toml").axes == {"a0": ("b", "c")}
 
 
 def test_compound_axes_that_double_in_the_tables_of_shards(shards: Path, tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_compound_axes_that_double_in_the_tables_of_shards(shards: Path, tmp_pat
 def test_a_table_of_too_many_rows_is_refused() -> None:
     rows = ",".join(f'["a{at}", "x", "l{at}"]' for at in range(limits.ROWS + 1))
     with pytest.raises(ReshardError, match=f"{limits.ROWS + 1} rows, at most {limits.ROWS} are read"):
-        parse.parse(f'name = "t"\nrows = [{rows}]', "t.toml")
+        families.parse(f'name = "t"\nrows = [{rows}]', "t.toml")
 
 
 @pytest.mark.parametrize("text", ["{rank:>999999999}", "{rank:099999999}", "{rank!r}", "{rank.__class__}", "{rank:{tp}}", "{{rank}}"])
 def test_a_file_name_that_expands_is_refused_in_tables_of_shards_too(text: str) -> None:
     for leaves in (None, frozenset({"x"})):
         with pytest.raises(ReshardError, match="does not name a file for every rank"):
-            parse.parse(table(files=f'shard = "{text}"'), "t.toml", leaves=leaves)
+            formats.parse(table(files=f'shard = "{text}"'), "t.toml", leaves=leaves)
 
 
 # Headers

@@ -14,7 +14,7 @@ from reshard.errors import ReshardError
 from reshard.layout.cut import lay_out
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import understand
-from reshard.tables import parse
+from reshard.tables import families, formats
 from reshard.tables.config import Config
 
 TABLE = """
@@ -207,7 +207,7 @@ def test_a_format_without_towers_refuses_them(table: Path, tmp_path: Path) -> No
 )
 def test_a_spelling_that_means_nothing_is_refused(row: str, message: str) -> None:
     with pytest.raises(ReshardError, match=message.replace("|", r"\|")):
-        parse.parse(f'name = "x"\none_of = [["a", "b"]]\nrows = [{row}]', "x")
+        families.parse(f'name = "x"\none_of = [["a", "b"]]\nrows = [{row}]', "x")
 
 
 RULED = """
@@ -230,7 +230,7 @@ heads = "heads"
 
 def test_config_json_may_say_which_of_two_rows_of_one_name_a_layer_has() -> None:
     """What is read together in one layer stands alone in another; what a layer does not use is laid aside."""
-    table = parse.parse(RULED, "ruled.toml")
+    table = families.parse(RULED, "ruled.toml")
     shapes = {"layers.0.q": (8, 5), "layers.0.k": (4, 5), "layers.0.v": (4, 5), "layers.1.q": (12, 5), "layers.1.k": (3, 5)}
     shapes |= {"layers.2.q": (8, 5), "layers.2.k": (4, 5)}
     stored = {f"{name}.weight": Stored("BF16", shape) for name, shape in shapes.items()}
@@ -244,7 +244,7 @@ def test_config_json_may_say_which_of_two_rows_of_one_name_a_layer_has() -> None
         "attn.k@far": ((1,), (1, 3)),
     }
     assert model.aside == ("layers.2.k.weight",)
-    layout = lay_out(parse.load("formats", "native"), model, Mesh(tp=2))
+    layout = lay_out(formats.load("native"), model, Mesh(tp=2))
     shapes = {slot.name(point): slot.shape for slot in layout.by_rank[1] for point in slot.points()}
     assert shapes == {"layers.0.attn.qkv": (8, 5), "layers.1.attn.qk": (9, 5), "layers.2.attn.q": (4, 5)}
     with pytest.raises(ReshardError, match=r"no row claims layers\.\{\}\.v\.weight.*layers\.1\.v"):
@@ -269,7 +269,7 @@ layer = "layers | count kinds"
 
 
 def test_of_two_rows_of_one_name_the_other_tensors_of_a_layer_tell_which_it_is() -> None:
-    table = parse.parse(TOLD, "told.toml")
+    table = families.parse(TOLD, "told.toml")
     stored = {"layers.0.norm": Stored("BF16", (10,)), "layers.0.q": Stored("BF16", (24, 10)), "layers.1.norm": Stored("BF16", (10,))}
     stored |= {"layers.1.up": Stored("BF16", (34, 10)), "layers.2.norm": Stored("BF16", (10,)), "layers.2.q": Stored("BF16", (24, 10))}
     for kinds in (["a", "f", "a"], "afa"):
@@ -281,7 +281,7 @@ def test_of_two_rows_of_one_name_the_other_tensors_of_a_layer_tell_which_it_is()
             "mlp.up": (1,),
         }
     with pytest.raises(ReshardError, match=r"norm has two rows"):
-        parse.parse(TOLD.replace("layers.{layer}.up", "layers.{layer}.q"), "told.toml")
+        families.parse(TOLD.replace("layers.{layer}.up", "layers.{layer}.q"), "told.toml")
     del stored["layers.2.q"]
     with pytest.raises(ReshardError, match=r"missing layers\.\{layer\}\.q"):
         understand(table, Config({"heads": 4, "layers": 3}), stored)
@@ -289,9 +289,9 @@ def test_of_two_rows_of_one_name_the_other_tensors_of_a_layer_tell_which_it_is()
 
 def test_two_rows_of_one_name_must_be_in_layers_of_kinds_that_config_json_tells_apart() -> None:
     with pytest.raises(ReshardError, match=r"q\.weight has two rows"):
-        parse.parse(RULED.replace('near = "layer_types", ', ""), "ruled.toml")
+        families.parse(RULED.replace('near = "layer_types", ', ""), "ruled.toml")
     with pytest.raises(ReshardError, match="layers of kind odd"):
-        parse.parse(RULED.replace("near = ", "odd = "), "ruled.toml")
+        families.parse(RULED.replace("near = ", "odd = "), "ruled.toml")
 
 
 HEADS = """
@@ -313,7 +313,7 @@ def test_a_placeholder_counts_the_parts_of_a_compound_row_major() -> None:
     """Head 5 of two for each KV head is the second of KV head 2; what is beyond, or missing, is told by its name."""
     shapes = {f"layers.0.q.{head}.norm": (3,) for head in range(6)} | {"layers.0.q.weight": (18, 7), "layers.0.k.weight": (9, 7)}
     stored = {name: Stored("BF16", shape) for name, shape in shapes.items()}
-    table, config = parse.parse(HEADS, "headed.toml"), Config({"heads": 6, "kv": 3})
+    table, config = families.parse(HEADS, "headed.toml"), Config({"heads": 6, "kv": 3})
     model = understand(table, config, stored)
     tensor, name = model.tensors["attn.q_norm_heads"], model.family.rows[0].name
     assert tensor.axes == ("layer", "kv", "group", "head_dim") and tensor.sizes == (1, 3, 2, 3)

@@ -14,7 +14,7 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import Component, Join
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model
-from reshard.tables import parse
+from reshard.tables import formats
 
 WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
@@ -26,11 +26,11 @@ def facts(headers: shapes.Headers, name: str = "org/model", **more: Any) -> plan
 
 
 def published(model: Model) -> Layout:
-    return lay_out(model.family, model, Mesh(), model.active)
+    return lay_out(model.family.published, model, Mesh(), model.active)
 
 
 def reported(model: Model, config: dict[str, Any], headers: shapes.Headers, format: str = "native", **mesh: Any) -> plan.Report:
-    table = parse.load("formats", format)
+    table = formats.load(format)
     options = {key: mesh.pop(key) for key in ("device_memory", "context", "batch", "out", "disk") if key in mesh}
     layout = lay_out(table, model, Mesh(**mesh))
     return plan.build(published(model), layout, config=Config(config), source=facts(headers), workers=2, **options)

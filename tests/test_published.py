@@ -19,9 +19,11 @@ from reshard.layout.cut import lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, axis_size, understand
-from reshard.tables import parse
+from reshard.tables import families, formats, wrappers
+from reshard.tables.families import Family
 from reshard.tables.layer_rules import layers_named
 from reshard.tables.notation import evaluate, fold
+from reshard.tables.row import Row
 
 ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
 
@@ -156,10 +158,10 @@ def expand(pattern: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
-def table_for(family: str) -> parse.Table:
+def table_for(family: str) -> Family:
     """The table of a model_type, which may be that of a multimodal checkpoint."""
     family = LABELS.get(family, family)
-    table = parse.family_of(family, ()) or parse.wrapper_of(Config({"model_type": family}))
+    table = families.family_of(family, ()) or wrappers.wrapper_of(Config({"model_type": family}))
     assert table is not None, family
     return table
 
@@ -193,7 +195,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
             sizes[parts[-1]] = sizes[axis] // math.prod(sizes[part] for part in parts[:-1])
     prefix = next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
     spelled = [(row, name.folded) for row in table.rows for name in (row.name, *row.others)]
-    rows: dict[str, list[parse.Row]] = {}
+    rows: dict[str, list[Row]] = {}
     for row, text in spelled:
         rows.setdefault(prefix + text[1:] if text[0] == "~" else text, []).append(row)
     named = {kind: layers_named(rule, layers, view, lambda: None) for kind, rule in table.layers.items()}
@@ -210,7 +212,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     return config, stored
 
 
-def in_layer(row: parse.Row, layer: int, table: parse.Table, named: dict[str, tuple[int, ...]]) -> bool:
+def in_layer(row: Row, layer: int, table: Family, named: dict[str, tuple[int, ...]]) -> bool:
     """Whether a row is of the kinds that rules give a layer; what no rule names is of the kind without one."""
     return all(
         (layer in named[kind]) == (kind in row.kinds) for group in table.one_of if row.kinds & set(group) for kind in group if kind in named
@@ -235,8 +237,10 @@ def test_published_names_plan_without_error(entry: dict) -> None:
             understand(table, Config(config), stored)
         return
     model = understand(table, Config(config), stored)
-    assert len(stored) == len(model.aside) + sum(slot.count() for slot in lay_out(model.family, model, Mesh(), model.active).slots)
-    published, shards = lay_out(model.family, model, Mesh(), model.active), lay_out(parse.load("formats", "native"), model, Mesh(tp=2))
+    assert len(stored) == len(model.aside) + sum(
+        slot.count() for slot in lay_out(model.family.published, model, Mesh(), model.active).slots
+    )
+    published, shards = lay_out(model.family.published, model, Mesh(), model.active), lay_out(formats.load("native"), model, Mesh(tp=2))
     assert plan(published, shards).components
     assert plan(shards, published).components
 
@@ -247,7 +251,7 @@ def test_a_section_that_says_next_to_nothing_means_what_its_class_does(monkeypat
     _, stored = made(next(entry for entry in ENTRIES if entry["family"] == "llava"))
     section = {"model_type": "llama", "vocab_size": 100, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
     config = Config({"model_type": "llava", "text_config": section, "vision_config": {"hidden_size": 24, "num_attention_heads": 3}})
-    table = parse.wrapper_of(config)
+    table = wrappers.wrapper_of(config)
     assert table is not None
     sizes = understand(table, config, stored).sizes
     assert {axis: sizes[axis] for axis in ("heads", "kv", "head_dim", "hidden", "layer")} == {
@@ -271,8 +275,8 @@ def test_deepseek_v4_in_its_true_shapes_has_as_many_bytes_as_published(
     config = config | shapes.FP8
     stored = shapes.deepseek_v4(config)
     assert len(stored) == tensors
-    model = understand(parse.load("families", "deepseek_v4"), Config(config), stored)
-    native = parse.load("formats", "native")
+    model = understand(families.load("deepseek_v4"), Config(config), stored)
+    native = formats.load("native")
     assert round(sum(weight_bytes(lay_out(native, model, Mesh()))) / 2**30, 2) == size
     works = sizes_that_work(native, model, Mesh())
     assert [n for n in works if n & (n - 1) == 0] == tp
@@ -280,6 +284,6 @@ def test_deepseek_v4_in_its_true_shapes_has_as_many_bytes_as_published(
 
 def test_every_family_with_published_names_is_covered() -> None:
     """Of the shipped families only these have no published names at hand."""
-    shipped = set(parse.shipped("families"))
+    shipped = set(families.shipped())
     covered = {next(name for name in table_for(entry["family"]).texts if name in shipped) for entry in ENTRIES}
     assert shipped - covered == set(NAMELESS.split())

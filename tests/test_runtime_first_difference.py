@@ -18,11 +18,12 @@ import reshard as api
 from reshard.authoring.check_table import check_table
 from reshard.checkpoints.source import open_source
 from reshard.jobs.verdict import WIDTH
-from reshard.runtime.model import spec
-from reshard.runtime.model.step_inputs import Used
+from reshard.runtime.model.decoder import ATTENTION, EMBEDDING, FEED_FORWARD, HEAD, RESIDUAL
+from reshard.runtime.model.step_inputs import Used, kinds
 from reshard.runtime.proof.first_difference import first_to_differ
 from reshard.runtime.proof.reference import Reference, reference_for
-from reshard.tables import parse
+from reshard.tables import families
+from reshard.tables.facts import PARTS
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,7 +70,7 @@ def reference(name: str) -> Reference:
 
 
 def told(name: str, edit: Edit, directory: Path) -> Used:
-    source = open_source(checkpoint(name), parse.load_file(wrong(FIXTURES[name].family, edit, directory)))
+    source = open_source(checkpoint(name), families.load_file(wrong(FIXTURES[name].family, edit, directory)))
     found = first_to_differ(source, reference(name), IDS)
     assert found is not None
     return found
@@ -141,7 +142,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_where_names_are_exchanged_the_tensors_of_the_step_are_named(
     plain: Path, edit: Edit, step: str, logical: str, stored: str, tmp_path: Path
 ) -> None:
-    source = open_source(plain, parse.load_file(wrong("llama", edit, tmp_path)))
+    source = open_source(plain, families.load_file(wrong("llama", edit, tmp_path)))
     found = first_to_differ(source, reference_for(open_source(plain)), IDS)
     assert found is not None
     assert (found.name, found.agrees) == (step, ())
@@ -180,7 +181,7 @@ def test_verify_tells_it_in_a_few_lines(tmp_path: Path) -> None:
 
 def test_check_table_tells_it_too(tmp_path: Path) -> None:
     table = wrong("gemma2", without("norm_offset"), tmp_path)
-    found = check_table(parse.load_file(table), checkpoint("gemma2"), sample=1)
+    found = check_table(families.load_file(table), checkpoint("gemma2"), sample=1)
     assert found.wrong
     text = "\n".join(found.lines())
     assert "the first step to differ is layer 0, attention: attn_norm" in " ".join(text.split())
@@ -190,8 +191,7 @@ def test_check_table_tells_it_too(tmp_path: Path) -> None:
 
 
 def test_every_fact_bears_on_a_part_of_a_step() -> None:
-    known = {fact for facts in spec.PARTS.values() for fact in facts}
-    there = {fact for name in parse.shipped("families") for fact in parse.load("families", name).model}
-    assert there <= known | set(spec.NO_PART)
-    described = set(re.findall(r"\w+", str(spec.__doc__)))
-    assert known <= described | {"window_if"}
+    steps = ((EMBEDDING, EMBEDDING), (HEAD, HEAD), *(("layer 0", part) for part in (ATTENTION, FEED_FORWARD, RESIDUAL, "attn_norm")))
+    weights = {"moe.up": ()}
+    found = {kind for step, part in steps for kind in kinds(step, part, ["attn_norm"], weights)}
+    assert found == PARTS.keys() - {""}

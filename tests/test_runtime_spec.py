@@ -12,8 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from reshard.checkpoints.source import open_source
 from reshard.model.understand import Model
 from reshard.runtime.model.spec import Rope, Spec
-from reshard.tables import parse
+from reshard.tables import families
 from reshard.tables.config import Config
+from reshard.tables.families import Family
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,16 +24,16 @@ SAID = {"architectures", "model_type", "tie_word_embeddings", "num_experts_per_t
 OTHERWISE = {"dbrx": {"rope", "rope_near"}, "mimo_v2_flash": {"window", "windowed"}}
 
 
-def families() -> dict[str, Fixture]:
+def runnable() -> dict[str, Fixture]:
     """A fixture of each family that runs and that transformers knows by its name."""
     found: dict[str, Fixture] = {}
     for fixture in (FIXTURES | zoo()).values():
-        if fixture.runs and parse.load("families", fixture.family).runs:
+        if fixture.runs and families.load(fixture.family).runs:
             found.setdefault(fixture.family, fixture)
     return found
 
 
-def said(table: parse.Table) -> set[str]:
+def said(table: Family) -> set[str]:
     """The keys that sizes, optional sets and indexers need."""
     texts = [*table.sizes.values(), *map(str, table.optional.values()), *table.extra.values()]
     texts.append(json.dumps(table.model.get("index_top")))
@@ -50,7 +51,7 @@ def rope(found: Rope | None) -> Rope | None:
     return replace(found, positions=0, original=original, scaling={} if plain else scaling)
 
 
-def facts(table: parse.Table, config: dict[str, Any], model: Model) -> dict[str, Any]:
+def facts(table: Family, config: dict[str, Any], model: Model) -> dict[str, Any]:
     spec = Spec.of(table, Config(config), model)
     spec = replace(spec, rope=rope(spec.rope), rope_near=rope(spec.rope_near))
     found = {field.name: getattr(spec, field.name) for field in fields(spec)}
@@ -59,10 +60,10 @@ def facts(table: parse.Table, config: dict[str, Any], model: Model) -> dict[str,
     return {key: None if key.endswith("_factor") and value == 1.0 else value for key, value in found.items()}
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", sorted(runnable()))
 def test_what_config_json_leaves_out_is_what_transformers_takes(family: str) -> None:
-    source = open_source(checkpoint(families()[family].name))
-    table = parse.load("families", family)
+    source = open_source(checkpoint(runnable()[family].name))
+    table = families.load(family)
     short = {key: value for key, value in source.config.data.items() if key in said(table)}
     try:
         known = type(transformers.AutoConfig.for_model(short["model_type"]))

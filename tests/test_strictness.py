@@ -23,9 +23,11 @@ from reshard.layout.cut import lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, understand
-from reshard.tables import parse
-from reshard.tables.notation import fold
-from reshard.tables.parse import Row, Table
+from reshard.tables import families, formats
+from reshard.tables.families import Family
+from reshard.tables.notation import fold, parse_template
+from reshard.tables.row import Row
+from reshard.tables.shipped import HOME
 
 each_fixture = pytest.mark.parametrize("name", FIXTURES)
 Damages = Iterator[tuple[str, Headers]]
@@ -37,12 +39,12 @@ TWINS = {
 }
 
 
-def fits(name: str, stored: Headers, config: dict[str, Any] | None = None, table: Table | None = None) -> bool:
+def fits(name: str, stored: Headers, config: dict[str, Any] | None = None, table: Family | None = None) -> bool:
     """Whether `reshard` would convert this: understood, laid out in its own format, and joined. Any error but ReshardError is a failure."""
     try:
         model = understand(table or table_of(name), Config(config or headers(name)[0]), stored, name)
-        source = lay_out(model.family, model, Mesh(), model.active)
-        plan(source, lay_out(parse.load("formats", "native"), model, Mesh()))
+        source = lay_out(model.family.published, model, Mesh(), model.active)
+        plan(source, lay_out(formats.load("native"), model, Mesh()))
     except ReshardError as error:
         assert error.message
         return False
@@ -228,8 +230,8 @@ def test_the_loss_of_an_optional_set_or_of_a_kind_is_refused(name: str) -> None:
 
 def test_every_tag_of_every_family_is_bound_to_a_key() -> None:
     """An unbound tag could not notice that its whole set was lost."""
-    for family in parse.shipped("families"):
-        table = parse.load("families", family)
+    for family in families.shipped():
+        table = families.load(family)
         unbound = {"own?"} if family == "glm_moe_dsa" else set()  # published with and without, and no key says which
         assert {tag for row in table.rows for tag in row.tags} - unbound == table.optional.keys(), family
 
@@ -301,7 +303,7 @@ def test_a_layer_of_multi_token_prediction_is_no_layer_of_the_model() -> None:
 
 def test_what_stands_beside_the_layers_of_a_kind_is_there_with_them_and_only_then() -> None:
     config, stored = headers("exaone_moe")
-    table = parse.load("families", "exaone_moe")
+    table = families.load("exaone_moe")
     assert fits("exaone_moe", stored, table=table)
     assert fits("exaone_moe", {name: entry for name, entry in stored.items() if not name.startswith("mtp.")}, table=table)
     for lost, said in (("mtp.fc.", "missing mtp.fc.weight"), ("mtp.layers.", "unexpected mtp.fc.weight")):
@@ -336,7 +338,7 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
     found = []
     for at in model_of(name).active:
         row = table.rows[at]
-        twin = row._replace(name=parse.parse_template(row.name.text + ".twin"))
+        twin = row._replace(name=parse_template(row.name.text + ".twin"))
         for what, rows in (("lost", table.rows[:at] + table.rows[at + 1 :]), ("twin", (*table.rows, twin)), ("first", (twin, *table.rows))):
             if fits(name, stored, table=replace(table, rows=rows)):
                 found.append(f"{row.name.text} {what}")
@@ -346,11 +348,11 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
 @pytest.mark.parametrize("family", sorted({fixture.family for fixture in FIXTURES.values()}))
 def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else the tests say nothing about it. Rows taken over by `like` are tested where they were written."""
-    table = parse.load("families", family)
+    table = families.load(family)
     used = {table.rows[at].name.text for name, fixture in FIXTURES.items() if fixture.family == family for at in model_of(name).active}
     more = [open_source(checkpoint(name)).layout.model for name, fixture in zoo().items() if fixture.family == family]
     used |= {table.rows[at].name.text for model in more for at in model.active}
-    like = {row.name.text for parent in table.texts if parent != family for row in parse.load("families", parent).rows}
+    like = {row.name.text for parent in table.texts if parent != family for row in families.load(parent).rows}
     unused = {row.name.text for row in table.rows} - used - like
     # A tied model may store its head; without a low rank for q there is no published FP8 checkpoint.
     known = {"gpt2": {"lm_head.weight"}, "gemma2": {"lm_head.weight"}}
@@ -358,15 +360,15 @@ def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     assert unused == known.get(family, set())
 
 
-@pytest.mark.parametrize("family", parse.shipped("families"))
+@pytest.mark.parametrize("family", families.shipped())
 def test_a_doubled_row_is_refused_when_the_table_is_read(family: str) -> None:
-    text = (parse.HOME / "families" / f"{family}.toml").read_text()
+    text = (HOME / "families" / f"{family}.toml").read_text()
     lines = text.splitlines()
     rows = [at for at, line in enumerate(lines) if re.match(r'\s*\["', line)]
     for at in rows:
         doubled = "\n".join([*lines[: at + 1], lines[at], *lines[at + 1 :]])
         with pytest.raises(ReshardError, match="has two rows"):
-            parse.parse(doubled, family, lambda name: (parse.HOME / "families" / f"{name}.toml").read_text())
+            families.parse(doubled, family, lambda name: (HOME / "families" / f"{name}.toml").read_text())
     assert rows or "\nlike = " in text
 
 
@@ -407,13 +409,13 @@ def axes(row: Row) -> list[list[str]]:
 
 def test_a_table_whose_logical_tensor_has_other_axes_than_the_format_is_told_both() -> None:
     config, stored = headers("llama")
-    text = (parse.HOME / "families" / "llama.toml").read_text()
-    table = parse.parse(text.replace('"attn_norm"]', '"attn.o"]').replace('"attn.o"],\n', '"attn_norm"],\n', 1), "mine")
+    text = (HOME / "families" / "llama.toml").read_text()
+    table = families.parse(text.replace('"attn_norm"]', '"attn.o"]').replace('"attn.o"],\n', '"attn_norm"],\n', 1), "mine")
     model = understand(table, Config(config), stored)
     with pytest.raises(
         ReshardError, match=r"stores attn\.o by .*layer, hidden, heads|stores attn\.o by \(layer, hidden, kv, group, head_dim\)"
     ):
-        lay_out(parse.load("formats", "native"), model, Mesh())
+        lay_out(formats.load("native"), model, Mesh())
 
 
 # Shard directories
@@ -572,4 +574,4 @@ def test_an_invented_checkpoint_is_one_that_fits() -> None:
     sizes = {"layer": 5, "kv": 4, "group": 2, "head_dim": 10, "hidden": 56, "inter": 88, "vocab": 331}
     config, stored = invented("llama", sizes)
     assert stored == headers("llama")[1]
-    assert isinstance(understand(parse.load("families", "llama"), Config(config), stored), Model)
+    assert isinstance(understand(families.load("llama"), Config(config), stored), Model)

@@ -14,14 +14,15 @@ from reshard.errors import ReshardError
 from reshard.layout.cut import lay_out
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, understand
-from reshard.tables import parse as tables
-from reshard.tables.parse import Table, load, load_file, parse
+from reshard.tables import families, formats, keys
+from reshard.tables.shipped import HOME
 
-SHIPPED = [(kind, name) for kind in ("families", "formats") for name in tables.shipped(kind)]
+KINDS: dict[str, Any] = {"families": families, "formats": formats}
+SHIPPED = [(kind, name) for kind in ("families", "formats") for name in KINDS[kind].shipped()]
 
 
 def shipped(kind: str, name: str) -> dict[str, Any]:
-    return tomllib.loads((tables.HOME / kind / f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((HOME / kind / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def toml(data: dict[str, Any]) -> str:
@@ -35,14 +36,14 @@ def toml(data: dict[str, Any]) -> str:
     return "\n".join(f"{json.dumps(key)} = {word(value)}" for key, value in data.items())
 
 
-def read(data: dict[str, Any], kind: str = "families") -> Table:
+def read(data: dict[str, Any], kind: str = "families") -> Any:
     def parent(name: str) -> str:
-        path = tables.HOME / kind / f"{name}.toml"
+        path = HOME / kind / f"{name}.toml"
         if not path.is_file():
             raise ReshardError(f'no table "{name}"')
         return path.read_text(encoding="utf-8")
 
-    return parse(toml(data), "mine", parent)
+    return KINDS[kind].parse(toml(data), "mine", parent)
 
 
 FAMILY: dict[str, Any] = {
@@ -78,16 +79,16 @@ FORMAT: dict[str, Any] = {
 
 @pytest.mark.parametrize(("kind", "name"), SHIPPED)
 def test_every_shipped_table_is_read_and_keeps_its_texts(kind: str, name: str) -> None:
-    table = load(kind, name)
+    table = KINDS[kind].load(name)
     assert table.name == name and name in table.texts
     data = shipped(kind, name)
     assert {row.name.text for row in table.rows} >= {row[0].partition(" | ")[0] for row in data.get("rows", ())}
-    again = parse(table.texts[name], name, table.texts.__getitem__)
-    assert (again.rows, again.sizes, again.axes, again.cut) == (table.rows, table.sizes, table.axes, table.cut)
+    again = KINDS[kind].parse(table.texts[name], name, table.texts.__getitem__)
+    assert again == table
 
 
 def test_the_tables_that_are_damaged_below_are_whole() -> None:
-    assert len(read(FAMILY).rows) == 4 and len(read(FORMAT).constants) == 1
+    assert len(read(FAMILY).rows) == 4 and len(read(FORMAT, "formats").constants) == 1
 
 
 # One change each, and what is said about it.
@@ -117,6 +118,11 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (FAMILY, "name", "../x", "name = '../x' is no name"),
         (FAMILY, "colour", "red", "unknown key colour"),
         (FAMILY, "model", {"atention": 1}, "unknown key atention in [model]"),
+        (FAMILY, "model", {"growth": {"bye": 1}}, "unknown key bye in [model] growth"),
+        (FAMILY, "model", {"routing": {"topp": 1}}, "unknown key topp in [model] routing"),
+        (FAMILY, "model", {"routing": 5}, "model.routing is 5, an object is needed"),
+        (FAMILY, "model", {"window": 5}, "model.window is 5, a text is needed"),
+        (FAMILY, "model", {"cache": "attn.k"}, "model.cache is 'attn.k', a list of text is needed"),
         (FAMILY, "rows", "x", "rows is 'x', a list of list of text is needed"),
         (FAMILY, "rows/0", ["embed", "vocab hidden"], 'is not ["stored name", "pattern", "logical names", "words"]'),
         (FAMILY, "rows/0", ["a", "b", "c", "d", "e"], 'is not ["stored name"'),
@@ -137,7 +143,8 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (FAMILY, "sizes/hiden", "hidden_size", "sizes names the axis hiden, which no row has"),
         (FAMILY, "sizes/hidden", 8, "sizes.hidden is 8, a text is needed"),
         (FAMILY, "tied/head", "embedding", "tied names the logical tensor embedding, which no row has"),
-        (FAMILY, "tied", "embedding", "tied names the logical tensor embedding, which no row has"),
+        (FAMILY, "tied", "embedding", "tied is 'embedding', an object is needed"),
+        (FAMILY, "cut", {"tp": ["kv"]}, '"mine" is the table of a format, not of a family: it has "cut"'),
         (FAMILY, "optional/biass?", "attention_bias", "optional names the tag biass?, which no row has"),
         (FAMILY, "optional/bias?", True, "optional.bias? is True, a text is needed"),
         (FAMILY, "extra", {"mtp": "n"}, "extra layers of kind mtp, which no set of one_of has"),
@@ -147,6 +154,9 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (FAMILY, "like", 5, "like is 5, a text is needed"),
         (FAMILY, "like", "mine", 'like = "mine" leads nowhere'),
         (FAMILY, "like", "nobody", 'no table "nobody"'),
+        (FORMAT, "tied", "embedding", "tied names the logical tensor embedding, which no row has"),
+        (FORMAT, "tied", {"head": "embed"}, "tied is {'head': 'embed'}, a text is needed"),
+        (FORMAT, "sizes", {"kv": "kv"}, '"mine" is the table of a family, not of a format: it has "sizes"'),
         (FORMAT, "cut/tpp", ["kv"], "tpp is no mesh axis, they are tp, ep, pp"),
         (FORMAT, "cut/tp/0", "kvs", "cut names the axis kvs, which no row has"),
         (FORMAT, "cut/tp", "kv", "cut.tp is 'kv', a list of text is needed"),
@@ -178,12 +188,12 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 )
 def test_a_damaged_table_is_refused_and_told_what_is_wrong(data: dict[str, Any], path: str, value: Any, words: str) -> None:
     with pytest.raises(ReshardError, match=re.escape(words)):
-        read(damaged(data, path, value))
+        read(damaged(data, path, value), "families" if data is FAMILY else "formats")
 
 
 def test_a_table_that_is_no_toml_is_refused() -> None:
     with pytest.raises(ReshardError, match=r"mine\.toml: not TOML"):
-        parse("rows = [", "mine.toml")
+        families.parse("rows = [", "mine.toml")
 
 
 STRANGE = [5, 1.5, True, "x", "", [], [5], ["x"], [["x"]], [[]], {}, {"a": 1}, {"a": "b"}, {"a": ["b"]}, {"a": {}}, [{"a": 1}]]
@@ -195,7 +205,7 @@ USED = [("families", "falcon"), ("families", "deepseek_v3"), ("formats", "vllm")
 def test_no_value_of_any_key_makes_a_table_fail_otherwise_than_by_refusing(kind: str, name: str) -> None:
     """Tables in a manifest come from strangers. Those that are still read must also be usable, or be refused when used."""
     data = shipped(kind, name)
-    places = [key for key in tables._KEYS if key != "rows"]
+    places = [key for key in keys.FAMILY | keys.FORMAT if key != "rows"]
     places += [f"{key}/{one}" for key, value in data.items() if isinstance(value, dict) for one in value]
     places += [f"rows/{at}" for at in (0, len(data["rows"]) - 1)] + [f"rows/1/{at}" for at in range(4)]
     refused = 0
@@ -213,14 +223,14 @@ def test_no_value_of_any_key_makes_a_table_fail_otherwise_than_by_refusing(kind:
     assert refused > len(places) * len(STRANGE) / 2
 
 
-def use(table: Table, kind: str, name: str) -> None:
+def use(table: Any, kind: str, name: str) -> None:
     if kind == "formats":
         lay_out(table.for_family("llama"), model_of("llama"), Mesh(tp=4, pp=2))
     else:
         config, stored = headers("falcon_rw" if name == "falcon" else name)
         model = understand(table, Config(config), stored)
-        lay_out(table, model, Mesh(), model.active)
-        lay_out(load("formats", "native"), model, Mesh(tp=2))
+        lay_out(table.published, model, Mesh(), model.active)
+        lay_out(formats.load("native"), model, Mesh(tp=2))
 
 
 # like
@@ -234,7 +244,7 @@ def test_like_adds_rows_and_keys_and_replaces_rows_of_one_name() -> None:
         "sizes": {"hidden": "width"},
         "aside": ["model.mask"],
     }
-    parent, table = load("families", "llama"), read(child)
+    parent, table = families.load("llama"), read(child)
     names = [row.name.text for row in table.rows]
     assert names == [*(row.name.text for row in parent.rows), "model.extra"]
     assert next(row for row in table.rows if row.name.text == "model.norm.weight").stage == "last"
@@ -246,26 +256,26 @@ def test_like_adds_rows_and_keys_and_replaces_rows_of_one_name() -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
 def test_what_is_like_llama_has_its_rows(name: str) -> None:
-    table = load("families", name)
+    table = families.load(name)
     assert {tag for row in table.rows for tag in row.tags} == {"qkv_bias?", "o_bias?", "mlp_bias?"}
-    assert len(table.rows) == len(load("families", "llama").rows) + (2 if name == "qwen3" else 0)
+    assert len(table.rows) == len(families.load("llama").rows) + (2 if name == "qwen3" else 0)
 
 
 def test_a_user_brings_a_table_like_a_shipped_one(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text('name = "my"\nlike = "llama"\n')
-    assert load_file(path).rows == load("families", "llama").rows
+    assert families.load_file(path).rows == families.load("llama").rows
     with pytest.raises(ReshardError, match=r"gone\.toml: no such file"):
-        load_file(tmp_path / "gone.toml")
+        families.load_file(tmp_path / "gone.toml")
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ReshardError, match=r"my\.toml: cannot be read as a table"):
-        load_file(path)
+        families.load_file(path)
 
 
 @pytest.mark.parametrize("name", ["nobody", "../formats/native", "llama.toml", "", "."])
 def test_a_table_that_is_not_shipped_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(ReshardError, match=r"no family table") as caught:
-        load("families", name)
+        families.load(name)
     assert "there are" in (caught.value.hint or "")
 
 
@@ -286,12 +296,12 @@ def test_a_table_that_is_not_shipped_is_refused_with_those_that_are(name: str) -
 def test_a_family_is_found_by_model_type_or_architecture(
     model_type: str | None, architectures: tuple[str, ...], family: str | None
 ) -> None:
-    found = tables.family_of(model_type, architectures)
+    found = families.family_of(model_type, architectures)
     assert (found.name if found else None) == family
 
 
 def test_rows_of_a_family_come_before_the_common_ones() -> None:
-    common = load("formats", "vllm")
+    common = formats.load("vllm")
     mixtral, llama = common.for_family("mixtral"), common.for_family("llama")
     assert llama is common
     assert mixtral.rows[len(mixtral.rows) - len(common.rows) :] == common.rows
@@ -301,14 +311,14 @@ def test_rows_of_a_family_come_before_the_common_ones() -> None:
 
 def test_a_format_that_names_its_families_refuses_others_by_name() -> None:
     with pytest.raises(ReshardError, match='format "vllm" has no names for family "gemma2"; it has them for llama, '):
-        load("formats", "vllm").for_family("gemma2")
+        formats.load("vllm").for_family("gemma2")
 
 
 def test_compounds_of_the_family_are_written_out_in_the_format_too() -> None:
     """Two layouts meet at the atoms of both; an axis of the same name that the format has itself stays as it is."""
-    native, llama = load("formats", "native"), load("families", "llama")
-    refined = native.refined(llama)
+    native, llama = formats.load("native"), families.load("llama")
+    refined = native.refined(llama.axes)
     row = next(row for row in refined.rows if row.name.text.endswith(".attn.qkv"))
     assert row.pattern.axes[0] == ("kv", "group", "head_dim", "hidden")
-    assert native.refined(load("families", "deepseek_v3")) is native
-    assert refined.refined(llama) is refined
+    assert native.refined(families.load("deepseek_v3").axes) is native
+    assert refined.refined(llama.axes) is refined

@@ -13,7 +13,7 @@ import reshard
 from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
 from reshard.model.understand import Config, understand
-from reshard.tables import parse
+from reshard.tables import families
 
 
 def names(directory: Path) -> set[str]:
@@ -101,4 +101,4 @@ def test_a_name_with_braces_is_no_row(checkpoint: Callable[[str], Path]) -> None
     stored = {name: entry for name, (_, entry) in source.tensors.items()}
     stored["model.layers.{}.mlp.down_proj.weight"] = stored["model.layers.0.mlp.down_proj.weight"]
     with pytest.raises(ReshardError, match="no row claims"):
-        understand(parse.load("families", "llama"), Config(source.config.data), stored)
+        understand(families.load("llama"), Config(source.config.data), stored)

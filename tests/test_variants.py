@@ -17,7 +17,7 @@ from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
 from reshard.layout.mesh import Mesh
 from reshard.runtime.model.spec import Spec
-from reshard.tables import parse
+from reshard.tables import families
 
 transformers = pytest.importorskip("transformers")
 
@@ -79,4 +79,4 @@ def test_a_setting_that_does_not_run_says_so_and_converts(name: str, changes: di
     convert_and_back(original, [{"tp": 2}], tmp_path)
     source = open_source(original)
     with pytest.raises(ReshardError, match=words):
-        Spec.of(parse.load("families", source.layout.model.family.name), source.config, source.layout.model)
+        Spec.of(families.load(source.layout.model.family.name), source.config, source.layout.model)

@@ -23,8 +23,9 @@ from reshard.layout.mesh import Mesh
 from reshard.model.naming import settle
 from reshard.runtime.proof.prompts import placeholders, prompts_for
 from reshard.runtime.proof.reference import reference_for
-from reshard.tables import parse
+from reshard.tables import families, wrappers
 from reshard.tables.config import Config
+from reshard.tables.shipped import HOME
 
 TEXT: dict[str, Any] = {
     "hidden_size": 56,
@@ -324,19 +325,19 @@ def test_names_as_transformers_5_has_them_in_memory(name: str, scratch: Path, tm
 def test_what_a_section_leaves_out_is_what_its_class_says() -> None:
     from transformers import AutoConfig
 
-    said = tomllib.loads((Path(parse.__file__).parent / "wrappers" / "multimodal.toml").read_text())["left_out"]
+    said = tomllib.loads((HOME / "wrappers" / "multimodal.toml").read_text())["left_out"]
     for kind, keys in said.items():
         theirs = AutoConfig.for_model(kind).get_text_config()
         assert keys == {key: getattr(theirs, key, None) or theirs.rope_parameters[key] for key in keys}, kind
-        alone = kind in parse.shipped("families")
+        alone = kind in families.shipped()
         config = Config({"model_type": "llava", "text_config": {"model_type": kind}} if alone else {"model_type": kind})
-        assert (table := parse.wrapper_of(config)) is not None
+        assert (table := wrappers.wrapper_of(config)) is not None
         assert {key: config.with_defaults(table.defaults).get(key) for key in keys} == keys
 
 
 @pytest.mark.parametrize("unclear", [True, False])
 def test_stacks_of_experts_that_could_lie_either_way_lie_as_published(unclear: bool) -> None:
-    table = parse.load("families", "qwen3_vl_moe_text")
+    table = families.load("qwen3_vl_moe_text")
     row = next(row for row in table.rows if row.name.text.endswith("gate_up_proj"))
     inner = 24 if unclear else 20
     stored = {row.name.name({"layer": 0}): Stored((4, 2 * inner, 48))}
@@ -387,3 +388,15 @@ def test_a_language_model_without_a_table_is_refused_by_its_name(scratch: Path, 
     (source / "config.json").write_text(text.replace('"model_type": "llama"', '"model_type": "hermit"'))
     done = reshard("plan", source, "--tp", "2")
     assert done.code == 2 and '"llava" around a language model "hermit"' in done.err, done.err
+
+
+def test_what_shards_keep_of_a_table_that_is_built_reads_as_that_table() -> None:
+    """Wrappers and base models are built from data; their TOML is only written down, for whoever opens the shards."""
+    kinds = tomllib.loads((HOME / "wrappers" / "multimodal.toml").read_text())["wraps"].keys() - {"*"}
+    configs = [Config({"model_type": kind, "text_config": {}}) for kind in sorted(kinds | {"aya_vision"})]
+    built = [wrappers.wrapper_of(config) for config in configs] + [families.base(families.load(name)) for name in families.shipped()]
+    assert len(built) > 100
+    for table in built:
+        assert table is not None
+        again = families.parse(table.texts[table.name], table.name, table.texts.__getitem__)
+        assert again == table and again.texts == table.texts and again.written == table.written

@@ -15,7 +15,7 @@ from fixtures import FIXTURES, Fixture, checkpoint, zoo
 from gauntlet import convert_and_back, reference_of, run_like, run_meshes
 
 from reshard.checkpoints.source import open_source
-from reshard.tables import parse
+from reshard.tables import families
 
 # Rows that no checkpoint of ours has, and why.
 UNSEEN: dict[str, set[str]] = {}
@@ -41,18 +41,18 @@ def test_it_converts_verifies_and_comes_back_byte_for_byte(name: str, tmp_path: 
 )
 def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else nothing is known about it. Rows taken over by `like` are tested where they were written."""
-    table = parse.load("families", family)
+    table = families.load(family)
     used: set[str] = set()
     for name, fixture in zoo().items():
         if fixture.family == family:
             used |= {table.rows[at].name.text for at in open_source(checkpoint(name)).layout.model.active if at < len(table.rows)}
-    like = {row.name.text for parent in table.texts if parent != family for row in parse.load("families", parent).rows}
+    like = {row.name.text for parent in table.texts if parent != family for row in families.load(parent).rows}
     assert {row.name.text for row in table.rows} - used - like - UNSEEN.get(family, set()) == set()
 
 
 def runs() -> list[str]:
     """Fixtures of the families whose tables say how to run them."""
-    return [name for name, fixture in zoo().items() if fixture.runs and parse.load("families", fixture.family).runs]
+    return [name for name, fixture in zoo().items() if fixture.runs and families.load(fixture.family).runs]
 
 
 @pytest.mark.parametrize("name", runs())
@@ -66,6 +66,6 @@ def test_logits_and_tokens_are_those_of_transformers(name: str) -> None:
 def test_what_the_readme_says_of_families_was_seen_and_held() -> None:
     """docs/gauntlet.json is what scripts/gauntlet saw: of tables as they are now, nothing failed."""
     seen = json.loads((Path(__file__).parent.parent / "docs" / "gauntlet.json").read_text())
-    current = {name: result for name, result in seen.items() if result["table"] == parse.digest(name)}
+    current = {name: result for name, result in seen.items() if result["table"] == families.digest(name)}
     assert {name: result["failed"] for name, result in current.items() if result["failed"]} == {}
-    assert all(bool(result["runs"]) <= parse.load("families", name).runs for name, result in current.items())
+    assert all(bool(result["runs"]) <= families.load(name).runs for name, result in current.items())

@@ -25,13 +25,12 @@ from typing import Any
 
 from ..errors import ReshardError
 from ..jobs.verdict import WIDTH
-from ..tables.parse import Table, written
+from ..tables.families import Family
 from ..text.progress import Progress, Silent
 from .mutation_trial import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial, one_thread, tried
 from .mutations import Mutation, mutations
 from .synthetic import made_up
 
-_OF_FORMATS = ("files", "engine", "cut", "replicate", "uneven", "weighted", "pad", "constants", "families", "family")
 SHOWN = 40  # undetected mutations listed
 
 
@@ -137,19 +136,13 @@ def _wrapped(text: str, indent: int, more: int | None = None) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def check_table(table: Table, given: Path | None = None, sample: int | None = None, progress: Progress | None = None) -> TableCheck:
+def check_table(table: Family, given: Path | None = None, sample: int | None = None, progress: Progress | None = None) -> TableCheck:
     """Mutate each row and axis of a family table, and report what catches each mutation.
 
     `given`: a checkpoint of the family, opened with the table first, and run if it is small; rows that it lacks are tested on
     synthetic ones. `sample`: test at most this many mutations, spread over all. Raises ReshardError where the table itself
     does not fit, or no synthetic checkpoint can be generated from it.
     """
-    data = written(table)
-    if word := next((word for word in _OF_FORMATS if data.get(word)), None):
-        raise ReshardError(
-            f'"{table.name}" is a format table, not a family table: it has "{word}"',
-            "give a family table: a shipped one's name, or a TOML file",
-        )
     progress = progress or Silent()
     skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
     with tempfile.TemporaryDirectory(prefix="reshard-check-") as scratch, _quiet_torch(skipped):

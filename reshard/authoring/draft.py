@@ -18,9 +18,9 @@ from ..inputs import decode
 from ..model.naming import settle
 from ..model.sizes import axes_of
 from ..model.understand import Config, understand
-from ..tables import parse
+from ..tables import families, formats, wrappers
+from ..tables.families import Family
 from ..tables.notation import evaluate, parse_pattern
-from ..tables.parse import Table
 from .similar import Found, Meaning, Sizes, buffers, by_likeness, fits, found_in, free, meanings
 
 OPEN = "TODO"
@@ -90,7 +90,7 @@ def draft(published: Published) -> Draft:
 
 def _name(config: Config) -> str:
     name = config.model_type or "mine"
-    return f"{name}_draft" if name in parse.shipped("families") else name
+    return f"{name}_draft" if name in families.shipped() else name
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def _expressions(order: Iterable[str]) -> dict[str, list[str]]:
     """Axis → the config keys that shipped tables have for it, those of the tables most alike first."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for name in order:
-        for axis, expression in parse.load("families", name).sizes.items():
+        for axis, expression in families.load(name).sizes.items():
             found[axis].update((word.strip(), None) for word in expression.split("|"))
     return {axis: list(keys) for axis, keys in found.items()}
 
@@ -198,7 +198,7 @@ def _tp_plan(model_type: str | None) -> dict[str, str]:
 def _doubts(rows: Iterable[tuple[Found, Meaning]], config: Config) -> Iterator[str]:
     """Where transformers cuts the other dimension than the row does."""
     plan = _tp_plan(config.inner_type or config.model_type)
-    cut = {axis for axes in parse.load("formats", "native").cut.values() for axis in axes} | {"kv", "group"}
+    cut = {axis for axes in formats.load("native").cut.values() for axis in axes} | {"kv", "group"}
     for each, meaning in rows:
         way = plan.get(each.end.removesuffix(".weight"))
         dims = parse_pattern(meaning.pattern, {}).dims
@@ -221,7 +221,7 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
     """A table that is like a shipped one, where that explains every tensor as it is, or behind another prefix."""
     stored = {name: entry for name, (_, entry) in published.tensors.items()}
     for family in by_likeness(found)[:6]:
-        for names in _respellings(found, parse.load("families", family)):
+        for names in _respellings(found, families.load(family)):
             head = f'name = {_text_of(_name(published.config))}\nlike = "{family}"\n'
             text = (
                 head
@@ -229,7 +229,7 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
                 + "[model]\nruns = false                            # until its facts are known to hold\n"
             )
             try:
-                understand(parse.parse(text, "draft", _text), published.config, stored)
+                understand(families.parse(text, "draft", _text), published.config, stored)
             except ReshardError:
                 continue
             note = f'# Every tensor has the same name and shape as in "{family}".'
@@ -240,7 +240,7 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
 def _around(published: Published, found: list[Found]) -> Draft | None:
     """A table like that of the language model's family, which config.json names, with whatever stands beside it as towers."""
     config, stored = published.config, {name: entry for name, (_, entry) in published.tensors.items()}
-    wrapper = parse.wrapper_of(config, "*") if config.inner_type is not None else None
+    wrapper = wrappers.wrapper_of(config, "*") if config.inner_type is not None else None
     if wrapper is None:
         return None
     own = settle(wrapper, stored, {}).claimed()
@@ -253,7 +253,7 @@ def _around(published: Published, found: list[Found]) -> Draft | None:
     text += "".join(f"{json.dumps(start)} = {json.dumps(others)}\n" for start, others in spelled.items() if others)
     text += "".join(["[defaults]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in about["defaults"].items())])
     try:
-        understand(parse.parse(text, "draft", _text), config, stored)
+        understand(families.parse(text, "draft", _text), config, stored)
     except ReshardError:
         return None
     return Draft(f"{HEAD}\n{text}", len(found), (), about["like"], (), towers)
@@ -265,7 +265,7 @@ def _starts(name: str) -> tuple[str, ...]:
     return tuple(".".join(words[:count]) for count in (1, 2) if len(words) >= count)
 
 
-def _respellings(found: Iterable[Found], table: Table) -> Iterator[str]:
+def _respellings(found: Iterable[Found], table: Family) -> Iterator[str]:
     yield ""
     row = next((row for row in settle(table, {}, {}).rows if "{layer}" in row.name.text), None)
     if row is not None:
@@ -275,7 +275,7 @@ def _respellings(found: Iterable[Found], table: Table) -> Iterator[str]:
 
 
 def _text(name: str) -> str:
-    return parse.load("families", name).texts[name]
+    return families.load(name).texts[name]
 
 
 def _lines(

@@ -19,8 +19,8 @@ from ..layout.cut import Layout, Piece, lay_out
 from ..layout.join import plan
 from ..layout.mesh import Mesh
 from ..model.understand import Model
-from ..tables import parse
-from ..tables.parse import Table
+from ..tables import families, formats
+from ..tables.families import Family
 from .mutations import Mutation
 
 # What can catch a mutation, in the order tried, and what that means.
@@ -50,13 +50,13 @@ class Trial:
     checkpoint: str = ""
 
 
-def tried(mutation: Mutation, table: Table, benches: Sequence["Bench"]) -> Trial:
+def tried(mutation: Mutation, table: Family, benches: Sequence["Bench"]) -> Trial:
     """One mutation: read, then tried on the checkpoints that have its rows, until one tells it from the true table."""
     name = mutation.name
-    damaged: Table | None = None
+    damaged: Family | None = None
     if mutation.data is not None:
         try:
-            damaged = parse._consistent(parse._parse(dict(mutation.data), table.texts, {}))
+            damaged = families.of_chain(table.chain, mutation.data)
         except ReshardError as error:
             return Trial(name, "reading", _line(error))
     own = set(mutation.rows)
@@ -70,7 +70,7 @@ def tried(mutation: Mutation, table: Table, benches: Sequence["Bench"]) -> Trial
     return max(found, key=lambda trial: (EQUIVALENT, OPEN, MISSED).index(trial.by))
 
 
-def _on(bench: "Bench", mutation: Mutation, damaged: Table | None) -> Trial:
+def _on(bench: "Bench", mutation: Mutation, damaged: Family | None) -> Trial:
     """One mutation on one checkpoint."""
     name = mutation.name
     if damaged is None:
@@ -106,14 +106,14 @@ def _line(error: ReshardError) -> str:
 class Bench:
     """A checkpoint on which mutations are tried, opened once with the true table."""
 
-    def __init__(self, name: str, root: Path, table: Table, skipped: str | None) -> None:
+    def __init__(self, name: str, root: Path, table: Family, skipped: str | None) -> None:
         self.name, self.table = name, table
         self.published: Published = open_published(root, name)
         self.source = from_published(self.published, table)
         model = self.source.layout.model
         self.active = set(model.active)
         self.meaning = meaning(self.source.layout)
-        self.native = parse.load("formats", "native").for_family(table.name)
+        self.native = formats.load("native").for_family(table.name)
         self.mesh = Mesh(2)
         self._shards: list[Any] | None = None
         self.first: Any = None  # runtime.used.Used: where the table as it is begins to be wrong
@@ -171,7 +171,7 @@ class Bench:
         where = f"; the first step to differ is {self.first.name}" if self.first is not None else ""
         return f"WRONG: {words}{where}", False
 
-    def open(self, table: Table) -> Source:
+    def open(self, table: Family) -> Source:
         """The checkpoint by another table. Raises ReshardError where it does not fit."""
         return from_published(self.published, table)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tables import parse
+from ..tables.families import Family
 from ..tables.notation import Product, Sum, block_of, parse_pattern
-from ..tables.parse import Row, Table
+from ..tables.row import Row
 
 Data = dict[str, Any]  # a table as TOML has it, `like` resolved
 
@@ -28,9 +28,9 @@ class Mutation:
     shift: tuple[str, str] | None = None
 
 
-def mutations(table: Table) -> Iterator[Mutation]:
+def mutations(table: Family) -> Iterator[Mutation]:
     """Every mutation of every row and axis, each once."""
-    data = parse.written(table)
+    data = table.written
     seen = {identity(data)}
     for mutation in itertools.chain(_rows(data), _patterns(table, data), _axes(table, data), _shifts(table, data)):
         if mutation.data is not None:
@@ -100,7 +100,7 @@ def _rows(data: Data) -> Iterator[Mutation]:
             yield Mutation(words, (at,), _changed(data, **{_at(at): [text, *row[1:]]}))
 
 
-def _patterns(table: Table, data: Data) -> Iterator[Mutation]:
+def _patterns(table: Family, data: Data) -> Iterator[Mutation]:
     """Within one pattern: dimensions and factors exchanged, terms of a sum exchanged, an axis dropped or called by another's name."""
     every = sorted({axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"})
     patterns = [
@@ -181,7 +181,7 @@ def _text(dims: Iterable[Product]) -> str:
     return " ".join(whole)
 
 
-def _axes(table: Table, data: Data) -> Iterator[Mutation]:
+def _axes(table: Family, data: Data) -> Iterator[Mutation]:
     """Sizes exchanged, shifted and dropped; compounds reversed and dropped."""
     sizes, compounds = data.get("sizes", {}), data.get("axes", {})
 
@@ -210,7 +210,7 @@ def _axes(table: Table, data: Data) -> Iterator[Mutation]:
             yield Mutation(f"parts {one} and {other} of axis {axis} exchanged", using(axis), data | {"axes": {**compounds, axis: text}})
 
 
-def _shifts(table: Table, data: Data) -> Iterator[Mutation]:
+def _shifts(table: Family, data: Data) -> Iterator[Mutation]:
     """Every axis of every logical tensor displaced by one, around: no table can say so, but code that reads one can do it."""
     done = set()
     called, _ = _names(data)

@@ -11,7 +11,7 @@ from functools import cache
 
 from ..checkpoints.published import Published
 from ..model.sizes import axes_of, extent
-from ..tables import parse
+from ..tables import families
 from ..tables.notation import fold, parse_pattern
 
 LAYERS = ("layers", "h", "blocks", "layer", "block", "decoder_layers", "mtp_layers")  # what stands before the number of a layer
@@ -87,12 +87,12 @@ def _placeholders(kind: str) -> tuple[str, ...]:
 @cache
 def _known() -> dict[str, dict[str, Meaning]]:
     """Shipped table → end of a stored name → what it holds there."""
-    return {name: dict(_ends(name)) for name in parse.shipped("families")}
+    return {name: dict(_ends(name)) for name in families.shipped()}
 
 
 def _ends(family: str) -> Iterator[tuple[str, Meaning]]:
-    table = parse.load("families", family)
-    data = parse.written(table)
+    table = families.load(family)
+    data = table.written
     for row in data["rows"]:
         for spelling in row[0].split(" | "):
             text = spelling.lstrip("~")
@@ -110,7 +110,7 @@ def _plain(text: str) -> str:
 @cache
 def buffers() -> set[str]:
     """Ends of the names that shipped tables keep aside, and none has a row for: what one does not read may be another's weights."""
-    texts = {template.text.lstrip("~") for name in parse.shipped("families") for template in parse.load("families", name).aside}
+    texts = {template.text.lstrip("~") for name in families.shipped() for template in families.load(name).aside}
     return {text.partition("{layer}.")[2] or text for text in texts} - {end for ends in _known().values() for end in ends}
 
 
@@ -128,7 +128,7 @@ def by_likeness(found: Iterable[Found]) -> list[str]:
 @cache
 def _heirs() -> Counter[str]:
     """Shipped table → how many others are like it."""
-    return Counter(parent for name in parse.shipped("families") for parent in parse.load("families", name).texts if parent != name)
+    return Counter(parent for name in families.shipped() for parent in families.load(name).texts if parent != name)
 
 
 def meanings(each: Found, order: Iterable[str]) -> Iterator[Meaning]:
@@ -147,7 +147,7 @@ def meanings(each: Found, order: Iterable[str]) -> Iterator[Meaning]:
 @cache
 def _outside(family: str, end: str) -> bool:
     """Whether the name stands outside the layers."""
-    return any("{layer" not in row.name.text and row.name.text.lstrip("~") == end for row in parse.load("families", family).rows)
+    return any("{layer" not in row.name.text and row.name.text.lstrip("~") == end for row in families.load(family).rows)
 
 
 def fits(meaning: Meaning, each: Found, sizes: Sizes) -> bool:

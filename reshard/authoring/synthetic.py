@@ -22,8 +22,9 @@ from ..inputs.limits import numeral
 from ..model.naming import settle
 from ..model.sizes import axis_size
 from ..tables.config import Config
+from ..tables.families import Family
 from ..tables.notation import Pattern, bases, block_of, evaluate
-from ..tables.parse import Row, Table
+from ..tables.row import Row
 from .mutations import Data
 
 # Sizes of the axes that families know, all different; a head is wide enough for a quarter of it to be rotated in pairs.
@@ -43,7 +44,7 @@ _TURNED = 6  # features of a head that are rotated
 _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 
 
-def made_up(table: Table, where: Path) -> Iterator[Path]:
+def made_up(table: Family, where: Path) -> Iterator[Path]:
     """Random checkpoints of a family from its table alone, one directory for each set of optional rows, until every row is in one.
 
     Where rows have several layouts, until each has been in one in every layout. Raises ReshardError where the table makes none.
@@ -71,14 +72,14 @@ def made_up(table: Table, where: Path) -> Iterator[Path]:
         raise _none(table, "it has no row, or none that stands in any layer")
 
 
-def _none(table: Table, why: str) -> ReshardError:
+def _none(table: Family, why: str) -> ReshardError:
     return ReshardError(
         f'family "{table.name}": cannot generate a synthetic checkpoint from its table: {why}',
         "docs/notation.md shows the form of every key",
     )
 
 
-def _variants(table: Table) -> list[dict[str, bool]]:
+def _variants(table: Family) -> list[dict[str, bool]]:
     """Truths of the config keys that optional rows are bound to: those that most rows want, then what the rest of the rows wants."""
     wants: dict[str, Counter[bool]] = {}
     for row in table.rows:
@@ -105,7 +106,7 @@ def _of_quantization(key: str) -> bool:
 Shaped = list[tuple[int, Row, list[tuple[str, str, tuple[int, ...]]]]]  # row, and its stored tensors: name, dtype, shape
 
 
-def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
+def _invented(table: Family, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     """config.json, and every stored tensor."""
     tags = {tag for row in table.rows for tag in row.tags}
     tags = {tag for tag in tags if (key := table.optional.get(tag)) is None or truths[key.lstrip("!")] != key.startswith("!")}
@@ -156,7 +157,7 @@ def _invented(table: Table, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     return config, shapes
 
 
-def _check(table: Table, rows: Iterable[Row], sizes: Mapping[str, int]) -> None:
+def _check(table: Family, rows: Iterable[Row], sizes: Mapping[str, int]) -> None:
     """Every axis of these rows has a size that files can have."""
     needed = {"layer"} | bases(axis for row in rows for path in row.pattern.axes for axis in (*row.name.axes, *path))
     for axis in sorted(needed, key=lambda axis: (axis not in table.sizes, axis)):  # what follows from others last
@@ -167,7 +168,7 @@ def _check(table: Table, rows: Iterable[Row], sizes: Mapping[str, int]) -> None:
             raise ReshardError(f"{what} has size {sizes[axis]}, expected 1 to {LARGEST}")
 
 
-def _placed(table: Table, kinds: list[list[str]]) -> list[list[str]]:
+def _placed(table: Family, kinds: list[list[str]]) -> list[list[str]]:
     """Kinds for each layer in this order, if they can stand there: names that count in steps have none for the layers between."""
     counting = [row for row in table.rows if row.name.steps and (row.kinds or row.either)]
     left, found = list(kinds), []
@@ -179,7 +180,7 @@ def _placed(table: Table, kinds: list[list[str]]) -> list[list[str]]:
     return found
 
 
-def _kinds(table: Table) -> list[list[str]]:
+def _kinds(table: Family) -> list[list[str]]:
     """Kinds of layers: each combination, and extra ones last, two at least, of kinds that have rows there, or else of the last."""
     special = set(table.extra)
     beside = {kind for row in table.rows if row.kinds & special for kind in row.kinds}
@@ -193,7 +194,7 @@ def _kinds(table: Table) -> list[list[str]]:
     return found
 
 
-def _told(table: Table, kinds: Sequence[Sequence[str]]) -> Data:
+def _told(table: Family, kinds: Sequence[Sequence[str]]) -> Data:
     """What config.json must say so that the rules of kinds name the layers that are of them; one list may say it of several."""
     found: Data = {}
     for kind, rule in table.layers.items():
@@ -222,7 +223,7 @@ def _first(expression: str) -> str:
     return expression.split("|")[0].strip()
 
 
-def _sized(table: Table, rows: Sequence[Row], truths: Mapping[str, bool], layers: int) -> tuple[Data, dict[str, int]]:
+def _sized(table: Family, rows: Sequence[Row], truths: Mapping[str, bool], layers: int) -> tuple[Data, dict[str, int]]:
     """config.json and the sizes of all axes."""
     axes = {axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)}
     blocks = {axis for axis in axes if block_of(axis)}
@@ -312,7 +313,7 @@ def _nested(config: Data) -> Data:
     return found
 
 
-def _fill(table: Table, shapes: Shaped, path: Path) -> None:
+def _fill(table: Family, shapes: Shaped, path: Path) -> None:
     """Write all tensors, filled with noise that keeps activations near one, nothing constant, no two rows equal."""
     flat = {name: (row, dtype, shape) for _, row, stored in shapes for name, dtype, shape in stored}
     prologue, found = safetensors.build([(name, dtype, shape) for name, (_, dtype, shape) in flat.items()], {"format": "pt"})

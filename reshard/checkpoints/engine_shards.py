@@ -27,9 +27,12 @@ from ..model.sizes import axis_size
 from ..model.understand import Model, understand
 from ..store.digest import of
 from ..store.local import Stamp
+from ..tables import formats
 from ..tables.config import Config
+from ..tables.families import Family
+from ..tables.formats import Format
 from ..tables.notation import evaluate, fold
-from ..tables.parse import Constant, Table, load, shipped
+from ..tables.row import Constant
 from .companions import beside
 from .hf_split import loaded_order, resplit
 from .published import WEIGHTS, Original, Published, Tally, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
@@ -42,20 +45,20 @@ Place = tuple[Path, Entry]
 Held = dict[str, dict[int, str]]  # logical tensor → layer (-1: belongs to none) → dtype
 
 
-def recognised(root: Path) -> Table | None:
+def recognised(root: Path) -> Format | None:
     """The format of which a directory holds shards, by their file names; None where there are none, or published weights beside them.
 
     An index counts as published weights only if one of its files is there: engines copy indexes along with config.json.
     """
     names = sorted(path.name for path in root.iterdir())
-    for name in shipped("formats"):
-        table = load("formats", name)
+    for name in formats.shipped():
+        table = formats.load(name)
         if table.engine and any(pattern.fullmatch(name) for pattern in _patterns(table).values() for name in names):
             return None if _has_published(root, names) else table
     return None
 
 
-def open_shards(root: Path, table: Table, family: Table | None = None) -> EngineSource:
+def open_shards(root: Path, table: Format, family: Family | None = None) -> EngineSource:
     """Understand a directory that `recognised` gave a format for; `family` instead of the one that config.json names.
 
     Raises ReshardError for ranks that are missing, keys that are missing, doubled or unexpected, and every shape or dtype that is not
@@ -100,7 +103,7 @@ def open_shards(root: Path, table: Table, family: Table | None = None) -> Engine
 # --- files -----------------------------------------------------------------------------------------------------------------------
 
 
-def _patterns(table: Table) -> dict[str, re.Pattern[str]]:
+def _patterns(table: Format) -> dict[str, re.Pattern[str]]:
     """The names of a format's files: numbers without leading zeros; a part may be called anything, as to the engine's own glob."""
 
     def pattern(text: str) -> re.Pattern[str]:
@@ -120,7 +123,7 @@ def _has_published(root: Path, names: Iterable[str]) -> bool:
     return any(single in names or held(index) for single, index in WEIGHTS)
 
 
-def _ranks(root: Path, table: Table) -> tuple[dict[tuple[int, int], list[str]], int, int]:
+def _ranks(root: Path, table: Format) -> tuple[dict[tuple[int, int], list[str]], int, int]:
     """The files of each (stage, tensor-parallel rank), and how many there are of both; ReshardError for gaps."""
     found: dict[str, dict[tuple[int, int], list[str]]] = {}
     patterns = _patterns(table)
@@ -186,8 +189,8 @@ class _Reading:
     """One directory, with everything about it that does not depend on how many ranks one takes it for."""
 
     where: str
-    format: Table
-    family: Table
+    format: Format
+    family: Family
     config: Config
     places: Mapping[Key, Place]
 
@@ -261,7 +264,7 @@ class _Reading:
                 held[leaf].setdefault(layer, entry.dtype)
         usual = Counter(entry.dtype for _, entry in self.places.values()).most_common(1)[0][0]
         kinds = [self._kinds(layer, held) for layer in range(sizes["layer"])]
-        tied = self.family.tied if isinstance(self.family.tied, dict) else {}
+        tied = self.family.tied
         if self.config.tied:  # transformers writes the embedding, whichever name the engine keeps
             for head, embed in tied.items():
                 held[embed] = held.pop(head, {}) | held.get(embed, {}) or {-1: usual}
@@ -391,7 +394,7 @@ def _one_time(stamps: Mapping[Path, Stamp]) -> int:
 
 def _as_transformers_would(model: Model, mtime_ns: int) -> tuple[tuple[Original, ...], dict[str, tuple[int, Entry]], dict[str, bytes]]:
     """The files that transformers would write of a model it loaded, where each tensor is in them, and their bytes that are no tensors."""
-    layout = lay_out(model.family, model, Mesh(), model.active)
+    layout = lay_out(model.family.published, model, Mesh(), model.active)
     stored = {slot.name(point): (layout.dtype(slot, point), slot.shape) for slot in layout.slots for point in slot.points()}
     files, index = resplit([(name, *stored[name]) for name in loaded_order(stored)], MAX_FILE_SIZE)
     tensors = {name: (at, entry) for at, file in enumerate(files) for name, entry in file.tensors}

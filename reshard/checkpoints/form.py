@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from ..errors import ReshardError
 from ..layout.cut import lay_out
 from ..layout.mesh import Mesh
-from ..tables import parse
-from ..tables.parse import Table
+from ..tables import formats
+from ..tables.formats import Format
 from .source_kinds import Source
 from .target import Target
 from .target_files import restored, split_anew
@@ -83,8 +83,8 @@ class Sharded(Form):
 
         return explain_refusal(error, self._table(source), source.layout.model, mesh)
 
-    def _table(self, source: Source) -> Table:
-        return parse.load("formats", self.name).for_family(source.layout.model.family.name)
+    def _table(self, source: Source) -> Format:
+        return formats.load(self.name).for_family(source.layout.model.family.name)
 
 
 def form_of(to: str, max_file_size: int | None = None) -> Form:
@@ -92,12 +92,12 @@ def form_of(to: str, max_file_size: int | None = None) -> Form:
     return HuggingFace(max_file_size) if to == "hf" else Sharded(max_file_size, to)
 
 
-def _stored_twice(source: Source, table: Table, mesh: Mesh) -> dict[str, str]:
+def _stored_twice(source: Source, table: Format, mesh: Mesh) -> dict[str, str]:
     """Tensors that the source has twice (Qwen3-0.6B does) and an engine wants once: config.json says they are tied."""
     model = source.layout.model
     says = source.config.with_defaults(model.family.defaults).says
     pairs = model.family.tied
-    if not table.engine or not table.tied or mesh.pp > 1 or not isinstance(pairs, dict) or not says("tie_word_embeddings"):
+    if not table.engine or not table.tied or mesh.pp > 1 or not says("tie_word_embeddings"):
         return {}
     twice = model.tensors.keys() - {*model.alias, *model.alias.values()}
     return {name: other for name, other in pairs.items() if {name, other} <= twice}

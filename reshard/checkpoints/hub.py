@@ -34,7 +34,7 @@ from ..errors import PlaceError, ReshardError, failed
 from ..inputs import decode, limits
 from ..model.understand import Config
 from ..store.digest import FileDigest
-from ..tables.parse import Table
+from ..tables.families import Family
 from ..text.progress import Progress, Silent
 from . import manifest
 from .companions import MODULES, Carried, Left, sort_out
@@ -91,7 +91,7 @@ def is_id(text: str) -> bool:
 
 
 def resolve(
-    text: str, revision: str | None, *, headers_only: bool, family: Table | None = None, progress: Progress | None = None
+    text: str, revision: str | None, *, headers_only: bool, family: Family | None = None, progress: Progress | None = None
 ) -> Source:
     """The source that a text means: a local path if there is one, else a Hub id. With `headers_only` no weights are fetched.
 
@@ -112,7 +112,7 @@ def resolve(
     return from_published(found, family)
 
 
-def open_remote(text: str, revision: str | None, family: Table | None = None) -> Source:
+def open_remote(text: str, revision: str | None, family: Family | None = None) -> Source:
     """A checkpoint on the Hub, from config.json, the index and the headers alone; offline from the Hub's cache."""
     return from_published(published(text, revision), family)
 

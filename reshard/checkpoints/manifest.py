@@ -108,7 +108,7 @@ def dump(
     text: dict[str, Any] = {
         "reshard": FORMAT_VERSION,
         "notation": NOTATION,
-        "format": layout.table.name,
+        "format": layout.format.name,
         "engine": engine,
         "family": layout.model.family.name,
         "model": {"id": origin.id, "commit": origin.commit, "license": origin.license},
@@ -235,7 +235,7 @@ def _tied(layout: Layout) -> dict[str, str]:
     """Name → the name that it is tied to, as the family says it, whichever of the two the original stores."""
     pairs = layout.model.family.tied
     one = {frozenset(pair) for pair in layout.alias.items()}
-    return {name: other for name, other in sorted(pairs.items()) if {name, other} in one} if isinstance(pairs, dict) else {}
+    return {name: other for name, other in sorted(pairs.items()) if {name, other} in one}
 
 
 def _file(entry: Mapping[str, Any], path: Path, most: int) -> Listed:

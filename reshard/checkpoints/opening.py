@@ -5,8 +5,8 @@ from pathlib import Path
 from ..errors import ReshardError
 from ..store import location
 from ..store.workfolder import check_whole
-from ..tables import parse
-from ..tables.parse import Table
+from ..tables import families
+from ..tables.families import Family
 from ..text.progress import Progress
 from .source import Source, open_source
 
@@ -33,15 +33,15 @@ def open_any(
     return hub.resolve(str(src), revision, headers_only=headers_only, family=table, progress=progress)
 
 
-def table_of(family: str | None) -> Table | None:
+def table_of(family: str | None) -> Family | None:
     """The table that `--family` means: a path to TOML, or the name of a shipped one."""
     if family is None:
         return None
-    if family in parse.shipped("families"):
-        return parse.load("families", family)
+    if family in families.shipped():
+        return families.load(family)
     path = location.local(family, "a family table")
     if path.is_file():
-        return parse.load_file(path)
+        return families.load_file(path)
     if path.suffix == ".toml" or "/" in family or path.exists():
         raise ReshardError(f"--family {family}: there is no such file", "give the TOML file of a table, or the name of a shipped one")
-    raise ReshardError(f'no family table "{family}"', f"{parse.nearest('families', family)}; or give a TOML file of your own")
+    raise ReshardError(f'no family table "{family}"', f"{families.nearest(family)}; or give a TOML file of your own")

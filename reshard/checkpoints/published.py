@@ -23,8 +23,9 @@ from ..layout.mesh import Range
 from ..model.naming import settle
 from ..model.understand import Config, Model, understand
 from ..store.local import Stamp
+from ..tables import families, wrappers
+from ..tables.families import Family
 from ..tables.notation import fold
-from ..tables.parse import Table, base, family_of, nearest, shipped, wrapper_of
 from ..text.escapes import in_line
 from . import companions
 from .companions import Carried, Left, beside, inside
@@ -128,7 +129,7 @@ def open_published(root: Path, where: str | None = None) -> Published:
     return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root), stamps)
 
 
-def understood(published: Published, table: Table | None = None) -> tuple[Model, tuple[Original, ...]]:
+def understood(published: Published, table: Family | None = None) -> tuple[Model, tuple[Original, ...]]:
     """The model, and the originals with their holes; the family is `table`, or what config.json names."""
     table = table or family_table(published)
     model = understand(table, published.config, {name: entry for name, (_, entry) in published.tensors.items()}, published.where)
@@ -144,14 +145,14 @@ def understood(published: Published, table: Table | None = None) -> tuple[Model,
     return model, originals
 
 
-def family_table(published: Published) -> Table:
+def family_table(published: Published) -> Family:
     """The shipped table for a checkpoint; unknown families are refused with what was seen, folded."""
     config = published.config
-    table = family_of(config.model_type, config.architectures) or wrapper_of(config)
-    if table is None and (inner := family_of(config.inner_type, ())) is not None:
-        table = inner if _spelled_as(inner, published) else wrapper_of(config, "*")
+    table = families.family_of(config.model_type, config.architectures) or wrappers.wrapper_of(config)
+    if table is None and (inner := families.family_of(config.inner_type, ())) is not None:
+        table = inner if _spelled_as(inner, published) else wrappers.wrapper_of(config, "*")
     if table is not None:
-        return base(table) if _is_base(table, published) and table.name in shipped("families") else table
+        return families.base(table) if _is_base(table, published) and table.name in families.shipped() else table
     kinds: dict[str, list[str]] = {}
     for name in published.tensors:
         kinds.setdefault(in_line(fold(name)[0]), []).append(name)
@@ -162,18 +163,18 @@ def family_table(published: Published) -> Table:
     raise ReshardError(
         "\n".join([f"{published.where}: {said}; it holds", *lines]),
         f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family my.toml takes it\n"
-        f"(docs/notation.md); {nearest('families', config.model_type or '')}",
+        f"(docs/notation.md); {families.nearest(config.model_type or '')}",
     )
 
 
-def _is_base(family: Table, published: Published) -> bool:
+def _is_base(family: Family, published: Published) -> bool:
     """Whether the names of a family's tensors lack the `model.` that they begin with in its table."""
     if family.prefixes or any(name.startswith("model.") for name in published.tensors):
         return False
     return not {f"model.{fold(name)[0]}" for name in published.tensors}.isdisjoint(family.claimed())
 
 
-def _spelled_as(family: Table, published: Published) -> bool:
+def _spelled_as(family: Family, published: Published) -> bool:
     """Whether every tensor has a name of the family's own: nothing stands around the language model."""
     names = settle(family, {name: entry for name, (_, entry) in published.tensors.items()}, {}).claimed()
     return all(fold(name)[0] in names or name in names for name in published.tensors)

@@ -19,8 +19,9 @@ from ..model.understand import Config
 from ..store.digest import of_file
 from ..store.directory import Directory, reading
 from ..store.local import Pool
-from ..tables import parse
-from ..tables.parse import Table
+from ..tables import families, formats
+from ..tables.families import Family
+from ..tables.formats import Format
 from . import companions, manifest
 from .companions import Carried
 from .manifest import Manifest
@@ -66,7 +67,7 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
             raise MismatchError(
                 f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors", "convert again"
             )
-    pairs = family.tied.items() if isinstance(family.tied, dict) else ()
+    pairs = family.tied.items()
     tied = {name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()}
     layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=tied)
     shards = Shards(layout)
@@ -156,7 +157,7 @@ def check_small_files(root: Path, known: Manifest) -> None:
             )
 
 
-def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
+def _tables(root: Path, known: Manifest) -> tuple[Family, Format]:
     def texts(kind: str) -> Callable[[str], str]:
         def text(name: str) -> str:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -170,8 +171,8 @@ def _tables(root: Path, known: Manifest) -> tuple[Table, Table]:
         return text
 
     family, layout = texts("families"), texts("formats")
-    model = parse.parse(family(known.family), known.family, family)
-    return model, parse.parse(layout(known.format), known.format, layout, model.leaves())
+    model = families.parse(family(known.family), known.family, family)
+    return model, formats.parse(layout(known.format), known.format, layout, model.leaves())
 
 
 def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, tuple[int, Entry]]:

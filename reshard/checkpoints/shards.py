@@ -17,7 +17,7 @@ from ..containers import safetensors as header
 from ..containers.safetensors import Entry, Header
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import BLOCK, of, of_blocks
-from ..tables.parse import Constant, Row
+from ..tables.row import Constant, Row
 
 FORMAT_VERSION = "1.0"
 ALIGN = 4096  # bytes: where data starts in a shard
@@ -50,7 +50,7 @@ def folder(rank: int) -> str:
 
 def shard_name(layout: Layout, rank: int) -> str:
     """The weights file of a rank, as the format names it."""
-    mesh, files = layout.mesh, layout.table.files
+    mesh, files = layout.mesh, layout.format.files
     text = files["staged"] if mesh.pp > 1 and "staged" in files else files["shard"]
     return text.format(rank=rank, tp=rank % mesh.tp, pp=rank // mesh.tp, part=0)
 
@@ -67,7 +67,7 @@ class Shards:
         layout, model = self.layout, self.layout.model
         facts = {
             "version": FORMAT_VERSION,
-            "format": layout.table.texts,
+            "format": layout.format.texts,
             "family": model.family.texts,
             "mesh": [layout.mesh.tp, layout.mesh.pp, layout.mesh.ep, layout.mesh.weights, layout.mesh.layers],
             "tensors": {name: [t.axes, t.sizes, t.dtypes, t.layers] for name, t in sorted(model.tensors.items())},
@@ -98,7 +98,7 @@ class Shards:
         return {
             "format": "pt",
             "reshard.version": FORMAT_VERSION,
-            "reshard.layout": self.layout.table.name,
+            "reshard.layout": self.layout.format.name,
             "reshard.rank": str(rank),
             "reshard.world": str(mesh.world),
             "reshard.mesh": f"tp={mesh.tp} pp={mesh.pp} ep={mesh.ep}",

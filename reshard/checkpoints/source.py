@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import ReshardError, failed
 from ..store.directory import reading
 from ..store.workfolder import check_whole
-from ..tables.parse import Table
+from ..tables.families import Family
 from . import manifest
 from .published import open_published
 from .shard_directory import check_small_files, open_rank, open_shards
@@ -15,7 +15,7 @@ from .source_kinds import Source, from_published
 __all__ = ["Source", "check_small_files", "from_published", "open_rank", "open_source"]
 
 
-def open_source(path: Path, family: Table | None = None) -> Source:
+def open_source(path: Path, family: Family | None = None) -> Source:
     """Open a local directory: shards by a manifest, an engine's by their file names, else a published checkpoint.
 
     Raises ReshardError for what is none of these; MismatchError for shards that are damaged; PlaceError for what cannot
@@ -32,7 +32,7 @@ def open_source(path: Path, family: Table | None = None) -> Source:
         raise failed("reading", path, error) from error
 
 
-def _open(path: Path, family: Table | None) -> Source:
+def _open(path: Path, family: Family | None) -> Source:
     if manifest.present(path):
         return open_shards(path)
     from . import engine_shards

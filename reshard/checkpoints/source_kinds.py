@@ -17,7 +17,7 @@ from ..layout.mesh import Mesh
 from ..model.understand import Config
 from ..store.directory import Directory
 from ..store.local import Stamp
-from ..tables.parse import Table
+from ..tables.families import Family
 from . import manifest
 from .companions import Carried, Left
 from .manifest import Manifest
@@ -216,10 +216,10 @@ class EngineSource(Source):
 
 def _published(layout: Layout) -> Layout:
     model = layout.model
-    return lay_out(model.family, model, Mesh(), model.active)
+    return lay_out(model.family.published, model, Mesh(), model.active)
 
 
-def from_published(found: Published, family: Table | None = None) -> PublishedSource:
+def from_published(found: Published, family: Family | None = None) -> PublishedSource:
     """A published checkpoint, understood; by the table `family`, or that which config.json names.
 
     Raises ReshardError where no table fits, naming what was found.
@@ -232,7 +232,7 @@ def from_published(found: Published, family: Table | None = None) -> PublishedSo
         where=found.where,
         root=found.root,
         config=found.config,
-        layout=lay_out(model.family, model, Mesh(), model.active),
+        layout=lay_out(model.family.published, model, Mesh(), model.active),
         places={(0, name): (paths[at], entry) for name, (at, entry) in found.tensors.items() if name not in aside},
         originals=originals,
         tensors=found.tensors,

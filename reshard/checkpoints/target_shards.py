@@ -11,7 +11,7 @@ from ..layout.cut import Layout
 from ..store.digest import of, of_blocks
 from ..store.local import Pool
 from ..store.whole import digest_of, write, write_pieces
-from ..tables.parse import Constant
+from ..tables.row import Constant
 from . import manifest
 from .manifest import Listed, Manifest
 from .published import Original
@@ -136,7 +136,7 @@ class ShardTarget(Target):
 def source_texts(layout: Layout, source: Source) -> dict[str, bytes]:
     """The small files of the folder `source`, by name."""
     texts = {f"source/families/{name}.toml": text for name, text in layout.model.family.texts.items()}
-    texts |= {f"source/formats/{name}.toml": text for name, text in layout.table.texts.items()}
+    texts |= {f"source/formats/{name}.toml": text for name, text in layout.format.texts.items()}
     data = {name: text.encode() for name, text in texts.items()}
     data[manifest.FILES] = manifest.dump_originals(source.originals)
     if source.sums:

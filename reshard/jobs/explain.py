@@ -29,7 +29,7 @@ from ..layout.cut import Layout, Piece, Point, Slot
 from ..layout.mesh import Range
 from ..store.local import Pool
 from ..tables.notation import fold
-from ..tables.parse import Constant
+from ..tables.row import Constant
 
 MOST = 64  # holders that lines() tells one by one
 WIDTH = 80  # columns

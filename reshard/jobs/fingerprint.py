@@ -488,7 +488,7 @@ class _Owned:
 def _facts(layout: Layout) -> str:
     mesh, model = layout.mesh, layout.model
     facts = {
-        "format": layout.table.texts,
+        "format": layout.format.texts,
         "mesh": [mesh.tp, mesh.pp, mesh.ep, mesh.weights, mesh.layers],
         "tensors": {name: [t.axes, t.sizes, t.dtypes, t.layers] for name, t in sorted(model.tensors.items())},
         "stored": sorted(layout.pieces),
@@ -562,7 +562,7 @@ def of_tensors(layout: Layout | Path | str, rank: int, tensors: Mapping[str, Any
     if not isinstance(layout, Layout):
         path = Path(layout)
         layout = (source.open_rank(path, rank) if manifest.present(path) else source.open_source(path)).layout
-    owned = _Owned(layout, _chosen(layout, [rank], layout.table.name), Keys(seed))
+    owned = _Owned(layout, _chosen(layout, [rank], layout.format.name), Keys(seed))
 
     def jobs() -> Iterator[tuple[Slot, Point, str, Callable[[Summer], Read]]]:
         for (_, name), slot, point, dtype in owned.stored():

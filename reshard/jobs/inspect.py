@@ -118,7 +118,7 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
     atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
     return {
         "source": name,
-        "layout": f"{layout.table.name}, {layout.mesh}" if layout.table.cut else "published (Hugging Face)",
+        "layout": f"{layout.format.name}, {layout.mesh}" if layout.format.cut else "published (Hugging Face)",
         "family": model.family.name,
         "around": model.family.around or None,
         "model": source.origin.id,

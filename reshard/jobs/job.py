@@ -10,7 +10,7 @@ from ..engine.worker import in_items
 from ..errors import ReshardError
 from ..layout.join import Plan, plan
 from ..layout.mesh import Mesh
-from ..tables.parse import Table
+from ..tables.formats import Format
 from ..threads import count
 
 
@@ -64,7 +64,7 @@ class Job:
 def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size: int | None = None) -> Job:
     """Everything that can be refused is refused here, before anything is written."""
     out = form_of(to, max_file_size).target(source, mesh)
-    engine_name = _engine(to, out.layout.table, options.engine_version)
+    engine_name = _engine(to, out.layout.format, options.engine_version)
     if not options.pad and out.layout.padding:
         axis, (size, padded) = next(iter(out.layout.padding.items()))
         raise ReshardError(
@@ -84,7 +84,7 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     return Job(source, out, joined, engine_name)
 
 
-def _engine(to: str, table: Table, version: str | None) -> str | None:
+def _engine(to: str, table: Format, version: str | None) -> str | None:
     """The engine and version that a format is written for; versions that no table describes are refused by name."""
     known = table.engine
     if not known:

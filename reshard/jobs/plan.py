@@ -22,7 +22,7 @@ from ..layout.join import Join, plan
 from ..layout.mesh import Mesh
 from ..model.understand import Config, Model
 from ..tables.notation import Product, block_of
-from ..tables.parse import Row
+from ..tables.row import Row
 from ..text.units import binary, decimal
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …
@@ -202,7 +202,7 @@ def build(
     the caller knows them; otherwise they are estimated. Raises ReshardError where the source does not cover the destination.
     """
     model, mesh = dst.model, dst.mesh
-    published = not dst.table.cut
+    published = not dst.format.cut
     logical = dst.logical_bytes()
     held: dict[str, int] = dict.fromkeys(logical, 0)
     for name, pieces in dst.pieces.items():
@@ -220,7 +220,7 @@ def build(
             usable=usable,
             worst=worst,
             fits=worst <= usable,
-            smallest=None if published else capacity.smallest(model, config, dst.table, device_memory, context, batch),
+            smallest=None if published else capacity.smallest(model, config, dst.format, device_memory, context, batch),
         )
     return Report(
         source=source,
@@ -228,8 +228,8 @@ def build(
         around=model.family.around,
         layers=model.main_layers,
         extra_layers=model.sizes.get("layer", model.main_layers) - model.main_layers,
-        came_from=f"{src.table.name}, {src.mesh}" if src.table.cut else "published",
-        format="hf" if published else dst.table.name,
+        came_from=f"{src.format.name}, {src.mesh}" if src.format.cut else "published",
+        format="hf" if published else dst.format.name,
         mesh=mesh,
         ranks=_ranks(dst, weights, kept),
         logical=sum(logical.values()),
@@ -243,12 +243,12 @@ def build(
         disk_exact=disk is not None,
         memory=memory(workers, source.tensors),
         workers=workers,
-        sizes=() if published else capacity.sizes_that_work(dst.table, model, mesh),
+        sizes=() if published else capacity.sizes_that_work(dst.format, model, mesh),
         cache=kept,
         context=context,
         batch=batch,
         device=device,
-        command=_command(source, out, mesh, "hf" if published else dst.table.name),
+        command=_command(source, out, mesh, "hf" if published else dst.format.name),
     )
 
 
@@ -267,7 +267,7 @@ def _disk(src: Layout, dst: Layout, source: SourceFacts, stored: int) -> int:
     """What the output takes: weights, carried files, headers and digests (a generous guess), and the residue of published files."""
     tensors = sum(slot.count() for slot in (*dst.slots, *dst.constants))
     books = 640 * tensors + 36 * (stored >> 23) + (16 << 10) * dst.mesh.world
-    residue = max(0, source.nbytes - sum(capacity.weight_bytes(src))) if not src.table.cut and dst.table.cut else 0
+    residue = max(0, source.nbytes - sum(capacity.weight_bytes(src))) if not src.format.cut and dst.format.cut else 0
     return stored + source.carried + books + residue
 
 
@@ -374,13 +374,13 @@ def _compound(dst: Layout, piece: Piece, axis: str) -> str:
     block = block_of(axis)
     beside = block[0] if block else piece.tensor.axes
     own = block[0] if block else (axis,)
-    return next((name for name, atoms in dst.table.axes.items() if set(atoms) <= set(beside) and set(atoms) & set(own)), own[0])
+    return next((name for name, atoms in dst.format.axes.items() if set(atoms) <= set(beside) and set(atoms) & set(own)), own[0])
 
 
 def _how(dst: Layout, row: Row, axis: str) -> str:
     """`column by heads`: a matrix' outputs are cut; `row by inter`: its inputs; `by experts`, `by heads`: what is cut is neither."""
-    experts = set(dst.table.cut.get("ep", ()))
-    wanted = set(dst.table.axes.get(axis, (axis,)))
+    experts = set(dst.format.cut.get("ep", ()))
+    wanted = set(dst.format.axes.get(axis, (axis,)))
     matrix = [names for dim in row.pattern.dims if not (names := set(_names(dim))) or not names <= experts]
     at = next((at for at, names in enumerate(matrix) if names & wanted), None)
     if at is None or len(matrix) < 2:

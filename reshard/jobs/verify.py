@@ -33,7 +33,7 @@ from ..store.digest import BLOCK, FileDigest
 from ..store.directory import Directory, reading
 from ..store.local import Pool, buffer
 from ..store.publish import NOBODYS
-from ..tables.parse import Constant
+from ..tables.row import Constant
 from ..text.progress import Progress, Silent, until
 from ..threads import each
 from .verdict import Report, Rung
@@ -162,10 +162,12 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
     kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
     kept |= {manifest.SUMS} if source.sums else set()
     kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
-    kept |= {f"source/formats/{name}.toml" for name in layout.table.texts}
+    kept |= {f"source/formats/{name}.toml" for name in layout.format.texts}
     odd = sorted(kept ^ {file.name for file in known.source})
     found += [f"{manifest.NAME}: {'does not list' if name in kept else 'lists'} {name}" for name in odd]
-    engines = {f"{layout.table.engine['name']} {version}" for version in layout.table.engine["versions"]} if layout.table.engine else {None}
+    engines = (
+        {f"{layout.format.engine['name']} {version}" for version in layout.format.engine["versions"]} if layout.format.engine else {None}
+    )
     if known.engine not in engines:
         found.append(f"{manifest.NAME}: engine {known.engine!r} is not one that the format supports")
     text, _ = manifest.dump(

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from ..containers.safetensors import BITS
 from ..errors import ReshardError
 from ..model.understand import Config, Model
+from ..tables.facts import FACTS
+from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
 from ..tables.notation import evaluate
-from ..tables.parse import Table
 from .cut import Layout, Piece, Slot, lay_out
 from .mesh import Coordinate, Mesh, shares
 
@@ -90,7 +91,7 @@ def window(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]]:
     return (tokens, layers) if tokens and layers else (None, ())
 
 
-def layers_of_rule(fact: str, default: str, model: Model, config: Config) -> tuple[int, ...]:
+def layers_of_rule(fact: str, model: Model, config: Config) -> tuple[int, ...]:
     """The layers that a fact of `[model]` names."""
     config = config.with_defaults(model.family.defaults)
 
@@ -98,7 +99,7 @@ def layers_of_rule(fact: str, default: str, model: Model, config: Config) -> tup
         tokens, layers = _windowed(model, config)
         return layers if tokens else None
 
-    return layers_named(model.family.model.get(fact, default), model.main_layers, config, windowed)
+    return layers_named(model.family.model.get(fact, FACTS[fact].default), model.main_layers, config, windowed)
 
 
 def _windowed(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]]:
@@ -156,7 +157,7 @@ def lenders(model: Model, config: Config) -> dict[int, int]:
     """For each layer that borrows keys and values the last one before it of its kind, with a window or without, that has its own."""
     if "borrowed" not in model.family.model:
         return {}
-    borrowing, windowed = layers_of_rule("borrowed", "", model, config), set(window(model, config)[1])
+    borrowing, windowed = layers_of_rule("borrowed", model, config), set(window(model, config)[1])
     return {
         layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
         for layer in borrowing
@@ -190,7 +191,7 @@ def fits(layout: Layout, config: Config, device_memory: int, context: int | None
 def smallest(
     model: Model,
     config: Config,
-    table: Table,
+    table: Format,
     device_memory: int,
     context: int | None,
     batch: int,
@@ -211,7 +212,7 @@ def smallest(
         except ReshardError:
             return None
 
-    table = table.refined(model.family)
+    table = table.refined(model.family.axes)
     sizes = [tp for tp in sizes_that_work(table, model, Mesh(tp=ep, ep=ep, pp=pp or 1)) if tp <= WIDEST_TP]
     alone = {}
     for tp in sizes:
@@ -259,9 +260,9 @@ class _Firsts(Mesh):
 # --- sizes that work -------------------------------------------------------------------------------------------------------
 
 
-def sizes_that_work(table: Table, model: Model, mesh: Mesh) -> tuple[int, ...]:
+def sizes_that_work(table: Format, model: Model, mesh: Mesh) -> tuple[int, ...]:
     """The TP sizes for which a format lays a model out, with this mesh's EP and PP and equal ranks; empty where PP itself is refused."""
-    table = table.refined(model.family)
+    table = table.refined(model.family.axes)
     if mesh.pp > 1 and not _works(table, model, Mesh(pp=mesh.pp, layers=mesh.layers)):
         return ()
     # Stages and tensor parallelism do not limit one another, so one stage is enough to try.
@@ -269,12 +270,12 @@ def sizes_that_work(table: Table, model: Model, mesh: Mesh) -> tuple[int, ...]:
     return tuple(tp for tp in range(mesh.ep, most + 1, mesh.ep) if _works(table, model, _Firsts(tp=tp, ep=mesh.ep)))
 
 
-def split_that_works(table: Table, model: Model, mesh: Mesh) -> tuple[int, ...] | None:
+def split_that_works(table: Format, model: Model, mesh: Mesh) -> tuple[int, ...] | None:
     """The `--split` weights with which this TP works although it does not divide; 8 KV heads on TP 3: (3, 3, 2). None where none do.
 
     The weights are whole units of the first axis that the format cuts and that has one for each rank: KV groups, then heads, …
     """
-    table = table.refined(model.family)
+    table = table.refined(model.family.axes)
     units, held = model.units, {axis for tensor in model.tensors.values() for axis in tensor.axes}
     atoms = [atom for axis in table.cut.get("tp", ()) for atom in table.axes.get(axis, (axis,)) if atom in held]
     for atom in dict.fromkeys(atoms):
@@ -288,7 +289,7 @@ def split_that_works(table: Table, model: Model, mesh: Mesh) -> tuple[int, ...] 
     return None
 
 
-def _works(table: Table, model: Model, mesh: Mesh) -> bool:
+def _works(table: Format, model: Model, mesh: Mesh) -> bool:
     try:
         lay_out(table, model, mesh)
     except ReshardError:
@@ -296,15 +297,15 @@ def _works(table: Table, model: Model, mesh: Mesh) -> bool:
     return True
 
 
-def explain_refusal(error: ReshardError, table: Table, model: Model, mesh: Mesh) -> ReshardError:
+def explain_refusal(error: ReshardError, table: Format, model: Model, mesh: Mesh) -> ReshardError:
     """The same refusal of a mesh, its hint naming the sizes that would work; unchanged where the sizes are not what is wrong."""
-    hint = "; or ".join(_remedies(table.refined(model.family), model, mesh))
+    hint = "; or ".join(_remedies(table.refined(model.family.axes), model, mesh))
     if not hint:
         return error
     return type(error)(error.message, hint if error.hint is None else f"{error.hint}; {hint}")
 
 
-def _remedies(table: Table, model: Model, mesh: Mesh) -> Iterator[str]:
+def _remedies(table: Format, model: Model, mesh: Mesh) -> Iterator[str]:
     if mesh.pp > 1 and not _works(table, model, Mesh(pp=mesh.pp, layers=mesh.layers)):
         if mesh.layers is None:
             works = [pp for pp in range(1, model.main_layers + 1) if _works(table, model, _Firsts(pp=pp))]
@@ -331,7 +332,7 @@ def _remedies(table: Table, model: Model, mesh: Mesh) -> Iterator[str]:
         yield f"--tp {mesh.tp} --split {':'.join(map(str, weights))}"
 
 
-def _as_many_ranks(table: Table, model: Model, mesh: Mesh) -> Mesh | None:
+def _as_many_ranks(table: Format, model: Model, mesh: Mesh) -> Mesh | None:
     """A mesh of as many ranks that works: of fewer tensor parallel ones, but as many as can be, and of more stages."""
     if mesh.weights is not None or mesh.layers is not None or mesh.tp > TRIED_TP:
         return None

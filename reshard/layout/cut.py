@@ -18,8 +18,9 @@ from types import MappingProxyType
 from ..containers.safetensors import BITS
 from ..errors import ReshardError
 from ..model.understand import Model, Problems, Tensor
+from ..tables.formats import Format
 from ..tables.notation import Pattern, block_of
-from ..tables.parse import Constant, Row, Table
+from ..tables.row import Constant, Row
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
 
 Point = dict[str, int]  # enumerated axis → index
@@ -83,7 +84,7 @@ class Piece:
 class Layout:
     """The shape of a checkpoint, without data. `repeats`: how often an axis is repeated; both empty for a published one."""
 
-    table: Table
+    format: Format
     model: Model
     mesh: Mesh
     slots: tuple[Slot, ...]
@@ -161,20 +162,21 @@ def _held(piece: Piece) -> int:
 
 
 def lay_out(
-    table: Table,
+    table: Format,
     model: Model,
     mesh: Mesh,
     active: Mapping[int, tuple[int, ...] | None] | None = None,
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> Layout:
-    """The layout that a table gives a model on a mesh.
+    """The layout that a format gives a model on a mesh.
 
-    `active` restricts a family table to the rows (and their layers) that are in use; without it each logical tensor goes to the
-    first row whose tensors all exist. `tied`: names of tensors that the model has twice, to be stored once; that they are equal the caller
-    must know. Raises ReshardError listing everything that does not divide or has no row.
+    `active` restricts the format of published checkpoints to the rows (and their layers) that are in use; without it
+    each logical tensor goes to the first row whose tensors all exist. `tied`: names of tensors that the model has
+    twice, to be stored once; that they are equal the caller must know. Raises ReshardError listing everything that does
+    not divide or has no row.
     """
     problems = Problems()
-    table = table.refined(model.family)
+    table = table.refined(model.family.axes)
     if active is None:
         table = _with_towers(table.varied({name: tensor.axes for name, tensor in model.tensors.items()}), model)
     chosen = _choose(table, model, active, problems)
@@ -198,9 +200,8 @@ def lay_out(
         if len(problems) > before:
             refused = stage
     cutter.unused()
-    problems.raise_if_any(
-        f'format "{table.name}" on {mesh} does not fit this model:' if table.cut else f'table "{table.name}" does not fit this model:'
-    )
+    what = f'table "{table.name}"' if table.published else f'format "{table.name}" on {mesh}'
+    problems.raise_if_any(f"{what} does not fit this model:")
     constants = _constants(table, slots)
     return Layout(
         table,
@@ -216,7 +217,7 @@ def lay_out(
     )
 
 
-def _with_towers(table: Table, model: Model) -> Table:
+def _with_towers(table: Format, model: Model) -> Format:
     """A format that stores other towers has them under the names of the original, whole, on the stages that it says."""
     rows = tuple(row._replace(stage=stage) for stage in table.towers for row in model.family.rows if row.tower)
     return replace(table, rows=table.rows + rows) if rows else table
@@ -229,7 +230,7 @@ def _in_stage(row: Row, stage: int, stages: int) -> bool:
 
 
 def _choose(
-    table: Table, model: Model, active: Mapping[int, tuple[int, ...] | None] | None, problems: Problems
+    table: Format, model: Model, active: Mapping[int, tuple[int, ...] | None] | None, problems: Problems
 ) -> list[tuple[int, Row, tuple[int, ...] | None]]:
     if active is not None:
         return [(at, table.rows[at], layers) for at, layers in active.items()]
@@ -267,10 +268,10 @@ def _fitting(row: Row, model: Model) -> Pattern:
     return next((one for one in patterns if [sorted((*row.name.axes, *path)) for path in one.axes] == wanted), row.pattern)
 
 
-def _tied_rows(table: Table, alias: Mapping[str, str]) -> dict[int, int]:
+def _tied_rows(table: Format, alias: Mapping[str, str]) -> dict[int, int]:
     """For a row that a tied name makes superfluous on a rank, the row that keeps the bytes there."""
     keep = table.tied
-    if not isinstance(keep, str) or keep == "both":
+    if keep in ("", "both"):
         return {}
     drop = alias.get(keep) or next((name for name, other in alias.items() if other == keep), None)
     if drop is None:
@@ -279,7 +280,7 @@ def _tied_rows(table: Table, alias: Mapping[str, str]) -> dict[int, int]:
     return {rows[(drop,)]: rows[(keep,)]} if (drop,) in rows and (keep,) in rows else {}
 
 
-def _constants(table: Table, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+def _constants(table: Format, slots: Sequence[Slot]) -> tuple[Slot, ...]:
     return tuple(
         Slot(len(table.rows) + number, slot.rank, constant, (), slot.box, slot.layers)
         for number, constant in enumerate(table.constants)
@@ -291,7 +292,7 @@ def _constants(table: Table, slots: Sequence[Slot]) -> tuple[Slot, ...]:
 class _Cutter:
     """Cuts the axes of logical tensors as a format says; collects what does not divide, what is repeated and what is padded."""
 
-    def __init__(self, table: Table, model: Model, mesh: Mesh, problems: Problems) -> None:
+    def __init__(self, table: Format, model: Model, mesh: Mesh, problems: Problems) -> None:
         self.table, self.model, self.mesh, self.problems = table, model, mesh, problems
         self.repeats: dict[str, int] = {}
         self.padding: dict[str, tuple[int, int]] = {}

@@ -8,8 +8,9 @@ from dataclasses import replace
 from math import prod
 from typing import Protocol
 
+from ..tables.families import Family
 from ..tables.notation import Pattern, Template, fold
-from ..tables.parse import Row, Table
+from ..tables.row import Row
 from .sizes import axes_of, extent
 
 
@@ -20,7 +21,7 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def settle(table: Table, stored: Mapping[str, Shaped], sizes: Mapping[str, int]) -> Table:
+def settle(table: Family, stored: Mapping[str, Shaped], sizes: Mapping[str, int]) -> Family:
     """The table as this checkpoint spells it. `sizes`: what config.json says of axes.
 
     Of alternative names, and of prefixes, the first that occurs counts, and the first where none does; of alternative patterns the only one

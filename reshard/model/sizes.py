@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import Problems
+from ..tables.families import Family
 from ..tables.notation import block_of
-from ..tables.parse import Row, Table
+from ..tables.row import Row
 
 Points = Mapping[tuple[int, ...], str]  # numbers of the placeholders → stored name
 
@@ -22,7 +23,7 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def solve(table: Table, stored: Mapping[str, Shaped], sizes: dict[str, int], points: Mapping[int, Points], problems: Problems) -> None:
+def solve(table: Family, stored: Mapping[str, Shaped], sizes: dict[str, int], points: Mapping[int, Points], problems: Problems) -> None:
     """Sizes of all axes: from config, the rest from the shapes; then every equation is checked."""
     equations: list[tuple[Any, int, str]] = []  # (dimension of a pattern, its stored size, what it is)
     for at, names in points.items():

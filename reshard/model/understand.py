@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from ..errors import Problems as Problems
 from ..errors import ReshardError
 from ..tables.config import Config as Config
+from ..tables.families import Family
 from ..tables.layer_rules import layers_named
 from ..tables.notation import block_of, evaluate, fold
-from ..tables.parse import Row, Table
+from ..tables.row import Row
 from .naming import settle
 from .sizes import axis_size as axis_size
 from .sizes import dotted, solve
@@ -64,7 +65,7 @@ class Model:
     """All logical tensors of a checkpoint. `family`: as this checkpoint spells it; `active`: the rows in use and the layers of each;
     `alias`: tied names."""
 
-    family: Table
+    family: Family
     tensors: dict[str, Tensor]
     sizes: dict[str, int]
     active: dict[int, tuple[int, ...] | None]
@@ -89,7 +90,7 @@ class Model:
         return units
 
 
-def understand(table: Table, config: Config, stored: Mapping[str, Stored], where: str = "checkpoint") -> Model:
+def understand(table: Family, config: Config, stored: Mapping[str, Stored], where: str = "checkpoint") -> Model:
     """The model in a directory that the family table describes; `stored` maps stored names to dtype and shape.
 
     Raises ReshardError listing every unclaimed, missing, doubled or misshapen tensor, every unknown or contradictory size.
@@ -119,7 +120,7 @@ def understand(table: Table, config: Config, stored: Mapping[str, Stored], where
     return Model(table, tensors, sizes, active, alias, layers.main, tuple(aside))
 
 
-def check_quantization(table: Table, config: Config) -> None:
+def check_quantization(table: Family, config: Config) -> None:
     """Refuse a `quantization_config` that the family table does not list, by its name."""
     found = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
     if not found:
@@ -146,7 +147,7 @@ Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored na
 Ruled = list[tuple[frozenset[str], dict[int, str]]]  # sets of kinds of which config.json gives each layer one, and which
 
 
-def _ruled(table: Table, config: Config, sizes: Mapping[str, int], stored: Iterable[str]) -> Ruled:
+def _ruled(table: Family, config: Config, sizes: Mapping[str, int], stored: Iterable[str]) -> Ruled:
     """The kinds that config.json gives the main layers: of each set those that a rule names, the others the first kind without a rule."""
     found: Ruled = []
     for group in table.one_of:
@@ -174,7 +175,7 @@ def _beyond(row: Row, numbers: Sequence[int], sizes: Mapping[str, int]) -> bool:
 
 
 def _claim(
-    table: Table, sizes: Mapping[str, int], stored: Mapping[str, Stored], ruled: Ruled, problems: Problems
+    table: Family, sizes: Mapping[str, int], stored: Mapping[str, Stored], ruled: Ruled, problems: Problems
 ) -> tuple[dict[int, Points], list[str]]:
     rows: dict[str, list[int]] = defaultdict(list)
     for at, row in enumerate(table.rows):
@@ -218,7 +219,7 @@ def _layer(row: Row, numbers: Sequence[int]) -> int:
     return numbers[row.name.axes.index("layer")] if "layer" in row.name.axes else -1
 
 
-def _seen(table: Table, points: Mapping[int, Points]) -> dict[int, set[str]]:
+def _seen(table: Family, points: Mapping[int, Points]) -> dict[int, set[str]]:
     """The kinds of which a layer has tensors."""
     seen: dict[int, set[str]] = defaultdict(set)
     for at, found in points.items():
@@ -227,7 +228,7 @@ def _seen(table: Table, points: Mapping[int, Points]) -> dict[int, set[str]]:
     return seen
 
 
-def _from_config(table: Table, config: Config) -> dict[str, int]:
+def _from_config(table: Family, config: Config) -> dict[str, int]:
     sizes = {}
     for axis, expression in table.sizes.items():
         value = evaluate(expression, config.get)
@@ -242,14 +243,14 @@ class _Layers:
     total: int
     extra: str | None  # the kind of the layers from `main` on
 
-    def of(self, row: Row, table: Table) -> range:
+    def of(self, row: Row, table: Family) -> range:
         """The layers that a row's name can mean: where a table counts the extra ones apart, no name means both."""
         if row.name.extra:
             return range(self.main, self.total)
         return range(self.main if table.counts_apart else self.total)
 
 
-def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping[int, Points]) -> _Layers:
+def _layers(table: Family, config: Config, sizes: dict[str, int], points: Mapping[int, Points]) -> _Layers:
     seen = [
         numbers[row.name.axes.index("layer")]
         for at, row in enumerate(table.rows)
@@ -269,7 +270,7 @@ def _layers(table: Table, config: Config, sizes: dict[str, int], points: Mapping
 
 
 def _tags(
-    table: Table, config: Config, points: Mapping[int, Points], kind_of: Mapping[int, frozenset[str]], problems: Problems
+    table: Family, config: Config, points: Mapping[int, Points], kind_of: Mapping[int, frozenset[str]], problems: Problems
 ) -> set[str]:
     """The tags whose rows are there. A tag bound to a config key that is true must be, where a layer is of the kind; of rows with several
     tags, all."""
@@ -285,7 +286,7 @@ def _tags(
 
 
 def _presence(
-    table: Table,
+    table: Family,
     sizes: dict[str, int],
     points: Mapping[int, Points],
     layers: _Layers,
@@ -335,11 +336,11 @@ def _presence(
     return active
 
 
-def _alias_names(table: Table) -> set[str]:
-    return {name for pair in table.tied.items() for name in pair} if isinstance(table.tied, dict) else set()
+def _alias_names(table: Family) -> set[str]:
+    return {name for pair in table.tied.items() for name in pair}
 
 
-def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, ruled: Ruled, problems: Problems) -> dict[int, frozenset[str]]:
+def _kinds(table: Family, points: Mapping[int, Points], layers: _Layers, ruled: Ruled, problems: Problems) -> dict[int, frozenset[str]]:
     """The kinds of each layer: one of every set of `one_of`, as config.json or the headers say; a kind without rows is what is left."""
     seen: dict[int, set[str]] = {layer: set() for layer in range(layers.total)}
     for at, row in enumerate(table.rows):
@@ -371,10 +372,8 @@ def _kinds(table: Table, points: Mapping[int, Points], layers: _Layers, ruled: R
     return result
 
 
-def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Problems) -> dict[str, str]:
+def _tied(table: Family, config: Config, active: Mapping[int, Any], problems: Problems) -> dict[str, str]:
     """Tied names: either may be missing if config says that they are one; where both are stored they are two tensors."""
-    if not isinstance(table.tied, dict):
-        return {}
     alias = {}
     held = {leaf for at in active for leaf in table.rows[at].leaves}
     for head, embed in table.tied.items():
@@ -395,7 +394,7 @@ def _tied(table: Table, config: Config, active: Mapping[int, Any], problems: Pro
 
 
 def _tensors(
-    table: Table,
+    table: Family,
     stored: Mapping[str, Stored],
     sizes: Mapping[str, int],
     points: Mapping[int, Points],

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from reshard.layout.cut import Layout, Slot
 from reshard.model.understand import Model, Tensor
-from reshard.tables.parse import Row
+from reshard.tables.row import Row
 
 from .attention import Heads, Latent
 from .experts import Share

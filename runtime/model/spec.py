@@ -1,45 +1,6 @@
 """What a decoder computes: values from a family table's `[model]` and config.json. Knows no weights and no ranks.
 
-spec_values.py says how a value is written, reshard.tables.layer_rules how layers are selected.
-
-    norm            "rms" (default) or "layer"
-    norm_offset     1 where norms multiply by 1 + weight
-    bare            names of norms without weights; bare_heads: query and key heads have one, in layers that rotate
-    eps             default: the key that config.json has for it; eps_latent: of the norms inside latent attention
-    activation      default: hidden_act
-    gate_limit, gate_alpha, up_offset   of a clamped gated unit: (up + up_offset) · gate · sigmoid(gate_alpha · gate)
-    parallel        attention and feed-forward both read the layer's input
-    post_norm       attn_norm and mlp_norm are applied after the residual addition, and there is no final norm
-    pos_offset      rows of pos_embed before that of the first position
-    alibi           positions are a bias on the scores; alibi_scaled: in bfloat16, and scaled like the scores
-    rope_fraction   fraction of a head that is rotated; rope_size: number of features instead; rope_interleaved: rotated
-                    pairs are adjacent
-    rope_layers     the layers with rotary positions, by a rule, default: all
-    rope_base       base of the angles where neither rope_parameters nor rope_theta gives one
-    rope_near       base of layers with a window, where config.json has no angles per kind of layer; never scaled
-    borrowed        layers that use keys and values of the last earlier layer of their kind that has its own, by a rule
-    late_qk_norm    norms of query and key heads are applied after rotation
-    index_top       tokens that a layer's indexer lets a token attend to; index_interleaved: as rope_interleaved
-    attn_clip       queries, keys and values are clamped to ± this
-    growth          queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions counted from `start`
-                    (default 0); `unrotated`: in layers without rotary positions; `if`: where this is true
-    embed_scale     embeddings are multiplied by its root
-    embed_factor, residual_factor, logit_factor     embeddings, residual branches, and logits are multiplied by it
-    attn_scale      scores are divided by its root, default: head size; scale_by_layer: and by the layer number, from 1
-    attn_factor     scores are multiplied by it instead
-    value_factor    values are multiplied by it
-    attn_cap, logit_cap     soft caps; 0: none
-    head_norm       rows of the head are normalised to unit length
-    routing         top: experts per token; score: "softmax", "sigmoid", "chosen" (softmax over those chosen) or
-                    "sparsemixer" (each choice by softmax over the experts left, without those that score worse than the
-                    best of them by more than twice `jitter`, relatively); renormalize: by the sum, or the norm of that
-                    order; scale; groups, group_top: experts are chosen in that many of so many groups, those with the
-                    largest sum of their group_best (default 2) best scores; weigh_input: an expert's input is weighted,
-                    not its output; divide: the output of the router's own norm is divided by its root; wide: float32
-    window_chunks   windows do not slide: a token attends to earlier tokens of its own chunk of that many tokens
-    cache, window, window_if, window_layers      see reshard.layout.capacity
-    runs            false: these values do not suffice, the family converts but does not run; or a list of conditions on
-                    config.json
+The facts, their meanings and defaults are in reshard.tables.facts.
 """
 
 import math
@@ -51,58 +12,13 @@ from reshard.errors import ReshardError
 from reshard.layout import capacity
 from reshard.model.understand import Model
 from reshard.tables.config import Config
-from reshard.tables.parse import Table
+from reshard.tables.facts import GROWTH, ROUTING
+from reshard.tables.families import Family
 
 from .spec_values import Facts
 
 # Keys of config.json for the number of positions.
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
-EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
-
-# Which values matter for which part of a step; `layer`: for how its parts are combined. NO_PART: what runs at all.
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "embedding": ("embed_scale", "embed_factor", "pos_offset"),
-    "norm": ("norm", "norm_offset", "bare", "eps"),
-    "attention": (
-        *(
-            "rope_interleaved",
-            "rope_fraction",
-            "rope_size",
-            "rope_layers",
-            "rope_base",
-            "rope_near",
-            "alibi",
-            "alibi_scaled",
-        ),
-        *(
-            "attn_scale",
-            "attn_factor",
-            "scale_by_layer",
-            "attn_cap",
-            "attn_clip",
-            "value_factor",
-            "growth",
-            "late_qk_norm",
-            "bare_heads",
-        ),
-        *(
-            "window",
-            "window_if",
-            "window_layers",
-            "window_chunks",
-            "borrowed",
-            "index_top",
-            "index_interleaved",
-            "eps_latent",
-        ),
-    ),
-    "feed-forward": ("activation", "gate_limit", "gate_alpha", "up_offset"),
-    "experts": ("routing",),
-    "residual": ("residual_factor",),
-    "layer": ("parallel", "post_norm"),
-    "head": ("logit_factor", "logit_cap", "head_norm"),
-}
-NO_PART = ("cache", "runs")
 
 
 @dataclass(frozen=True)
@@ -194,7 +110,7 @@ class Spec:
     positions: int | None
 
     @classmethod
-    def of(cls, table: Table, config: Config, model: Model) -> "Spec":
+    def of(cls, table: Family, config: Config, model: Model) -> "Spec":
         """Raises ReshardError for a family that does not run, and for a config that no value describes."""
         if not table.runs:
             raise ReshardError(
@@ -217,18 +133,18 @@ class Spec:
         scale = 1 / math.sqrt(said.number("attn_scale", float(head))) if factor is None else factor
         if latent and rope is not None and rope.kind != "default":
             scale *= mscale(float(rope.scaling.get("factor", 1)), float(rope.scaling.get("mscale_all_dim") or 0)) ** 2
-        offset = int(said.number("pos_offset", 0.0))
+        offset = int(said.number("pos_offset"))
         return cls(
-            norm=said.word("norm", "rms"),
-            norm_offset=said.number("norm_offset", 0.0),
+            norm=said.given("norm"),
+            norm_offset=said.number("norm_offset"),
             bare=frozenset(table.model.get("bare", ())) - ({"norm"} if said.true("post_norm") else set()),
             bare_heads=said.true("bare_heads"),
-            eps=said.number("eps", EPS),
-            eps_latent=said.number("eps_latent", EPS),
-            activation=said.word("activation", "hidden_act | =silu"),
+            eps=said.number("eps"),
+            eps_latent=said.number("eps_latent"),
+            activation=str(said.value("activation")),
             gate_limit=said.optional("gate_limit"),
-            gate_alpha=said.number("gate_alpha", 1.0),
-            up_offset=said.number("up_offset", 0.0),
+            gate_alpha=said.number("gate_alpha"),
+            up_offset=said.number("up_offset"),
             parallel=said.true("parallel"),
             post_norm=said.true("post_norm"),
             pos_offset=offset,
@@ -237,10 +153,10 @@ class Spec:
             rope=rope,
             rope_near=rope_near,
             rope_interleaved=said.true("rope_interleaved"),
-            roped=frozenset(capacity.layers_of_rule("rope_layers", "all", model, config)),
+            roped=frozenset(capacity.layers_of_rule("rope_layers", model, config)),
             late_qk_norm=said.true("late_qk_norm"),
             growth=_growth(table, said),
-            embed_scale=math.sqrt(said.number("embed_scale", 1.0)),
+            embed_scale=math.sqrt(said.number("embed_scale")),
             embed_factor=said.optional("embed_factor"),
             residual_factor=said.optional("residual_factor"),
             logit_factor=said.optional("logit_factor"),
@@ -249,7 +165,7 @@ class Spec:
             value_factor=said.optional("value_factor"),
             attn_cap=said.optional("attn_cap") or None,
             attn_clip=said.optional("attn_clip"),
-            index_top=int(said.number("index_top", None)) if "index_top" in table.model else None,
+            index_top=int(said.number("index_top")) if "index_top" in table.model else None,
             index_interleaved=said.true("index_interleaved"),
             logit_cap=said.optional("logit_cap") or None,
             head_norm=said.true("head_norm"),
@@ -307,16 +223,13 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
     fraction = scaling.get("partial_rotary_factor")
     if kind == "proportional" or (kind == "default" and "rope_fraction" not in said.facts):
-        fraction = 1.0  # the rest has frequency 0; or it is a key that most decoders do not read
-    part = size * (said.number("rope_fraction", 1.0) if fraction is None else fraction)
+        fraction = 1.0  # the rest turns with frequency zero; or it is a key that most decoders do not read
+    part = size * (said.number("rope_fraction") if fraction is None else fraction)
     return Rope(
         kind=kind,
         size=int(said.number("rope_size", part)),
         base=float(
-            scaling.get("rope_theta")
-            or get("rope_theta")
-            or get("rotary_emb_base")
-            or said.number("rope_base", 10000.0)
+            scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or said.number("rope_base")
         ),
         positions=positions,
         original=int(
@@ -326,20 +239,20 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     )
 
 
-def _growth(table: Table, said: Facts) -> Growth | None:
-    of = Facts(table.model.get("growth", {}), said.config)
+def _growth(table: Family, said: Facts) -> Growth | None:
+    of = Facts(table.model.get("growth", {}), said.config, GROWTH)
     by = of.optional("by")
-    if by is None or not of.value("if", "true"):
+    if by is None or not of.true("if"):
         return None
-    return Growth(by, of.number("span", None), int(of.number("start", 0.0)), of.true("unrotated"))
+    return Growth(by, of.number("span"), int(of.number("start")), of.true("unrotated"))
 
 
 SCORES = ("softmax", "sigmoid", "chosen", "sparsemixer")
 
 
 def _score(of: Facts) -> str:
-    """A score of SCORES, given directly or by config.json."""
-    word = str(of.facts.get("score", "softmax"))
+    """One of these words, or what config.json says in one of them."""
+    word = str(of.given("score"))
     found = word if word in SCORES else of.value("score")
     if found not in SCORES:
         raise ReshardError(
@@ -348,24 +261,24 @@ def _score(of: Facts) -> str:
     return str(found)
 
 
-def _routing(table: Table, said: Facts) -> Routing:
+def _routing(table: Family, said: Facts) -> Routing:
     facts = table.model.get("routing")
     if not isinstance(facts, dict):
         raise ReshardError(
-            f'family "{table.name}" has experts, but its table does not say how they are routed',
-            "add [model] routing to the table",
+            f'family "{table.name}" has experts, its table does not say how they are chosen',
+            "[model] routing is missing",
         )
-    of = Facts(facts, said.config)
+    of = Facts(facts, said.config, ROUTING)
     return Routing(
-        top=int(of.number("top", "num_experts_per_tok")),
+        top=int(of.number("top")),
         score=_score(of),
         renormalize=float(of.value("renormalize") or 0),
-        jitter=of.number("jitter", 0.0),
-        scale=of.number("scale", 1.0),
-        groups=int(of.number("groups", 1.0)),
-        group_top=int(of.number("group_top", 1.0)),
-        group_best=int(of.number("group_best", 2.0)),
+        jitter=of.number("jitter"),
+        scale=of.number("scale"),
+        groups=int(of.number("groups")),
+        group_top=int(of.number("group_top")),
+        group_best=int(of.number("group_best")),
         weigh_input=of.true("weigh_input"),
-        divide=of.number("divide", 1.0),
+        divide=of.number("divide"),
         wide=of.true("wide"),
     )

@@ -11,16 +11,23 @@ from typing import Any
 
 from reshard.errors import ReshardError
 from reshard.tables.config import Config
+from reshard.tables.facts import FACTS, Fact
 
 
 class Facts:
-    """The values of `[model]`, or of a table in it, for one config."""
+    """The values of `[model]`, or of a table in it, for one config. `known`: all values that exist, with defaults."""
 
-    def __init__(self, facts: Mapping[str, Any], config: Config) -> None:
-        self.facts, self.config = facts, config
+    def __init__(self, facts: Mapping[str, Any], config: Config, known: Mapping[str, Fact] = FACTS) -> None:
+        self.facts, self.config, self.known = facts, config, known
+
+    def given(self, fact: str, default: Any = None) -> Any:
+        """What the table says, or else `default`, or else the default of the fact."""
+        if fact in self.facts:
+            return self.facts[fact]
+        return self.known[fact].default if default is None else default
 
     def value(self, fact: str, default: Any = None) -> Any:
-        given = self.facts.get(fact, default)
+        given = self.given(fact, default)
         if isinstance(given, list):
             return any(self._first(text) for text in given)
         return self._first(given) if isinstance(given, str) else given
@@ -51,21 +58,17 @@ class Facts:
         except ValueError:
             return self.config.get(word)
 
-    def number(self, fact: str, default: Any) -> float:
+    def number(self, fact: str, default: Any = None) -> float:
         found = self.value(fact, default)
         if isinstance(found, list) and found and all(one == found[0] for one in found):
             found = found[0]  # one per layer, all equal
         if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ReshardError(f"config.json: {self.facts.get(fact, default)} is {found!r}; {fact} needs a number")
+            raise ReshardError(f"config.json: {self.given(fact, default)} is {found!r}; {fact} needs a number")
         return float(found)
 
     def optional(self, fact: str) -> float | None:
-        """A number, or None where neither the table nor the config has one."""
-        return None if self.value(fact) is None else self.number(fact, None)
-
-    def word(self, fact: str, default: str) -> str:
-        given = self.facts.get(fact, default)
-        return str(given if fact == "norm" else self.value(fact, default))
+        """A number, or None where nothing says it."""
+        return None if self.value(fact) is None else self.number(fact)
 
     def true(self, fact: str) -> bool:
         return bool(self.value(fact))

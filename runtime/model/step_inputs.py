@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from reshard.tables import parse
+from reshard.tables import families
+from reshard.tables.facts import PARTS, ROUTING
+from reshard.tables.families import Family
 
 from .decoder import ATTENTION, EMBEDDING, FEED_FORWARD, HEAD, OWN, RESIDUAL
 from .experts import ACTIVATIONS
-from .spec import PARTS
 from .spec_values import Facts
 
 if TYPE_CHECKING:
     from reshard.checkpoints.source import Source
-    from reshard.tables.parse import Table
+    from reshard.tables.families import Family
 
 # Values that are not looked up in config.json.
 WORDS = ("norm", "bare", "growth", "borrowed", "rope_layers", "window_layers")
@@ -108,8 +109,8 @@ def _said(value: Any) -> str:
     return value.removeprefix("=") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def used(source: "Source", table: "Table", step: str, part: str, apart: Sequence[str]) -> Used:
-    """The inputs of a part of a step; `apart`: its norms, which are parts of their own."""
+def used(source: "Source", table: "Family", step: str, part: str, apart: Sequence[str]) -> Used:
+    """What goes into a part of a step; `apart`: its norms, which are parts of their own."""
     model, config = source.layout.model, source.config.with_defaults(table.defaults)
     layer = int(step.removeprefix("layer ").partition(",")[0]) if step.startswith("layer ") else None
     within = f"layer {layer}, {part}" if layer is not None and part in (ATTENTION, FEED_FORWARD) else step
@@ -132,7 +133,7 @@ def used(source: "Source", table: "Table", step: str, part: str, apart: Sequence
     facts: dict[str, tuple[str | None, Any]] = {}
     for name in names:
         if name in table.model and name == "routing":
-            inner = Facts(table.model[name], config)
+            inner = Facts(table.model[name], config, ROUTING)
             facts |= {f"routing.{key}": _resolved(said, inner.value(key)) for key, said in inner.facts.items()}
         elif name in table.model:
             said = table.model[name]
@@ -162,26 +163,22 @@ def kinds(step: str, part: str, apart: Sequence[str], weights: Mapping[str, Any]
         yield "layer"
 
 
-def others(table: "Table", names: Sequence[str]) -> Iterator[tuple[str, Any, "Mapping[str, Any]"]]:
+def others(table: "Family", names: Sequence[str]) -> Iterator[tuple[str, Any, "Mapping[str, Any]"]]:
     """Each value changed to what another shipped table has, or unset: its name, the new value, all of [model] then."""
-    families = [parse.load("families", name).model for name in parse.shipped("families")]
+    known = [families.load(name).model for name in families.shipped()]
     for name in names:
         if name == "routing":
             given = table.model.get(name)
-            keys = dict.fromkeys(
-                key for family in families if isinstance(family.get(name), dict) for key in family[name]
-            )
+            keys = dict.fromkeys(key for family in known if isinstance(family.get(name), dict) for key in family[name])
             if isinstance(given, dict):
                 for key in keys:
-                    for value in _values(
-                        [family[name] for family in families if isinstance(family.get(name), dict)], key
-                    ):
+                    for value in _values([family[name] for family in known if isinstance(family.get(name), dict)], key):
                         changed = {k: v for k, v in given.items() if k != key} | (
                             {} if value == ABSENT else {key: value}
                         )
                         yield f"routing.{key}", value, {**table.model, name: changed}
             continue
-        values = list(_values(families, name)) + ([f"={word}" for word in ACTIVATIONS] if name == "activation" else [])
+        values = list(_values(known, name)) + ([f"={word}" for word in ACTIVATIONS] if name == "activation" else [])
         for value in values:
             rest = {k: v for k, v in table.model.items() if k != name}
             yield name, value, rest if value == ABSENT else rest | {name: value}

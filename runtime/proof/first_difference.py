@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reshard.tables.facts import PARTS
+
 from ..comm.threads import alone
 from ..load import load_model, with_facts
 from ..memory import exhausted
 from ..model.decoder import PARTIAL
-from ..model.spec import PARTS, Spec
+from ..model.spec import Spec
 from ..model.step_inputs import Used, others, used
 from .bounds import TIMES
 
@@ -119,7 +121,8 @@ def _agreeing(
     table, model, seen = with_facts(source.layout.model.family), source.layout.model, [decoder.spec]
     near = dict.fromkeys(name.partition(".")[0] for name in (*found.facts, *found.absent))
     agree: dict[str, tuple[int, Any]] = {}
-    for names in (list(near), [name for name in dict.fromkeys(chain(*PARTS.values())) if name not in near]):
+    bearing = chain(*(facts for part, facts in PARTS.items() if part))
+    for names in (list(near), [name for name in bearing if name not in near]):
         for fact, value, facts in () if agree else others(table, names):
             try:
                 changed = replace(table, model=dict(facts))

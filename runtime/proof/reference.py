@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from reshard.checkpoints.source import Source
-from reshard.tables import parse
+from reshard.tables import families
 from reshard.tables.notation import fold
 
 from ..comm.threads import alone
@@ -270,7 +270,7 @@ class _Theirs:
     def _aside(self, name: str) -> bool:
         """Whether it is a buffer, which follows from config.json."""
         kind, _ = fold(name)
-        table = parse.family_of(self.source.config.model_type, self.source.config.architectures)
+        table = families.family_of(self.source.config.model_type, self.source.config.architectures)
         ends = [template.folded.removeprefix("~") for template in table.aside] if table is not None else []
         return any(f".{kind}".endswith(f".{end}") for end in ends)
 

@@ -1,0 +1,175 @@
+"""Families: what the published tensors of one architecture mean."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from ..errors import ReshardError
+from . import keys, merge
+from .formats import Format
+from .notation import Template, parse_template
+from .row import Row, parse_rows
+from .shipped import Shipped, own
+
+BASE = "_base"  # ends the name of the table of a base model
+_SHIPPED = Shipped("families", "family")
+shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family table, with `like` and compounds resolved. `chain`: the tables that it was read from, as their authors wrote them."""
+
+    name: str
+    rows: tuple[Row, ...]
+    chain: merge.Chain = field(compare=False, repr=False)
+    match: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    aside: tuple[Template, ...] = ()
+    axes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # compounds
+    sizes: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)  # facts of the architecture for the runtime and for capacity
+    one_of: tuple[tuple[str, ...], ...] = ()
+    layers: dict[str, str] = field(default_factory=dict)  # kind → the rule by which config.json names its layers
+    optional: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)  # kind of the layers beyond `layer` → config key with their number
+    tied: dict[str, str] = field(default_factory=dict)
+    towers: tuple[str, ...] = ()  # what the names of components other than the language model begin with
+    quantization: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Every TOML text that it was read from, by name."""
+        return self.chain.texts
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The table as its author wrote it, as data, with `like` resolved."""
+        return merge.merged(self.chain.tables)
+
+    @cached_property
+    def published(self) -> Format:
+        """The format in which checkpoints of this family are published: its rows, and nothing is cut."""
+        return Format(self.name, self.rows, self.texts, self.axes)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the facts that a decoder needs are there."""
+        return "cache" in self.model and self.model.get("runs") is not False
+
+    @property
+    def around(self) -> str:
+        """Of a table with other components, the family of its language model, where that has a table of its own."""
+        return next(iter([*self.texts][1:]), "") if self.towers else ""
+
+    @property
+    def counts_apart(self) -> bool:
+        """Whether extra layers have names of their own."""
+        return any(row.name.extra for row in self.rows)
+
+    def leaves(self) -> set[str]:
+        """The logical tensors that its rows hold, without their variants."""
+        return {leaf.partition("@")[0] for row in self.rows for leaf in row.leaves}
+
+    def claimed(self) -> set[str]:
+        """The names, folded, that its rows and `aside` have; those of other components left out."""
+        return {template.folded for template in (*(row.name for row in self.rows if not row.tower), *self.aside)}
+
+
+@cache
+def load(name: str) -> Family:
+    """A shipped family."""
+    return parse(_SHIPPED.text(name), f"{name}.toml", _SHIPPED.text)
+
+
+def load_file(path: Path) -> Family:
+    """A user's own table; `like` may name a shipped one."""
+    return parse(own(path), path.name, _SHIPPED.text)
+
+
+def parse(text: str, where: str, parent: merge.Parent | None = None) -> Family:
+    """A family from TOML; `parent(name)` gives the text of the table that `like` names."""
+    chain = merge.chain(text, where, keys.family, parent)
+    return of_chain(chain)
+
+
+def of_chain(chain: merge.Chain, data: Mapping[str, Any] | None = None) -> Family:
+    """A family from the tables of a chain, or from `data` in their stead: the same with a change."""
+    data = merge.merged(chain.tables) if data is None else data
+    name = keys.name_of(data)
+    where = f'table "{name}"'
+    with keys.well_formed(where):
+        one_of = tuple(tuple(kinds) for kinds in data.get("one_of", ()))
+        kinds = {kind for group in one_of for kind in group}
+        for key, what in (("extra", "extra layers"), ("layers", "layers")):
+            if missing := sorted(set(data.get(key, ())) - kinds):
+                raise ReshardError(f"{where}: {what} of kind {missing[0]}, which no set of one_of has")
+        rows, compounds = parse_rows(data, where, one_of)
+        prefix = data.get("prefix", ())
+        return _consistent(
+            Family(
+                name=name,
+                rows=rows,
+                chain=chain,
+                match=tuple(data.get("match", ())),
+                prefixes=(prefix,) if isinstance(prefix, str) else tuple(prefix),
+                aside=tuple(parse_template(text) for text in data.get("aside", ())),
+                axes=compounds,
+                sizes=dict(data.get("sizes", {})),
+                defaults=dict(data.get("defaults", {})),
+                model=dict(data.get("model", {})),
+                one_of=one_of,
+                layers=dict(data.get("layers", {})),
+                optional=dict(data.get("optional", {})),
+                extra=dict(data.get("extra", {})),
+                tied=dict(data.get("tied", {})),
+                towers=tuple(data.get("towers", ())),
+                quantization=tuple(data.get("quantization", ())),
+            )
+        )
+
+
+def _consistent(table: Family) -> Family:
+    """The same family, if what it says about axes, tags and logical tensors is about some that it has."""
+    where = f'table "{table.name}"'
+    keys.check_axes(where, {"sizes": table.sizes}, table.rows, table.axes)
+    tags = {tag for row in table.rows for tag in row.tags}
+    for tag in table.optional:
+        if tag not in tags:
+            raise ReshardError(f"{where}: optional names the tag {tag}, which no row has")
+    leaves = {leaf for row in table.rows for leaf in row.leaves}
+    for name in (name for pair in table.tied.items() for name in pair):
+        if name not in leaves:
+            raise ReshardError(f"{where}: tied names the logical tensor {name}, which no row has")
+    return table
+
+
+def digest(name: str) -> str:
+    """Changes when a shipped family table, or one that it is like, does."""
+    return crc32("\0".join(load(name).texts.values()).encode()).to_bytes(4, "big").hex()
+
+
+def base(family: Family) -> Family:
+    """The table of a family's base model, stored without `model.` and perhaps without a head; without one it runs if that is tied."""
+    name = f"{family.name}{BASE}"
+    rows = [[*row[:3], " ".join([*row[3:], "head?"])] for row in family.written["rows"] if row[2] == "head"]
+    own: dict[str, Any] = {"name": name, "rows": rows, "names": {"model.": [""]}}
+    text = f'name = "{name}"\nlike = "{family.name}"\nrows = {json.dumps(rows)}\n[names]\n"model." = [""]\n'
+    if "runs" not in family.model:
+        own["model"] = {"runs": ["tie_word_embeddings"]}
+        text += '[model]\nruns = ["tie_word_embeddings"]\n'
+    return of_chain(family.chain.on(own, text))
+
+
+def family_of(model_type: str | None, architectures: Iterable[str]) -> Family | None:
+    """The shipped family for a config's model_type or, failing that, one of its architectures."""
+    names = shipped()
+    if model_type in names:
+        return load(model_type)
+    wanted = {model_type, *architectures}
+    return next((family for family in map(load, names) if wanted & set(family.match)), None)
