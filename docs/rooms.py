@@ -25,8 +25,8 @@ ORDER = {
         *("containers", "tables", "inputs", "threads", "errors", "text"),
     ),
     "runtime": (
-        *("__main__", "__init__", "proof", "job", "generate", "load", "described", "model", "comm", "text", "template"),
-        *("sampling", "memory"),
+        *("__main__", "__init__", "proof", "job", "statistics", "generate", "load", "described", "resharded", "cast"),
+        *("model", "mapped", "comm", "text", "template", "sampling", "memory", "dtypes"),
     ),
 }
 

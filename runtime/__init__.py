@@ -1,8 +1,8 @@
-"""The runtime: loads shards, runs the model that they are, generates text. `from reshard.runtime import load_shard, load_model`."""
+"""The runtime: loads shards, runs the model, generates text. `from reshard.runtime import load_shard, load_model`."""
 
 from typing import TYPE_CHECKING, Any
 
-if __name__ != "reshard.runtime":  # the checkout's folder runtime/, found by that name: every module would exist twice
+if __name__ != "reshard.runtime":  # a checkout's runtime/ on sys.path: every module would be imported twice
     raise ImportError(f"this package is reshard.runtime, not {__name__}")
 
 if TYPE_CHECKING:

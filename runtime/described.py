@@ -1,7 +1,7 @@
-"""The model as one rank's own folder describes it: for a node that fetched the manifest, the carried files and its own rank, nothing else.
+"""The model described by one rank's own folder, for a node that has only the manifest, companion files and that folder.
 
-Logical tensors, their axes and sizes stand in tensors.json, tables are the shipped ones. Layers of other stages are not known, and not
-asked for. Knows nothing about torch.
+Logical tensors, axes and sizes are in tensors.json; tables are the shipped ones. Layers of other stages are unknown and
+not needed. Knows nothing about torch.
 """
 
 import json
@@ -24,7 +24,7 @@ from reshard.tables.notation import evaluate, fold, parse_template
 
 
 def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
-    """The config, and a layout that has this rank's tensors. Raises MismatchError where the rank's file holds others."""
+    """The config, and a layout with this rank's tensors. Raises MismatchError where the rank's file has others."""
     about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
     config = Config(read_json(root / "config.json"))
     family = wrappers.named(known.family, config)
@@ -36,25 +36,36 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
             if (t := tensors.get(name) or tensors.get(other)) is not None:
                 alias[name] = other
                 tensors |= {each: Tensor(each, t.axes, t.sizes, t.dtypes, t.layers) for each in (name, other)}
-        beside = tower_rows(family.towers, {tensor["name"]: _Stored(tuple(tensor["shape"])) for tensor in said["tensors"]})
+        beside = tower_rows(
+            family.towers, {tensor["name"]: _Stored(tuple(tensor["shape"])) for tensor in said["tensors"]}
+        )
         family = replace(family, rows=(*family.rows, *beside))
         main = evaluate(family.sizes.get("layer", "none"), config.get)
-        model = Model(family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main)
+        model = Model(
+            family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main
+        )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise MismatchError(f"{root}: rank {rank} is described in a way that cannot be read: {error!r}", "fetch it again") from None
+        raise MismatchError(
+            f"{root}: cannot read the description of rank {rank}: {error!r}", "fetch its tensors.json again"
+        ) from None
     table, mesh = formats.load(known.format).for_family(family.name), known.mesh
     if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
-        mesh = replace(mesh, ep=1)  # a stage without experts: there is nothing that EP would cut
+        mesh = replace(mesh, ep=1)  # a stage without experts: EP cuts nothing
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)
     path = root / known.ranks[rank][0].name
     with path.open("rb") as file:
         found, _ = safetensors.read(file.fileno(), known.ranks[rank][0].size, str(path))
     wanted = Shards(layout).shard(rank).header
     if found.entries != wanted.entries:
-        odd = min(name for name in found.entries.keys() | wanted.entries if found.entries.get(name) != wanted.entries.get(name))
+        odd = min(
+            name
+            for name in found.entries.keys() | wanted.entries
+            if found.entries.get(name) != wanted.entries.get(name)
+        )
         raise MismatchError(
-            f"{path}: {odd} is {_shown(found.entries.get(odd))}, the shipped tables make it {_shown(wanted.entries.get(odd))}",
-            "the tables of the conversion may be others: fetch its folder `source` too",
+            f"{path}: {odd} is {_shown(found.entries.get(odd))}, "
+            f"by the shipped tables it is {_shown(wanted.entries.get(odd))}",
+            "the conversion may have used other tables: fetch its folder `source` too",
         )
     return config, layout
 
@@ -65,7 +76,7 @@ class _Stored:
 
 
 def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Logical tensors as far as a rank's rows and names tell."""
+    """Logical tensors, as far as a rank's rows and names describe them."""
     by_row: dict[int, dict[int, str]] = defaultdict(dict)  # row → layer (-1: belongs to none) → dtype
     templates = [parse_template(row["name"]) for row in said["rows"]]
     for tensor in said["tensors"]:

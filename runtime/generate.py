@@ -1,9 +1,10 @@
-"""Generating: prompts of token ids to token ids, all prompts in one batch with one KV cache. Knows nothing about text.
+"""Generation: token ids in, token ids out, all prompts in one batch with one KV cache. Knows nothing about text.
 
-    prompts    a b c          input_ids  a a a b c        positions  -1 -1  0  1  2      the last column gives every prompt's next token
+    prompts    a b c          input_ids  a a a b c        positions  -1 -1  0  1  2
                d e f g h                 d e f g h                    0  1  2  3  4
 
-Every rank runs this and gets the same logits, so each chooses the same tokens by itself: none are sent.
+The last column gives every prompt's next token. Every rank has the same logits and samples the same tokens, so none
+are sent.
 """
 
 import time
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from .model.cache import Cache
     from .model.decoder import Decoder
 
-_LOGITS = 1 << 26  # elements: longer prompts go through in parts, so that their logits do not take more
+_LOGITS = 1 << 26  # elements: longer prompts are prefilled in parts, to limit the memory of their logits
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to generate. `most`: new tokens per prompt; `positions`: those that the model has, None where there is no limit."""
+    """What to generate. `most`: new tokens per prompt; `positions`: those of the model, None if there is no limit."""
 
     most: int = 128
     sampling: Sampling = field(default_factory=Sampling)
@@ -37,10 +38,10 @@ class Options:
 
 @dataclass
 class Generated:
-    """New tokens per prompt (a stop token is not among them), why each ended ("stop" or "length"), and how long it took, in seconds.
+    """New tokens per prompt (without the stop token), why each ended ("stop" or "length"), and the times, in seconds.
 
-    `first`: until the first token was known; `steps` forwards of one token per prompt followed, in `decoding` seconds. `exchanging`: the
-    part of both that was spent in collectives. `cache`: bytes of this rank's KV cache.
+    `first`: until the first token; `decoding`: the `steps` forwards of one token per prompt after it; `exchanging`: the
+    part of both spent in collectives. `cache`: bytes of this rank's KV cache.
     """
 
     tokens: list[list[int]]
@@ -54,25 +55,28 @@ class Generated:
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second while decoding, all prompts together; None where there was but one token each."""
+        """Tokens per second while decoding, all prompts together; None if there was only one token each."""
         return self.chosen / self.decoding if self.steps and self.decoding else None
 
 
 def check(prompts: Sequence[Sequence[int]], vocabulary: int | None, positions: int | None) -> None:
-    """Raises ReshardError for a prompt that is empty, too long, or has ids that the model does not know."""
+    """Raises ReshardError for a prompt that is empty, too long, or has ids outside of the vocabulary."""
     if not prompts:
-        raise ReshardError("there is no prompt", 'give one: --prompt "…", or --prompts FILE')
+        raise ReshardError("no prompt", 'pass --prompt "…", or --prompts FILE')
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise ReshardError(f"prompt {number} has no tokens, 1 is needed", "the model has no token to begin a text with: give some text")
+            raise ReshardError(
+                f"prompt {number} has no tokens",
+                "the model has no BOS token to start from: give it some text",
+            )
         if positions is not None and len(prompt) >= positions:
             raise ReshardError(
-                f"prompt {number} has {len(prompt)} tokens, the model has {positions} positions for them and what follows",
-                f"shorten it to {positions - 1} tokens at most",
+                f"prompt {number} has {len(prompt)} tokens; the model has {positions} positions, new tokens included",
+                f"shorten it to at most {positions - 1} tokens",
             )
         odd = [token for token in prompt if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
-            raise ReshardError(f"prompt {number} has token {odd[0]}, the model has tokens 0 to {(vocabulary or 1) - 1}")
+            raise ReshardError(f"prompt {number}: token id {odd[0]} is not between 0 and {(vocabulary or 1) - 1}")
 
 
 @torch.inference_mode()
@@ -83,9 +87,9 @@ def generate(
     on_token: Callable[[int, int | None, str | None], None] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> Generated:
-    """New tokens for every prompt; called by all ranks with the same arguments. All raise NotFinite where the next logits are not finite.
+    """New tokens for every prompt; all ranks call it with the same arguments. Raises NotFinite on all of them.
 
-    `on_token(prompt, token, reason)`: a token, as soon as it is known, or None with the reason why a prompt has ended.
+    `on_token(prompt, token, reason)`: called with each token as it is sampled, and with None and the reason at the end.
     """
     check(prompts, None, options.positions)
     world, batch = decoder.world, len(prompts)
@@ -104,11 +108,13 @@ def generate(
             on_phase(name)
 
     def take(logits: torch.Tensor) -> list[int]:
-        """One more token for every prompt that has not ended: [batch, vocab] → what each goes on with."""
+        """Sample a token for every prompt that has not ended: [batch, vocab] → the next input of each."""
         finite = logits.isfinite().all(-1).tolist()
         for number, tokens in enumerate(done.tokens):
             if not (finite[number] or done.reasons[number]):
-                raise not_finite(decoder, torch.tensor([[*prompts[number], *tokens]], device=device), f"prompt {number + 1}")
+                raise not_finite(
+                    decoder, torch.tensor([[*prompts[number], *tokens]], device=device), f"prompt {number + 1}"
+                )
         chosen = []
         for number, tokens in enumerate(done.tokens):
             if done.reasons[number]:
@@ -136,9 +142,11 @@ def generate(
 
     phase("prefill")
     began = time.perf_counter()
-    # Padding is the prompt's own first token: no other, whose activations may overflow, comes into its batch.
+    # Padding is the prompt's own first token: another one, whose activations may overflow, must not get into its batch.
     ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    positions = torch.tensor([[-1] * (longest - len(prompt)) + list(range(len(prompt))) for prompt in prompts], device=device)
+    positions = torch.tensor(
+        [[-1] * (longest - len(prompt)) + list(range(len(prompt))) for prompt in prompts], device=device
+    )
     part = max(1, _LOGITS // (batch * decoder.model.sizes["vocab"]))
     for at in range(0, longest, part):
         last = at + part >= longest
@@ -154,7 +162,12 @@ def generate(
             -1 if reason else len(prompt) + len(tokens) - 1
             for prompt, tokens, reason in zip(prompts, done.tokens, done.reasons, strict=True)
         ]
-        logits = decoder(torch.tensor(chosen, device=device)[:, None], torch.tensor(lengths, device=device)[:, None], cache, all_ranks=True)
+        logits = decoder(
+            torch.tensor(chosen, device=device)[:, None],
+            torch.tensor(lengths, device=device)[:, None],
+            cache,
+            all_ranks=True,
+        )
         chosen = take(logits[:, -1])
         done.steps += 1
     done.decoding = time.perf_counter() - began

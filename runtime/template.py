@@ -1,6 +1,7 @@
-"""Chat templates: programs that came with a model. They run in jinja2's sandbox, in a process of their own that has limits.
+"""Chat templates: programs from strangers. They run in jinja2's sandbox, in a process of their own with limits.
 
-The process starts in about 0.1 s, since it does not import torch, and ends with the last conversation. Knows nothing about tokens.
+The process starts in about 0.1 s, since it does not import torch, and ends after the last conversation. Knows nothing
+about tokens.
 """
 
 import json
@@ -23,14 +24,16 @@ PLAIN = "--no-chat continues the prompt as it is"
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from reshard.runtime.template import serve; serve()"
 
 
-def render(template: str, conversations: list[list[Message]], special: dict[str, str], where: str, seconds: float) -> list[str]:
-    """The text that each conversation is to a model. `special`: its special tokens by name.
+def render(
+    template: str, conversations: list[list[Message]], special: dict[str, str], where: str, seconds: float
+) -> list[str]:
+    """Each conversation as a text for the model. `special`: the special tokens by name.
 
-    Raises ReshardError, naming `where`, for a template that fails or takes more than limits.TEMPLATE_… or `seconds` of time.
+    Raises ReshardError, naming `where`, for a template that fails or exceeds limits.TEMPLATE_… or `seconds`.
     """
     if find_spec("jinja2") is None:
         hint = "pip install 'reshard[runtime]', or --no-chat"
-        raise ReshardError("a chat template needs the package jinja2, which is not installed", hint)
+        raise ReshardError("chat templates need jinja2, which is not installed", hint)
     task = json.dumps({"template": template, "conversations": conversations, "special": special}).encode()
     line = [sys.executable, "-c", _PROGRAM.format(path=sys.path)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
@@ -38,17 +41,19 @@ def render(template: str, conversations: list[list[Message]], special: dict[str,
             told, _ = child.communicate(task, seconds)
         except subprocess.TimeoutExpired:
             child.kill()
-            raise _failing(where, f"takes more than {seconds:g} s (--timeout)") from None
+            raise _failing(where, f"took more than {seconds:g} s (--timeout)") from None
         except BaseException:
             child.kill()
             raise
     if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise _failing(where, f"takes more than {limits.TEMPLATE_SECONDS} s of CPU time")
+        raise _failing(where, f"took more than {limits.TEMPLATE_SECONDS} s of CPU time")
     if child.returncode:
-        raise _failing(where, f"ends its process with code {child.returncode}: it is nested too deeply, or takes too much memory")
+        raise _failing(
+            where, f"made its process exit with {child.returncode}: it is nested too deeply, or needs too much memory"
+        )
     found = json.loads(told)
     if isinstance(found, str):
-        raise _failing(where, f"fails: {found}")
+        raise _failing(where, f"failed: {found}")
     return [str(text) for text in found]
 
 
@@ -56,11 +61,11 @@ def _failing(where: str, words: str) -> ReshardError:
     return ReshardError(f"{where}: its chat template {words}", PLAIN)
 
 
-# --- the process ---------------------------------------------------------------------------------------------------------------
+# --- the process ------------------------------------------------------------------------------------------------------
 
 
 def serve() -> None:
-    """Render what stdin asks for: a list of texts to stdout, or in words what went wrong."""
+    """Render the task on stdin; write a list of texts to stdout, or an error message."""
     seconds, memory = limits.TEMPLATE_SECONDS, limits.TEMPLATE_MEMORY
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -70,7 +75,7 @@ def serve() -> None:
     try:
         found = _rendered(**json.loads(raw))
     except MemoryError:
-        found = f"it takes more than {binary(memory)} of memory"
+        found = f"it needs more than {binary(memory)} of memory"
     except RecursionError:
         found = "it is nested too deeply"
     except Exception as error:  # whatever a stranger's program can raise
@@ -89,10 +94,12 @@ def _rendered(template: str, conversations: list[list[Message]], special: dict[s
     def tojson(value: Any, indent: int | None = None, **_: Any) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    # Marks what an assistant said, for training; not a tag of jinja2, and nothing to a text.
+    # `generation` marks what the assistant said, for training; it is not a tag of jinja2, and adds no text.
     source = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{%\1 if true \2%}{% endif %}", template)
     program, left, texts = environment.from_string(source), limits.TEMPLATE_OUTPUT, []
     for messages in conversations:

@@ -15,7 +15,8 @@ from reshard.checkpoints.source import open_source
 from reshard.jobs import verify
 from reshard.jobs.convert import Options, convert, prepare
 from reshard.layout.mesh import Mesh
-from reshard.runtime.comm.collectives import World, run_threads
+from reshard.runtime.comm.collectives import World
+from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model
 from reshard.runtime.proof.bounds import TIMES
 

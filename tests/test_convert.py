@@ -1,4 +1,4 @@
-"""Converting: a source that changes under the job is noticed, what is written does not depend on how. Re-runs: test_rerun.py."""
+"""Converting: a source that changes under the job is noticed, what is written does not depend on how. Re-runs: test_same_job.py."""
 
 from __future__ import annotations
 

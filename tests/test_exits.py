@@ -130,7 +130,7 @@ def test_ranks_without_a_loopback_interface_are_refused_at_once(source: Path, tm
     assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
     done = _alone("true", *command("generate", tmp_path / "out", "--tokens", "1", "--max-tokens", "2"))
     assert done.returncode == 3
-    assert re.match(rb"error: 127.0.0.1 cannot be reached, where the ranks meet: .+\n\nhint: .*--tp 1\n$", done.stderr), done.stderr
+    assert re.match(rb"error: cannot connect to 127.0.0.1, where the ranks rendezvous: .+\n\nhint: .*--tp 1\n$", done.stderr), done.stderr
 
 
 def test_shared_memory_that_is_read_only_is_done_without(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Joint, fitting, hold, joints, law, numbered
 from test_checkpoint import mine
-from test_foreign import edit, saved
-from test_foreign import holding as file_of
+from test_engine_shards import edit, saved
+from test_engine_shards import holding as file_of
 
 from reshard import api
 from reshard.checkpoints.source import Source, open_source

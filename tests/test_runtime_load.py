@@ -25,8 +25,12 @@ import reshard
 from reshard.containers.safetensors import BITS, Entry
 from reshard.errors import MismatchError, ReshardError
 from reshard.layout.mesh import Mesh
-from reshard.runtime import load, load_model, load_shard
-from reshard.runtime.comm.collectives import Lost, World, run_threads
+from reshard.runtime import load, load_model, load_shard, mapped
+from reshard.runtime.comm.collectives import World
+from reshard.runtime.comm.lost import Lost
+from reshard.runtime.comm.threads import run_threads
+from reshard.runtime.dtypes import DTYPES
+from reshard.runtime.mapped import State
 
 Get = Callable[[str], Path]
 
@@ -35,7 +39,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def same(one: load.State, other: load.State) -> None:
+def same(one: State, other: State) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
@@ -134,9 +138,9 @@ def test_every_dtype_comes_as_the_library_has_it_or_as_raw_bytes(tmp_path: Path,
         save(tmp_path / "one.safetensors", {"x": (dtype, shape, data)})
         memory = mmap.mmap(-1, len(data))
         memory[:] = data
-        tensor = load._tensor(memory, Entry(dtype, shape, 0, len(data)))
+        tensor = mapped.view(memory, Entry(dtype, shape, 0, len(data)))
         assert bits(tensor) == data
-        if dtype in load.DTYPES:
+        if dtype in DTYPES:
             assert tuple(tensor.shape) == shape
             try:
                 theirs = load_file(tmp_path / "one.safetensors")["x"]
@@ -151,10 +155,10 @@ def test_every_dtype_comes_as_the_library_has_it_or_as_raw_bytes(tmp_path: Path,
 def test_empty_tensors_and_scalars_are_themselves() -> None:
     memory = mmap.mmap(-1, 8)
     memory[:4] = np.float32(2.5).tobytes()
-    assert load._tensor(memory, Entry("F32", (), 0, 4)).item() == 2.5
-    empty = load._tensor(memory, Entry("BF16", (0, 5), 4, 0))
+    assert mapped.view(memory, Entry("F32", (), 0, 4)).item() == 2.5
+    empty = mapped.view(memory, Entry("BF16", (0, 5), 4, 0))
     assert (empty.dtype, empty.shape) == (torch.bfloat16, (0, 5))
-    assert load._tensor(memory, Entry("F4", (3, 0), 4, 0)).shape == (3, 0)
+    assert mapped.view(memory, Entry("F4", (3, 0), 4, 0)).shape == (3, 0)
 
 
 def test_opening_reads_what_is_said_of_the_tensors_and_none_of_them(tmp_path: Path) -> None:
@@ -218,14 +222,14 @@ def test_a_file_of_another_size_is_refused_with_both_numbers_and_never_mapped(
 
 def test_a_missing_file_is_refused(mine: Path) -> None:
     weights(mine, 0).unlink()
-    refused(MismatchError, mine, 0, "is missing", "rank-00000/model.safetensors")
+    refused(MismatchError, mine, 0, "missing", "rank-00000/model.safetensors")
 
 
 def test_exchanged_files_are_refused(mine: Path) -> None:
     weights(mine, 0).rename(mine / "other")
     weights(mine, 1).rename(weights(mine, 0))
     (mine / "other").rename(weights(mine, 1))
-    refused(MismatchError, mine, 0, "its header says rank 1, wanted is 0")
+    refused(MismatchError, mine, 0, "its header says rank 1, expected 0")
 
 
 @pytest.mark.parametrize("key", ["plan", "world", "mesh", "version"])
@@ -234,7 +238,9 @@ def test_a_file_of_another_conversion_is_refused(mine: Path, key: str) -> None:
     found = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][f"reshard.{key}"]
     other = found[:-1] + "7" if key != "version" else "7" + found[1:]
     weights(mine, 0).write_bytes(data.replace(f'"reshard.{key}":"{found}"'.encode(), f'"reshard.{key}":"{other}"'.encode()))
-    refused(MismatchError, mine, 0, f"{key} {other}" if key != "version" else f"version {other}", "wanted" if key != "version" else "reads")
+    refused(
+        MismatchError, mine, 0, f"{key} {other}" if key != "version" else f"version {other}", "expected" if key != "version" else "reads"
+    )
 
 
 def test_a_damaged_header_is_refused(mine: Path) -> None:
@@ -251,13 +257,13 @@ def test_a_flipped_bit_is_found_where_digests_are_asked_for(mine: Path, at: int)
     weights(mine, 1).write_bytes(data)
     load_shard(mine, 1)
     load_shard(mine, 0, verify="hash")
-    refused(MismatchError, mine, 1, "rank-00001/model.safetensors", "have digest", verify="hash")
+    refused(MismatchError, mine, 1, "rank-00001/model.safetensors", "digest is", verify="hash")
 
 
 def test_edited_digests_are_found(mine: Path) -> None:
     path = mine / "rank-00000" / "tensors.json"
     path.write_text(path.read_text().replace('"digest": "', '"digest": "0', 1))
-    refused(MismatchError, mine, 0, "tensors.json", "the manifest says", verify="hash")
+    refused(MismatchError, mine, 0, "tensors.json", "by the manifest", verify="hash")
 
 
 def test_an_unknown_way_to_verify_is_refused(shards: Path) -> None:
@@ -274,7 +280,7 @@ class Rank:
         self.rank, self.size = rank, size
 
 
-def states(out: Path, size: int, mesh: Mesh | None = None) -> Iterator[tuple[load.Opened, load.State]]:
+def states(out: Path, size: int, mesh: Mesh | None = None) -> Iterator[tuple[load.Opened, State]]:
     for rank in range(size):
         opened = load.open_for(out, mesh, Rank(rank, size))  # type: ignore[arg-type]
         yield opened, opened.state(rank)
@@ -414,7 +420,7 @@ def test_a_digest_is_checked_on_the_way_to_another_mesh(mine: Path) -> None:
     weights(mine, 1).write_bytes(data)
     opened = load.open_for(mine, None, Rank(0, 1))  # type: ignore[arg-type]
     opened.state(0)
-    with pytest.raises(MismatchError, match="have digest"):
+    with pytest.raises(MismatchError, match="digest is"):
         opened.state(0, verify="hash")
 
 
@@ -476,7 +482,7 @@ def test_a_job_of_another_size_is_refused_with_both_numbers_where_resharding_is_
     with pytest.raises(ReshardError, match=r"is for 2 ranks.*this job has 4 ranks") as caught:
         load.open_for(shards, None, Rank(0, 4), reshard_on_load=False)  # type: ignore[arg-type]
     assert "start 2 processes" in str(caught.value.hint)
-    with pytest.raises(ReshardError, match="no shard directory for 4 ranks"):
+    with pytest.raises(ReshardError, match="not a shard directory for 4 ranks"):
         load.open_for(checkpoint("llama"), None, Rank(0, 4), reshard_on_load=False)  # type: ignore[arg-type]
 
 
@@ -508,7 +514,7 @@ def test_a_rank_with_another_manifest_is_named(tmp_path: Path) -> None:
         return "agreed"
 
     theirs, ours = (json.loads((tmp_path / f"out{seed}" / "manifest.json").read_text())["root"] for seed in (1, 0))
-    assert set(run_threads(4, work)) == {f"rank 2 diverged in load: its manifest is {theirs}, that of rank 0 is {ours}"}
+    assert set(run_threads(4, work)) == {f"rank 2 diverged in load: its manifest is {theirs}, but {ours} on rank 0"}
 
 
 # --- a model ---------------------------------------------------------------------------------------------------------------------
@@ -562,10 +568,10 @@ def test_a_job_without_a_process_group_is_told_to_make_one(shards: Path, monkeyp
 
 def test_a_rank_that_cannot_load_ends_the_job_with_its_own_error(mine: Path) -> None:
     weights(mine, 1).unlink()
-    with pytest.raises(MismatchError, match="is missing"):
+    with pytest.raises(MismatchError, match="missing, expected"):
         run_threads(2, lambda world: load_model(mine, world=world))
 
 
 def test_ranks_that_want_other_dtypes_are_told_apart(shards: Path) -> None:
-    with pytest.raises(Lost, match=r"rank 1 diverged in load: its dtype is torch.float16, that of rank 0 is torch.float32"):
+    with pytest.raises(Lost, match=r"rank 1 diverged in load: its dtype is torch.float16, but torch.float32 on rank 0"):
         run_threads(2, lambda world: load_model(shards, dtype=(torch.float32, torch.float16)[world.rank], world=world))

@@ -1,9 +1,9 @@
-"""The lifeline: how the processes of one job learn at once that one of them died, stopped, failed or went another way.
+"""Heartbeat: how the processes of a job learn at once that one of them died, stopped, failed or diverged.
 
-Every process keeps a connection to every other, served by a thread of its own, beside the collectives. What a process says on it: its
-phase, the collective that it is in, that it failed and why. What its silence says: a closed connection is a process that is gone, and one
-that says nothing for half of the timeout is stopped. The first such finding is the verdict: the main thread raises it in its next
-collective, or, where it is stuck in one, the process prints it and ends with code 3. Knows nothing about tensors.
+Every process has a connection to every other, served by a thread, next to the collectives. On it a process reports its
+phase, the collective that it is in, and whether and why it failed. A closed connection means that the process is gone;
+one that is silent for half of the timeout is stopped. The first finding is the verdict: the main thread raises it in
+its next collective or, if it is stuck in one, the process prints it and exits with 3. Knows nothing about tensors.
 """
 
 import atexit
@@ -30,10 +30,10 @@ from typing import Any
 
 from .lost import Lost, differing
 
-GRACE = 0.05  # seconds in which the main thread may take a verdict before it is printed: a launcher kills the others that soon
+GRACE = 0.05  # seconds for the main thread to raise a verdict before it is printed: launchers kill the others soon
 STUCK = 0.5  # seconds after which a main thread that is stuck in a collective is given up
-SHARE = 0.2  # of the timeout: after which one that is somewhere else is given up
-WAIT = 0.5  # of the timeout: so long a collective waits, and so long a process may be silent; the rest is for ending
+SHARE = 0.2  # of the timeout, after which one that is stuck elsewhere is given up
+WAIT = 0.5  # of the timeout: limit of a collective, and of silence; the rest is for ending
 EXIT = 3  # the exit code of a job that lost a rank
 MOST = 64 << 10  # bytes of a message
 
@@ -43,7 +43,7 @@ Facts = dict[str, Any]
 
 
 class Peer:
-    """Another process: the connection to it, what it said last and when, and how to end it if it is on this machine."""
+    """Another process: the connection to it, its last message and when that came, and a handle to kill it."""
 
     def __init__(self, rank: int, connection: socket.socket, about: Mapping[str, Any]) -> None:
         self.rank, self.connection = rank, connection
@@ -58,7 +58,7 @@ class Peer:
         connection.setblocking(False)
 
     def receive(self) -> None:
-        """Take in what there is to read."""
+        """Read what has arrived."""
         try:
             data = self.connection.recv(MOST)
         except BlockingIOError:
@@ -77,28 +77,28 @@ class Peer:
                     self.said = said
 
     def send(self, line: bytes) -> None:
-        """A peer that does not read any more misses what is said; it is found by its silence."""
+        """A peer that no longer reads misses messages; it is found by its silence."""
         if len(self._unsent) < MOST:
             self._unsent += line
         with suppress(OSError):
             self._unsent = self._unsent[self.connection.send(self._unsent) :]
 
     def part(self, line: bytes, wait: float) -> None:
-        """Say the last thing."""
+        """Send the last message."""
         with suppress(OSError):
             self.connection.settimeout(wait)
             self.connection.sendall(self._unsent + line)
             self.connection.shutdown(socket.SHUT_WR)
 
     def unheard(self) -> bool:
-        """Whether anything that was said has not arrived: closing now could drop it, since what was not read here makes that a reset."""
+        """Whether a message has not arrived: closing now could drop it, since unread data here makes that a reset."""
         with suppress(OSError):
             state = self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
             return state != _CLOSED and any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))
         return False
 
     def kill(self) -> None:
-        """End a process that is stopped for good, so that it is left behind by nobody; only on this machine."""
+        """Kill a process that is stopped for good, so that it is not left behind; only on this machine."""
         if self.process >= 0:
             with suppress(OSError):
                 signal.pidfd_send_signal(self.process, signal.SIGKILL)
@@ -109,16 +109,16 @@ class Peer:
 
 
 class Lifeline:
-    """This process' end: `say` tells the others, `verdict` is what is wrong with the job, None while nothing is known to be."""
+    """This process' end: `say` tells the others, `verdict` is what is wrong with the job, None if nothing is known."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float, job: str) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.verdict: str | None = None
         self.taken = False
-        self.inside: float | None = None  # since when the main thread is in a collective
+        self.inside: float | None = None  # when the main thread entered a collective
         self.store, self.job = store, job
-        self.numbers: defaultdict[object, Iterator[int]] = defaultdict(count)  # of what was made of some ranks
-        self.steps = 0  # counted by the main thread while it gets on
+        self.numbers: defaultdict[object, Iterator[int]] = defaultdict(count)  # names of groups of ranks
+        self.steps = 0  # counted by the main thread as it makes progress
         self._facts: Facts = {"phase": "start", "at": None, "met": 0}
         self._changed, self._telling = threading.Condition(), threading.Lock()
         self._over, self._printed, self._settled = False, False, 0.0
@@ -132,10 +132,10 @@ class Lifeline:
         self._hook = sys.excepthook
         sys.excepthook = self._uncaught
 
-    # What the main thread does.
+    # The main thread.
 
     def near(self, ranks: Sequence[int]) -> bool:
-        """Whether all of these are on this machine."""
+        """Whether all of these ranks are on this machine."""
         return all(self.peers[rank].process >= 0 for rank in ranks if rank != self.rank)
 
     def say(self, **facts: Any) -> None:
@@ -146,7 +146,7 @@ class Lifeline:
             self._wake.send(b"!")
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank cannot go on, and why."""
+        """Tell the others that this rank cannot continue, and why."""
         if isinstance(error, Lost):
             self.taken = True
             self.say(lost=error.message)
@@ -154,7 +154,7 @@ class Lifeline:
             self.say(failed=describe(error))
 
     def meet(self, what: str) -> str | None:
-        """Wait until every rank has come as often as this one, as long as those that have not get on; else the verdict."""
+        """Wait until every rank has come as often as this one, while the others make progress; else the verdict."""
         turn = self._facts["met"] + 1
         self.say(met=turn, at=[f"meet: {what}", turn])
         moved: dict[int, tuple[Any, float]] = dict.fromkeys(self.peers, (-1, time.monotonic()))
@@ -171,8 +171,9 @@ class Lifeline:
                     if peer.said.get("steps") != moved[peer.rank][0]:
                         moved[peer.rank] = (peer.said.get("steps"), now)
                     elif now - moved[peer.rank][1] > self.timeout or peer.gone or peer.said.get("done"):
-                        ended = "ended" if peer.gone or peer.said.get("done") else f"did not get on for {self.timeout:g} s"
-                        self.verdict = f"rank {peer.rank} {ended} in {peer.phase}; the others wait for it: {what}"
+                        over = peer.gone or peer.said.get("done")
+                        ended = "ended" if over else f"made no progress for {self.timeout:g} s"
+                        self.verdict = f"rank {peer.rank} {ended} in {peer.phase}; the others are waiting for: {what}"
                         self._settled = now
                         break
                 self._changed.wait(self._beat)
@@ -181,7 +182,7 @@ class Lifeline:
         return self.verdict
 
     def enter(self, what: str, turn: int) -> None:
-        """The main thread goes into a collective, the `turn`-th of its ranks."""
+        """The main thread enters a collective, the `turn`-th of its group."""
         self._facts["at"] = [what, turn]
         self.inside = time.monotonic()
 
@@ -190,13 +191,13 @@ class Lifeline:
         self.inside = None
 
     def take(self) -> str | None:
-        """The verdict, which the caller is going to raise."""
+        """The verdict, which the caller will raise."""
         if self.verdict is not None:
             self.taken = True
         return self.verdict
 
     def why(self, ranks: Sequence[int], what: str, turn: int, error: BaseException | None) -> str:
-        """Why a collective of `ranks` failed: the verdict, once it is known, or what the others say that they are doing."""
+        """Why a collective of `ranks` failed: the verdict, once it is known, or what the others say they are doing."""
         self.say(at=[what, turn], broken=True)
         waits = time.monotonic() + min(1.0, self.timeout * SHARE)
         others = [peer for peer in self.peers.values() if peer.rank in ranks]
@@ -211,24 +212,28 @@ class Lifeline:
         return str(self.verdict)
 
     def _guess(self, others: Sequence[Peer], what: str, turn: int, error: BaseException | None) -> str:
-        if (found := self._finding(time.monotonic())) is not None:  # a rank that knows more may have said so and gone
+        if (found := self._finding(time.monotonic())) is not None:  # a rank that knows more may have reported it
             return found
         phase = self._facts["phase"]
         for peer in others:
             if peer.gone or peer.said.get("done"):
-                return f"rank {peer.rank} ended in {peer.phase}, it was expected at: {what}"
+                return f"rank {peer.rank} ended in {peer.phase}, but was expected at: {what}"
         at = {self.rank: (what, turn)} | {peer.rank: tuple(peer.said["at"]) for peer in others if peer.said.get("at")}
         turns = len({number for _, number in at.values()}) > 1
-        if (odd := differing({rank: f"{text} as exchange {number}" if turns else text for rank, (text, number) in at.items()})) is not None:
+        if (
+            odd := differing(
+                {rank: f"{text} as exchange {number}" if turns else text for rank, (text, number) in at.items()}
+            )
+        ) is not None:
             return f"rank {odd[0]} diverged in {phase}: {odd[1]}"
         for peer in others:
             if peer.rank not in at:
                 where = "" if peer.phase == phase else f"; it is in {peer.phase}"
-                return f"rank {peer.rank} did not come within {self.timeout * WAIT:g} s in {phase} to: {what}{where}"
+                return f"rank {peer.rank} did not reach {what} within {self.timeout * WAIT:g} s in {phase}{where}"
         return f"the ranks lost each other in {phase} at: {what}: {error}"
 
     def close(self) -> None:
-        """This process has finished. The others are told before the connections close: one that closes without a word is a loss."""
+        """This process has finished. It says so before it closes its connections: silence would count as a loss."""
         if self._over:
             return
         self._over = True
@@ -249,7 +254,7 @@ class Lifeline:
         self.fail(error)
         self._hook(kind, error, trace)
 
-    # What the thread does.
+    # The thread.
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -261,7 +266,7 @@ class Lifeline:
                 wait = self._beat if self.verdict is None else 0.05
                 events = selector.select(max(0.0, min(wait, told + self._beat - time.monotonic())))
                 now = time.monotonic()
-                if now - last > 3 * self._beat + 1:  # this process was stopped itself, or starved: what it heard is no older for that
+                if now - last > 3 * self._beat + 1:  # stopped or starved itself: the peers are not late
                     for peer in self.peers.values():
                         peer.heard = now
                 last = now
@@ -274,7 +279,8 @@ class Lifeline:
                         continue
                     peer, before = key.data, key.data.said
                     peer.receive()
-                    woken = woken or bool(peer.said.get("broken") and not before.get("broken"))  # it wants to know where this rank is
+                    # A peer whose collective broke wants to know where this rank is.
+                    woken = woken or bool(peer.said.get("broken") and not before.get("broken"))
                     if peer.gone:
                         selector.unregister(peer.connection)
                 if self._over:
@@ -326,7 +332,8 @@ class Lifeline:
         for peer in peers:
             if now - peer.heard > self.timeout * WAIT and not peer.said.get("done") and not peer.gone:
                 peer.kill()
-                return f"rank {peer.rank} stopped answering in {peer.phase}: no sign of life for {now - peer.heard:.1f} s"
+                silent = f"no sign of life for {now - peer.heard:.1f} s"
+                return f"rank {peer.rank} stopped responding in {peer.phase}: {silent}"
         return None
 
     def _settle(self, verdict: str) -> None:
@@ -354,19 +361,20 @@ def _print(rank: int, verdict: str) -> None:
         os.write(2, visible(f"error: rank {rank}: {verdict}\n").encode(errors="replace"))
 
 
-report: Callable[[int, str], object] = _print  # what is done with a verdict that a stuck main thread cannot raise; a launcher sets its own
+# Reports a verdict that a stuck main thread cannot raise; launch sets its own.
+report: Callable[[int, str], object] = _print
 
 
 def machine() -> str:
-    """What two processes have in common that can signal each other: the machine since it started, and the name space of processes."""
+    """An id that two processes share if they can signal each other: this boot of the machine, and the PID namespace."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
-        return secrets.token_hex()  # none in common
+        return secrets.token_hex()  # shared with none
 
 
 def _connect(store: Any, rank: int, size: int, timeout: float, job: str) -> dict[int, Peer]:
-    """A connection to every other rank; the lower rank listens. Who is there is told by the store, and proven by a secret from it."""
+    """A connection to every other rank; the lower rank listens. The store has the addresses, and a secret as proof."""
 
     def get(key: str, of: int) -> Any:
         name = f"reshard/{job}/{key}"
@@ -374,7 +382,8 @@ def _connect(store: Any, rank: int, size: int, timeout: float, job: str) -> dict
             store.wait([name], timedelta(seconds=timeout))
             return json.loads(store.get(name))
         except RuntimeError as error:
-            raise Lost(f"rank {of} did not join the job within {timeout:g} s: {error}", "start all ranks at about the same time") from None
+            words = f"rank {of} did not join within {timeout:g} s: {error}"
+            raise Lost(words, "start all ranks at the same time") from None
 
     def put(key: str, value: Any) -> None:
         store.set(f"reshard/{job}/{key}", json.dumps(value))
@@ -393,7 +402,8 @@ def _connect(store: Any, rank: int, size: int, timeout: float, job: str) -> dict
                 connection = socket.create_connection(tuple(abouts[other]["address"]), timeout=timeout)
                 connection.sendall(_greeting(secret, rank))
             except OSError as error:
-                raise Lost(f"rank {other} cannot be reached from rank {rank} at {abouts[other]['address']}: {error}") from None
+                address = abouts[other]["address"]
+                raise Lost(f"rank {rank} cannot connect to rank {other} at {address}: {error}") from None
             peers[other] = Peer(other, connection, abouts[other])
         while len(peers) < size - 1:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
@@ -403,7 +413,7 @@ def _connect(store: Any, rank: int, size: int, timeout: float, job: str) -> dict
                 greeting = _read(connection, len(_greeting(secret, 0)))
             except TimeoutError:
                 missing = min(set(range(size)) - peers.keys() - {rank})
-                raise Lost(f"rank {missing} did not join the job within {timeout:g} s") from None
+                raise Lost(f"rank {missing} did not join within {timeout:g} s") from None
             except OSError:
                 continue
             other = int.from_bytes(greeting[:4], "little")
@@ -433,13 +443,13 @@ def _read(connection: socket.socket, count: int) -> bytes:
 
 
 def _listening(rank: int, store: Any) -> socket.socket:
-    """A socket on the address by which this machine reaches the one where the ranks meet: so others reach it too."""
+    """A listening socket at the address by which this machine reaches the rendezvous, so that others reach it, too."""
     host = os.environ.get("MASTER_ADDR") or getattr(store, "host", None) or "127.0.0.1"
     port = int(os.environ.get("MASTER_PORT") or 9)
     family, address = socket.AF_INET, "127.0.0.1"
     for found, kind, _, _, place in _resolved(host, port):
         with suppress(OSError), socket.socket(found, kind) as probe:
-            probe.connect(place)  # of a datagram socket: sends nothing
+            probe.connect(place)  # a datagram socket: sends nothing
             family, address = socket.AddressFamily(found), probe.getsockname()[0]
             break
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -459,7 +469,7 @@ _lines: list[tuple[Any, Lifeline]] = []
 
 
 def lifeline(rank: int, size: int, timeout: float) -> Lifeline:
-    """The lifeline of the process group that torch.distributed has now; one for all that use it."""
+    """The heartbeat of torch.distributed's current process group; one for all who use it."""
     from torch.distributed import distributed_c10d as c10d
 
     group = c10d._get_default_group()

@@ -1,7 +1,7 @@
-"""Launching: one process per rank on this machine, watched until all have ended. Knows nothing about models.
+"""Launch one process per rank on this machine, and watch them until all have ended. Knows nothing about models.
 
-torch is imported once and the ranks are forked, so that N ranks start as quickly as one, and so that nothing that lies in the user's
-current folder is imported in its place. The parent computes nothing and keeps no thread. Whatever happens, no rank outlives it.
+torch is imported once and the ranks are forked, so that N ranks start as fast as one, and no file in the current
+directory is imported in its place. The parent computes nothing and keeps no threads. No rank outlives it.
 """
 
 import atexit
@@ -37,15 +37,15 @@ Tell = Callable[[str], None]
 Work = Callable[[int, Tell], None]
 
 PHASES = ("start", "load", "prefill", "decode", "report", "end")
-_DEATH_SIGNAL = 1  # prctl: the signal that a process gets when its parent is gone
-_REPORT = 1000  # characters of a rank's last words: they fit into a pipe at once
-_GRACE = 5.0  # seconds in which the others may say what they know of a rank that is lost
-GONE = 141  # exit code: whoever read stdout has gone away
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG: the signal that a process gets when its parent ends
+_REPORT = 1000  # characters of a rank's error message: written to a pipe at once
+_GRACE = 5.0  # seconds for the other ranks to report what they know about a lost rank
+GONE = 141  # exit code: the reader of stdout is gone
 
 
 @dataclass
 class _Child:
-    """A rank's process: where its last words come from, and how it ended."""
+    """A rank's process: the pipe for its error, and how it ended."""
 
     rank: int
     pid: int
@@ -56,16 +56,16 @@ class _Child:
 
 
 def launch(size: int, work: Work, timeout: float) -> None:
-    """Run `work(rank, tell)` in a process per rank; in these RANK, WORLD_SIZE and MASTER_ADDR, MASTER_PORT are set as torchrun does it.
+    """Run `work(rank, tell)` in one process per rank, with the environment that torchrun sets.
 
-    `tell` is told of each phase. Raises what the first rank to fail raised, or PlaceError for one that was killed, with its phase; the
-    others are ended then.
+    `tell` is called with each phase. Raises what the first rank to fail raised, or PlaceError for one that was killed,
+    with its phase; the other ranks are then ended.
     """
     if size > 1:
         _check_loopback()
     phases = mmap(-1, size)
     children: list[_Child] = []
-    doors = os.pipe()  # the port goes through here, once there is one
+    doors = os.pipe()  # passes the port on, once there is one
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -87,35 +87,38 @@ def launch(size: int, work: Work, timeout: float) -> None:
 
 
 def run_processes(size: int, work: "Callable[[World], T]", timeout: float) -> list[T]:
-    """`work` once per rank, each in a process of its own, connected by gloo; their results in the order of the ranks.
+    """`work` once per rank, each in its own process, connected by gloo; the results in rank order.
 
-    `run_threads` of real ranks. The work and its results are pickled. A process of its own forks the ranks: no fork survives the threads
-    that torch has started in this one. Raises as `launch` does.
+    `run_threads` with real processes. Work and results are pickled. A separate process forks the ranks, since forks do
+    not survive the threads that torch has started in this one. Raises as `launch` does.
     """
     import torch
 
     with tempfile.TemporaryDirectory(prefix="reshard-ranks-") as folder:
         torch.save(work, Path(folder, "work"))
-        program = f"import sys; sys.path[:] = {sys.path!r}; from reshard.runtime.comm import launch; launch.serve(*sys.argv[1:])"
-        done = subprocess.run([sys.executable, "-c", program, folder, str(size), str(timeout), str(os.getpid())], check=False)
+        serving = "from reshard.runtime.comm import launch; launch.serve(*sys.argv[1:])"
+        program = f"import sys; sys.path[:] = {sys.path!r}; {serving}"
+        done = subprocess.run(
+            [sys.executable, "-c", program, folder, str(size), str(timeout), str(os.getpid())], check=False
+        )
         if (said := Path(folder, "error")).exists():
             words = json.loads(said.read_text(encoding="utf-8"))
             error: type[ReshardError] = PlaceError if words["code"] == 3 else ReshardError
             raise error(words["message"], words["hint"])
         if done.returncode:
-            raise PlaceError(f"the process that starts the {size} ranks ended with code {done.returncode}")
+            raise PlaceError(f"the process that starts the {size} ranks exited with code {done.returncode}")
         return [torch.load(Path(folder, f"rank-{rank}"), weights_only=False) for rank in range(size)]
 
 
 def serve(folder: str, size: str, timeout: str, parent: str) -> None:
-    """The process of `run_processes` that forks the ranks. Results, or what they failed with, go to files in the folder."""
+    """The process of `run_processes` that forks the ranks. Writes results, or an error, to files in the folder."""
     import torch
 
     _follow(int(parent))
     work = torch.load(Path(folder, "work"), weights_only=False)
 
     def one(rank: int, tell: Tell) -> None:
-        from .collectives import joined
+        from .processes import joined
 
         with joined("gloo", int(size), float(timeout)) as world:
             tell("load")
@@ -130,13 +133,14 @@ def serve(folder: str, size: str, timeout: str, parent: str) -> None:
 
 
 def _check_loopback() -> None:
-    """The ranks meet at 127.0.0.1; torch tries that for a long time where it cannot be."""
+    """The ranks rendezvous at 127.0.0.1; if that is unreachable, torch would try for a long time."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5.0):
             pass
     except OSError as error:
         raise PlaceError(
-            f"127.0.0.1 cannot be reached, where the ranks meet: {error.strerror or error}", "ip link set lo up; or one rank: --tp 1"
+            f"cannot connect to 127.0.0.1, where the ranks rendezvous: {error.strerror or error}",
+            "ip link set lo up; or use one rank: --tp 1",
         ) from None
 
 
@@ -146,9 +150,11 @@ def _store(size: int, timeout: float) -> Any:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
-        return TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+        return TCPStore(
+            "127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+        )
     except RuntimeError as error:
-        raise PlaceError(f"the ranks have no place to meet: {str(error).partition(chr(10))[0]}") from None
+        raise PlaceError(f"cannot start the rendezvous of the ranks: {str(error).partition(chr(10))[0]}") from None
 
 
 def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]) -> _Child:
@@ -162,7 +168,7 @@ def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]
         os.close(reading)
         os.close(doors[1])
         _follow(parent)
-        atexit._clear()  # what the parent would do at its end
+        atexit._clear()  # the parent's handlers
         code = _run(rank, size, work, phases, doors[0], writing)
     except BaseException:
         sys.stderr.write(visible(traceback.format_exc()))
@@ -171,7 +177,7 @@ def _fork(rank: int, size: int, work: Work, phases: mmap, doors: tuple[int, int]
 
 
 def _follow(parent: int) -> None:
-    """Die with the parent, and leave Ctrl-C, and a terminal that is closed, to it."""
+    """Die with the parent, and leave Ctrl-C and hangups to it."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -182,7 +188,7 @@ def _follow(parent: int) -> None:
 
 
 def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int) -> int:
-    """The life of one rank; its exit code. Its last words, if it fails, go into the pipe."""
+    """Run one rank; returns its exit code. An error goes into the pipe `report`."""
     from . import heartbeat
 
     def tell(phase: str) -> None:
@@ -200,9 +206,9 @@ def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what the name of this machine resolves to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or else gloo resolves the host name
     if rank:
-        os.dup2(2, 1)  # stdout is rank 0's
+        os.dup2(2, 1)  # stdout belongs to rank 0
     code = 0
     try:
         work(rank, tell)
@@ -217,7 +223,9 @@ def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int)
             sys.stderr.write(visible(traceback.format_exc()))
         words = f"rank {rank} failed in {PHASES[phases[rank]]}: {type(error).__name__}: {error}"
         code = say(message=words, hint=None, code=3, lost=False)
-    threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    threads = [
+        thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon
+    ]
     if not threads:
         atexit._run_exitfuncs()
     sys.stderr.flush()
@@ -225,7 +233,7 @@ def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int)
 
 
 def _watch(children: list[_Child]) -> None:
-    """Wait until all have ended; when one fails, the others have a moment to say why."""
+    """Wait until all have ended; after a failure, the others have `_GRACE` to report the cause."""
     deadline: float | None = None
     with selectors.DefaultSelector() as selector:
         for child in children:
@@ -253,7 +261,7 @@ def _reap(child: _Child) -> None:
 
 
 def _judge(children: list[_Child], phases: list[str]) -> None:
-    """Raise what the job died of: a rank's own error, else what the others say of one, else what its end looked like."""
+    """Raise the cause of failure: a rank's own error, else what other ranks report about one, else how it ended."""
     if any(child.code == GONE for child in children):
         raise BrokenPipeError
     said = sorted((child.said for child in children if child.said), key=lambda words: words["time"])
@@ -264,6 +272,6 @@ def _judge(children: list[_Child], phases: list[str]) -> None:
         raise raised
     for child in children:
         if child.code:
-            how = f"was ended by {signal.Signals(-child.code).name}" if child.code < 0 else f"ended with code {child.code}"
-            hint = "the kernel ends processes so where memory runs out" if child.code == -signal.SIGKILL else None
+            how = f"was killed by {signal.Signals(-child.code).name}" if child.code < 0 else f"exited with {child.code}"
+            hint = "the kernel's OOM killer does this when memory runs out" if child.code == -signal.SIGKILL else None
             raise PlaceError(f"rank {child.rank} {how} in {phases[child.rank]}", hint)

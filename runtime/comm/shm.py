@@ -1,10 +1,10 @@
-"""Frames: the memory through which the ranks of one group exchange what is small, a hundred times per token.
+"""Frames: the memory through which the ranks of a group exchange small tensors, a hundred times per token.
 
     Sent      each rank's frame goes to the others by gloo: about 100 µs on one machine
-    Shared    the frames are one piece of memory of ranks on one machine: each writes its own and waits for the others: about 10 µs
+    Shared    the frames are in memory shared by ranks on one machine: each writes its own and waits: about 10 µs
 
-A frame is a head of 64 bytes and a fixed room, so that ranks that mean different things still exchange messages of one size: gloo aborts a
-process that is sent more than it expects. The head says what the frame holds. Knows nothing about what that means.
+A frame is a head of 64 bytes and a fixed payload, so that ranks that diverge still exchange messages of one size: gloo
+aborts a process that receives more than it expects. The head identifies the contents. Knows nothing about models.
 """
 
 import mmap
@@ -22,38 +22,42 @@ import torch
 from torch import Tensor
 
 HEAD = 64  # bytes: turn, what
-ROOM = 16 << 10  # bytes that are sent each time, needed or not: up to here they cost next to nothing
-SHARED_ROOM = 256 << 10  # bytes: pages that are never touched cost nothing at all
+ROOM = 16 << 10  # bytes, all sent each time: up to this size they cost next to nothing
+SHARED_ROOM = 256 << 10  # bytes: pages that are never touched cost nothing
 
-_SPIN = 100e-6  # seconds of looking before a rank sleeps between looks: it may keep the others from the CPU
+_SPIN = 100e-6  # seconds of busy waiting before a rank sleeps: it may keep the others off the CPU
 _NAP = 50e-6  # seconds
 _MEMORY = Path("/dev/shm")
 
 
 class Sent:
-    """Frames of ranks that may be anywhere; `parities` is how many sets of them there are."""
+    """Frames of ranks on any machines; `parities`: how many sets of frames there are."""
 
     parities, room = 1, ROOM
 
     def __init__(self, group: Any, me: int, count: int) -> None:
         self.group, self.me, self.count = group, me, count
-        self._mine, self._every = torch.empty(HEAD + ROOM, dtype=torch.uint8), torch.empty(count, HEAD + ROOM, dtype=torch.uint8)
+        self._mine, self._every = (
+            torch.empty(HEAD + ROOM, dtype=torch.uint8),
+            torch.empty(count, HEAD + ROOM, dtype=torch.uint8),
+        )
         self._flat = self._every.view(-1)
         self._head = _words(self._mine)
         self._heads = [_words(row) for row in self._every]
 
     def mine(self, parity: int) -> Tensor:
-        """[room] the bytes that this rank brings."""
+        """[room] this rank's bytes."""
         return self._mine[HEAD:]
 
     def every(self, parity: int) -> list[Tensor]:
-        """Those that each rank brought."""
+        """Each rank's bytes."""
         return [row[HEAD:] for row in self._every]
 
     def swap(self, turn: int, what: int) -> bool:
-        """Exchange what is in `mine`; whether all ranks were at the same turn and brought the same kind of thing."""
+        """Exchange `mine`. Returns whether all ranks were at the same turn, with the same kind of contents."""
         self._head[0], self._head[1] = turn, what
-        self.group._allgather_base(self._flat, self._mine).wait()  # its own method: the public one was renamed, and calls a logger
+        # The group's method, not the public one, which logs and was renamed.
+        self.group._allgather_base(self._flat, self._mine).wait()
         return all(head[0] == turn and head[1] == what for head in self._heads)
 
 
@@ -63,9 +67,10 @@ def _words(x: Tensor) -> memoryview:
 
 
 class Shared:
-    """Frames of ranks on one machine. There are two sets, used in turn: who writes the next but one has seen that all have read this one.
+    """Frames of ranks on one machine. Two sets are used in turn: a rank writes one again only after all ranks
+    have written the other, and so have read this one.
 
-    Only where stores are seen by others in the order in which they were made (x86): the turn is written last.
+    Only where stores become visible in program order (x86): the turn is written last.
     """
 
     parities, room = 2, SHARED_ROOM
@@ -75,7 +80,8 @@ class Shared:
         size = HEAD + SHARED_ROOM
         self._frames = torch.frombuffer(memory, dtype=torch.uint8).view(2, count, size)
         self._heads = [
-            [memoryview(memory)[at * size : at * size + HEAD].cast("q") for at in range(p * count, (p + 1) * count)] for p in (0, 1)
+            [memoryview(memory)[at * size : at * size + HEAD].cast("q") for at in range(p * count, (p + 1) * count)]
+            for p in (0, 1)
         ]
 
     def mine(self, parity: int) -> Tensor:
@@ -104,8 +110,10 @@ class Shared:
         return all(head[0] == turn and head[1] == what for head in heads)
 
 
-def shared(store: Any, name: str, group: Any, me: int, count: int, wait: float, check: Callable[[], None]) -> Shared | None:
-    """Memory of a group whose ranks are on one machine; None, for all of them, where one of them cannot have it."""
+def shared(
+    store: Any, name: str, group: Any, me: int, count: int, wait: float, check: Callable[[], None]
+) -> Shared | None:
+    """Shared memory of a group on one machine; None, on all ranks, if one of them cannot map it."""
     memory, path = None, None
     size = 2 * count * (HEAD + SHARED_ROOM)
     if platform.machine() == "x86_64":
@@ -114,7 +122,7 @@ def shared(store: Any, name: str, group: Any, me: int, count: int, wait: float, 
                 path = _MEMORY / f"reshard-{secrets.token_hex(8)}"
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
-                    os.posix_fallocate(descriptor, 0, size)  # where memory is short it is told now, and not by a signal
+                    os.posix_fallocate(descriptor, 0, size)  # a lack of memory is an error now, not a signal later
                     memory = mmap.mmap(descriptor, size)
                 finally:
                     os.close(descriptor)
@@ -133,20 +141,23 @@ def shared(store: Any, name: str, group: Any, me: int, count: int, wait: float, 
         group._allgather_base(have, torch.tensor([memory is not None], dtype=torch.uint8)).wait()
     finally:
         if path is not None:
-            with suppress(OSError):  # not there, on a file system that is read-only
+            with suppress(OSError):  # already gone, or on a read-only file system
                 path.unlink()
     return Shared(memory, me, count, wait, check) if memory is not None and bool(have.all()) else None
 
 
 class Exchange:
-    """One kind of exchange, with views of the frames kept: what each rank brings, as the tensors that they are."""
+    """One kind of exchange: cached views of the frames as the tensors of each rank."""
 
     def __init__(self, frames: "Sent | Shared", dtype: torch.dtype, shapes: Sequence[Sequence[int]]) -> None:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
         me = frames.me
         self.mine = [_view(frames.mine(parity), dtype, sizes[me], shapes[me]) for parity in range(frames.parities)]
         self.every = [
-            [_view(part, dtype, size, shape) for part, size, shape in zip(frames.every(parity), sizes, shapes, strict=True)]
+            [
+                _view(part, dtype, size, shape)
+                for part, size, shape in zip(frames.every(parity), sizes, shapes, strict=True)
+            ]
             for parity in range(frames.parities)
         ]
 

@@ -1,4 +1,4 @@
-"""Attention on one rank: its own heads, of all tokens. What comes out are partial sums, to be added among the tensor parallel ranks."""
+"""Attention on one rank: its own heads, all tokens. Returns partial sums, to be added over tensor parallel ranks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,11 @@ from .weights import Weights, norm, rms_norm
 
 @dataclass(frozen=True)
 class Heads:
-    """Which heads this rank has. `ids`: query heads among all `total`; `kv`: its key and value heads; `size`, `value`: features of a
-    key and of a value head; `copies`: ranks that hold the same key head; `whole`: key heads of the model."""
+    """The attention heads of this rank.
+
+    `ids`: its query heads among all `total`; `kv`: how many key and value heads it has; `whole`: key heads of the
+    model; `copies`: ranks that hold the same key head; `size`, `value`: features of a key and of a value head.
+    """
 
     ids: tuple[int, ...]
     total: int
@@ -33,7 +36,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Latent:
-    """Sizes of latent attention; `q`: None where queries are not compressed."""
+    """Sizes of multi-head latent attention; `q`: None where queries are not compressed."""
 
     q: int | None
     kv: int
@@ -43,7 +46,7 @@ class Latent:
 
 @dataclass
 class Sight:
-    """What layers of one kind see: who sees whom, [batch, 1, seq, columns], and the angles of the new tokens."""
+    """The mask of layers of one kind, [batch, 1, seq, columns], and the rotary angles of the new tokens."""
 
     mask: Tensor
     turn: tuple[Tensor, Tensor] | None
@@ -51,10 +54,13 @@ class Sight:
 
 @dataclass
 class Context:
-    """What all layers of one forward share. `real`: what is no padding [batch, seq]; `far`, `near`: of layers without a window, and
-    with one; `growth`: of queries; `chosen`: what is seen of all that could be, by the last layer that has chosen; `ids`: the tokens;
-    `embedded`: what they were embedded as, where layers take something of it for themselves, and `own`, what these take; `lent`: keys and
-    values of the new tokens in layers that others borrow from, `foreign` if these are of another stage and have not been kept here."""
+    """What all layers of one forward share.
+
+    `ids`: the tokens; `real`: those that are not padding [batch, seq]; `far`, `near`: masks and angles of layers
+    without and with a window; `growth`: factor on queries; `chosen`: the mask by the last indexer; `embedded`:
+    embeddings, where layers have inputs computed from them (`own`); `lent`: keys and values of the new tokens in layers
+    whose cache others share, `foreign` if they came from another stage and are not in this rank's cache yet.
+    """
 
     ids: Tensor
     real: Tensor
@@ -70,7 +76,7 @@ class Context:
     foreign: set[int] = field(default_factory=set)
 
     def borrowed(self, lender: int, size: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer's heads, each of so many features, as far as this rank has them."""
+        """Keys and values of another layer's heads, of `size` features each, as far as this rank has them."""
         k, v = parted(self.lent[lender], size)
         if self.cache is None:
             return k, v
@@ -87,7 +93,7 @@ class Context:
 
 
 def joined(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values [batch, heads, seq, features] as features of tokens, [batch, seq, …]."""
+    """Keys and values [batch, heads, seq, features] → [batch, seq, features of all]."""
     return torch.cat([part.transpose(1, 2).flatten(2) for part in (k, v)], -1)
 
 
@@ -98,7 +104,7 @@ def parted(both: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def seen(positions: Tensor, columns: Tensor, window: int | None = None, chunks: bool = False) -> Tensor:
-    """[batch, 1, seq, columns]: what tokens see: nothing ahead, no padding; with a window, of what came before only that."""
+    """The causal mask [batch, 1, seq, columns], without padding; with a window, of that many tokens or of its chunk."""
     at, to = positions[:, None, :, None], columns[:, None, None, :]
     before = (at >= to) & (to >= 0)
     if window is None:
@@ -118,7 +124,7 @@ def attention(
 ) -> Tensor:
     """x [batch, seq, hidden] → this rank's part of [batch, seq, hidden], without the output's bias.
 
-    `reduce` adds a tensor [batch, seq, 2] among the ranks: norms over the whole projection need it.
+    `reduce` sums a tensor [batch, seq, 2] over the ranks: norms over the whole projection need it.
     """
     gate, mask = None, context.of(layer, spec).mask
     if latent:
@@ -136,9 +142,15 @@ def attention(
 
 
 def _plain(
-    x: Tensor, weights: Weights, layer: int, spec: Spec, heads: Heads, context: Context, reduce: Callable[[Tensor], Tensor]
+    x: Tensor,
+    weights: Weights,
+    layer: int,
+    spec: Spec,
+    heads: Heads,
+    context: Context,
+    reduce: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys and values of the heads, and the gate [batch, seq, heads · features] of what comes out, where there is one."""
+    """Queries, keys, values, and the output gate [batch, seq, heads · features] where there is one."""
     batch, seq, _ = x.shape
     n, m, size, value = len(heads.ids), heads.kv, heads.size, heads.value
     gate, turn = None, context.of(layer, spec).turn
@@ -146,14 +158,16 @@ def _plain(
         q = weights.linear(x, "attn.q").reshape(batch, seq, -1, size).transpose(1, 2)
         q = rotate(_norm(q, "attn.q_norm", weights, spec), turn, spec.rope_interleaved)
         return q, *context.borrowed(lender, size), None
-    if "attn.qk" in weights:  # values are the keys, before these are normalised
+    if "attn.qk" in weights:  # values are the keys before normalisation
         q, k = weights.linear(x, "attn.qk").split([n * size, m * size], -1)
         v = k
-    elif "attn.qgkv" in weights:  # the gate of a head stands beside its query
+    elif "attn.qgkv" in weights:  # each head's gate follows its query
         q, k, v = weights.linear(x, "attn.qgkv").split([2 * n * size, m * size, m * size], -1)
         q, gate = (part.flatten(2) for part in q.reshape(batch, seq, n, 2 * size).split(size, -1))
-        if (bias := weights.get("attn.qkv_bias")) is not None:  # and none of the gate
-            q, k, v = (part + own for part, own in zip((q, k, v), bias.split([n * size, m * size, m * size]), strict=True))
+        if (bias := weights.get("attn.qkv_bias")) is not None:  # the gate has none
+            q, k, v = (
+                part + own for part, own in zip((q, k, v), bias.split([n * size, m * size, m * size]), strict=True)
+            )
     else:
         runs = (n * size, m * size, m * value)
         q, k, v = weights.linear(x, "attn.qkv", runs=runs).split(runs, -1)
@@ -183,7 +197,7 @@ def _plain(
 
 
 def _norm(x: Tensor, name: str, weights: Weights, spec: Spec) -> Tensor:
-    """x [batch, heads, seq, features], each head normalised: by the same weights, by its own, by none, or not at all."""
+    """x [batch, heads, seq, features], each head normalised: shared weights, its own, no weights, or not at all."""
     each = weights.get(f"{name}_heads")
     if name not in weights and each is None and name not in spec.bare:
         return x
@@ -194,7 +208,7 @@ def _norm(x: Tensor, name: str, weights: Weights, spec: Spec) -> Tensor:
 def _latent(
     x: Tensor, weights: Weights, layer: int, spec: Spec, heads: Heads, latent: Latent, context: Context
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values come of one compressed vector per token, which is what is cached, the same on every rank. And what tokens see."""
+    """Multi-head latent attention: the cache holds one compressed vector per token, equal on all ranks."""
     batch, seq, _ = x.shape
     n, turn = len(heads.ids), context.of(layer, spec).turn
     compressed = x
@@ -219,22 +233,33 @@ def _latent(
     return torch.cat((q, q_rope), -1), torch.cat((k, k_rope.expand(-1, n, -1, -1)), -1), v, mask
 
 
-def _choose(x: Tensor, compressed: Tensor, index: Sequence[Tensor], weights: Weights, layer: int, spec: Spec, context: Context) -> Tensor:
-    """What tokens see: all that they could, or what the layer's own indexer chooses, or what the last indexer before it chose."""
+def _choose(
+    x: Tensor, compressed: Tensor, index: Sequence[Tensor], weights: Weights, layer: int, spec: Spec, context: Context
+) -> Tensor:
+    """The mask: all earlier tokens, or those chosen by this layer's indexer, or by the last indexer before it."""
     sight = context.of(layer, spec)
     if spec.index_top is None:
         return sight.mask
     if index:
         context.chosen = chosen(x, compressed, index[0], weights, spec, sight.turn, sight.mask)
     if context.chosen is None:
-        raise ReshardError(f"layer {layer} sees what a layer before it chose, which another pipeline stage has", "run it with --pp 1")
+        raise ReshardError(
+            f"layer {layer} uses the index of an earlier layer, which another pipeline stage has", "run it with --pp 1"
+        )
     return context.chosen
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, cap: float | None, sinks: Tensor | None, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor,
+    cap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    """q [batch, heads, seq, features], k and v [batch, kv, columns, …] → [batch, heads, seq, features of v]; softmax in float32."""
+    """q [batch, heads, seq, features], k, v [batch, kv, columns, …] → [batch, heads, seq, features of v]."""
     batch, n, seq, _ = q.shape
     m, columns = k.shape[1], k.shape[2]
     scores = (q.reshape(batch, m, -1, q.shape[-1]) @ k.transpose(-1, -2)).view(batch, n, seq, columns) * scale

@@ -1,6 +1,6 @@
-"""What decoding keeps of the tokens that went before: some tensors per layer, and which position stands in which column.
+"""The cache of a generation: some tensors per layer, and the position of the token in each column.
 
-Layers that do not look back at every token keep two tensors of one size (`states`) instead.
+Linear attention layers keep two tensors of fixed size (`states`) instead.
 """
 
 import torch
@@ -19,19 +19,20 @@ class Cache:
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, positions: Tensor) -> Tensor:
-        """Take columns for new tokens; the positions of all columns in use, [batch, columns]."""
+        """Allocate columns for new tokens; returns the positions of all columns in use, [batch, columns]."""
         batch, seq = positions.shape
         if batch != self.positions.shape[0] or self.used + seq > self.length:
             raise ReshardError(
-                f"the cache has room for {self.positions.shape[0]} × {self.length} tokens, {batch} × {self.used + seq} are needed",
-                "make a larger one: new_cache(batch, length)",
+                f"the cache has room for {self.positions.shape[0]} × {self.length} tokens, "
+                f"{batch} × {self.used + seq} are needed",
+                "allocate a larger one: new_cache(batch, length)",
             )
         self.positions[:, self.used : self.used + seq] = positions
         self.used += seq
         return self.positions[:, : self.used]
 
     def write(self, layer: int, *newest: Tensor) -> tuple[Tensor, ...]:
-        """Keep [batch, heads, seq, features] of the newest tokens; everything kept of this layer so far."""
+        """Store [batch, heads, seq, features] of the new tokens; returns everything stored for this layer."""
         if layer not in self.kept:
             self.kept[layer] = tuple(x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in newest)
         for room, x in zip(self.kept[layer], newest, strict=True):
@@ -39,5 +40,5 @@ class Cache:
         return self.read(layer)
 
     def read(self, layer: int) -> tuple[Tensor, ...]:
-        """Everything kept of a layer."""
+        """Everything stored for a layer."""
         return tuple(room[:, :, : self.used] for room in self.kept[layer])

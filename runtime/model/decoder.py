@@ -1,7 +1,8 @@
-"""One decoder for all families: what differs among them are facts (spec.py), and which tensors a checkpoint has.
+"""One decoder for all families: they differ in values (spec.py) and in which tensors a checkpoint has.
 
-A rank holds its own heads, its part of each feed-forward, its experts, its rows of the vocabulary, the layers of its stage. Per layer its
-partial sums meet twice, once where attention and feed-forward start from the same place; hidden states pass from stage to stage.
+A rank holds its own heads, its part of each feed-forward, its experts, its rows of the vocabulary, the layers of its
+stage. Each layer has two all-reduces, or one where attention and feed-forward run in parallel; hidden states pass from
+stage to stage.
 """
 
 import math
@@ -18,6 +19,7 @@ from reshard.layout.cut import Layout
 from reshard.model.understand import Model
 
 from ..comm.collectives import World
+from ..dtypes import DTYPES
 from .attention import Context, Sight, attention, seen, slopes
 from .cache import Cache
 from .experts import ACTIVATIONS, dense, experts, feed_forward
@@ -29,40 +31,30 @@ from .spec import Spec
 from .stage_transfer import Carried, Place, Whole
 from .weights import Router, Weights, multiply, norm
 
-EMBEDDING, HEAD = "the embedding", "the head"  # steps, see Decoder.walk
-OWN = "what is its own"  # the last step of some layers
-ATTENTION, FEED_FORWARD, RESIDUAL = "attention", "feed-forward", "residual"  # parts of a step, beside its norms, see Decoder._shown
-PARTIAL = "partial sums"  # of one rank
+EMBEDDING, HEAD = "the embedding", "the head"  # names of steps, see Decoder.walk
+OWN = "per-layer input"  # the last step of some layers
+# Parts of a step, next to its norms, see Decoder._shown.
+ATTENTION, FEED_FORWARD, RESIDUAL = "attention", "feed-forward", "residual"
+PARTIAL = "partial sums"  # of one rank, before the all-reduce
 Step = Callable[[Tensor, Context], Tensor]
 NORMS = ("attn_norm", "post_attn_norm")
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 
 class Decoder(nn.Module):
-    """This rank's part of a model. Its parameters are its stored tensors, by stored name; built on `meta`, filled by assignment."""
+    """This rank's part of a model. Parameters are the stored tensors by stored name, built on `meta`, then assigned."""
 
     def __init__(self, spec: Spec, model: Model, layout: Layout, rank: int, world: World) -> None:
         super().__init__()
         self.spec, self.model, self.layout, self.rank, self.world = spec, model, layout, rank, world
         self.has = Holdings(model, layout, rank)
-        self.watch: Callable[[str, Tensor], None] | None = None  # is shown what steps are made of, see `_shown`
+        self.watch: Callable[[str, Tensor], None] | None = None  # is passed intermediate results, see `_shown`
         for slot in language(layout, rank):
             for point in slot.points():
-                _put(self, slot.name(point), torch.empty(slot.shape, dtype=DTYPES[layout.dtype(slot, point)], device="meta"))
+                _put(
+                    self,
+                    slot.name(point),
+                    torch.empty(slot.shape, dtype=DTYPES[layout.dtype(slot, point)], device="meta"),
+                )
 
     @cached_property
     def _by_layer(self) -> tuple[dict[str, Tensor], dict[int, Weights]]:
@@ -87,7 +79,9 @@ class Decoder(nn.Module):
 
     @cached_property
     def carried(self) -> Carried:
-        return Carried(self.model.sizes["hidden"], self.model.main_layers, "ple.proj" in self.model.tensors, self.spec.lenders)
+        return Carried(
+            self.model.sizes["hidden"], self.model.main_layers, "ple.proj" in self.model.tensors, self.spec.lenders
+        )
 
     @cached_property
     def _whole(self) -> Whole:
@@ -108,9 +102,11 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states: that of the norms, or of what lies outside the layers, or of an output projection."""
+        """The dtype of hidden states: that of the norms, else of what is outside the layers, else of outputs."""
         outside, inside = self._by_layer
-        norms, outputs = ([w[name] for w in inside.values() for name in names if name in w] for names in (NORMS, ("attn.o",)))
+        norms, outputs = (
+            [w[name] for w in inside.values() for name in names if name in w] for names in (NORMS, ("attn.o",))
+        )
         return next(iter((*norms, *outside.values(), *outputs))).dtype
 
     @torch.inference_mode()
@@ -119,8 +115,8 @@ class Decoder(nn.Module):
     ) -> Tensor | None:
         """Logits [batch, seq, vocab] of tokens [batch, seq], on the ranks of the last stage, or on all; None elsewhere.
 
-        `positions` [batch, seq] go on from the cache by default; -1 is padding, at either side: it attends to nothing that counts, and
-        nothing attends to it. Raises ReshardError for positions that the model does not have.
+        `positions` [batch, seq] continue the cache by default; -1 is padding, on either side: nothing attends to it.
+        Raises ReshardError for positions that the model does not have.
         """
         batch, seq = input_ids.shape
         if positions is None:
@@ -128,7 +124,8 @@ class Decoder(nn.Module):
             positions = torch.arange(start, start + seq, device=input_ids.device).expand(batch, seq)
         if self.spec.positions is not None and int(positions.max()) >= self.spec.positions:
             raise ReshardError(
-                f"position {int(positions.max())} is wanted, the model has {self.spec.positions}", "shorten the prompt, or generate less"
+                f"position {int(positions.max())} is out of range: the model has {self.spec.positions} positions",
+                "shorten the prompt, or generate fewer tokens",
             )
         context = self._context(input_ids, positions, cache)
         if self.has.first:
@@ -143,10 +140,12 @@ class Decoder(nn.Module):
         return self._logits(x, batch, seq, all_ranks)
 
     def _sent(self, x: Tensor, context: Context) -> None:
-        """To the next stage: hidden states, and what it needs beside them, after the widths of what has been lent."""
+        """Send hidden states, and what the next stage needs next to them, after the widths of the latter."""
         place, to = (self.has.layers[-1] + 1, False), self.rank + len(self.has.ranks)
         if lent := self.carried.lent(place):
-            self.world.send(torch.tensor([context.lent[layer].shape[-1] for layer in lent], device=x.device), to, "stage")
+            self.world.send(
+                torch.tensor([context.lent[layer].shape[-1] for layer in lent], device=x.device), to, "stage"
+            )
         self.world.send(self.carried.give(x, place, context), to, "stage")
 
     def _received(self, shape: tuple[int, int], context: Context) -> Tensor:
@@ -154,7 +153,9 @@ class Decoder(nn.Module):
         lent, widths = self.carried.lent(place), []
         if lent:
             widths = self.world.recv((len(lent),), torch.int64, before, "stage", self.device).tolist()
-        x = self.world.recv((*shape, self.carried.features(place) + sum(widths)), self.dtype, before, "stage", self.device)
+        x = self.world.recv(
+            (*shape, self.carried.features(place) + sum(widths)), self.dtype, before, "stage", self.device
+        )
         return self.carried.take(x, place, context, widths)
 
     def _context(self, ids: Tensor, positions: Tensor, cache: Cache | None) -> Context:
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
         if self.spec.alibi:
             heads = self.has.heads(self.has.layers[0])
             steep = slopes(heads.total)[list(heads.ids)].to(columns.device)
-            if self.spec.alibi_scaled:  # as it was trained
+            if self.spec.alibi_scaled:  # as in training
                 steep = steep.to(torch.bfloat16)
             bias = (steep[None, :, None, None] * columns.clamp(min=0)[:, None, None, :]).to(self.dtype)
         return Context(ids, positions >= 0, far, near, growth, bias, cache)
@@ -190,13 +191,13 @@ class Decoder(nn.Module):
         return x + outside["pos_embed"][positions.clamp(min=0) + self.spec.pos_offset] if "pos_embed" in outside else x
 
     def _looked_up(self, table: Tensor, ids: Tensor, mine: tuple[int, int]) -> Tensor:
-        """Rows of a table of which this rank has some."""
+        """Rows of a table, some of which are on this rank."""
         low, high = mine
         rows = table[(ids - low).clamp(0, max(high - low - 1, 0))].flatten(2)
         return self._sum(rows.masked_fill(~((ids >= low) & (ids < high))[..., None], 0), "embed")
 
     def steps(self, layer: int) -> dict[str, Step]:
-        """What a layer does, one after another, each time from [batch, seq, hidden] to the same."""
+        """The steps of a layer in order, each from [batch, seq, hidden] to the same shape."""
         if self.spec.parallel:
             return {"attention and feed-forward": partial(self._both, layer)}
         found: dict[str, Step] = {ATTENTION: partial(self._attend, layer), FEED_FORWARD: partial(self._feed, layer)}
@@ -226,13 +227,17 @@ class Decoder(nn.Module):
         if "mlp.post_norm" in weights:
             h = self._apart(x, weights)
         else:
-            h = self._sum(feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.has.share), "hidden")
-        h = self._shown(FEED_FORWARD, _biased(h, weights, "shared.down_bias" if "shared.down" in weights else "mlp.down_bias"))
+            h = self._sum(
+                feed_forward(self._before(x, weights, "mlp_norm"), weights, self.spec, self.has.share), "hidden"
+            )
+        h = self._shown(
+            FEED_FORWARD, _biased(h, weights, "shared.down_bias" if "shared.down" in weights else "mlp.down_bias")
+        )
         x = self._shown(RESIDUAL, self._added(x, self._norm(h, weights, "post_mlp_norm")))
         return self._norm(x, weights, "mlp_norm") if self.spec.post_norm else x
 
     def _apart(self, x: Tensor, weights: Weights) -> Tensor:
-        """A dense part and experts beside it, each with norms of its own before and after."""
+        """A dense feed-forward and experts in parallel, each with its own norms before and after."""
         spec = self.spec
         assert spec.routing is not None and self.has.share is not None
         one = self._sum(dense(self._norm(x, weights, "mlp_norm"), weights, "mlp", spec), "hidden")
@@ -241,7 +246,7 @@ class Decoder(nn.Module):
         return self._norm(one, weights, "mlp.post_norm") + self._norm(other, weights, "moe.post_norm")
 
     def _end(self, layer: int, x: Tensor, context: Context) -> Tensor:
-        """What the layer takes from the tokens for itself, and a factor on all that comes out of it."""
+        """The layer's own input from the tokens, and a factor on the layer's output."""
         weights = self._by_layer[1][layer]
         if "ple.gate" in weights:
             gate = ACTIVATIONS[self.spec.activation](weights.linear(x, "ple.gate"))
@@ -250,24 +255,26 @@ class Decoder(nn.Module):
         return x * weights["factor"] if "factor" in weights else x
 
     def _own(self, context: Context) -> Tensor:
-        """[batch, seq, layers of this stage, features]: an embedding of their own, and a projection of the common one, equally strong."""
+        """This stage's per-layer inputs [batch, seq, layers, features]: an embedding plus a projection."""
         if context.own is None:
             outside, hidden = self._by_layer[0], self.model.sizes["hidden"]
             table, projection = outside["ple_embed"], outside["ple_proj"]
             assert context.embedded is not None
             looked_up = self._looked_up(table, context.ids, self.has.box("ple.embed")["ple_vocab"])
-            own = (looked_up * torch.tensor(math.sqrt(table.shape[-1]), dtype=table.dtype)).unflatten(-1, table.shape[1:])
+            own = (looked_up * torch.tensor(math.sqrt(table.shape[-1]), dtype=table.dtype)).unflatten(
+                -1, table.shape[1:]
+            )
             seen = multiply(context.embedded, projection.flatten(0, 1)) * hidden**-0.5
             seen = self._norm(seen.unflatten(-1, projection.shape[:2]), Weights(outside), "ple_proj_norm")
             context.own = (seen + own) * 2**-0.5
         return context.own
 
     def _before(self, x: Tensor, weights: Weights, norm: str) -> Tensor:
-        """What a branch starts from."""
+        """The input of a branch."""
         return x if self.spec.post_norm else self._norm(x, weights, norm)
 
     def _added(self, x: Tensor, h: Tensor) -> Tensor:
-        """What a layer adds."""
+        """The residual addition."""
         return x + (h if self.spec.residual_factor is None else h * self.spec.residual_factor)
 
     def _heads(self, layer: int, h: Tensor, context: Context) -> Tensor:
@@ -277,20 +284,34 @@ class Decoder(nn.Module):
         if "lin.qkvz" in weights:
             return linear_attention(h, weights, layer, self.spec, self.has.linear, context)
         return attention(
-            h, weights, layer, self.spec, self.has.heads(layer), self.has.latent, context, lambda squares: self._sum(squares, "norm")
+            h,
+            weights,
+            layer,
+            self.spec,
+            self.has.heads(layer),
+            self.has.latent,
+            context,
+            lambda squares: self._sum(squares, "norm"),
         )
 
-    # Looking at it
+    # Inspection
 
     def routers(self) -> dict[tuple[int, str], Router]:
-        """Those of this rank, by layer and part."""
-        return {(layer, part): router for layer, weights in self._by_layer[1].items() for part, router in weights.routers.items()}
+        """The routers of this rank, by layer and part."""
+        return {
+            (layer, part): router
+            for layer, weights in self._by_layer[1].items()
+            for part, router in weights.routers.items()
+        }
 
-    def walk(self, ids: Tensor, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Callable[[Tensor | None], Tensor]]]:
-        """The steps of a forward of tokens [batch, seq] that this rank has a part in, each by a name in words and as a function.
+    def walk(
+        self, ids: Tensor, layers: Sequence[int] | None = None
+    ) -> Iterator[tuple[str, Callable[[Tensor | None], Tensor]]]:
+        """The steps of a forward of tokens [batch, seq] that this rank takes part in: a name in words, and a function.
 
-        What the functions take is what the step before gave: tokens are embedded from nothing, the head gives logits. A step's weights are
-        needed when it is called. Beside hidden states lies what later steps need of earlier ones, of all heads of the stage.
+        Each function takes the result of the step before: the embedding takes None, the head returns logits. A step's
+        weights are needed only when it is called. Next to hidden states, a result contains what later steps need of
+        earlier ones, for all heads of the stage.
         """
         batch, seq = ids.shape
         positions = torch.arange(seq, device=ids.device).expand(batch, seq)
@@ -331,16 +352,20 @@ class Decoder(nn.Module):
         if not all_ranks or pp == 1:
             return logits
         if logits is None:
-            return self.world.recv((batch, seq, vocab), self.dtype, self.rank % tp + (pp - 1) * tp, "logits", self.device)
+            return self.world.recv(
+                (batch, seq, vocab), self.dtype, self.rank % tp + (pp - 1) * tp, "logits", self.device
+            )
         for stage in range(pp - 1):
             self.world.send(logits, self.rank % tp + stage * tp, "logits")
         return logits
 
     def _norm(self, x: Tensor, weights: Weights, name: str) -> Tensor:
-        """The norm of that name, or nothing where the family has none there."""
+        """Apply the norm of that name, if the family has one there."""
         if not self._has(weights, name):
             return x
-        normed = norm(x, self.spec.norm, weights.get(name), weights.get(f"{name}_bias"), self.spec.eps, self.spec.norm_offset)
+        normed = norm(
+            x, self.spec.norm, weights.get(name), weights.get(f"{name}_bias"), self.spec.eps, self.spec.norm_offset
+        )
         return self._shown(name, normed)
 
     def _has(self, weights: Weights, norm: str) -> bool:
@@ -351,7 +376,7 @@ class Decoder(nn.Module):
         return self.world.all_reduce(x, self.has.ranks, label)
 
     def _shown(self, part: str, x: Tensor, weights: Weights | None = None, bias: str = "") -> Tensor:
-        """x, which whoever watches is shown, with that bias: what a norm gives under its name, and the parts of a step under theirs."""
+        """x, which `watch` is passed with that bias: norms under their own names, parts of a step under theirs."""
         if self.watch is not None:
             self.watch(part, x if weights is None else _biased(x, weights, bias))
         return x

@@ -1,4 +1,4 @@
-"""Feed-forward on one rank: dense, or experts chosen by a router. What comes out are partial sums, without the dense output's bias."""
+"""Feed-forward on one rank: dense, or experts chosen by a router. Returns partial sums without the output bias."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def xielu(x: Tensor, weights: Weights) -> Tensor:
-    """Quadratic where x is positive, exponential where it is negative; curvatures and slope are weights."""
+    """Quadratic for positive x, exponential for negative x; the curvatures and the slope are weights."""
     beta = weights["mlp.act_beta"]
     above, below = F.softplus(weights["mlp.act_alpha_p"]), beta + F.softplus(weights["mlp.act_alpha_n"])
     left = (torch.expm1(x.minimum(weights["mlp.act_eps"])) - x) * below
@@ -38,7 +38,7 @@ LEARNED: dict[str, Callable[[Tensor, Weights], Tensor]] = {"xielu": xielu}  # ac
 
 @dataclass(frozen=True)
 class Share:
-    """Which experts this rank has, [first, last), and whether it is the one of those that share them to add their output's bias."""
+    """The experts of this rank, [first, last). `bias`: of the ranks that share them, this one adds the output bias."""
 
     first: int
     last: int
@@ -66,7 +66,11 @@ def dense(x: Tensor, weights: Weights, part: str, spec: Spec) -> Tensor:
         inner = _gated(weights.linear(x, f"{part}.gate_up", runs=(rows, rows)), spec)
     else:
         inner = weights.linear(x, f"{part}.up")
-        inner = LEARNED[spec.activation](inner, weights) if spec.activation in LEARNED else ACTIVATIONS[spec.activation](inner)
+        inner = (
+            LEARNED[spec.activation](inner, weights)
+            if spec.activation in LEARNED
+            else ACTIVATIONS[spec.activation](inner)
+        )
     return weights.linear(inner, f"{part}.down", bias=False)
 
 
@@ -86,8 +90,10 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part: str = "moe") -> tuple[Tensor, Tensor, list[int]]:
-    """x [tokens, hidden] → the experts of each token and their weights, both [tokens, top], and which those are; on every rank the same."""
+def route(
+    x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part: str = "moe"
+) -> tuple[Tensor, Tensor, list[int]]:
+    """x [tokens, hidden] → expert ids and weights, both [tokens, top], and the experts in use; equal on all ranks."""
     if "moe.router_norm" in weights:
         x = rms_norm(x, weights["moe.router_norm"], eps) * routing.divide**-0.5
     scores = SCORES[routing.score](weights.linear(x.float() if routing.wide else x, f"{part}.router").float())
@@ -111,7 +117,7 @@ def route(x: Tensor, weights: Weights, routing: Routing, eps: float = 1e-6, part
 
 
 def _mixed(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
-    """Weights of SparseMixer: each choice by softmax over what is not chosen yet and little worse than the best of that."""
+    """SparseMixer weights: each choice is a softmax over the experts left that score close to the best of them."""
     shares, rest = [], logits
     for expert in chosen.split(1, -1):
         best = rest.amax(-1, keepdim=True)
@@ -122,9 +128,9 @@ def _mixed(logits: Tensor, chosen: Tensor, jitter: float) -> Tensor:
 
 
 def _ranking(scores: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor, Tensor | None]:
-    """By what the experts of each token are chosen, [tokens, experts]; where there are groups, -inf outside of its best groups.
+    """The scores by which experts are chosen, [tokens, experts], and those of their groups, [tokens, groups].
 
-    And by what those are, [tokens, groups].
+    With groups, experts outside of a token's best groups score -inf.
     """
     if "moe.score_bias" in weights:
         scores = scores + weights["moe.score_bias"].float()
@@ -138,7 +144,7 @@ def _ranking(scores: Tensor, weights: Weights, routing: Routing) -> tuple[Tensor
 
 
 def _margin(ranking: Tensor, groups: Tensor | None, chosen: Tensor, routing: Routing) -> Tensor:
-    """[tokens] by how much the worst expert chosen is better than the best of the others, or the worst group: what is less is a toss-up."""
+    """[tokens] the gap between the worst expert (or group) chosen and the best one not chosen: small gaps are ties."""
     rest = ranking.scatter(1, chosen, float("-inf")).amax(-1)
     margin = ranking.gather(1, chosen).amin(-1) - rest
     if groups is None or routing.group_top == routing.groups:
@@ -148,7 +154,7 @@ def _margin(ranking: Tensor, groups: Tensor | None, chosen: Tensor, routing: Rou
 
 
 def experts(x: Tensor, weights: Weights, spec: Spec, routing: Routing, share: Share, seen: Tensor) -> Tensor:
-    """x [tokens, hidden] → the part of this rank's experts of the same; the router chooses by what it has `seen`."""
+    """x [tokens, hidden] → what this rank's experts contribute, of the same shape; the router looks at `seen`."""
     chosen, shares, used = route(seen, weights, routing, spec.eps)
     out = torch.zeros_like(x)
     rows = weights.rows("moe.gate_up") // 2

@@ -1,4 +1,4 @@
-"""What is not finite: the first step of a forward that gives inf or NaN, on which rank, and what to do about it."""
+"""Logits that are not finite: which step on which rank is the first to produce inf or NaN, and the remedy."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,39 +17,46 @@ if TYPE_CHECKING:
 
 
 class NotFinite(ReshardError):
-    """A model gives logits that are not finite: no token can be chosen by them."""
+    """The logits are not finite: no next token can be chosen."""
 
 
 @torch.inference_mode()
 def not_finite(decoder: "Decoder", ids: Tensor, what: str) -> NotFinite:
-    """The error for a text, tokens [1, seq], whose next logits are not finite. All ranks call it with the same text, and get the same.
+    """The error for a text, tokens [1, seq], whose next logits are not finite. All ranks call it, and all get the same.
 
-    The text is run once more, step by step. Where it then stays finite, which a rounding near the limit may do, no step is named.
+    The text is run again step by step. If it then stays finite, as rounding near the limit may allow, no step is named.
     """
     mesh, dtype = decoder.layout.mesh, str(decoder.dtype).removeprefix("torch.")
     message = f"{what}: the logits after token {ids.shape[1]} are not finite in {dtype}"
     every = [found for found in gathered(decoder.world, _walked(decoder, ids), "not finite") if found]
     if not every:
-        return NotFinite(f"{message}; step by step they are", _remedy(dtype, None))
+        return NotFinite(f"{message}; run step by step, they are finite", _remedy(dtype, None))
     stage = [found for found in every if mesh.stage(found["rank"]) == mesh.stage(every[0]["rank"])]
-    first = next((found for found in stage if found["tensor"]), None) or next((found for found in stage if found["alone"]), stage[0])
-    message += f": {first['step']}, rank {first['rank']}, is the first to give {first['value']}, at token {first['token']}"
+    first = next((found for found in stage if found["tensor"]), None) or next(
+        (found for found in stage if found["alone"]), stage[0]
+    )
+    message += (
+        f": {first['step']}, rank {first['rank']}, is the first to give {first['value']}, at token {first['token']}"
+    )
     if first["tensor"]:
         message += f"; its {first['tensor']} holds {first['holds']}"
     return NotFinite(message, _remedy(dtype, first))
 
 
 def _remedy(dtype: str, found: dict[str, Any] | None) -> str:
-    narrow = "float16 ends at 65504: --dtype bfloat16 has the range of float32"
+    narrow = "float16 overflows above 65504; --dtype bfloat16 has the range of float32"
     if found and found["tensor"] and (dtype != "float16" or found["stored"] == "F16"):
-        return f"{found['tensor']} is stored so: convert again from a good copy; verify --against SRC tells whether the original holds it"
+        return (
+            f"{found['tensor']} is stored like that: convert again from a good copy; "
+            "reshard verify --against SRC says whether the original has it too"
+        )
     if dtype == "float16":
         return narrow
-    return "verify --against SRC tells whether another implementation gets finite logits from the original"
+    return "reshard verify --against SRC says whether another implementation gets finite logits from the original"
 
 
 def _walked(decoder: "Decoder", ids: Tensor) -> dict[str, Any] | None:
-    """The first step of this rank that is not finite, or None. Goes on to the end, as the other ranks do."""
+    """The first step of this rank whose output is not finite, or None. Runs to the end, as the other ranks do."""
     world, width, alone = decoder.world, len(decoder.has.ranks), False
     found: dict[str, Any] | None = None
     x: Tensor | None = None
@@ -72,7 +79,9 @@ def _walked(decoder: "Decoder", ids: Tensor) -> dict[str, Any] | None:
                 odd = int((~x.isfinite()).any(-1)[0].nonzero()[0])
                 value = "nan" if bool(x[0, odd].isnan().any()) else "inf"
                 token = ids.shape[1] if step == HEAD else odd + 1
-                found = {"step": step, "rank": decoder.rank, "alone": alone, "token": token, "value": value} | _held(decoder, step)
+                found = {"step": step, "rank": decoder.rank, "alone": alone, "token": token, "value": value} | _held(
+                    decoder, step
+                )
     finally:
         decoder.watch = None
     if not decoder.has.last:
@@ -83,7 +92,7 @@ def _walked(decoder: "Decoder", ids: Tensor) -> dict[str, Any] | None:
 
 
 def _held(decoder: "Decoder", step: str) -> dict[str, Any]:
-    """The first tensor of a step that is not finite itself, what it holds, and how it is stored; None where all are finite."""
+    """The first weight of a step that is not finite, what it contains, its stored dtype; None where all are finite."""
     there = dict(decoder.named_parameters())
     for slot in language(decoder.layout, decoder.rank):
         for point in slot.points():

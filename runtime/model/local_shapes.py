@@ -1,4 +1,4 @@
-"""Holdings: what one rank has of a model, in numbers: layers, heads, experts, rows of the vocabulary."""
+"""Local shapes: what one rank holds of a model: layers, heads, experts, rows of the vocabulary."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,16 @@ _NOT_HEADS = ("layer", "head_dim", "value_dim", "qk_dim", "hidden", "q_lora", "q
 
 
 def language(layout: Layout, rank: int) -> list[Slot]:
-    """What a rank stores of the language model: all but other towers, which no decoder runs."""
+    """The slots of the language model on a rank: all but other components, which the decoder does not run."""
     return [slot for slot in layout.by_rank[rank] if not (isinstance(slot.template, Row) and slot.template.tower)]
 
 
 @dataclass(frozen=True, eq=False)
 class Holdings:
-    """Of one rank. `layers`: of its stage, without those that predict ahead; `ranks`: those that share it; `number`: its own among them."""
+    """The local shapes of one rank.
+
+    `layers`: of its stage, without multi-token prediction; `ranks`: those of its stage; `number`: its index in them.
+    """
 
     model: Model
     layout: Layout
@@ -60,15 +63,19 @@ class Holdings:
         return self.stage == self.layout.mesh.pp - 1
 
     def box(self, tensor: str, rank: int | None = None) -> Box:
-        """What a rank, this one by default, has of a logical tensor; nothing where it has none of it."""
+        """The box of a logical tensor on a rank, by default this one; {} where it has none of it."""
         for piece in self.layout.holding(tensor):
             if piece.slot.rank == (self.rank if rank is None else rank):
                 return dict(zip(piece.tensor.axes, piece.box, strict=True))
         return {}
 
     def heads(self, layer: int) -> Heads:
-        """Those of a layer; layers of one kind have the same."""
-        queries = next(t for name in ("attn.q", "attn.q_b", "attn.q_whole", "moa.q") if (t := self.model.form(name, layer)) is not None)
+        """The heads of a layer; layers with the same kind of queries share them."""
+        queries = next(
+            t
+            for name in ("attn.q", "attn.q_b", "attn.q_whole", "moa.q")
+            if (t := self.model.form(name, layer)) is not None
+        )
         if queries.name not in self._heads:
             self._heads[queries.name] = self._counted(queries, layer)
         return self._heads[queries.name]
@@ -79,24 +86,30 @@ class Holdings:
         keys, values = (self.model.form(name, layer) for name in ("attn.k", "attn.o"))
         own = box if keys is None else self._near(keys.name)
         kept = [axis for axis in counted if not axis.startswith("group")] if keys is None else _counting_heads(keys)
-        whole, kv = (math.prod(of) for of in ([sizes[axis] for axis in kept], [own[axis][1] - own[axis][0] for axis in kept]))
+        whole, kv = (
+            math.prod(of) for of in ([sizes[axis] for axis in kept], [own[axis][1] - own[axis][0] for axis in kept])
+        )
         copies = 1 if keys is None else self.layout.repeats.get(kept[0], 1)
         size, value = (_features(tensor, sizes) for tensor in (queries, values or queries))
         return Heads(ids, math.prod(sizes[axis] for axis in counted), kv, whole, copies, size, value)
 
     def _near(self, tensor: str) -> Box:
-        """Its box on this rank; where this stage has none of it, on the rank of another stage that has the same part of it."""
+        """The box of a tensor on this rank, or on the corresponding rank of a stage that has the tensor."""
         others = range(self.number, self.layout.mesh.world, len(self.ranks))
         return self.box(tensor) or next(box for rank in others if (box := self.box(tensor, rank)))
 
     def key_heads(self, layer: int) -> list[tuple[int, ...]]:
-        """The key heads of a layer of any stage, by number, on each of the ranks that have it."""
+        """The key heads of a layer of any stage, by index, on each rank of that stage."""
         keys = self.model.form("attn.k", layer)
         assert keys is not None
-        first = len(self.ranks) * next(stage for stage, (low, high) in enumerate(self.layout.stages) if low <= layer < high)
+        first = len(self.ranks) * next(
+            stage for stage, (low, high) in enumerate(self.layout.stages) if low <= layer < high
+        )
         counted = _counting_heads(keys)
         boxes = [self.box(keys.name, first + number) for number in range(len(self.ranks))]
-        return [_numbers([box[axis] for axis in counted], [self.model.sizes[axis] for axis in counted]) for box in boxes]
+        return [
+            _numbers([box[axis] for axis in counted], [self.model.sizes[axis] for axis in counted]) for box in boxes
+        ]
 
     @cached_property
     def latent(self) -> Latent | None:
@@ -109,20 +122,23 @@ class Holdings:
     @cached_property
     def linear(self) -> Linear:
         boxes = self.box("lin.k"), self.box("lin.v")
-        counts = [math.prod(high - low for axis, (low, high) in box.items() if axis not in ("layer", "hidden")) for box in boxes]
+        counts = [
+            math.prod(high - low for axis, (low, high) in box.items() if axis not in ("layer", "hidden"))
+            for box in boxes
+        ]
         sizes = self.model.sizes["lk_dim"], self.model.sizes["lv_dim"]
         return Linear(counts[0] // sizes[0], sizes[0], counts[1] // sizes[1], sizes[1])
 
     @cached_property
     def share(self) -> Share | None:
-        """Its experts, or its part of each."""
+        """This rank's experts, or its part of each."""
         box = self.box("moe.down") or self.box("moe.down_packed")
         inner = next((part for axis, part in box.items() if axis.startswith("moe_inter")), (0, 0))
         return Share(*box["experts"], bias=inner[0] == 0) if box else None
 
     @cached_property
     def vocabulary(self) -> list[int]:
-        """Rows, padding among them, on each rank of the last stage."""
+        """Rows of the vocabulary, padding included, on each rank of this stage."""
         pieces = [*self.layout.holding("embed"), *(self.layout.pieces.get("head") or self.layout.holding("head"))]
         rows = {piece.slot.rank: piece.slot.shape[0] for piece in pieces}
         return [rows[rank] for rank in self.ranks]
@@ -133,12 +149,12 @@ def _counting_heads(tensor: Tensor) -> list[str]:
 
 
 def _features(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    """Of a head."""
+    """Features of a head."""
     return next(sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("value_dim", "qk_dim", "head_dim"))
 
 
 def _numbers(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Row-major numbers of what a box holds of axes of these sizes."""
+    """The row-major indices of the elements of a box, for axes of these sizes."""
     found = [0]
     for (low, high), size in zip(box, sizes, strict=True):
         found = [at * size + one for at in found for one in range(low, high)]

@@ -1,4 +1,4 @@
-"""Attention with experts on one rank: each expert makes one query of a token for each key head, and an output of what that query found."""
+"""Mixture-of-attention heads on one rank: each expert projects one query per key head, and has an output projection."""
 
 from torch import Tensor
 
@@ -18,19 +18,23 @@ def mixed_attention(x: Tensor, weights: Weights, layer: int, spec: Spec, heads: 
     chosen, shares, used = route(flat, weights, spec.routing, spec.eps, "moa")
     top = chosen.shape[1]
     q = _each(flat[:, None].expand(-1, top, -1), chosen, used, weights["moa.q"])
-    q = q.view(batch, seq, top, heads.kv, heads.size).permute(0, 3, 2, 1, 4).flatten(1, 2)  # a key head's queries are neighbours
-    k, v = (part.view(batch, seq, heads.kv, heads.size).transpose(1, 2) for part in weights.linear(x, "attn.kv").chunk(2, -1))
+    # A key head's queries are adjacent.
+    q = q.view(batch, seq, top, heads.kv, heads.size).permute(0, 3, 2, 1, 4).flatten(1, 2)
+    k, v = (
+        part.view(batch, seq, heads.kv, heads.size).transpose(1, 2)
+        for part in weights.linear(x, "attn.kv").chunk(2, -1)
+    )
     q, k = rotate(q, sight.turn, spec.rope_interleaved), rotate(k, sight.turn, spec.rope_interleaved)
     if context.cache is not None:
         k, v = context.cache.write(layer, k, v)
     found = attend(q, k, v, spec.attn_scale, sight.mask, spec.attn_cap, None, None)
     found = found.view(batch, heads.kv, top, seq, heads.size).permute(0, 3, 2, 1, 4).reshape(batch * seq, top, -1)
     out = _each(found, chosen, used, weights["moa.o"]) * shares[..., None].to(x.dtype)
-    return out.sum(1).view(batch, seq, hidden) / heads.copies  # ranks that hold the same key heads compute the same
+    return out.sum(1).view(batch, seq, hidden) / heads.copies  # ranks with the same key heads compute the same
 
 
 def _each(x: Tensor, chosen: Tensor, used: list[int], matrices: Tensor) -> Tensor:
-    """x [tokens, top, in], each by the matrix [out, in] of the expert that was chosen there; those are `used`."""
+    """x [tokens, top, in] times the matrix [out, in] of the expert chosen for each. `used`: the experts that occur."""
     out = x.new_empty(*chosen.shape, matrices.shape[1])
     for expert in used:
         out[chosen == expert] = multiply(x[chosen == expert], matrices[expert])

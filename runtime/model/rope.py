@@ -1,6 +1,6 @@
-"""Rotary positions: angles of every position, in each variant that config.json can name, and the rotation itself.
+"""Rotary positions: the angles of each position, for every variant that config.json can name, and the rotation itself.
 
-The variants are those of transformers' modeling_rope_utils; some depend on how far a forward reaches.
+The variants are those of transformers' modeling_rope_utils; some depend on the length of the sequence.
 """
 
 import math
@@ -22,7 +22,7 @@ def angles(rope: Rope | None, positions: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
-    """The first features of every head rotated: x [batch, heads, seq, features]. Interleaved pairs come out as halves."""
+    """x [batch, heads, seq, features] with the first features of each head rotated; interleaved pairs become halves."""
     if turn is None:
         return x
     cos, sin = (part[:, None] for part in turn)
@@ -36,14 +36,16 @@ def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, 
     """Frequencies [size/2], and what cosines and sines are multiplied by."""
     said, size, base = rope.scaling, rope.size, rope.base
     factor = float(said.get("factor") or rope.positions / rope.original)
-    if rope.kind == "dynamic":  # by how far a forward reaches, or by a number
+    if rope.kind == "dynamic":  # depends on the sequence length, or a given `alpha`
         stretched = factor * max(reach, rope.positions) / rope.positions - (factor - 1)
         base *= float(said.get("alpha") or stretched) ** (size / (size - 2))
     steps = base ** (torch.arange(0, size, 2, device=device).float() / size)
     plain = 1.0 / steps
     if rope.kind == "proportional":
         turning = int(float(said.get("partial_rotary_factor") or 1.0) * size // 2)
-        return torch.where(torch.arange(size // 2, device=device) < turning, plain / float(said.get("factor") or 1.0), 0.0), 1.0
+        return torch.where(
+            torch.arange(size // 2, device=device) < turning, plain / float(said.get("factor") or 1.0), 0.0
+        ), 1.0
     if rope.kind == "linear":
         return plain / factor, 1.0
     if rope.kind == "llama3":
@@ -59,7 +61,7 @@ def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, 
 
 
 def _llama3(plain: Tensor, rope: Rope, factor: float) -> Tensor:
-    """Long waves are stretched, short ones left alone, those between them blended."""
+    """Long wavelengths are stretched, short ones are kept, those between are blended."""
     low, high = float(rope.scaling["low_freq_factor"]), float(rope.scaling["high_freq_factor"])
     waves = 2 * math.pi / plain
     blend = (rope.original / waves - low) / (high - low)
@@ -74,7 +76,10 @@ def _yarn(steps: Tensor, rope: Rope, factor: float) -> Tensor:
     def dimension(rotations: float) -> float:
         return rope.size * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
 
-    low, high = dimension(float(rope.scaling.get("beta_fast") or 32)), dimension(float(rope.scaling.get("beta_slow") or 1))
+    low, high = (
+        dimension(float(rope.scaling.get("beta_fast") or 32)),
+        dimension(float(rope.scaling.get("beta_slow") or 1)),
+    )
     if rope.scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.size - 1)

@@ -1,4 +1,4 @@
-"""Sparse attention: beside its heads a layer has an indexer, which chooses the tokens that they see. It is whole on every rank."""
+"""Sparse attention: a layer's indexer chooses the tokens that its heads attend to. Each rank has all of the indexer."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,24 @@ from .weights import Weights, norm
 
 
 def index_keys(x: Tensor, weights: Weights, spec: Spec, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-    """x [batch, seq, hidden] → what tokens are found by, [batch, 1, seq, features]: one key for all heads of the indexer."""
+    """x [batch, seq, hidden] → index keys [batch, 1, seq, features], shared by all heads of the indexer."""
     bias = weights.get("attn.index_k_norm_bias")
     k = norm(weights.linear(x, "attn.index_k"), "layer", weights["attn.index_k_norm"], bias, spec.eps_latent, 0.0)
     return rotate(k[:, None], turn, spec.index_interleaved)
 
 
 def chosen(
-    x: Tensor, compressed: Tensor, keys: Tensor, weights: Weights, spec: Spec, turn: tuple[Tensor, Tensor] | None, mask: Tensor
+    x: Tensor,
+    compressed: Tensor,
+    keys: Tensor,
+    weights: Weights,
+    spec: Spec,
+    turn: tuple[Tensor, Tensor] | None,
+    mask: Tensor,
 ) -> Tensor:
-    """What each token sees of what it could see, `mask` [batch, 1, seq, columns]: the `index_top` best columns.
+    """The attention mask reduced to the `index_top` best columns of each token; `mask` [batch, 1, seq, columns].
 
-    A column is as good as the indexer's heads find it together, none of them less than nothing; a token says how much each head counts.
+    A column's score is the sum over the indexer's heads of relu(q · k), weighted per token.
     """
     if spec.index_top is None or mask.shape[-1] <= spec.index_top:
         return mask

@@ -1,4 +1,4 @@
-"""What a decoder computes, as facts: read from a family table's `[model]` section and config.json. Knows no weights and no ranks.
+"""What a decoder computes: values from a family table's `[model]` and config.json. Knows no weights and no ranks.
 
 The facts, their meanings and defaults are in reshard.tables.facts.
 """
@@ -17,12 +17,13 @@ from reshard.tables.families import Family
 
 from .spec_values import Facts
 
-POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # keys for how many there are
+# Keys of config.json for the number of positions.
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: `size` features of a head are rotated; `scaling` is what config.json says of the variant `kind`."""
+    """Rotary positions: `size` features of a head are rotated; `scaling`: the parameters of the variant `kind`."""
 
     kind: str
     size: int
@@ -34,7 +35,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Growth:
-    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions counted from `start`; everywhere, or where none rotate."""
+    """Queries are multiplied by 1 + by · log(1 + ⌊position / span⌋), positions from `start`; see the module."""
 
     by: float
     span: float
@@ -44,7 +45,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router chooses `top` experts per token, and weighs them."""
+    """How a router chooses `top` experts per token, and weights them."""
 
     top: int
     score: str
@@ -61,10 +62,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Spec:
-    """All facts of one model that its decoder needs; see the module for the words.
+    """All values that the decoder of one model needs; see the module for the words.
 
-    `rope`, `rope_near`: angles of the layers without a window and with one; `roped`, `windowed`: layers; `positions`: None where there is
-    no limit.
+    `rope`, `rope_near`: angles of the layers without and with a window; `roped`, `windowed`: layers; `positions`: None
+    where there is no limit.
     """
 
     norm: str
@@ -110,16 +111,18 @@ class Spec:
 
     @classmethod
     def of(cls, table: Family, config: Config, model: Model) -> "Spec":
-        """Raises ReshardError for a family that does not run, and where config.json asks for what no fact describes."""
+        """Raises ReshardError for a family that does not run, and for a config that no value describes."""
         if not table.runs:
             raise ReshardError(
-                f'family "{table.name}" converts and merges, it does not run: its table has no [model] facts for a decoder',
-                "verify proves its weights by rungs 1 to 3; docs/notation.md lists the facts",
+                f'family "{table.name}" converts and merges but does not run: its table does not describe a decoder',
+                "verify proves its weights (integrity, weights, sha256); docs/notation.md lists what [model] can say",
             )
         said = Facts(table.model, config.with_defaults(table.defaults))
         for condition in table.model.get("runs", ()):
             if not any(said.config.says(alternative) for alternative in condition.split(" | ")):
-                raise ReshardError(f'config.json: family "{table.name}" runs only with {condition}', "it converts and merges all the same")
+                raise ReshardError(
+                    f'config.json: family "{table.name}" runs only with {condition}', "it still converts and merges"
+                )
         sizes = model.sizes
         latent = "attn.kv_a" in model.tensors
         window, windowed = capacity.window(model, config)
@@ -181,25 +184,27 @@ def mscale(factor: float, weight: float) -> float:
 
 
 def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
-    """Features of a query head, and those that could be rotated, in layers without a window and in layers with one."""
+    """Features of a query head, and features that could be rotated in layers without and with a window."""
     if "attn.kv_a" in model.tensors:
         return model.sizes["qk_dim"], model.sizes["rope_dim"], model.sizes["rope_dim"]
     found: dict[bool, int] = {}
     for layer in range(model.main_layers):
         if (tensor := model.form("attn.q", layer)) is not None:
-            found[layer in windowed] = next(model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("qk_dim", "head_dim"))
+            found[layer in windowed] = next(
+                model.sizes[axis] for axis in tensor.axes if axis.partition("@")[0] in ("qk_dim", "head_dim")
+            )
     far = found.get(False, found.get(True, 0)) or model.sizes.get("head_dim", 0)
     return far, far, found.get(True, far)
 
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-_OLD = {"su": "longrope", "mrope": "default"}  # the positions of text are the same along every axis of an image
+_OLD = {"su": "longrope", "mrope": "default"}  # for text, positions are equal along every axis of an image
 
 
 def _ropes(said: Facts, far: int, close: int) -> tuple[Rope | None, Rope | None]:
-    """Angles of the layers without a window, and of those with one, whose heads have `far` and `close` features."""
+    """Angles of the layers without and with a window, whose heads have `far` and `close` features."""
     scaling, given = (dict(said.config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
-    if any(isinstance(one, dict) for one in given.values()):  # for each kind of layer its own
+    if any(isinstance(one, dict) for one in given.values()):  # one per kind of layer
         whole, near = (given.get(f"{kind}_attention") for kind in ("full", "sliding"))
     else:
         whole = near = scaling or given
@@ -214,7 +219,7 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     kind = _OLD.get(kind, kind)
     if kind not in KINDS:
-        raise ReshardError(f'config.json: rope of type "{kind}"', f"the runtime knows {', '.join(KINDS)}")
+        raise ReshardError(f'config.json: unknown rope type "{kind}"', f"the runtime has {', '.join(KINDS)}")
     positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
     fraction = scaling.get("partial_rotary_factor")
     if kind == "proportional" or (kind == "default" and "rope_fraction" not in said.facts):
@@ -223,9 +228,13 @@ def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
     return Rope(
         kind=kind,
         size=int(said.number("rope_size", part)),
-        base=float(scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or said.number("rope_base")),
+        base=float(
+            scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or said.number("rope_base")
+        ),
         positions=positions,
-        original=int(scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions),
+        original=int(
+            scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions
+        ),
         scaling=scaling,
     )
 
@@ -246,14 +255,19 @@ def _score(of: Facts) -> str:
     word = str(of.given("score"))
     found = word if word in SCORES else of.value("score")
     if found not in SCORES:
-        raise ReshardError(f"config.json: experts are scored by {found!r} ({word})", f"the runtime knows {', '.join(SCORES)}")
+        raise ReshardError(
+            f"config.json: unknown expert scoring {found!r} ({word})", f"the runtime has {', '.join(SCORES)}"
+        )
     return str(found)
 
 
 def _routing(table: Family, said: Facts) -> Routing:
     facts = table.model.get("routing")
     if not isinstance(facts, dict):
-        raise ReshardError(f'family "{table.name}" has experts, its table does not say how they are chosen', "[model] routing is missing")
+        raise ReshardError(
+            f'family "{table.name}" has experts, its table does not say how they are chosen',
+            "[model] routing is missing",
+        )
     of = Facts(facts, said.config, ROUTING)
     return Routing(
         top=int(of.number("top")),

@@ -1,8 +1,9 @@
-"""`[model]` of a family table, answered by a config.
+"""Values of a family table's `[model]` section, evaluated with a config.
 
-A value is a constant (a number, true, false), or a text of alternatives `a | b | …`, of which the first that is not null counts: a number,
-`true`, `false`, `=word` (that word), a key of config.json, one of these divided by another or times it, `a / b`, `a * b`, or what is true
-or false: `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of texts is true if one of them is.
+A value is a constant (a number, true, false), or alternatives `a | b | …`, the first of which that is not null counts:
+a number, `true`, `false`, `=word` (that word), a key of config.json, a quotient or product `a / b`, `a * b`, or a
+condition `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of conditions is
+true if one of them is.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from reshard.tables.facts import FACTS, Fact
 
 
 class Facts:
-    """What a table says of a model, or of a part of it. `known`: all facts there are, with what they are where it says nothing."""
+    """The values of `[model]`, or of a table in it, for one config. `known`: all values that exist, with defaults."""
 
     def __init__(self, facts: Mapping[str, Any], config: Config, known: Mapping[str, Fact] = FACTS) -> None:
         self.facts, self.config, self.known = facts, config, known
@@ -60,9 +61,9 @@ class Facts:
     def number(self, fact: str, default: Any = None) -> float:
         found = self.value(fact, default)
         if isinstance(found, list) and found and all(one == found[0] for one in found):
-            found = found[0]  # one for each layer
+            found = found[0]  # one per layer, all equal
         if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ReshardError(f"config.json: {self.given(fact, default)} is {found!r}, a number is needed for {fact}")
+            raise ReshardError(f"config.json: {self.given(fact, default)} is {found!r}; {fact} needs a number")
         return float(found)
 
     def optional(self, fact: str) -> float | None:

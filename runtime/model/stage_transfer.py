@@ -1,9 +1,9 @@
-"""What layers need of earlier ones beside hidden states: laid beside them, in one tensor, where it goes from stage to stage.
+"""What a pipeline stage sends to the next next to hidden states, concatenated with them into one tensor.
 
-    the embedding      where layers take something of it for themselves
-    keys and values    of the new tokens, of layers that later ones borrow from
+    the embedding      where layers have per-layer inputs computed from it
+    keys and values    of the new tokens, of layers whose KV cache later layers share
 
-A place is a layer, and whether its first step has been done: what lies there is what all later steps need.
+A place is (layer, whether its first step is done): it stands for everything that later steps need.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ Place = tuple[int, bool]
 
 @dataclass(frozen=True)
 class Carried:
-    """`own`: whether layers take something of the embedding; `lenders`: borrowing layer → the one that it borrows from."""
+    """`own`: whether layers have inputs of their own; `lenders`: layer → the layer whose keys and values it uses."""
 
     hidden: int
     layers: int
@@ -27,16 +27,16 @@ class Carried:
     lenders: Mapping[int, int]
 
     def lent(self, place: Place) -> list[int]:
-        """The layers whose keys and values are needed from a place on."""
+        """The layers whose keys and values are needed after a place."""
         after = place[0] + place[1]
         return sorted({lender for layer, lender in self.lenders.items() if lender < after <= layer})
 
     def features(self, place: Place) -> int:
-        """Of a token there, without keys and values."""
+        """Features per token at a place, without keys and values."""
         return self.hidden * (1 + (self.own and place[0] < self.layers))
 
     def give(self, x: Tensor, place: Place, context: Context) -> Tensor:
-        """x [batch, seq, hidden] and what is needed beside it."""
+        """x [batch, seq, hidden], concatenated with what later steps need."""
         parts = [x]
         if self.features(place) > self.hidden:
             assert context.embedded is not None
@@ -45,7 +45,7 @@ class Carried:
         return torch.cat(parts, -1) if len(parts) > 1 else x
 
     def take(self, x: Tensor, place: Place, context: Context, widths: Sequence[int]) -> Tensor:
-        """The inverse: hidden states; the rest is put where layers look for it. `widths`: features of each layer's keys and values."""
+        """The inverse: hidden states; the rest goes into `context`. `widths`: features of each layer's K and V."""
         parts: tuple[Tensor, ...] = x.split([self.features(place), *widths], -1)
         if self.features(place) > self.hidden:
             context.embedded = parts[0][..., self.hidden :]
@@ -56,8 +56,11 @@ class Carried:
 
 @dataclass(frozen=True)
 class Whole:
-    """Keys and values of all heads of a stage, for looking at them. `size`: features of a layer's heads; `rows`: its key heads on each rank
-    of the stage; `gather`: tensors of these ranks, of so many heads each, side by side; `mine`: this one's number."""
+    """Keys and values of all heads of a stage, for inspection.
+
+    `size`: head size of a layer; `rows`: its key heads on each rank of the stage; `gather`: concatenates tensors of
+    these ranks, given how many heads each has; `mine`: the index of this rank.
+    """
 
     size: Callable[[int], int]
     rows: Callable[[int], Sequence[Sequence[int]]]
@@ -65,17 +68,20 @@ class Whole:
     mine: int
 
     def spread(self, context: Context, layers: Sequence[int]) -> Context:
-        """The context with every key head of the stage, one copy of each."""
+        """The context with every key head of the stage, once each."""
         if not layers:
             return context
-        lent = {layer: joined(*(self._all(part, layer) for part in parted(context.lent[layer], self.size(layer)))) for layer in layers}
+        lent = {
+            layer: joined(*(self._all(part, layer) for part in parted(context.lent[layer], self.size(layer))))
+            for layer in layers
+        }
         return context.with_lent(lent)
 
     def width(self, layer: int) -> int:
         return 2 * self.size(layer) * len({row for own in self.rows(layer) for row in own})
 
     def keep(self, context: Context, layers: Sequence[int]) -> None:
-        """Of every key head of the stage those of this rank."""
+        """Reduce each layer's key heads to those of this rank."""
         for layer in layers:
             own = list(self.rows(layer)[self.mine])
             context.lent[layer] = joined(*(part[:, own] for part in parted(context.lent[layer], self.size(layer))))

@@ -1,4 +1,4 @@
-"""What a step of a decoder uses: tensors by their logical and stored names, and the facts of the family's table that bear on it."""
+"""The inputs of a step of the decoder: tensors by logical and stored name, and the `[model]` values it depends on."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from reshard.checkpoints.source import Source
     from reshard.tables.families import Family
 
-WORDS = ("norm", "bare", "growth", "borrowed", "rope_layers", "window_layers")  # facts that are no values of config.json
-SHOWN = 12  # facts that are not given, told to people
-ABSENT = "absent"  # what a fact that a table does not give is set to
+# Values that are not looked up in config.json.
+WORDS = ("norm", "bare", "growth", "borrowed", "rope_layers", "window_layers")
+SHOWN = 12  # unset values that a report lists
+ABSENT = "absent"  # stands for: not set
 
 
 def belongs(name: str, step: str, tied: bool) -> bool:
-    """Whether a tensor of a rank, or a logical one under the name that it has in a layer, is needed in a step."""
+    """Whether a step needs a tensor, given by its stored name on a rank, or by its logical name in a layer."""
     if step.startswith("layer "):
         layer, _, part = step.removeprefix("layer ").partition(", ")
         inside = name.removeprefix(f"layers.{layer}.")
@@ -33,15 +34,17 @@ def belongs(name: str, step: str, tied: bool) -> bool:
         attends = "attn" in inside or inside.startswith(("lin.", "moa."))
         return inside != name and (part not in ("attention", "feed-forward") or attends == (part == "attention"))
     embeds = name in ("embed", "embed_proj", "pos_embed") or name.startswith("embed_norm")
-    return not name.startswith("layers.") and (embeds if step == EMBEDDING else not embeds or (tied and name == "embed"))
+    return not name.startswith("layers.") and (
+        embeds if step == EMBEDDING else not embeds or (tied and name == "embed")
+    )
 
 
 @dataclass(frozen=True)
 class Used:
-    """A step, or the part of it that is a norm, the attention, the feed-forward …, and what went into it.
+    """A step, or a part of it (a norm, the attention, the feed-forward …), and its inputs.
 
-    `weights`: logical name → stored names; `facts`: those given in [model] → the text that says each, if it is no constant, and what it is;
-    `absent`: those that bear on it and are not given; `agrees`: facts, and values with each of which alone the step would be right.
+    `weights`: logical name → stored names; `facts`: values set in [model] → their text, unless constant, and result;
+    `absent`: values that matter and are not set; `agrees`: single changes of a value that would make the step right.
     """
 
     step: str
@@ -57,23 +60,31 @@ class Used:
         return self.step if self.part in (self.step, self.step.rpartition(", ")[2]) else f"{self.step}: {self.part}"
 
     def lines(self) -> list[str]:
-        """What a person wants to know, a thing each."""
+        """For people, one thing per line."""
         found = []
         if self.agrees:
             each = " or ".join(
-                f"without {name}" if value == ABSENT else f"with {name} = {json.dumps(value)}" for name, value in self.agrees
+                f"without {name}" if value == ABSENT else f"with {name} = {json.dumps(value)}"
+                for name, value in self.agrees
             )
             found.append(f"{self.name} would agree {each}")
         if self.weights:
             common = _common([name for stored in self.weights.values() for name in stored])
-            pairs = ((name, " + ".join(one.removeprefix(common) for one in stored)) for name, stored in self.weights.items())
-            found.append(f"weights: {', '.join(map(' = '.join, pairs))}" + (f", of {common.rstrip('.')}" if common else ""))
+            pairs = (
+                (name, " + ".join(one.removeprefix(common) for one in stored)) for name, stored in self.weights.items()
+            )
+            found.append(
+                f"weights: {', '.join(map(' = '.join, pairs))}" + (f", of {common.rstrip('.')}" if common else "")
+            )
         if self.facts:
-            said = (f"{name} = {_said(value)}" + (f" ({text})" if text is not None else "") for name, (text, value) in self.facts.items())
-            found.append(f"facts: {', '.join(said)}")
+            said = (
+                f"{name} = {_said(value)}" + (f" ({text})" if text is not None else "")
+                for name, (text, value) in self.facts.items()
+            )
+            found.append(f"[model]: {', '.join(said)}")
         if self.absent and not self.agrees:
             rest = f", … ({len(self.absent) - SHOWN} more)" if len(self.absent) > SHOWN else ""
-            found.append(f"facts not given: {', '.join(self.absent[:SHOWN])}{rest}")
+            found.append(f"[model], not set: {', '.join(self.absent[:SHOWN])}{rest}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +99,7 @@ class Used:
 
 
 def _common(names: Sequence[str]) -> str:
-    """What all of several dotted names begin with, up to a dot."""
+    """The common prefix of several dotted names, up to a dot."""
     parts = [name.split(".")[:-1] for name in names] if len(names) > 1 else []
     shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
     return "".join(f"{column[0]}." for column in shared)
@@ -113,7 +124,9 @@ def used(source: "Source", table: "Family", step: str, part: str, apart: Sequenc
         else:
             wanted = owner not in apart and part != RESIDUAL and belongs(here, within, "head" not in model.tensors)
         if wanted and (tensor.layers is None or layer in tensor.layers):
-            texts = (piece.slot.template.name.text.replace("{layer}", str(layer)) for piece in source.layout.holding(name))
+            texts = (
+                piece.slot.template.name.text.replace("{layer}", str(layer)) for piece in source.layout.holding(name)
+            )
             weights[base] = tuple(dict.fromkeys(texts))
     names = dict.fromkeys(fact for kind in kinds(step, part, apart, weights) for fact in PARTS[kind])
     given = Facts(table.model, config)
@@ -133,7 +146,7 @@ def _resolved(said: Any, value: Any) -> tuple[str | None, Any]:
 
 
 def kinds(step: str, part: str, apart: Sequence[str], weights: Mapping[str, Any]) -> Iterator[str]:
-    """The kinds of parts, as PARTS has them, that a part of a step is of."""
+    """The kinds (keys of PARTS) that a part of a step is of."""
     if part in apart:
         yield "norm"
     elif part in (EMBEDDING, HEAD):
@@ -151,7 +164,7 @@ def kinds(step: str, part: str, apart: Sequence[str], weights: Mapping[str, Any]
 
 
 def others(table: "Family", names: Sequence[str]) -> Iterator[tuple[str, Any, "Mapping[str, Any]"]]:
-    """Each fact set otherwise, as one of the shipped tables has it or not at all: its name, its value, and all facts of the table then."""
+    """Each value changed to what another shipped table has, or unset: its name, the new value, all of [model] then."""
     known = [families.load(name).model for name in families.shipped()]
     for name in names:
         if name == "routing":
@@ -160,7 +173,9 @@ def others(table: "Family", names: Sequence[str]) -> Iterator[tuple[str, Any, "M
             if isinstance(given, dict):
                 for key in keys:
                     for value in _values([family[name] for family in known if isinstance(family.get(name), dict)], key):
-                        changed = {k: v for k, v in given.items() if k != key} | ({} if value == ABSENT else {key: value})
+                        changed = {k: v for k, v in given.items() if k != key} | (
+                            {} if value == ABSENT else {key: value}
+                        )
                         yield f"routing.{key}", value, {**table.model, name: changed}
             continue
         values = list(_values(known, name)) + ([f"={word}" for word in ACTIVATIONS] if name == "activation" else [])
@@ -170,7 +185,7 @@ def others(table: "Family", names: Sequence[str]) -> Iterator[tuple[str, Any, "M
 
 
 def _values(facts: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
-    """Not given, true and false where a table has one of them, and what tables have, each once."""
+    """Unset; true and false where a table has a boolean; and the values that tables have, once each."""
     found = [family[name] for family in facts if name in family]
     more = [True, False] if any(isinstance(value, bool) for value in found) else []
     yield ABSENT

@@ -1,4 +1,4 @@
-"""One layer's weights on one rank, and what is done with a weight whatever it means: products, norms, block scales. Knows no layer."""
+"""One layer's weights on one rank, and operations on any weight: products, norms, dequantization. Knows no layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 128  # rows and columns that share a scale in FP8 checkpoints
-BITS, GROUP = 4, 32  # of a packed number; columns that share a scale in packed checkpoints
+BITS, GROUP = 4, 32  # bits of a packed number; columns that share a scale in packed checkpoints
 
 
 @dataclass
 class Router:
-    """What a router did, and what it is told to do.
+    """What a router did, and what it has to do.
 
-    `routed`: experts that tokens were sent to. Where set, `decisions`: each forward adds its choices, [tokens, top], and margins, and
-    `imposed`: choices that forwards take instead of their own; rows of -1 are left to them.
+    `routed`: experts that received tokens. If set, `decisions` collects each forward's choices, [tokens, top], and
+    margins, [tokens], and `imposed` replaces the router's choices, except for rows of -1.
     """
 
     routed: set[int] = field(default_factory=set)
@@ -41,7 +41,7 @@ class Weights:
         return self.tensors.get(name)
 
     def matrix(self, name: str, dtype: torch.dtype, runs: Sequence[int] = (), expert: int | None = None) -> Tensor:
-        """A matrix ready to multiply: FP8 blocks, or rows, are dequantized. `runs`: rows of its fused parts, each in blocks of its own."""
+        """A matrix in `dtype`, dequantized if it has scales. `runs`: rows of fused parts, each with its own blocks."""
         packed = f"{name}_packed" in self.tensors
         weight, scale = self.tensors[f"{name}_packed" if packed else name], self.tensors.get(f"{name}_scale")
         if expert is not None:
@@ -58,7 +58,7 @@ class Weights:
         return (weight.float() * scale.float()[rows][:, columns]).to(dtype)
 
     def rows(self, name: str) -> int:
-        """Of a matrix, or of each in a stack."""
+        """Rows of a matrix, or of each matrix of a stack."""
         return self.tensors[f"{name}_packed" if f"{name}_packed" in self.tensors else name].shape[-2]
 
     def linear(self, x: Tensor, name: str, runs: Sequence[int] = (), bias: bool = True) -> Tensor:
@@ -67,14 +67,14 @@ class Weights:
 
 
 def unpacked(packed: Tensor) -> Tensor:
-    """Numbers of few bits that lie in one of 32, the first in the lowest: [..., columns / 8] → [..., columns]. Half of them are below 0."""
+    """Unpack unsigned 4-bit numbers, lowest bits first, and centre them at 0: [..., columns / 8] → [..., columns]."""
     shifts = torch.arange(0, 32, BITS, device=packed.device, dtype=packed.dtype)
     numbers = (packed[..., None] >> shifts) & ((1 << BITS) - 1)
     return numbers.flatten(-2).float() - (1 << (BITS - 1))
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias. A single row is bound by memory: there torch's product of a matrix and a vector is up to 1.5 × as fast."""
+    """x · weightᵀ + bias. One row is bound by memory bandwidth: torch's matrix-vector product is up to 1.5 × faster."""
     if x.dtype is not torch.bfloat16 or x.numel() != x.shape[-1] or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     row = x.reshape(-1)
@@ -82,7 +82,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _blocks(runs: Sequence[int], device: torch.device) -> Tensor:
-    """The block of every row, where each run begins a new block."""
+    """The block index of every row; each run starts a new block."""
     found, start = [], 0
     for run in runs:
         found.append(start + torch.arange(run, device=device) // BLOCK)
@@ -91,7 +91,7 @@ def _blocks(runs: Sequence[int], device: torch.device) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, mean: Tensor | None = None) -> Tensor:
-    """Root mean square norm over the last axis, in float32; `mean`: the mean of squares, where it spans more than this tensor."""
+    """RMS norm over the last axis, in float32; `mean`: the mean of squares, where it spans more than this tensor."""
     wide = x.float()
     if mean is None:
         mean = wide.pow(2).mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The bounds of the numeric proof, and what they are derived from."""
+"""The bounds of the numerics check, and their derivation."""
 
 # The bounds, × the reference's own error. Both count roundings. A rank rounds where the reference does, and at most
 # once more beside each: the parts of a sum that ranks share (of N parts, the errors together are those of one sum),

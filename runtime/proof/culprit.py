@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def culprit(step: str, out: "Source", source: "Source") -> str:
-    """Which tensor of a step is not the original's, in words; nothing where all are."""
+    """Which tensor of a step differs from the original's, in words; "" if none does."""
     from reshard.jobs import verify
 
     layer = step.partition(",")[0].replace("layer ", "layers.") + "." if step.startswith("layer ") else ""

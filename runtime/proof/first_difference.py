@@ -1,9 +1,9 @@
-"""The first step in which this runtime, at TP 1, computes something else than transformers, and what went into it.
+"""The first step in which this runtime, at TP 1, computes something else than transformers, and its inputs.
 
-No family is known here, and no module of transformers by name: what a step of ours gives is looked for among all tensors that go in or
-out of theirs, as close as their own rounding is. Layers first; then, inside of the first whose output is nowhere, its norms, its attention,
-its feed-forward. Then facts that bear on that part are set otherwise, one at a time, as other tables have them: one that makes the layer
-right is told.
+No family and no module of transformers is known by name: the output of one of our steps is looked up among all inputs
+and outputs of their modules, to within their own rounding. Layers first; then, in the first layer whose output is not
+found, its norms, attention and feed-forward. Then values of `[model]` that matter for that part are changed, one at a
+time, to what other tables have: a change that makes the layer right is reported.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reshard.tables.facts import PARTS
 
-from ..comm.collectives import alone
+from ..comm.threads import alone
 from ..load import load_model, with_facts
 from ..memory import exhausted
 from ..model.decoder import PARTIAL
@@ -32,16 +32,20 @@ if TYPE_CHECKING:
     from .reference import Reference
 
 ULP = torch.finfo(torch.float32).eps
-TOLD = 3  # facts with which a step would be right
+TOLD = 3  # changes, each of which would make a step right, that are reported
 
-Key = tuple[str, str, int]  # module, in or out, which time
-Place = tuple[int, int] | None  # of a module: the number of its layer and its depth there; None outside of layers
+Key = tuple[str, str, int]  # module, "in" or "out", how many before
+Place = tuple[int, int] | None  # of a module: the index of its layer and its depth in it; None outside of layers
 
 
 @torch.inference_mode()
-def first_to_differ(source: "Source", reference: "Reference", ids: Tensor, settled: Tensor | None = None) -> Used | None:
-    """None where every step agrees, or where transformers does not let itself be looked into. ids [batch, seq]; `settled` [batch, seq]:
-    tokens that are compared, by default all."""
+def first_to_differ(
+    source: "Source", reference: "Reference", ids: Tensor, settled: Tensor | None = None
+) -> Used | None:
+    """None if every step agrees, or if transformers cannot be inspected.
+
+    ids [batch, seq]; `settled` [batch, seq]: the tokens to compare, by default all.
+    """
     modules = [getattr(reference.prepare(), "module", None), getattr(reference.load(torch.float64), "module", None)]
     if None in modules or (settled is not None and not bool(settled.any())):
         return None
@@ -69,16 +73,21 @@ def first_to_differ(source: "Source", reference: "Reference", ids: Tensor, settl
         return None
     decoder.watch = None
     layer = int(name.removeprefix("layer ")) if name.startswith("layer ") else None
-    fine = _Flow.of(modules, ids, settled, lambda place: (place is None) if layer is None else place is not None and place[0] == layer)
+    fine = _Flow.of(
+        modules,
+        ids,
+        settled,
+        lambda place: (place is None) if layer is None else place is not None and place[0] == layer,
+    )
     after = max((at for at, (_, _, tensor) in enumerate(parts) if fine.has(tensor)), default=-1) + 1
-    if after >= len(parts) - 1:  # of parts that start from the same, one may be right and the other wrong
+    if after >= len(parts) - 1:  # of parts with the same input, one may be right and another wrong
         after = next(at for at, (_, _, tensor) in enumerate(parts) if not fine.has(tensor) or at == len(parts) - 1)
     step, part, _ = parts[after]
     apart = [part for step, part, _ in parts if "norm" in part]
     found = used(source, table, step, part, apart)
 
     def agreeing() -> int:
-        """How many layers in a row give theirs, from this one on."""
+        """How many layers in a row agree, from this one on."""
         y, groups = before, _by_layer(decoder, ids)
         names = list(groups)[list(groups).index(name) :]
         for count, other in enumerate(names):
@@ -92,7 +101,7 @@ def first_to_differ(source: "Source", reference: "Reference", ids: Tensor, settl
 
 
 def _by_layer(decoder: "Decoder", ids: Tensor) -> dict[str, list[tuple[str, Any]]]:
-    """The steps of a forward, those of a layer together."""
+    """The steps of a forward, grouped by layer."""
     found: dict[str, list[tuple[str, Any]]] = {}
     for step, call in decoder.walk(ids):
         found.setdefault(step.partition(",")[0], []).append((step, call))
@@ -100,13 +109,15 @@ def _by_layer(decoder: "Decoder", ids: Tensor) -> dict[str, list[tuple[str, Any]
 
 
 def _after(groups: Mapping[str, Any], name: str) -> str:
-    """What takes what a layer gives: the next one."""
+    """The consumer of a layer's output: the next one."""
     names = [*groups, ""]
     return names[names.index(name) + 1]
 
 
-def _agreeing(source: "Source", decoder: "Decoder", found: Used, agreeing: Callable[[], int]) -> tuple[tuple[str, Any], ...]:
-    """Facts and values with each of which most layers in a row give theirs: facts that bear on the part; if there are none, all others."""
+def _agreeing(
+    source: "Source", decoder: "Decoder", found: Used, agreeing: Callable[[], int]
+) -> tuple[tuple[str, Any], ...]:
+    """The single changes of a value after which most layers in a row agree: of values that matter, else of any."""
     table, model, seen = with_facts(source.layout.model.family), source.layout.model, [decoder.spec]
     near = dict.fromkeys(name.partition(".")[0] for name in (*found.facts, *found.absent))
     agree: dict[str, tuple[int, Any]] = {}
@@ -120,7 +131,7 @@ def _agreeing(source: "Source", decoder: "Decoder", found: Used, agreeing: Calla
                     seen.append(decoder.spec)
                     if (count := agreeing()) > agree.get(fact, (0, None))[0]:
                         agree[fact] = count, value
-            except Exception as error:  # whatever facts that do not fit lead to
+            except Exception as error:  # whatever inconsistent values cause
                 if exhausted(error):
                     raise
             finally:
@@ -131,7 +142,7 @@ def _agreeing(source: "Source", decoder: "Decoder", found: Used, agreeing: Calla
 
 @dataclass(frozen=True)
 class _Flow:
-    """Tensors [batch, seq, features] that go through chosen modules, in float32, and how far each is from that in float64."""
+    """Tensors [batch, seq, features] at chosen modules, in float32, and the distance of each from float64."""
 
     tensors: Mapping[Key, Tensor]
     own: Mapping[Key, float]
@@ -142,14 +153,16 @@ class _Flow:
     def of(cls, modules: list[Any], ids: Tensor, settled: Tensor | None, chosen: Callable[[Place], bool]) -> "_Flow":
         narrow, wide = (_recorded(module, ids, chosen) for module in modules)
         pick: Any = slice(None) if settled is None else settled
-        shared = {key: tensor[pick] for key, tensor in narrow.items() if key in wide and wide[key].shape == tensor.shape}
+        shared = {
+            key: tensor[pick] for key, tensor in narrow.items() if key in wide and wide[key].shape == tensor.shape
+        }
         own = {key: float((tensor.double() - wide[key][pick]).abs().max()) for key, tensor in shared.items()}
         return cls(shared, own, {name: _place(modules[0], name) for name, _, _ in shared if name}, settled)
 
     def has(self, x: Tensor, taker: str | None = None) -> bool:
-        """Whether one of them is x, beside which there may be what later layers need.
+        """Whether one of them is x, up to what x has appended for later layers.
 
-        `taker`: what takes it, "" if it is logits; only what goes in there counts, where that is known.
+        `taker`: the consumer, "" for logits; only its inputs count, if they are known.
         """
         x = x if self.settled is None else x[self.settled]
         there = [key for key in self.tensors if taker is None or self._into(key, taker)] or list(self.tensors)
@@ -170,7 +183,7 @@ class _Flow:
 
 
 def _recorded(module: nn.Module, ids: Tensor, chosen: Callable[[Place], bool]) -> dict[Key, Tensor]:
-    """What goes in and out of modules in a forward, as [batch, seq, features]; the logits, too."""
+    """Inputs and outputs of modules in a forward, as [batch, seq, features]; the logits, too."""
     found: dict[Key, Tensor] = {}
     times: Counter[tuple[str, str]] = Counter()
 
@@ -201,7 +214,7 @@ def _recorded(module: nn.Module, ids: Tensor, chosen: Callable[[Place], bool]) -
 
 
 def _place(root: nn.Module, name: str) -> Place:
-    """Where a module is: layers are what stands in the first list on the way to it."""
+    """The place of a module: layers are the items of the first list on its path."""
     module, path = root, name.split(".")
     for at, part in enumerate(path):
         if isinstance(module, nn.ModuleList):

@@ -1,8 +1,8 @@
-"""The numeric proof layer by layer, of a model that is larger than the memory: every step gets the same input on both sides.
+"""The numerics check layer by layer, for models larger than memory: every step gets the same input on both sides.
 
-The reference is this runtime at TP 1, from the original files, so that the rung is self-consistent at best. In float32 a step of the
-shards may differ from it by at most 4 × what the step itself changes between float32 and float64. Memory: one layer at a time, in float64
-at most.
+The reference is this runtime at TP 1, from the original files, so the check is self-consistent at best. In float32 a
+step of the shards may differ from it by at most 4 × the step's own change between float32 and float64. Memory: one
+layer at a time, in float64 at most.
 """
 
 import ctypes
@@ -18,7 +18,8 @@ from reshard.jobs.verdict import SELF_CONSISTENT, UNPROVEN, Rung
 from reshard.layout.mesh import Mesh
 from reshard.text.progress import Progress
 
-from ..comm.collectives import World, alone, run_threads
+from ..comm.collectives import World
+from ..comm.threads import alone, run_threads
 from ..load import open_for
 from ..model.step_inputs import belongs
 from .bounds import TIMES
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class _Part:
-    """One rank's part of a model, of which only the weights of the step at hand are in memory."""
+    """One rank's part of a model, with only the weights of the current step in memory."""
 
     def __init__(self, place: "Source", world: World, dtype: torch.dtype, mesh: Mesh | None = None) -> None:
         self.opened = open_for(place, mesh, world)
@@ -40,7 +41,7 @@ class _Part:
         self.decoder = self.opened.decoder(world).to(dtype)
 
     def hold(self, step: str) -> None:
-        """Have the weights of a step, and no others."""
+        """Load the weights of a step, and drop all others."""
         self.drop()
         state = self.opened.state(self.rank, self.dtype, only=lambda name: belongs(name, step, self.tied))
         self.decoder.load_state_dict(state, strict=False, assign=True)
@@ -49,14 +50,16 @@ class _Part:
         empty = {name: tensor.to("meta") for name, tensor in self.decoder.named_parameters() if not tensor.is_meta}
         self.decoder.load_state_dict(empty, strict=False, assign=True)
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, for each thread
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, per thread
 
     def steps(self, ids: Tensor) -> Iterator[str]:
         for name, _ in self.decoder.walk(ids):
             yield name
 
-    def run(self, step: str, ids: Tensor, x: Tensor | None, routes: Routes | None = None) -> tuple[Tensor, Routes, Margins]:
-        """What a step makes of x, with `routes` imposed where it has a router; what that chose, and how sure it was."""
+    def run(
+        self, step: str, ids: Tensor, x: Tensor | None, routes: Routes | None = None
+    ) -> tuple[Tensor, Routes, Margins]:
+        """The output of a step for x, with `routes` imposed if it has a router; that router's choices and margins."""
         self.hold(step)
         impose(self.decoder, routes)
         call = next(call for name, call in self.decoder.walk(ids) if name == step)
@@ -79,7 +82,7 @@ def _once(part: _Part) -> Iterator[_Part]:
 
 
 def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Rung:
-    """The rung, for shards and their original. The mesh of the shards is that of the ranks, which are threads."""
+    """Run the check for shards and their original. Ranks are threads, on the mesh of the shards."""
     rung, mesh = Rung("numerics", best=SELF_CONSISTENT), opened.layout.mesh
     ids = prompts_for(source)[:2]
     x: Tensor | None = None
@@ -102,7 +105,8 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
     def work(world: World) -> None:
         nonlocal x, worst, count, odd
         with torch.inference_mode():
-            mine = _Part(opened, world, torch.float32, mesh)  # read, not mapped: a mapping counts as memory under ulimit
+            # Read, not mapped: a mapping counts as memory under ulimit.
+            mine = _Part(opened, world, torch.float32, mesh)
             narrow, wide = (_Part(source, alone(), dtype) for dtype in (torch.float32, torch.float64))
             steps, ours = list(narrow.steps(ids)), set(mine.steps(ids))
             for step in steps:
@@ -114,14 +118,18 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
                 if odd:
                     break
                 if step in ours:
-                    differ[world.rank] = float((mine.run(step, ids, x, imposed)[0].double() - output.double()).abs().max())
+                    differ[world.rank] = float(
+                        (mine.run(step, ids, x, imposed)[0].double() - output.double()).abs().max()
+                    )
                     mine.drop()
                 world.meet(f"the shards of {step}")
                 if world.rank == 0:
                     largest, limit = max(differ.values(), key=lambda value: (value != value, value)), TIMES * own
                     if not largest <= limit and not rung.failures:
-                        words = f"differs by {largest:.3g}" if math.isfinite(largest) else "is not finite, that of the reference is"
-                        words += f", {limit:.3g} is the bound{culprit(step, opened, source)}"
+                        words = (
+                            f"differs by {largest:.3g}" if math.isfinite(largest) else "is not finite, the reference is"
+                        )
+                        words += f", the bound is {limit:.3g}{culprit(step, opened, source)}"
                         rung.failures.append(f"float32: {step} {words}")
                     share = largest / own if own and math.isfinite(largest) else 0.0
                     worst, count, x = max(worst, share), count + 1, output
@@ -133,13 +141,13 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
     progress.finish()
     rung.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
     rung.words = f"agrees with this runtime at TP 1, not independent; {count} steps, each from the same input; "
-    rung.words += f"off by {worst:.2f} × its own error at most"
-    rung.hint = "without --layers, where there is memory for it, it is compared with transformers"
+    rung.words += f"within {worst:.2f} × its own error"
+    rung.hint = "without --layers, given enough memory, it compares with transformers"
     if odd:
         rung.best = UNPROVEN
-        rung.notes.append(f"{odd} of the reference gives what is not finite: nothing to compare with from there on")
+        rung.notes.append(f"{odd} of the reference is not finite: nothing to compare with from there on")
     if shares:
         rung.numbers["imposed"] = sum(shares) / len(shares)
-        rung.words += f"; {rung.numbers['imposed']:.2%} of routing imposed"
-    rung.notes.append("layer by layer: tokens that the model goes on with, and what transformers computes, were not compared")
+        rung.words += f"; {rung.numbers['imposed']:.2%} routing ties"
+    rung.notes.append("layer by layer: continuations, and what transformers computes, were not compared")
     return rung

@@ -1,4 +1,4 @@
-"""What a model computes by one table, for comparison with what it computes by another: mutated tables are told apart by it.
+"""What a model computes by one table, for comparison with another: this is how mutations of tables are detected.
 
 Typed counterpart of `reshard.authoring.mutation_trial`, which starts it; torch is imported here and not there.
 """
@@ -16,22 +16,24 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.mesh import Mesh
 from reshard.tables import formats
 
-from ..comm.collectives import World, alone, run_threads
-from ..load import Cast, Reader
+from ..cast import Cast
+from ..comm.collectives import World
+from ..comm.threads import alone, run_threads
 from ..model.decoder import HEAD, Decoder
 from ..model.spec import Spec
 from ..model.weights import Weights, rms_norm
+from ..resharded import Reader
 
 
 class Outcome(NamedTuple):
-    """What a model computes: logits [prompts, tokens, vocab], and what the caches of all ranks keep."""
+    """What a model computes: logits [prompts, tokens, vocab], and what all ranks' caches hold."""
 
     logits: Tensor
     kept: list[Tensor]
 
 
 def run(source: Source, mesh: Mesh, ids: Tensor) -> Outcome:
-    """A forward in float64 on ranks that are threads; shards are made on the way, through the plan, as loading makes them."""
+    """A forward in float64 on ranks that are threads; shards are made on the fly, through the plan, as in loading."""
     model = source.layout.model
     layout = lay_out(formats.load("native").for_family(model.family.name), model, mesh)
 
@@ -56,9 +58,9 @@ def _decoder(source: Source, layout: Layout, world: World) -> Decoder:
 
 
 def apart(source: Source, ids: Tensor) -> Tensor | None:
-    """Logits of a model whose attention and feed-forward stand beside each other, if they stood one after the other; None for others.
+    """Logits of a model with parallel attention and feed-forward, if they ran in sequence; None for other models.
 
-    Beside each other, the biases of both are one sum, which says nothing of either.
+    In parallel, the biases of both are one sum, which does not tell them apart.
     """
     model = source.layout.model
     layout = lay_out(formats.load("native").for_family(model.family.name), model, Mesh())
@@ -72,9 +74,9 @@ def apart(source: Source, ids: Tensor) -> Tensor | None:
 
 
 def ahead(source: Source, ids: Tensor) -> Tensor | None:
-    """Logits of multi-token prediction, which the runtime leaves out: what each extra layer makes of hidden states and next tokens.
+    """Logits of multi-token prediction, not run otherwise: each extra layer, on hidden states and next tokens.
 
-    None for a model without. As DeepSeek-V3 does it: the norms of embedding and of hidden state side by side, projected, one layer.
+    None for a model without. As in DeepSeek-V3: embedding and hidden state are normalised, joined and projected.
     """
     model = source.layout.model
     if not {"mtp.eh_proj", "mtp_eh_proj", "mtp.e_proj"} & model.tensors.keys():
@@ -90,11 +92,11 @@ def ahead(source: Source, ids: Tensor) -> Tensor | None:
         for name, step in decoder.walk(ids):
             if name != HEAD:
                 x = step(x)
-        assert x is not None  # the walk begins with the embedding
+        assert x is not None  # the walk starts with the embedding
         for layer in extra:
 
             def of(name: str, layer: int = layer) -> Tensor:
-                """The layer's own, or what all share, or what the main layers have; a tied head is the embedding."""
+                """The layer's own weight, a shared one, or that of the main layers; a tied head is the embedding."""
                 names = (f"layers.{layer}.mtp.{name}", f"mtp_{name}", name, "embed")
                 name = next(one for one in names if one in there)
                 return Weights(there).matrix(name, decoder.dtype) if f"{name}_scale" in there else there[name]
@@ -103,7 +105,9 @@ def ahead(source: Source, ids: Tensor) -> Tensor | None:
                 return rms_norm(x, of(name), eps, offset)
 
             ids, hidden = ids[:, 1:], x[:, :-1]
-            x = F.linear(torch.cat((normed(F.embedding(ids, of("embed")), "e_norm"), normed(hidden, "h_norm")), -1), of(joint))
+            x = F.linear(
+                torch.cat((normed(F.embedding(ids, of("embed")), "e_norm"), normed(hidden, "h_norm")), -1), of(joint)
+            )
             for name, step in decoder.walk(ids, [layer]):
                 if name.startswith("layer"):
                     x = step(x)
@@ -112,7 +116,7 @@ def ahead(source: Source, ids: Tensor) -> Tensor | None:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors; infinite where their shapes differ or one is not finite."""
+    """The largest difference of two tensors; infinite if shapes differ or one is not finite."""
     if a.shape != b.shape:
         return math.inf
     found = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0

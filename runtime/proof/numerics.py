@@ -1,18 +1,21 @@
-"""The numeric proof: the shards, run at their own mesh, compute what the original does. Tolerances are derived, never chosen.
+"""The numerics check: shards, run on their own mesh, compute what the original does. Bounds are derived, not chosen.
 
-    float32        at most 4 × what the reference itself changes between float32 and float64 on the same tokens, whole and token by token;
-                   and the same tokens when both go on by themselves
-    stored dtype   rms distance from the float32 reference at most 2 × the reference's own
+    float32        at most 4 × the reference's own change between float32 and float64 on the same tokens, in whole texts
+                   and token by token; and the same tokens in greedy continuations
+    stored dtype   RMS distance from the float32 reference at most 2 × the reference's own
 
-The unit is the reference's own rounding error, measured on the same CPU with the same kernels and tokens: so no bound depends on the CPU,
-as long as the number of roundings does not. Products are accumulated in float32 or better everywhere (AVX2, AVX-512, AMX, Arm).
+The unit is the reference's own rounding error, measured on the same CPU with the same kernels and tokens: no bound
+depends on the CPU, as long as the number of roundings does not. Products are accumulated in float32 or better
+(AVX2, AVX-512, AMX, Arm).
 
-Of mixtures, whose routing no bound holds for, choices of experts that are toss-ups (`choices`) are imposed: this runtime at TP 1 stands for
-the reference where they have an effect, and in 16 bits, where a rounding is large, everywhere. Their share is told.
+No bound holds for the routing of mixtures. Where experts tie within rounding error (`routing_ties`), one choice is
+imposed: this runtime at TP 1 replaces the reference for tokens that depend on a tie, and in 16 bits, where rounding is
+coarse, all of float32's routing is imposed. The report gives the tie rate.
 
-The reference is transformers, which is checked itself, or this runtime at TP 1: then the rung is self-consistent at best (`reference`).
-Where rotary angles change with how far a text reaches, it keeps a cache where the shards do: the keys in there were turned by other angles
-than a forward of the whole text turns them by. Ranks are threads of this process, or processes (`ranks`).
+The reference is transformers, itself checked, or this runtime at TP 1: then the check is self-consistent at best
+(`reference`). If rotary angles depend on the length of the text, the reference uses a cache where the shards do: cached
+keys were rotated by other angles than in a forward of the whole text. Ranks are threads of this process, or processes
+(`on_ranks`).
 """
 
 import math
@@ -41,15 +44,15 @@ if TYPE_CHECKING:
     from .reference import Reference
     from .routing_ties import Choices, Routes, Where
 
-DISTINCT = 16  # of the tokens that both go on with by themselves, so many must be distinct
-UNASKED = 1 << 30  # bytes of memory that it may take where nobody asked for it
-MEMORY = 20  # bytes per parameter that the rung takes: the reference in float64 and float32, the shards in float32
-LEAST = 12  # without room for anything else: the reference in float64 and float32
+DISTINCT = 16  # distinct tokens that the greedy continuations must contain
+UNASKED = 1 << 30  # bytes of memory that it may use without being asked for
+MEMORY = 20  # bytes per parameter: the reference in float64 and float32, the shards in float32
+LEAST = 12  # bytes per parameter, at least: the reference in float64 and float32
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What was measured in one dtype. Distances of logits from the reference in float32; `own`: that of the reference itself."""
+    """What was measured in one dtype: distances of logits from the float32 reference; `own_…`: its own error."""
 
     max: float
     rms: float
@@ -59,7 +62,9 @@ class Numbers:
     agreed: float
 
     def to_json(self) -> dict[str, float]:
-        return {name: float(f"{getattr(self, name):.6g}") for name in ("max", "rms", "own_max", "own_rms", "kl", "agreed")}
+        return {
+            name: float(f"{getattr(self, name):.6g}") for name in ("max", "rms", "own_max", "own_rms", "kl", "agreed")
+        }
 
 
 def numerics(
@@ -73,11 +78,10 @@ def numerics(
     layers: bool = False,
     processes: bool = False,
 ) -> Rung:
-    """Climb the rung. What stands against it makes it skipped, or, where it `must` be climbed, an error.
+    """Run the check. An obstacle makes it skipped or, if it `must` run, an error.
 
-    `asked`: also if it takes more memory than what nobody asked for may take;
-    `exhaustive`: as many prompts as the vocabulary has rows for; `layers`: layer by layer, in the memory of one; `processes`: each rank is
-    a process of its own.
+    `asked`: run it even if it needs more than UNASKED; `exhaustive`: as many prompts as the vocabulary has rows for;
+    `layers`: layer by layer, in the memory of one; `processes`: each rank is a process of its own.
     """
 
     def skipped(why: str, hint: str) -> Rung:
@@ -88,29 +92,32 @@ def numerics(
     if source is None:
         return skipped("there is nothing to compare with", "--against SRC")
     if not source.published_paths:
-        return skipped(f"{source.where} is no published checkpoint", "--against the original")
-    elements = sum(tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias)
+        return skipped(f"{source.where} is not a published checkpoint", "--against the original")
+    elements = sum(
+        tensor.elements for name, tensor in source.layout.model.tensors.items() if name not in source.layout.alias
+    )
     if (needed := MEMORY * elements) > UNASKED and not (must or asked):
-        return Rung("numerics", skipped=f"takes {binary(needed)} of memory: ask for it by --numerics, or --layers for less")
+        words = f"needs {binary(needed)} of memory: ask for it with --numerics, or use --layers for less"
+        return Rung("numerics", skipped=words)
     try:
         import torch
     except ImportError:
         return skipped("PyTorch is not installed", "pip install 'reshard[runtime]'")
     if (why := _cannot_run(source)) is not None:
-        return Rung("numerics", skipped=f"could not be climbed: {why}")
+        return Rung("numerics", skipped=f"cannot run it: {why}")
     if layers:
         from reshard.checkpoints.source import open_source
 
         from .layerwise import layer_by_layer
 
-        with memory.told("numerics", "a step of one layer has to fit, several times, in float64 at most"):
+        with memory.told("numerics", "one step of one layer must fit several times, in float64 at most"):
             return layer_by_layer(open_source(out, source.layout.model.family), source, progress)
     if (least := LEAST * elements) > (most := memory.limit()):
-        words = f"takes at least {binary(least)} of memory, this process may have {binary(most)}"
-        return skipped(words, "--layers takes that of one layer")
+        words = f"needs at least {binary(least)} of memory, this process may use {binary(most)}"
+        return skipped(words, "--layers needs only the memory of one layer")
     try:
-        with torch.inference_mode(), memory.told("numerics", "--layers runs it layer by layer, in the memory of one"):
-            return _Check(out, source, progress, exhaustive, processes).climb()
+        with torch.inference_mode(), memory.told("numerics", "--layers needs only the memory of one layer"):
+            return _Check(out, source, progress, exhaustive, processes).run()
     except PlaceError:
         raise
     except ReshardError as error:
@@ -120,7 +127,7 @@ def numerics(
 
 
 def _cannot_run(source: "Source") -> str | None:
-    """Why the runtime cannot run a model, as far as its table and config.json tell: that is nobody's mistake."""
+    """Why the runtime cannot run a model, by its table and config.json: not the user's mistake, so not an error."""
     from ..load import with_facts
     from ..model.spec import Spec
 
@@ -133,15 +140,16 @@ def _cannot_run(source: "Source") -> str | None:
 
 
 class _Check:
-    """One climb: prompts, reference, shards."""
+    """One run of the check: prompts, reference, shards."""
 
     def __init__(self, out: Path, source: "Source", progress: Progress, exhaustive: bool, processes: bool) -> None:
         import torch
 
-        from ..load import main_dtype
+        from ..cast import main_dtype
         from .reference import reference_for
 
-        self.out, self.source, self.progress, self.processes, self.rung = out, source, progress, processes, Rung("numerics")
+        self.out, self.source, self.progress, self.processes = out, source, progress, processes
+        self.rung = Rung("numerics")
         model = source.layout.model
         self.vocab, self.stored = model.sizes["vocab"], main_dtype(model) or torch.float32
         self.reference: Reference = reference_for(source)
@@ -150,7 +158,7 @@ class _Check:
         self.mixed = "moe.router" in model.tensors
         self.chosen: Choices | None = None
 
-    def climb(self) -> Rung:
+    def run(self) -> Rung:
         import torch
 
         from .reference import FINE, own_reference, relative
@@ -169,7 +177,10 @@ class _Check:
             odd = chosen.unsettled[..., None]
             wide, exact = chosen.logits.where(odd, wide), chosen.exact.where(odd, exact)
         if self.reference.independent and (off := relative(wide, exact)) > FINE:
-            words = f"{self.reference.name} is off by {off:.2g} of the scale of logits in float32, rounding by {FINE:.2g} at most"
+            words = (
+                f"the float32 error of {self.reference.name} is {off:.2g} of the scale of logits, "
+                f"rounding explains at most {FINE:.2g}"
+            )
             self.reference = own_reference(self.source, words)
             wide, exact = (self.reference.logits(self.prompts, dtype) for dtype in (torch.float32, torch.float64))
             if self.chosen is not None:
@@ -187,9 +198,9 @@ class _Check:
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
             where = self._first_to_differ() or self._told_apart()
-            rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, {limit:.3g} is the bound{where}")
+            rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, the bound is {limit:.3g}{where}")
         if not (off := _distance(ours.stepwise, self._by_token(wide, ours.stepwise))) <= limit:
-            rung.failures.append(f"float32: token by token, logits differ by {off:.3g}, {limit:.3g} is the bound")
+            rung.failures.append(f"float32: token by token, logits differ by {off:.3g}, the bound is {limit:.3g}")
         self._continuations(ours.tokens, limit)
         if narrow:
             name = str(self.stored).removeprefix("torch.")
@@ -197,7 +208,7 @@ class _Check:
             if self.chosen:
                 wide, routes = self.chosen.logits, self.chosen.routes
                 own, share = self._narrowed(self.chosen)
-                more = {"routing": "that of float32 imposed", "would_differ": share}
+                more = {"routing": "imposed from float32", "would_differ": share}
             else:
                 own = self.reference.logits(self.prompts, self.stored)
             self.progress.advance(self.source.bytes)
@@ -207,15 +218,19 @@ class _Check:
         self.progress.finish()
         return rung
 
-    def _in_stored(self, name: str, wide: "torch.Tensor", own: "torch.Tensor", routes: "Routes | None", more: dict[str, Any]) -> None:
-        """Compare in the stored dtype, in which the reference gives `own`."""
+    def _in_stored(
+        self, name: str, wide: "torch.Tensor", own: "torch.Tensor", routes: "Routes | None", more: dict[str, Any]
+    ) -> None:
+        """Compare in the stored dtype, in which the reference computes `own`."""
         from .reference import COARSE, relative
 
         rung = self.rung
         if not bool((finite := own.isfinite().all(-1)).all()):
             odd, of = int((~finite).sum()), finite.numel()
-            words = f"in {name} the logits of the reference are not finite, at {odd} of {of} tokens: nothing to compare with"
-            rung.notes.append(f"{words}; in float32 they are: run it with --dtype bfloat16" if name == "float16" else words)
+            words = f"in {name} the reference's logits are not finite at {odd} of {of} tokens: nothing to compare with"
+            rung.notes.append(
+                f"{words}; in float32 they are finite: run it with --dtype bfloat16" if name == "float16" else words
+            )
             return
         ours = self._shards(self.stored, routes=routes)
         if ours.odd is not None:
@@ -224,14 +239,14 @@ class _Check:
         numbers = _numbers(ours.logits.float(), wide, own.float())
         rung.numbers[name] = numbers.to_json() | more
         if (off := relative(own, wide)) > COARSE:
-            words = f"the reference itself is off by {off:.2g} of the scale of logits: beyond {COARSE:.2g}, its error bounds nothing"
+            words = f"the reference's own error, {off:.2g} of the scale of logits, is above {COARSE:.2g}: no bound"
             rung.notes.append(f"{name}: {words}")
         elif not numbers.rms <= RMS * numbers.own_rms:
-            words = f"{numbers.rms:.3g} from the float32 reference, {RMS} × {numbers.own_rms:.3g} is the bound"
+            words = f"is {numbers.rms:.3g} from the float32 reference, the bound is {RMS:g} × {numbers.own_rms:.3g}"
             rung.failures.append(f"{name}: rms distance of logits {words}")
 
     def _shards(self, dtype: "torch.dtype", goes_on: bool = False, routes: "Routes | None" = None) -> "Computed":
-        """What the shards compute; with `goes_on` also token by token, and how texts go on."""
+        """What the shards compute; with `goes_on` also token by token, and greedy continuations."""
         from .on_ranks import compute, on_ranks
 
         given: dict[str, Any] = {"out": self.out, "dtype": dtype, "prompts": self.prompts, "routes": routes}
@@ -250,18 +265,24 @@ class _Check:
         self.progress.advance(2 * self.source.bytes)
         if bool(found.unsettled.all()) and self.reference.independent:
             self.rung.best = SELF_CONSISTENT
-            self.rung.notes.append(f"every token depends on a toss-up of a router: logits of {self.reference.name} were compared nowhere")
+            self.rung.notes.append(
+                f"every token depends on a routing tie: no logits were compared with {self.reference.name}"
+            )
         return found
 
     def _imposed(self) -> dict[str, Any]:
-        """What is told of a mixture in float32: the share of choices that were imposed, and of tokens that this had an effect on."""
+        """The report on float32 routing: the shares of choices that were imposed, and of tokens that depend on them."""
         if self.chosen is None:
             return {}
         tokens = float(self.chosen.unsettled.double().mean())
-        return {"routing": "that of the reference imposed where it is a toss-up", "imposed": self.chosen.share, "tokens": tokens}
+        return {
+            "routing": "imposed from the reference where experts tie",
+            "imposed": self.chosen.share,
+            "tokens": tokens,
+        }
 
     def _narrowed(self, chosen: "Choices") -> "tuple[torch.Tensor, float]":
-        """Logits in the stored dtype with the choices of float32, and the part of these that would have been others."""
+        """Logits in the stored dtype with the routing of float32, and the share of it that would have differed."""
         import torch
 
         from .routing_ties import decisions
@@ -283,13 +304,15 @@ class _Check:
 
     @property
     def _new(self) -> int:
-        """Tokens to go on with: as many as a model of few positions has room for."""
+        """New tokens of a continuation: as many as the model has positions for."""
         return min(NEW, positions(self.source) - self._starts.shape[1])
 
     def _continuations(self, tokens: Sequence[Sequence[int]], limit: float) -> None:
-        """The same tokens as the reference's, where it is surer of them than the bound, and no router tosses up."""
+        """Greedy continuations equal the reference's, unless its margin is within the bound, or experts tie."""
         agreed, distinct, tossed = 0, set(), 0
-        theirs, margins = (found.tolist() for found in self.reference.greedy(self._starts, self._new, cached=self._turns))
+        theirs, margins = (
+            found.tolist() for found in self.reference.greedy(self._starts, self._new, cached=self._turns)
+        )
         for number, (start, ours) in enumerate(zip(self._starts.tolist(), tokens, strict=True), 1):
             each = zip(ours, theirs[number - 1], margins[number - 1], strict=True)
             for at, (one, other, margin) in enumerate(each):
@@ -297,16 +320,16 @@ class _Check:
                     if not self._settled([*start, *ours[:at]]):
                         tossed += 1
                     elif margin > 2 * limit:
-                        words = f"the reference {other}, surer of it by {margin:.3g} than of any other"
-                        self.rung.failures.append(f"float32: text {number}: token {at + 1} is {one}, that of {words}")
-                    break  # from here on they go different ways
+                        words = f"the reference's is {other}, by a margin of {margin:.3g} over any other"
+                        self.rung.failures.append(f"float32: text {number}: token {at + 1} is {one}, {words}")
+                    break  # from here on they diverge
                 agreed += 1
                 distinct.add(one)
                 if one in self.others:
                     break  # a text does not go on from here
         self.rung.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
         if self.chosen is not None:
-            self.rung.numbers["continuations"]["tossed"] = tossed  # texts that end where a router tosses up
+            self.rung.numbers["continuations"]["tossed"] = tossed  # texts cut short by a routing tie
         if not agreed and not self.rung.failures:
             self.rung.best = UNPROVEN
             self.rung.notes.append("no token that the model goes on with was compared")
@@ -315,29 +338,32 @@ class _Check:
 
     @cached_property
     def _turns(self) -> bool:
-        """Whether rotary angles change within the texts, with how far they reach."""
+        """Whether rotary angles depend on the length of these texts."""
         from ..load import with_facts
         from ..model.spec import Spec
 
         spec = Spec.of(with_facts(self.source.layout.model.family), self.source.config, self.source.layout.model)
         reach = max(self.prompts.shape[1], self._starts.shape[1] + self._new)
         most = {"longrope": lambda rope: rope.original, "dynamic": lambda rope: rope.positions}
-        return any(rope is not None and rope.kind in most and reach > most[rope.kind](rope) for rope in (spec.rope, spec.rope_near))
+        return any(
+            rope is not None and rope.kind in most and reach > most[rope.kind](rope)
+            for rope in (spec.rope, spec.rope_near)
+        )
 
     def _by_token(self, wide: "torch.Tensor", ours: "torch.Tensor") -> "torch.Tensor":
-        """The reference's logits of tokens that come one by one: those of the whole texts, but where angles change on the way."""
+        """The reference's logits token by token: those of whole texts, unless rotary angles change within them."""
         if not self._turns:
             return wide
         from .on_ranks import pieces
         from .routing_ties import BATCH
 
         found = self.reference.stepwise(self.prompts[:BATCH], pieces(self.prompts.shape[1]))
-        if self.chosen is not None:  # what hangs on a toss-up is compared in whole texts alone
+        if self.chosen is not None:  # what depends on a tie is compared in whole texts only
             found = ours.where(self.chosen.unsettled[:BATCH, :, None], found)
         return found
 
     def _settled(self, ids: Sequence[int]) -> bool:
-        """Whether no choice of experts in a text is a toss-up."""
+        """Whether no choice of experts in a text is a tie."""
         import torch
 
         from .routing_ties import decisions
@@ -349,13 +375,14 @@ class _Check:
         rows, vocab = len(set(self.prompts.flatten().tolist())), self.vocab - len(self.others)
         covered: dict[str, Any] = {"rows": rows, "vocabulary": vocab}
         if rows < vocab:
-            rung.notes.append(f"{vocab - rows} of {vocab} rows of the vocabulary were not embedded")
+            rung.notes.append(f"{vocab - rows} of {vocab} rows of the vocabulary were not used")
         if self.routed:
             experts = model.sizes["experts"]
             reached = sum(map(len, self.routed.values()))
             covered |= {"experts": reached, "of": experts * len(self.routed)}
             if reached < experts * len(self.routed):
-                rung.notes.append(f"{experts * len(self.routed) - reached} of {experts * len(self.routed)} experts were not routed to")
+                unused = experts * len(self.routed) - reached
+                rung.notes.append(f"{unused} of {experts * len(self.routed)} experts received no token")
         if (beyond := model.sizes.get("layer", 0) - model.main_layers) > 0 and model.main_layers:
             rung.notes.append(f"{beyond} layers beyond the decoder's (multi-token prediction) are not run")
         rung.numbers["coverage"] = covered
@@ -364,26 +391,32 @@ class _Check:
         done = rung.numbers["continuations"]
         if not self.reference.independent:
             rung.best, rung.hint = SELF_CONSISTENT, self.reference.hint
-        alone = f"agrees with {self.reference.name}, not independent" if rung.best == SELF_CONSISTENT and not rung.failures else ""
-        rung.words = f"{alone or self.reference.name}; logits off by {share:.2f} × its own error; {done['tokens']} tokens agreed"
+        alone = (
+            f"agrees with {self.reference.name}, not independent"
+            if rung.best == SELF_CONSISTENT and not rung.failures
+            else ""
+        )
+        rung.words = (
+            f"{alone or self.reference.name}; logits within {share:.2f} × its own error; {done['tokens']} tokens agree"
+        )
         if self.chosen is not None:
-            rung.words += f"; {self.chosen.share:.2%} of routing imposed"
+            rung.words += f"; {self.chosen.share:.2%} routing ties"
         for name, numbers in rung.numbers.items():
             if isinstance(numbers, dict) and "kl" in numbers:
                 largest, rms = f"max {numbers['max']:.2g}", f"rms {numbers['rms']:.2g}"
                 if name == "float32":
-                    largest += f" (at most {TIMES * numbers['own_max']:.2g})"
+                    largest += f" (bound {TIMES * numbers['own_max']:.2g})"
                 else:
-                    rms += f" (at most {RMS * numbers['own_rms']:.2g})"
+                    rms += f" (bound {RMS * numbers['own_rms']:.2g})"
                 rung.details.append(f"{name}: {largest}, {rms}, KL {numbers['kl']:.2g}")
         routed = f", {covered['experts']} of {covered['of']} experts" if "experts" in covered else ""
-        rung.details.append(f"reached: {rows} of {vocab} rows of the vocabulary{routed}")
+        rung.details.append(f"covered: {rows} of {vocab} rows of the vocabulary{routed}")
 
     def _first_to_differ(self) -> str:
-        """Which step is the first to compute something else from the same input, and which tensors of it are not the original's."""
+        """The first step that computes something else from the same input, and which of its tensors differ."""
         import torch
 
-        from ..comm.collectives import alone
+        from ..comm.threads import alone
         from ..load import load_model
         from .on_ranks import on_ranks, walk
 
@@ -403,7 +436,7 @@ class _Check:
         return ""
 
     def _told_apart(self) -> str:
-        """Which step is the first to compute something else than an independent reference does, also at TP 1, and what went into it."""
+        """The first step, also at TP 1, that computes something else than an independent reference, and its inputs."""
         from .first_difference import first_to_differ
 
         if not self.reference.independent:
@@ -420,7 +453,7 @@ class _Check:
 
 
 def _distance(a: "torch.Tensor", b: "torch.Tensor") -> float:
-    """The largest difference; NaN where one is not finite."""
+    """The largest difference; NaN if one is not finite."""
     a = a[: len(b)]
     return float((a.double() - b[: len(a)].double()).abs().max())
 

@@ -1,7 +1,7 @@
-"""Ranks: what each rank of a mesh computes for the numeric proof, as threads of this process or as processes of their own.
+"""What each rank of a mesh computes for the numerics check, as threads of this process or as separate processes.
 
     threads      cheap: two cores can prove TP 64
-    processes    connected by gloo over loopback, started as `reshard generate` starts them
+    processes    connected by gloo over loopback, started like those of `reshard generate`
 
 Knows no reference and no bound.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from reshard.layout.mesh import Mesh
 
-from ..comm.collectives import World, run_threads
+from ..comm.collectives import World
 from ..comm.launch import run_processes
+from ..comm.threads import run_threads
 from ..generate import Options, generate
 from ..load import load_model
 from ..model.finite import NotFinite, not_finite
@@ -26,15 +27,15 @@ from .routing_ties import BATCH, Routes, Where, impose
 
 T = TypeVar("T")
 
-PATIENCE = 3600.0  # seconds that ranks wait for each other: they may have to take turns
+PATIENCE = 3600.0  # seconds that ranks wait for each other: they may have to share few cores
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What a rank computed. Logits of whole prompts, [prompts, tokens, vocab], and of the first few token by token from the middle on.
+    """What a rank computed; ranks other than 0 leave out what is equal on all.
 
-    `tokens`: how texts go on; `routed`: router → the experts that tokens were sent to; `odd`: the first step that is not finite, in words.
-    All but rank 0 leave out what is the same on all.
+    `logits` of whole prompts, [prompts, tokens, vocab]; `stepwise`: of the first few, token by token from the middle;
+    `tokens`: continuations; `routed`: router → experts that received tokens; `odd`: the first step that is not finite.
     """
 
     logits: Tensor
@@ -45,7 +46,7 @@ class Computed:
 
 
 def on_ranks(mesh: Mesh, processes: bool, work: Callable[..., T], **given: Any) -> list[T]:
-    """`work(world, mesh=…, **given)` on every rank of a mesh; the results in their order. Raises what the first to fail raised."""
+    """`work(world, mesh=…, **given)` on every rank of a mesh; the results in rank order. Raises the first failure."""
     call = partial(work, mesh=mesh, **given)
     return run_processes(mesh.world, call, PATIENCE) if processes else run_threads(mesh.world, call, PATIENCE)
 
@@ -62,9 +63,9 @@ def compute(
     new: int = 0,
     routes: Routes | None = None,
 ) -> Computed:
-    """Logits of prompts; where there are `starts`, also token by token, and `new` tokens that each start goes on with.
+    """Logits of prompts; with `starts`, also token by token, and continuations of `new` tokens for each start.
 
-    `routes` are imposed, but not on the texts that go on.
+    `routes` are imposed, except on continuations.
     """
     decoder = load_model(out, dtype, mesh=mesh, world=world)
     length = prompts.shape[1]
@@ -96,13 +97,15 @@ def compute(
 
 
 def pieces(length: int) -> list[tuple[int, int]]:
-    """How a prompt is taken token by token: its first half at once."""
+    """How a prompt is split for token by token: its first half at once."""
     half = length // 2
     return [(0, half), *((at, at + 1) for at in range(half, length))]
 
 
 @torch.inference_mode()
-def walk(world: World, *, out: Path, mesh: Mesh, prompts: Tensor, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """What each step of the model that this rank has a part in makes of the input given, in float32."""
+def walk(
+    world: World, *, out: Path, mesh: Mesh, prompts: Tensor, inputs: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """What each step of the model that this rank takes part in makes of the given input, in float32."""
     decoder = load_model(out, torch.float32, mesh=mesh, world=world)
     return {name: step(inputs[name]) for name, step in decoder.walk(prompts)}

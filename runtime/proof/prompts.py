@@ -1,4 +1,4 @@
-"""Prompts of the numeric proof: tokens that reach as much of a model as may be."""
+"""Prompts of the numerics check: tokens that cover as much of a model as possible."""
 
 import re
 from typing import TYPE_CHECKING
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from reshard.checkpoints.source import Source
 
 LENGTH, MOST = 48, 32  # tokens of a prompt; prompts
-NEW = 32  # tokens that shards and reference go on with by themselves
+NEW = 32  # tokens of a greedy continuation
 
 
 def prompts_for(source: "Source", exhaustive: bool = False) -> "torch.Tensor":
-    """[prompts, tokens]: every row of a small vocabulary, so many of a large one, in an order that is no order."""
+    """[prompts, tokens]: all rows of a small vocabulary, a sample of a large one, shuffled."""
     import torch
 
     vocab, others = source.layout.model.sizes["vocab"], placeholders(source)
@@ -27,13 +27,17 @@ def prompts_for(source: "Source", exhaustive: bool = False) -> "torch.Tensor":
 
 
 def placeholders(source: "Source") -> set[int]:
-    """Tokens that stand for what other towers see or hear: no text has them."""
-    said = (source.config.data.get(key) for key in source.config.data if re.fullmatch(r"(image|video|audio)_token_(id|index)", key))
+    """Placeholder tokens for other components, such as images: no text has them."""
+    said = (
+        source.config.data.get(key)
+        for key in source.config.data
+        if re.fullmatch(r"(image|video|audio)_token_(id|index)", key)
+    )
     return {token for token in said if isinstance(token, int) and 0 <= token < source.layout.model.sizes["vocab"]}
 
 
 def positions(source: "Source") -> int:
-    """How many positions the model has; a large number where config.json does not say."""
+    """How many positions the model has; a large number if config.json does not say."""
     from ..model.spec import POSITIONS
 
     return next((int(source.config.get(key)) for key in POSITIONS if source.config.get(key)), 1 << 30)

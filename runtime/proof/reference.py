@@ -1,16 +1,17 @@
-"""The reference of the numeric proof: transformers, run from the original files, where it is known to have read all of them.
+"""The reference of the numerics check: transformers, run from the original files, if it is known to have read them all.
 
-It is no reference where it is not installed, does not open the model, has tensors left over, makes some up, or reads a quantised checkpoint
-by a method that it is not known to read right. Then this runtime at TP 1 stands in, from the same files: `independent` is False, since
-agreement with it says that shards are cut consistently and nothing of what they mean. The name of a reference says which it is, and why.
+It does not count if it is not installed, does not open the model, has tensors left over, initialises some itself, or
+reads a quantised checkpoint by a method that it is not known to read correctly. Then this runtime at TP 1 replaces it,
+from the same files: `independent` is False, since agreement then proves that shards are cut consistently, not what they
+mean. The name of a reference says which it is, and why.
 
-Names are transformers' own affair. Where it does not match them, and they differ from those that it wants by module paths alone
-(`renaming`), it is given the tensors under the names that it wants. No family table has a say in that.
+Names are up to transformers. If it does not match the stored ones, and they differ from those that it wants in module
+paths only (`renaming`), it gets the tensors under the names that it wants. No family table is involved.
 
-Nor is it a reference where its own error cannot be rounding. The error of float32, relative to the scale of logits, is κ · 2⁻²⁴, with κ the
-condition number of the model; from κ = 2¹² on, half of the digits are lost, and 4 × such an error is no bound: `FINE`. In 16 bits, where
-1.5 × the error is the bound, an error of half the scale is the most (`COARSE`): logits that are all zero are off by 1 × the scale, those
-of an unrelated model by √2 ×, and 0.75 × tells them apart.
+Nor does it count if its own error cannot be rounding. The error of float32, relative to the scale of logits, is
+κ · 2⁻²⁴, with κ the condition number of the model; from κ = 2¹² on, half of the digits are lost, and 4 × such an error
+is no bound: `FINE`. In 16 bits, where the bound is 2 × the error, an error of half the scale is the most (`COARSE`):
+logits that are all zero are off by 1 × the scale, those of an unrelated model by √2 ×.
 """
 
 import math
@@ -29,14 +30,16 @@ from reshard.checkpoints.source import Source
 from reshard.tables import families
 from reshard.tables.notation import fold
 
-from ..comm.collectives import alone
+from ..comm.threads import alone
 from ..load import load_model
 from ..memory import exhausted
 from .renaming import renaming
 
-FINE, COARSE = 2.0**-12, 0.5  # the largest error that is rounding, relative to the scale of logits: of float32, of 16 bits
-TRUSTED: frozenset[str] = frozenset()  # quantisation methods that transformers is known to read right, on a CPU and in every dtype
-SHOWN = 3  # names that a message gives
+# The largest error that can be rounding, relative to the scale of logits: of float32, of 16 bits.
+FINE, COARSE = 2.0**-12, 0.5
+# Quantisation methods that transformers is known to read correctly, on a CPU and in every dtype.
+TRUSTED: frozenset[str] = frozenset()
+SHOWN = 3  # names that a message lists
 BIAS = re.compile(r"\.self_attn\.(q|k|v|o)_proj\.bias$")
 EXTRA = "pip install 'reshard[reference]'"
 T = TypeVar("T")
@@ -44,9 +47,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory. `run`: ids [batch, seq] and perhaps a cache → logits [batch, seq, vocab]; `cache`: one for (batch, seq).
+    """A model in memory.
 
-    `module`: that of transformers, for those who want to look inside.
+    `run`: ids [batch, seq] and perhaps a cache → logits [batch, seq, vocab]; `cache`: makes one for (batch, seq);
+    `module`: that of transformers, for inspection.
     """
 
     run: Callable[[torch.Tensor, Any], torch.Tensor]
@@ -58,17 +62,19 @@ class Loaded:
 
 
 class Reference:
-    """The unsharded model, in any dtype, loaded anew for each but float32.
+    """The unsharded model, in any dtype, loaded anew for each except float32.
 
-    `independent`: it is not this runtime; `hint`: how to get one that is not.
+    `independent`: not this runtime; `hint`: how to get one that is independent.
     """
 
-    def __init__(self, name: str, load: Callable[[torch.dtype], Loaded], independent: bool = False, hint: str = "") -> None:
+    def __init__(
+        self, name: str, load: Callable[[torch.dtype], Loaded], independent: bool = False, hint: str = ""
+    ) -> None:
         self.name, self.load, self.independent, self.hint = name, load, independent, hint
         self._kept: Loaded | None = None
 
     def prepare(self) -> Loaded:
-        """Load it in float32, which stays loaded."""
+        """Load it in float32, and keep that."""
         if self._kept is None:
             self._kept = self.load(torch.float32)
         return self._kept
@@ -79,15 +85,15 @@ class Reference:
         return torch.cat([run(part) for part in ids.split(8)])
 
     def stepwise(self, ids: torch.Tensor, pieces: Iterable[tuple[int, int]]) -> torch.Tensor:
-        """Logits in float32 of tokens that come piece by piece, with a cache."""
+        """Logits in float32 of tokens that come in pieces, with a cache."""
         run = self.prepare()
         cache = run.cache(*ids.shape)
         return torch.cat([run(ids[:, low:high], cache) for low, high in pieces], 1)
 
     def greedy(self, starts: torch.Tensor, most: int, cached: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model goes on with, in float32, and by how much it preferred each token to the second, both [texts, most].
+        """Greedy continuations in float32, and the margin of each token over the second best, both [texts, most].
 
-        `cached`: with what earlier tokens left in a cache, and not everything anew for each.
+        `cached`: with a KV cache, rather than recomputing everything for each token.
         """
         run, ids, margins = self.prepare(), starts, []
         cache = run.cache(len(starts), starts.shape[1] + most) if cached else None
@@ -101,13 +107,13 @@ class Reference:
 
 
 def reference_for(source: Source) -> Reference:
-    """For a published checkpoint: transformers where it is one, else this runtime at TP 1."""
+    """The reference of a published checkpoint: transformers if possible, else this runtime at TP 1."""
     try:
         import transformers
     except ImportError:
         return own_reference(source, "transformers is not installed", EXTRA)
     if (method := _quantised(source)) is not None and method not in TRUSTED:
-        return own_reference(source, f"transformers is not known to read {method} weights right")
+        return own_reference(source, f"transformers is not known to read {method} weights correctly")
     with torch.inference_mode():
         found = _attempt(lambda: _Theirs(source).reference(f"transformers {transformers.__version__}"))
         if isinstance(found, str):
@@ -127,7 +133,7 @@ def own_reference(source: Source, why: str, hint: str = "") -> Reference:
 
 
 def relative(own: torch.Tensor, wide: torch.Tensor) -> float:
-    """How far logits are from more precise ones, relative to the scale of these; rms both, a constant added to all logits left out."""
+    """The RMS error of logits, relative to the scale of more precise ones without their mean."""
     exact = wide.double()
     scale = _rms(exact - exact.mean(-1, keepdim=True))
     off = _rms(own.double() - exact)
@@ -140,18 +146,22 @@ def _rms(x: torch.Tensor) -> float:
 
 def _quantised(source: Source) -> str | None:
     """The method that config.json names; None for plain weights."""
-    found = source.config.get("quantization_config") or source.config.get("compression_config") or source.config.get("quantization")
+    found = (
+        source.config.get("quantization_config")
+        or source.config.get("compression_config")
+        or source.config.get("quantization")
+    )
     return None if not found else str(found.get("quant_method") or "unnamed") if isinstance(found, dict) else str(found)
 
 
 class _Theirs:
-    """A checkpoint as transformers loads it: from its files, or else from tensors under the names that it wants."""
+    """A checkpoint as loaded by transformers: from its files, or else from tensors under the names that it wants."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.root = source, str(source.root)
 
     def reference(self, name: str) -> "Reference | str":
-        """The reference, its model in float32 loaded; or why there is none."""
+        """The reference, with its float32 model loaded; or why there is none."""
         found = self._read(self._from_files)
         if isinstance(found, str):
             again = _attempt(self._by_name)
@@ -169,7 +179,7 @@ class _Theirs:
         return reference
 
     def _read(self, load: "Load") -> "tuple[Load, Any] | str":
-        """A way to load it and the model in float32; or what was not read as it is stored."""
+        """How to load it, and the model in float32; or what was not read as stored."""
         found = _attempt(lambda: load(torch.float32))
         if isinstance(found, str):
             return found
@@ -187,18 +197,22 @@ class _Theirs:
         return found
 
     def _by_name(self) -> "tuple[Load, str]":
-        """How to load it with tensors under the names that transformers wants, and what was assumed for that, in words."""
+        """How to load it with tensors under the names that transformers wants, and what that assumes, in words."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.root, local_files_only=True, trust_remote_code=False)
         stored, shell, assumed = self._tensors(), self._empty(config), ""
-        if any(map(BIAS.search, stored)) and not any(map(BIAS.search, shell.state_dict())) and hasattr(config, "attention_bias"):
+        if (
+            any(map(BIAS.search, stored))
+            and not any(map(BIAS.search, shell.state_dict()))
+            and hasattr(config, "attention_bias")
+        ):
             config.attention_bias, assumed = True, " with attention_bias, since biases are stored"
             shell = self._empty(config)
         wanted = _wanted(shell)
         new = renaming({name: tuple(tensor.shape) for name, tensor in stored.items()}, wanted)
         given = {new.get(name, name): tensor for name, tensor in stored.items()}
-        if assumed:  # what adds nothing is not always stored
+        if assumed:  # biases of zero are not always stored
             given |= {name: torch.zeros(wanted[name]) for name in wanted.keys() - given.keys() if BIAS.search(name)}
 
         def load(dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -210,14 +224,14 @@ class _Theirs:
         return load, assumed
 
     def _empty(self, config: Any) -> Any:
-        """The model without memory: its class, and the names that it has."""
+        """The model on `meta`: its class and the names it has."""
         found = _class(self.source)
         make = getattr(found, "from_config", None) or found._from_config
         with torch.device("meta"):
             return make(deepcopy(config))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Stored name → tensor, read by the libraries that write such files, out of whatever holds the state dict."""
+        """Stored name → tensor, read by the libraries that write such files, wherever in the file the state dict is."""
         from safetensors import safe_open
 
         found: dict[str, torch.Tensor] = {}
@@ -226,29 +240,31 @@ class _Theirs:
             path = self.source.published_paths[original.name]
             if original.container == "safetensors":
                 with safe_open(path, "pt") as file:
-                    found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — it is no mapping
+                    found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — not a mapping
             elif names:
                 found |= _state(torch.load(path, map_location="cpu", weights_only=True), names)
         return found
 
     def _unread(self, info: Mapping[str, Any], model: Any) -> str:
-        """What was not read as it is stored, in words; nothing where all was."""
+        """What was not read as stored, in words; "" if all was."""
         layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or 0)
         odd = {
-            "finds no place for": [name for name in info["unexpected_keys"] if not self._explained(name, layers)],
-            "does not find": [name for name in info["missing_keys"] if not self._aside(name)],
-            "wants another shape of": [each[0] for each in info["mismatched_keys"]],
+            "does not use": [name for name in info["unexpected_keys"] if not self._explained(name, layers)],
+            "misses": [name for name in info["missing_keys"] if not self._aside(name)],
+            "expects another shape of": [each[0] for each in info["mismatched_keys"]],
         }
         parts = [f"{words} {_some(names)}" for words, names in odd.items() if names]
         return f"transformers {', '.join(parts)}" if parts else ""
 
     def _explained(self, name: str, layers: int) -> bool:
-        """Whether a model without this tensor computes the same: layers of multi-token prediction, and buffers that shipped tables know.
+        """Whether a model computes the same without this tensor: multi-token prediction, buffers in shipped tables.
 
-        What a table of the user's own leaves aside does not count: that may be what is in error.
+        What a user's own table skips does not count: that may be the mistake.
         """
         parts, (_, numbers) = name.split("."), fold(name)
-        ahead = any(part.startswith("mtp") for part in parts) or ("layers" in parts and numbers and 0 < layers <= numbers[0])
+        ahead = any(part.startswith("mtp") for part in parts) or (
+            "layers" in parts and numbers and 0 < layers <= numbers[0]
+        )
         return bool(ahead) or self._aside(name)
 
     def _aside(self, name: str) -> bool:
@@ -259,11 +275,11 @@ class _Theirs:
         return any(f".{kind}".endswith(f".{end}") for end in ends)
 
 
-Load = Callable[[torch.dtype], tuple[Any, dict[str, Any]]]  # → a model, and what transformers says of loading it
+Load = Callable[[torch.dtype], tuple[Any, dict[str, Any]]]  # → a model, and transformers' loading info
 
 
 def _attempt(work: Callable[[], T]) -> T | str:
-    """What it makes, or what transformers stumbled over, in words: whatever that may be, in a checkpoint that it does not know."""
+    """The result, or transformers' error in words: it may be anything, for a checkpoint that it does not know."""
     try:
         with _quiet():
             return work()
@@ -275,19 +291,19 @@ def _attempt(work: Callable[[], T]) -> T | str:
 
 
 def _wanted(shell: Any) -> dict[str, tuple[int, ...]]:
-    """The names that transformers has for a model, and those that it would save it under, with shapes."""
+    """The names, with shapes, under which transformers would save a model, or else those of its state dict."""
     state = dict(shell.state_dict())
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
         saved = dict(revert_weight_conversion(shell, dict(state)))
-    except Exception:  # an older transformers, or what cannot be undone without data
+    except Exception:  # an older transformers, or a conversion that needs data to be undone
         saved = {}
     return {name: tuple(tensor.shape) for name, tensor in (saved or state).items()}
 
 
 def _state(value: Any, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The mapping with all of these names, however deep inside of others."""
+    """The mapping with all of these names, however deeply nested."""
     if isinstance(value, Mapping):
         if all(name in value for name in names):
             return {name: tensor for name, tensor in value.items() if isinstance(tensor, torch.Tensor)}
@@ -320,7 +336,7 @@ def _loaded(model: Any) -> Loaded:
 
 
 def _class(source: Source) -> Any:
-    """What transformers loads a checkpoint as; one with other towers as what it says that it is, to be given text alone."""
+    """The class that loads a checkpoint; with other components, the class in config.json, for text only."""
     import transformers
 
     if not source.layout.model.family.towers:
@@ -331,7 +347,7 @@ def _class(source: Source) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers."""
+    """Without transformers' progress bars and warnings."""
     from transformers.utils import logging as theirs
 
     logging: Any = theirs

@@ -1,12 +1,12 @@
-"""Names that differ by module paths alone: wrappers that training leaves behind, and where a language model stands inside a larger one.
+"""Names that differ in module paths only: wrappers left behind by training, or a language model inside a larger one.
 
-    renaming(stored, wanted)    {stored name: wanted name}, for the stored names that are not wanted as they are
+    renaming(stored, wanted)    {stored name: wanted name}, for stored names that are not wanted as they are
 
     model.layers.0._orig_mod.mlp.up_proj.weight    →  model.layers.0.mlp.up_proj.weight
     language_model.model.layers.0.mlp.up_proj.weight  →  model.language_model.layers.0.mlp.up_proj.weight
 
-Names and shapes are all it looks at: no table has a say, so that an error in one cannot get into the reference that it is held against.
-From the list of layers on, names stay what they are: `k_proj` never becomes `v_proj`.
+It looks at names and shapes only: no table is involved, so that a mistake in one cannot get into the reference that
+it is compared with. From the list of layers on, names are not changed: `k_proj` never becomes `v_proj`.
 """
 
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def renaming(stored: Shapes, wanted: Shapes) -> dict[str, str]:
-    """What can be told without doubt; names that fit nothing, or several things equally well, are left out."""
+    """Unambiguous renamings; names that fit nothing, or several names equally well, are left out."""
     known = {part for name in wanted for part in name.split(".")}
     free = {name: shape for name, shape in wanted.items() if name not in stored}
     by_end: dict[str, list[list[str]]] = defaultdict(list)
@@ -41,18 +41,18 @@ def renaming(stored: Shapes, wanted: Shapes) -> dict[str, str]:
 
 
 def _bare(parts: Sequence[str], known: set[str]) -> list[str]:
-    """A name without the modules that occur nowhere in the names that are wanted."""
+    """A name without the modules that no wanted name has."""
     return [part for part in parts[:-1] if part in known or numeral(part) is not None] + [parts[-1]]
 
 
 def _kept(parts: Sequence[str]) -> int:
-    """From where on a name has to be the same: from the list of layers, and by its last two parts at least."""
+    """The index from which a name must be equal: from the list of layers, and its last two parts at least."""
     number = next((at for at, part in enumerate(parts) if numeral(part) is not None), len(parts))
     return max(0, min(number - 1, len(parts) - 2))
 
 
 def _candidates(parts: list[str], by_end: Mapping[str, list[list[str]]]) -> Iterator[tuple[str, str, str]]:
-    """The wanted names that end as this one does, as far as possible: (path that goes, path that comes, name)."""
+    """Wanted names with the longest common ending: (path to remove, path to add, name)."""
     ends = by_end.get(".".join(parts[_kept(parts) :]), [])
     common = [_common(parts, other) for other in ends]
     for other, count in zip(ends, common, strict=True):
@@ -61,7 +61,7 @@ def _candidates(parts: list[str], by_end: Mapping[str, list[list[str]]]) -> Iter
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many parts at the end are the same."""
+    """How many parts at the end are equal."""
     count = 0
     while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
         count += 1

@@ -1,7 +1,7 @@
-"""Choices: which experts a mixture takes for each token, and where that is a toss-up: nearer to another choice than rounding allows.
+"""Routing ties: which experts a mixture chooses for each token, and where experts tie within rounding error.
 
-Where a token goes is discontinuous. A rounding may send it to another expert, and what it computes there, and all tokens behind it, has
-nothing to do with rounding any more. There, and only there, the choices of the reference are imposed on those who are compared with it.
+Routing is discontinuous. Rounding may send a token to another expert, and then its result, and those of all later
+tokens, differ by more than rounding. Only there, the reference's choices are imposed on what is compared with it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..comm.collectives import alone
+from ..comm.threads import alone
 from ..load import load_model
 
 if TYPE_CHECKING:
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
     from ..model.decoder import Decoder
 
-Where = tuple[int, str]  # a router: its layer, and the part of it
-Routes = Mapping[Where, Tensor]  # router → the experts of every token, [prompts, tokens, top]; -1: those of its own choice
-Margins = Mapping[Where, Tensor]  # router → by how much they were better than the others, [prompts, tokens]
+Where = tuple[int, str]  # a router: its layer and part
+Routes = Mapping[Where, Tensor]  # router → experts of each token, [prompts, tokens, top]; -1: the router's own choice
+Margins = Mapping[Where, Tensor]  # router → their lead over the other experts, [prompts, tokens]
 
-BATCH = 8  # prompts that go through together
+BATCH = 8  # prompts per forward
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What this runtime at TP 1 chooses for some prompts, in float32, and how sure it is.
+    """What this runtime at TP 1 chooses for some prompts, in float32, and with what margins.
 
-    `logits`: in float32, `exact`: in float64 with the same choices. `bounds`: router → the margin below which a choice is a toss-up.
+    `logits`: in float32; `exact`: in float64 with the same choices; `bounds`: router → margins up to which experts tie.
     """
 
     logits: Tensor
@@ -42,26 +42,26 @@ class Choices:
 
     @property
     def tossed(self) -> dict[Where, Tensor]:
-        """Router → which choices are toss-ups, [prompts, tokens]."""
+        """Router → which choices are ties, [prompts, tokens]."""
         return {where: tossed(margin, self.bounds[where]) for where, margin in self.margins.items()}
 
     @property
     def share(self) -> float:
-        """Of all choices, those that are toss-ups."""
+        """The share of choices that are ties."""
         return float(torch.stack(list(self.tossed.values())).double().mean())
 
     @property
     def unsettled(self) -> Tensor:
-        """[prompts, tokens]: where one of this token's choices, or of one that it attends to, is a toss-up."""
+        """[prompts, tokens]: where a choice for this token, or for an earlier one, is a tie."""
         return torch.stack(list(self.tossed.values())).any(0).cumsum(1) > 0
 
     def settles(self, margins: Margins) -> bool:
-        """Whether none of some other choices is a toss-up."""
+        """Whether none of these other choices is a tie."""
         return not any(bool(tossed(margin, self.bounds[where]).any()) for where, margin in margins.items())
 
     @property
     def imposed(self) -> Routes:
-        """The choices that are toss-ups."""
+        """The choices that are ties, -1 elsewhere."""
         return {where: self.routes[where].where(odd[..., None], -1) for where, odd in self.tossed.items()}
 
 
@@ -70,19 +70,21 @@ def tossed(margin: Tensor, bound: float) -> Tensor:
 
 
 def bound(margin: Tensor, exact: Tensor, times: float) -> float:
-    """So many times what margins change between float32 and float64, at most; those that are infinite do not count."""
+    """`times` the largest change of margins between float32 and float64; infinite ones do not count."""
     return times * float((margin.double() - exact.double()).abs().nan_to_num(0.0, 0.0, 0.0).max())
 
 
 def choices(source: "Source", prompts: Tensor, times: float) -> Choices:
-    """What the routers of a published mixture decide. Margins may change by `times` what they change between float32 and float64."""
+    """The choices of a published mixture's routers. `times`: see `bound`."""
     logits, routes, margins = decisions(source, prompts, torch.float32)
     exact, _, others = decisions(source, prompts, torch.float64, routes)
     bounds = {where: bound(margin, others[where], times) for where, margin in margins.items()}
     return Choices(logits, exact, routes, margins, bounds)
 
 
-def decisions(source: "Source", prompts: Tensor, dtype: torch.dtype, routes: Routes | None = None) -> tuple[Tensor, Routes, Margins]:
+def decisions(
+    source: "Source", prompts: Tensor, dtype: torch.dtype, routes: Routes | None = None
+) -> tuple[Tensor, Routes, Margins]:
     """Logits, choices and margins of this runtime at TP 1, with `routes` imposed."""
     decoder = load_model(source, dtype, world=alone())
     parts: list[Tensor] = []
@@ -91,14 +93,18 @@ def decisions(source: "Source", prompts: Tensor, dtype: torch.dtype, routes: Rou
             impose(decoder, routes, slice(at, at + BATCH))
             parts.append(decoder(prompts[at : at + BATCH]))
     shape = prompts.shape
-    run = {where: each for where, each in recorded.items() if each}  # layers beyond the decoder's are not
+    run = {where: each for where, each in recorded.items() if each}  # multi-token prediction does not run
     taken = {where: torch.cat([chosen for chosen, _ in each]).view(*shape, -1) for where, each in run.items()}
-    return torch.cat(parts), taken, {where: torch.cat([margin for _, margin in each]).view(shape) for where, each in run.items()}
+    return (
+        torch.cat(parts),
+        taken,
+        {where: torch.cat([margin for _, margin in each]).view(shape) for where, each in run.items()},
+    )
 
 
 @contextmanager
 def recording(decoder: "Decoder") -> Iterator[dict[Where, list[tuple[Tensor, Tensor]]]]:
-    """Router → the choices and margins of every forward, [tokens, top] and [tokens]."""
+    """Router → choices [tokens, top] and margins [tokens] of every forward inside."""
     found: dict[Where, list[tuple[Tensor, Tensor]]] = {}
     for where, router in decoder.routers().items():
         found[where] = router.decisions = []
@@ -109,7 +115,11 @@ def recording(decoder: "Decoder") -> Iterator[dict[Where, list[tuple[Tensor, Ten
             router.decisions = None
 
 
-def impose(decoder: "Decoder", routes: Routes | None, prompts: slice = slice(None), tokens: slice = slice(None)) -> None:
-    """Have the next forwards, of such a part of the prompts and tokens, make these choices; None: their own."""
+def impose(
+    decoder: "Decoder", routes: Routes | None, prompts: slice = slice(None), tokens: slice = slice(None)
+) -> None:
+    """Make the next forwards, of this part of the prompts and tokens, use these choices; None: their own."""
     for where, router in decoder.routers().items():
-        router.imposed = routes[where][prompts, tokens].flatten(0, 1) if routes is not None and where in routes else None
+        router.imposed = (
+            routes[where][prompts, tokens].flatten(0, 1) if routes is not None and where in routes else None
+        )

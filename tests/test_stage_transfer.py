@@ -14,7 +14,8 @@ from reshard.checkpoints.source import open_source
 from reshard.jobs.convert import convert, prepare
 from reshard.layout import capacity
 from reshard.layout.mesh import Mesh
-from reshard.runtime.comm.collectives import World, alone, run_threads
+from reshard.runtime.comm.collectives import World
+from reshard.runtime.comm.threads import alone, run_threads
 from reshard.runtime.load import load_model
 
 IDS = torch.randint(3, 331, (2, 5), generator=torch.Generator().manual_seed(1))

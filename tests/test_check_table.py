@@ -23,7 +23,8 @@ from reshard.authoring.synthetic import made_up
 from reshard.checkpoints.published import open_published
 from reshard.errors import ReshardError
 from reshard.jobs.verify import verify
-from reshard.runtime.comm.collectives import World, run_threads
+from reshard.runtime.comm.collectives import World
+from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model
 from reshard.tables import families, formats
 from reshard.tables.families import Family

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import FIXTURES
-from test_foreign import saved
+from test_engine_shards import saved
 
 from reshard import api
 from reshard.checkpoints.source import Source, open_source

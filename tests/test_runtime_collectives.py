@@ -19,8 +19,11 @@ from running import WATCHDOG, environment
 from reshard.errors import PlaceError
 from reshard.layout.mesh import Mesh
 from reshard.runtime.comm import collectives
-from reshard.runtime.comm.collectives import Lost, Processes, World, alone, groups, run_threads
+from reshard.runtime.comm.collectives import World, groups
 from reshard.runtime.comm.heartbeat import Lifeline
+from reshard.runtime.comm.lost import Lost
+from reshard.runtime.comm.processes import Processes
+from reshard.runtime.comm.threads import alone, run_threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -215,8 +218,8 @@ def lost(size: int, work: Callable[[World], Any], timeout: float = WATCHDOG) -> 
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        (torch.ones(3), "rank 1 diverged in decode: it brought sum mlp [3] float32; rank 0 brought sum mlp [2] float32"),
-        (torch.ones(2, dtype=torch.int32), "rank 1 diverged in decode: it brought sum mlp [2] int32; rank 0 brought sum mlp [2] float32"),
+        (torch.ones(3), "rank 1 diverged in decode: it is at sum mlp [3] float32, rank 0 at sum mlp [2] float32"),
+        (torch.ones(2, dtype=torch.int32), "rank 1 diverged in decode: it is at sum mlp [2] int32, rank 0 at sum mlp [2] float32"),
     ],
 )
 def test_another_shape_or_dtype_is_named_with_its_rank_and_phase(theirs: torch.Tensor, words: str) -> None:
@@ -225,12 +228,12 @@ def test_another_shape_or_dtype_is_named_with_its_rank_and_phase(theirs: torch.T
 
 def test_another_collective_is_named() -> None:
     said = lost(3, lambda world: world.all_reduce(torch.ones(2), range(3), "attn" if world.rank == 2 else "mlp"))
-    assert said == "rank 2 diverged in decode: it brought sum attn [2] float32; rank 0 brought sum mlp [2] float32"
+    assert said == "rank 2 diverged in decode: it is at sum attn [2] float32, rank 0 at sum mlp [2] float32"
 
 
 def test_a_share_of_another_size_is_named() -> None:
     said = lost(2, lambda world: world.all_gather(torch.ones(2), (0, 1), (2, 3), 0, "logits"))
-    assert said == "rank 1 diverged in decode: it brought [2] to gather logits, [3] is its share"
+    assert said == "rank 1 diverged in decode: it has [2] for gather logits, its share is [3]"
 
 
 def test_another_message_is_named() -> None:
@@ -240,12 +243,12 @@ def test_another_message_is_named() -> None:
         else:
             world.recv((2,), torch.float32, 0)
 
-    assert lost(2, work) == "rank 1 diverged in decode: it brought pass [2] float32; rank 0 brought pass [3] float32"
+    assert lost(2, work) == "rank 1 diverged in decode: it is at pass [2] float32, rank 0 at pass [3] float32"
 
 
 def test_ranks_agree_or_the_one_that_does_not_is_named_with_both_values() -> None:
     said = lost(4, lambda world: world.agree({"mesh": "TP 4", "manifest": "beef" if world.rank == 1 else "cafe"}))
-    assert said == "rank 1 diverged in decode: its manifest is beef, that of rank 0 is cafe"
+    assert said == "rank 1 diverged in decode: its manifest is beef, but cafe on rank 0"
 
 
 def test_a_rank_that_raises_ends_the_others_at_once_and_its_error_is_raised() -> None:
@@ -261,7 +264,7 @@ def test_a_rank_that_raises_ends_the_others_at_once_and_its_error_is_raised() ->
 
 def test_a_rank_that_comes_home_early_is_not_waited_for() -> None:
     said = lost(2, lambda world: world.rank or world.all_reduce(torch.ones(1), (0, 1), "mlp"), timeout=10 * WATCHDOG)
-    assert said == "rank 1 ended in decode, it was expected at: sum mlp [1] float32"
+    assert said == "rank 1 ended in decode, but was expected at: sum mlp [1] float32"
 
 
 def test_a_rank_that_does_not_come_is_named_after_the_timeout() -> None:
@@ -277,7 +280,7 @@ def test_a_rank_that_does_not_come_is_named_after_the_timeout() -> None:
             given_up.set()
 
     said = lost(2, work, timeout=0.2)
-    assert said == "rank 1 did not come within 0.2 s in decode to: sum mlp [1] float32"
+    assert said == "rank 1 did not reach sum mlp [1] float32 within 0.2 s in decode"
 
 
 def test_a_lost_rank_is_an_error_of_the_environment_with_exit_code_3() -> None:
