@@ -180,7 +180,7 @@ def test_towers_stand_whole_on_every_rank_of_the_first_stage_and_on_no_other(tab
         assert names & mine.keys() == (names if rank < 2 else set())
         assert all(np.array_equal(mine[name], state[name]) for name in names & mine.keys())
     told = reshard("plan", source, "--tp", "2", "--family", table)
-    assert told.code == 0 and "other towers" in told.out and "vision" in told.out, told.out
+    assert told.code == 0 and "other components" in told.out and "vision" in told.out, told.out
 
 
 def test_what_lies_in_no_tower_is_still_refused(table: Path, tmp_path: Path) -> None:
