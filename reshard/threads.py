@@ -1,20 +1,32 @@
 """Threads: a few of them at one piece of work, or at many items, each taking the next when it is free."""
 
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from .errors import ReshardError
+from .errors import PlaceError, ReshardError
 
 T = TypeVar("T")
 MOST = 256
+ADDRESSES = 512 << 20  # bytes of address space that numpy, stacks of threads and buffers fit into
 
 
 def count(asked: int = 0) -> int:
-    """How many threads there are to be: as many as were asked for, or as there are cores for, at most eight."""
+    """How many threads to use: as many as were asked for, or as there are cores for, at most eight.
+
+    Raises PlaceError where the address space (`ulimit -v`) is too small to start any: numpy's BLAS ends the process
+    without a word when its own allocation fails, so this is found out before.
+    """
     if not 0 <= asked <= MOST:
         raise ReshardError(f"--workers {asked} is no number of threads", f"give 1 to {MOST}; 0 is one for each core, at most eight")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESSES:
+        raise PlaceError(
+            f"the address space is limited to {limit >> 20} MiB, at least {ADDRESSES >> 20} MiB are needed",
+            "raise the limit: ulimit -v unlimited",
+        )
     return asked or min(8, len(os.sched_getaffinity(0)))
 
 

@@ -62,9 +62,9 @@ def test_a_machine_that_has_too_little_is_no_defect(error: str, said: str) -> No
     refused(process("plan", "x", "--tp", "2", code=DEFECT.format(error=error)), 3, said)
 
 
-@pytest.mark.parametrize("megabytes", [70])
+@pytest.mark.parametrize("megabytes", [70, 120, 400])
 def test_too_little_memory_is_said(megabytes: int, source: Path, tmp_path: Path) -> None:
-    """`ulimit -v`: whatever fails first of threads, modules and memory."""
+    """`ulimit -v`: whatever fails first of threads, modules and memory; numpy's BLAS would end the process with 1, and leave its work."""
     refused(limited(resource.RLIMIT_AS, megabytes << 20, "convert", source, tmp_path / "out", "--tp", "2"), 3, "hint: ")
     assert names(tmp_path) == []
 

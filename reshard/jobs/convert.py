@@ -50,7 +50,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     changes.
     """
     progress, began = progress or Silent(), time.monotonic()
-    source, target = job.source, job.target
+    source, target, threads = job.source, job.target, options.threads
     publish.check_destination(out, source.root)
     publish.recover(out)
     busy = publish.occupied(out)
@@ -68,11 +68,11 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     if source.layout.beyond(target.layout):
         from .verify import check_tied
 
-        check_tied(source, target.layout, options.threads, progress)
+        check_tied(source, target.layout, threads, progress)
     if options.sha256:
         from . import verify_sha256
 
-        source = verify_sha256.hashed(source, options.threads, progress)
+        source = verify_sha256.hashed(source, threads, progress)
         job = replace(job, source=source)
     with (
         publish.Publication(out, replace=busy, durable=options.fsync) as publication,
@@ -83,7 +83,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         try:
             lay(job, work)
             progress.start("converting", job.reads)
-            digests = move(job, work, options.threads, progress)
+            digests = move(job, work, threads, progress)
             root = seal(job, work, digests)
             writer.close()
             check_unchanged(source.stamps)
@@ -92,7 +92,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
         except OSError as error:
             raise failed("writing", out, error) from error
         if options.fsync:
-            publication.sync(options.threads)
+            publication.sync(threads)
         try:
             publication.commit(target.last)
         except KeyboardInterrupt:
