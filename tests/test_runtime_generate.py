@@ -305,10 +305,10 @@ HOSTILE = {
     "a division": ("{{ 1/0 }}", "division by zero"),
     "an index": ("{{ [].pop() }}", "failed"),
     "a file": ("{% include '/etc/passwd' %}", "failed"),
-    "half a pair": ("{{ '\\ud800' }}", "no text"),
+    "half a pair": ("{{ '\\ud800' }}", "invalid text"),
     "a clock": ("{{ strftime_now.__globals__['__builtins__']['__import__']('os').system('touch PWNED') }}", "failed"),
     "a format": ("{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}", "failed"),
-    "no UTF-8": (b"\xff{{ x }}", "is not UTF-8"),
+    "no UTF-8": (b"\xff{{ x }}", "not UTF-8"),
     "large": ("x" * ((1 << 20) + 1), "at most 1048576 are read"),
 }
 
@@ -370,7 +370,7 @@ def test_wrong_use_is_refused_in_words(shards: Path, tmp_path: Path, monkeypatch
     refused(reshard("generate", tmp_path / "none", "--prompt", "a"), 2, "no such directory", "reshard convert")
     refused(reshard("generate", "org/name", "--prompt", "a"), 2, "reshard convert org/name OUT")
     refused(reshard("generate", shards), 2, "no prompt was given", "--prompt")
-    refused(reshard("generate", shards, "--prompt", "a", "--prompts", "-"), 2, "twice")
+    refused(reshard("generate", shards, "--prompt", "a", "--prompts", "-"), 2, "does not go with")
     refused(reshard("generate", shards, "--tokens", "1 x"), 2, "1 x", "expected token ids")
     refused(reshard("generate", shards, "--prompts", tmp_path / "none"), 2, "No such file")
     refused(reshard("generate", shards, "--prompt", "a", "--ep", "3", "--tp", "2"), 2, "--ep 3 does not divide")

@@ -173,6 +173,11 @@ def present(directory: Path) -> bool:
     return False
 
 
+def remains(directory: Path) -> bool:
+    """Whether something that only a conversion writes lies in a directory, whatever its manifest says."""
+    return (directory / FILES).is_file() or (directory / "rank-00000").is_dir()
+
+
 def broken(directory: Path) -> bool:
     """Whether a directory is a conversion whose manifest is missing, empty or torn, as a power cut may leave it."""
     path, there = directory / NAME, [(directory / FILES).is_file(), (directory / "rank-00000").is_dir()]

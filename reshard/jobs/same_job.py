@@ -45,13 +45,13 @@ def irreplaceable(out: Path, job: Job) -> str | None:
         try:
             known = {manifest.NAME, manifest.LEFT, *(file.name for file in manifest.load(out).files())}
             return next((name for name in files if name not in known), None)
-        except MismatchError:
-            broken = True  # what it lists is not to be relied on
         except ReshardError as error:
-            raise ReshardError(
-                f"{out}: --overwrite cannot tell what it would delete: {error.message}",
-                "delete the directory, or choose another destination",
-            ) from None
+            if not (isinstance(error, MismatchError) and manifest.remains(out)):
+                raise ReshardError(
+                    f"{out}: --overwrite cannot tell what it would delete: {error.message}",
+                    "delete the directory, or choose another destination",
+                ) from None
+            broken = True  # what it lists is not to be relied on
     known = job.target.names | {file.name for file in job.source.carried}
     beside = next(
         (name for name in files if not (name in known or CHECKPOINT.fullmatch(name) or (broken and _SHARDS.fullmatch(name)))), None
