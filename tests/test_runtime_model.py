@@ -207,7 +207,7 @@ def test_a_cache_that_is_full_is_refused() -> None:
 
 def test_rotary_positions_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     directory = said(copy("llama", tmp_path / "model"), rope_parameters={"rope_type": "helical", "rope_theta": 10000.0})
-    with pytest.raises(ReshardError, match='rope of type "helical"'):
+    with pytest.raises(ReshardError, match='unknown rope type "helical"'):
         run_threads(1, lambda world: load_model(directory, world=world))
 
 

@@ -72,7 +72,7 @@ def altered(source: Path, copy: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_tensors_that_differ_are_refused_before_anything_is_written(engine: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     bad = altered(engine[0], tmp_path / "bad", name)
-    with pytest.raises(ReshardError, match=r"tie_word_embeddings, yet embed and head are not equal.*first at byte") as refused:
+    with pytest.raises(ReshardError, match=r"tie_word_embeddings, but embed and head are not equal.*first at byte") as refused:
         reshard.convert(bad, tmp_path / "out", tp=2, to="vllm")
     assert "false" in (refused.value.hint or "")
     assert not (tmp_path / "out").exists()

@@ -376,7 +376,7 @@ def test_a_conversion_whose_manifest_is_of_no_form_can_be_replaced(change: dict[
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert reshard("verify", out).code == 1
     (out / "rank-00001" / "thesis.tex").write_text("precious")
-    refused(reshard("convert", source, out, "--tp", "2", "--overwrite"), 2, "thesis.tex", "no part of a checkpoint")
+    refused(reshard("convert", source, out, "--tp", "2", "--overwrite"), 2, "thesis.tex", "not part of a checkpoint")
     (out / "rank-00001" / "thesis.tex").unlink()
     assert reshard("convert", source, out, "--tp", "2", "--overwrite").code == 0
     assert tree(out) == tree(source.parent / "old")
