@@ -780,8 +780,8 @@ ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "subprocess": (lambda m: runs(4, subprocess.check_call, ["touch", str(m)]), "subprocess.check_call"),
     "getattr of an import": (by_attributes, "__builtin__.getattr"),
     "a name with dots": (
-        lambda m: text("torch._utils") + text("os.system") + b"\x93" + text(touch(m)) + b"\x85R",
-        "torch._utils.os.system",
+        lambda m: text("torch.serialization") + text("os.system") + b"\x93" + text(touch(m)) + b"\x85R",
+        "torch.serialization.os.system",
     ),
     "INST": (lambda m: b"(" + text(touch(m)) + b"ios\nsystem\n", "os.system"),
     "OBJ": (lambda m: b"(cos\nsystem\n" + text(touch(m)) + b"o", "os.system"),
