@@ -383,7 +383,7 @@ def test_wrong_use_is_refused_in_words(shards: Path, tmp_path: Path, monkeypatch
     for path in DEMO.iterdir():
         if path.name != "tokenizer.json":
             (bare / path.name).symlink_to(path)
-    refused(reshard("generate", bare, "--prompt", "a"), 2, "tokenizer.json: there is none", '--tokens "1 2 3"')
+    refused(reshard("generate", bare, "--prompt", "a"), 2, "tokenizer.json: no such file", '--tokens "1 2 3"')
     monkeypatch.setitem(sys.modules, "torch.distributed", None)
     refused(reshard("generate", shards, "--prompt", "a"), 2, "PyTorch", "pip install 'reshard[runtime]'")
 
