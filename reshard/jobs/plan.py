@@ -23,7 +23,7 @@ from ..layout.mesh import Mesh
 from ..model.understand import Config, Model
 from ..tables.notation import Product, block_of
 from ..tables.row import Row
-from ..text.units import binary, decimal
+from ..text.units import binary, decimal, runs
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …
 MEMORY_WORKER = 8 << 20  # … each worker's buffers …
@@ -635,13 +635,7 @@ def _common_start(kind: LayerKind) -> str:
 
 def _span(numbers: Iterable[int]) -> str:
     """Ranks or layers, runs folded: 0-7, 9."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] + 1 == number:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs(numbers))
 
 
 # --- as JSON ---------------------------------------------------------------------------------------------------------------

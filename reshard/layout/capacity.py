@@ -25,6 +25,7 @@ from ..tables.facts import FACTS
 from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
 from ..tables.notation import evaluate
+from ..text.units import runs
 from .cut import Layout, Piece, Slot, lay_out
 from .mesh import Coordinate, Mesh, shares
 
@@ -347,13 +348,7 @@ def _as_many_ranks(table: Format, model: Model, mesh: Mesh) -> Mesh | None:
 
 def listed(numbers: Iterable[int]) -> str:
     """Numbers as people write them, runs of four or more folded: 1-8, 12, 16."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] + 1 == number:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
     parts: list[str] = []
-    for low, high in runs:
+    for low, high in runs(numbers):
         parts += [f"{low}-{high}"] if high - low >= 3 else [str(n) for n in range(low, high + 1)]
     return ", ".join(parts)

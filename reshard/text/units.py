@@ -1,5 +1,7 @@
 """Sizes in words: decimal units for files, binary ones for memory; and durations. Never mixed in a row."""
 
+from collections.abc import Iterable
+
 
 def decimal(n: int) -> str:
     """Bytes of files: 17.64 GB, 1.50 MB, 12 B."""
@@ -19,3 +21,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers folded, first and last of each run: 0, 1, 2, 5 → (0, 2), (5, 5)."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] + 1 == number:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return found
