@@ -20,7 +20,7 @@ from reshard.model.naming import tower_rows
 from reshard.model.understand import Model, Tensor
 from reshard.tables import formats, wrappers
 from reshard.tables.config import Config
-from reshard.tables.notation import evaluate, fold, parse_template
+from reshard.tables.notation import fold, parse_template
 
 
 def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
@@ -40,7 +40,7 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
             family.towers, {tensor["name"]: _Stored(tuple(tensor["shape"])) for tensor in said["tensors"]}
         )
         family = replace(family, rows=(*family.rows, *beside))
-        main = evaluate(family.sizes.get("layer", "none"), config.get)
+        main = config.size(family.sizes["layer"]) if "layer" in family.sizes else None
         model = Model(
             family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main
         )

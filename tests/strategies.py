@@ -38,7 +38,7 @@ from reshard.tables import families
 from reshard.tables.families import Family
 from reshard.tables.formats import Format
 from reshard.tables.layer_rules import layers_named
-from reshard.tables.notation import Product, Sum, block_of, evaluate
+from reshard.tables.notation import Product, Sum, block_of
 from reshard.tables.row import Row
 
 Array = np.ndarray[Any, Any]
@@ -114,7 +114,7 @@ def invented(
             put(config, key, math.prod(sizes[atom] for atom in atoms))
     known = dict(sizes)
     for axis, expression in table.sizes.items():
-        value = evaluate(expression, Config(config, table.defaults).get)
+        value = Config(config, table.defaults).size(expression)
         if value is not None:
             known[axis] = value
     tied = Config(config, table.defaults).says("tie_word_embeddings")

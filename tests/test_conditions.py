@@ -13,6 +13,7 @@ from reshard.runtime.model.spec import Spec
 from reshard.runtime.model.spec_values import Facts
 from reshard.tables import families
 from reshard.tables.config import Config
+from reshard.tables.facts import Fact
 
 CONFIG = Config({"on": True, "off": False, "null": None, "four": 4, "also": 4, "five": 5})
 
@@ -33,7 +34,7 @@ def test_a_config_says_what_is_true() -> None:
 
 def test_a_fact_is_the_first_alternative_that_is_not_null() -> None:
     def value(text: str | list[str]) -> object:
-        return Facts({"fact": text}, CONFIG).value("fact")
+        return Facts({"fact": text}, CONFIG, {"fact": Fact("number", "")}).value("fact")
 
     assert [value(text) for text in ("null | five", "absent | 2.5", "null | =gelu", "four / five", "absent / 2")] == [
         5,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from strategies import law
 
 from reshard.errors import ReshardError
-from reshard.tables.notation import LONGEST, Pattern, block_of, derived, evaluate, fold, parse_pattern, parse_template
+from reshard.tables.expression import parse
+from reshard.tables.notation import LONGEST, Pattern, block_of, derived, fold, parse_pattern, parse_template
 
 HEADS = {"heads": ("kv", "group")}
 SIZES = {"layer": 3, "kv": 2, "group": 3, "head_dim": 5, "hidden": 7, "inter": 11, "experts": 4, "nope_dim": 13, "moe_inter": 6}
@@ -258,10 +259,10 @@ def test_folding_undoes_naming(parts: list[str], number: int) -> None:
 )
 def test_a_size_is_the_first_alternative_whose_keys_exist(expression: str, value: int | None) -> None:
     config = {"a": 3, "b": 4, "c.d": 5, "zero": 0, "null": None}
-    assert evaluate(expression, config.get) == value
+    assert parse(expression).size(config.get) == value
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "3", -1, [3], {}])
 def test_a_size_that_is_no_number_of_elements_is_refused_by_its_key(value: object) -> None:
     with pytest.raises(ReshardError, match=r"config\.json: a is .*, a non-negative integer is needed"):
-        evaluate("missing | a", {"a": value}.get)
+        parse("missing | a").size({"a": value}.get)

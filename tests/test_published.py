@@ -22,7 +22,7 @@ from reshard.model.understand import Config, axis_size, understand
 from reshard.tables import families, formats, wrappers
 from reshard.tables.families import Family
 from reshard.tables.layer_rules import layers_named
-from reshard.tables.notation import evaluate, fold
+from reshard.tables.notation import fold
 from reshard.tables.row import Row
 
 ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
@@ -182,7 +182,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     view = Config(config, table.defaults)
     sizes = dict(SIZES)
     for axis, expression in table.sizes.items():
-        value = evaluate(expression, view.get)
+        value = view.size(expression)
         if value is not None:
             sizes[axis] = value
     sizes.setdefault("hidden", 80)

@@ -52,7 +52,7 @@ def rope(found: Rope | None) -> Rope | None:
 
 
 def facts(table: Family, config: dict[str, Any], model: Model) -> dict[str, Any]:
-    spec = Spec.of(table, Config(config), model)
+    spec = Spec.read(table, Config(config), model)
     spec = replace(spec, rope=rope(spec.rope), rope_near=rope(spec.rope_near))
     found = {field.name: getattr(spec, field.name) for field in fields(spec)}
     if "attn.kv_a" not in model.tensors:

@@ -20,7 +20,7 @@ from ..model.sizes import axes_of
 from ..model.understand import Config, understand
 from ..tables import families, formats, wrappers
 from ..tables.families import Family
-from ..tables.notation import evaluate, parse_pattern
+from ..tables.notation import parse_pattern
 from .similar import Found, Meaning, Sizes, buffers, by_likeness, fits, found_in, free, meanings
 
 OPEN = "TODO"
@@ -110,7 +110,7 @@ def _sizes(config: Config, order: Iterable[str]) -> Sizes:
     for axis, keys in _expressions(order).items():
         for key in keys:
             try:
-                value = evaluate(key, config.get)
+                value = config.size(key)
             except ReshardError:
                 continue
             if value is not None:
@@ -126,7 +126,7 @@ def _said(config: Config, axes: Iterable[str], order: list[str]) -> Iterator[str
         there = []
         for key in keys.get(axis, ()):
             try:
-                there += [key] if evaluate(key, config.get) is not None else []
+                there += [key] if config.size(key) is not None else []
             except ReshardError:
                 continue
         if there:

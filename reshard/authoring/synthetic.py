@@ -23,7 +23,7 @@ from ..model.naming import settle
 from ..model.sizes import axis_size
 from ..tables.config import Config
 from ..tables.families import Family
-from ..tables.notation import Pattern, bases, block_of, evaluate
+from ..tables.notation import Pattern, bases, block_of
 from ..tables.row import Row
 from .mutations import Data
 
@@ -279,7 +279,7 @@ def _sized(table: Family, rows: Sequence[Row], truths: Mapping[str, bool], layer
         config[key.partition(" != ")[0]] = config.get(key.partition(" != ")[2])
     asked = Config(_nested(config), table.defaults)
     for axis, text in table.sizes.items():
-        value = evaluate(text, asked.get)
+        value = asked.size(text)
         if value is not None and axis not in table.axes:
             sizes[axis] = value
     beside = table.model.get("parallel", [])  # one after the other: beside each other, their biases are one sum

@@ -31,7 +31,7 @@ from ..tables import formats
 from ..tables.config import Config
 from ..tables.families import Family
 from ..tables.formats import Format
-from ..tables.notation import evaluate, fold
+from ..tables.notation import fold
 from ..tables.row import Constant
 from .companions import beside
 from .hf_split import loaded_order, resplit
@@ -228,7 +228,7 @@ class _Reading:
 
     def sizes(self) -> dict[str, int]:
         """Sizes that config.json tells, and those of the parts of a compound axis that follow from it."""
-        told = {axis: evaluate(expression, self.config.get) for axis, expression in self.family.sizes.items()}
+        told = {axis: self.config.size(expression) for axis, expression in self.family.sizes.items()}
         sizes = {axis: size for axis, size in told.items() if size is not None}
         for name, atoms in self.family.axes.items():
             missing = [atom for atom in atoms if atom not in sizes]

@@ -24,7 +24,6 @@ from ..model.understand import Config, Model
 from ..tables.facts import FACTS
 from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
-from ..tables.notation import evaluate
 from ..text.units import runs
 from .cut import Layout, Piece, Slot, lay_out
 from .mesh import Coordinate, Mesh, shares
@@ -109,7 +108,7 @@ def _windowed(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]
     if "window" not in facts or ("window_if" in facts and not config.says(facts["window_if"])):
         return None, ()
     layers = layers_named(facts.get("window_layers", "all"), model.main_layers, config, lambda: None)
-    return evaluate(facts["window"], config.get), layers
+    return config.size(facts["window"]), layers
 
 
 def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | None:
@@ -159,10 +158,15 @@ def lenders(model: Model, config: Config) -> dict[int, int]:
     if "borrowed" not in model.family.model:
         return {}
     borrowing, windowed = layers_of_rule("borrowed", model, config), set(window(model, config)[1])
-    return {
-        layer: max(other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed))
-        for layer in borrowing
-    }
+    found = {}
+    for layer in borrowing:
+        own = [other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed)]
+        if model.form("attn.k", layer) is not None:
+            raise ReshardError(f"[model] borrowed: layer {layer} would borrow keys and values, and the checkpoint has its own")
+        if not own:
+            raise ReshardError(f"config.json: layer {layer} borrows keys and values, and no layer of its kind before it has its own")
+        found[layer] = own[-1]
+    return found
 
 
 def _cache_dtype(dtype: str) -> str:

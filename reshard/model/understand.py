@@ -17,7 +17,7 @@ from ..errors import ReshardError
 from ..tables.config import Config as Config
 from ..tables.families import Family
 from ..tables.layer_rules import layers_named
-from ..tables.notation import block_of, evaluate, fold
+from ..tables.notation import block_of, fold
 from ..tables.row import Row
 from .naming import settle
 from .sizes import axis_size as axis_size
@@ -231,7 +231,7 @@ def _seen(table: Family, points: Mapping[int, Points]) -> dict[int, set[str]]:
 def _from_config(table: Family, config: Config) -> dict[str, int]:
     sizes = {}
     for axis, expression in table.sizes.items():
-        value = evaluate(expression, config.get)
+        value = config.size(expression)
         if value is not None:
             sizes[axis] = value
     return sizes
@@ -260,7 +260,7 @@ def _layers(table: Family, config: Config, sizes: dict[str, int], points: Mappin
     stacked = any("layer" in path for row in table.rows for path in row.pattern.axes)
     main = sizes.get("layer", max(seen, default=-1) + 1)
     kind, key = next(iter(table.extra.items()), (None, ""))
-    number = (evaluate(key, config.get) or 0) if kind else 0
+    number = (config.size(key) or 0) if kind else 0
     extra = number if kind and number and max(seen, default=-1) >= main else 0
     if main + extra > 4 * len(seen) + 1000:  # all that follows is as large as the number of layers
         raise ReshardError(f"config.json or a name promises {main + extra} layers, the files hold {len(seen)} tensors of layers")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..inputs.limits import numeral
+from .expression import parse
 
 INNER = ("text_config", "llm_config", "language_config")  # where multimodal checkpoints keep what the language model is
 
@@ -35,15 +35,17 @@ class Config:
         """Whether embedding and head are one: a multimodal checkpoint may say so outside or inside of its language model's section."""
         return self.says("tie_word_embeddings") or bool(self.data.get("tie_word_embeddings"))
 
-    def says(self, key: str) -> bool:
-        """Truth of a key; `!key` is its opposite; `key == other` and `key != other` compare, with another key, a number or `=word`."""
-        for word in (" == ", " != "):
-            left, compared, right = key.partition(word)
-            if compared:
-                plain = numeral(right)
-                other = plain if plain is not None else right[1:] if right.startswith("=") else self.get(right)
-                return self.get(left) is not None and (self.get(left) == other) == (word == " == ")
-        return not self.get(key[1:]) if key.startswith("!") else bool(self.get(key))
+    def value(self, text: str) -> Any:
+        """What an expression comes to, None where nothing answers it."""
+        return parse(text).value(self.get)
+
+    def says(self, text: str) -> bool:
+        """Whether an expression is true."""
+        return parse(text).says(self.get)
+
+    def size(self, text: str) -> int | None:
+        """A number of elements, by an expression."""
+        return parse(text).size(self.get)
 
     @property
     def model_type(self) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from zlib import crc32
 
 from ..errors import ReshardError
-from . import keys, merge
+from . import expression, keys, layer_rules, merge
 from .formats import Format
 from .notation import Template, parse_template
 from .row import Row, parse_rows
@@ -143,9 +143,25 @@ def _consistent(table: Family) -> Family:
         if tag not in tags:
             raise ReshardError(f"{where}: optional names the tag {tag}, which no row has")
     leaves = {leaf for row in table.rows for leaf in row.leaves}
-    for name in (name for pair in table.tied.items() for name in pair):
-        if name not in leaves:
-            raise ReshardError(f"{where}: tied names the logical tensor {name}, which no row has")
+    plain = leaves | {leaf.partition("@")[0] for leaf in leaves}
+    for key, names in (("tied", [name for pair in table.tied.items() for name in pair]), ("model.cache", table.model.get("cache", ()))):
+        if missing := [name for name in names if name not in plain]:
+            raise ReshardError(f"{where}: {key} names the logical tensor {missing[0]}, which no row has")
+    layered = {
+        leaf.partition("@")[0]
+        for row in table.rows
+        for leaf, path in zip(row.leaves, row.pattern.axes, strict=True)
+        if "layer" in (*row.name.axes, *path)
+    }
+    if odd := [name for name in table.model.get("cache", ()) if name.partition("@")[0] not in layered]:
+        raise ReshardError(f"{where}: model.cache names the logical tensor {odd[0]}, which is of no layer")
+    for key, texts in (("sizes", table.sizes), ("optional", table.optional), ("extra", table.extra)):
+        for name, text in texts.items():
+            with expression.within(f"{where}: {key}.{name}"):
+                expression.parse(text)
+    for kind, rule in table.layers.items():
+        with expression.within(f"{where}: layers.{kind}"):
+            layer_rules.parse(rule)
     return table
 
 

@@ -13,66 +13,101 @@
     windowed        the layers that have a window; no answer where config.json gives no window
     KEY             those for which that list, of one entry for each layer, says 1 or true
 
-A KEY of `from`, `each`, `but` and `before` may be a number.
+A KEY of `from`, `last`, `each`, `but` and `before` may be a number.
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 from ..errors import ReshardError
 from ..inputs.limits import numeral
 from .config import Config
-from .notation import evaluate
+from .expression import Expression, shown
+from .expression import parse as parse_expression
+
+Windowed = Callable[[], tuple[int, ...] | None]
+
+_HINT = (
+    'rules are all, even, layer_types, windowed, "from KEY", "last KEY", "each KEY", "but KEY", "KEY WORD", KEY, '
+    'and one of these "before KEY"'
+)
 
 
-def layers_named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[int, ...] | None]) -> tuple[int, ...]:
+class Rule(NamedTuple):
+    """One alternative: `word`, what it says about `key` or `number`, and the layers it ends `before`."""
+
+    word: str
+    key: str = ""
+    number: Expression | None = None
+    before: Expression | None = None
+
+
+@cache
+def parse(text: str) -> tuple[Rule, ...]:
+    """The alternatives of a rule. Raises ReshardError for what names no layers."""
+    return tuple(_parsed(part.strip(), text) for part in text.split("|"))
+
+
+def _parsed(text: str, whole: str) -> Rule:
+    rule, _, end = text.partition(" before ")
+    before = parse_expression(end) if end else None
+    word, _, key = rule.partition(" ")
+    if rule in ("all", "even", "windowed"):
+        return Rule(rule, before=before)
+    if key and word in ("from", "each", "but", "last"):
+        return Rule(word, number=parse_expression(key), before=before)
+    if not all(part.isidentifier() for part in word.split(".")) or " " in key:
+        raise ReshardError(f'"{whole}" does not name layers', _HINT)
+    return Rule(key or "sliding_attention", word, before=before)
+
+
+def layers_named(rule: str, layers: int, config: Config, windowed: Windowed) -> tuple[int, ...]:
     """The layers, of so many, that a rule names; none where config.json answers no alternative."""
-    for alternative in rule.split("|"):
-        found = _named(alternative.strip(), layers, config, windowed)
-        if found is not None:
-            return found
+    for alternative in parse(rule):
+        found = _named(alternative, layers, config, windowed)
+        end = alternative.before.size(config.get) if alternative.before else layers
+        if found is not None and end is not None:
+            return tuple(at for at in found if at < end)
     return ()
 
 
-def _named(rule: str, layers: int, config: Config, windowed: Callable[[], tuple[int, ...] | None]) -> tuple[int, ...] | None:
-    before, said, end = rule.partition(" before ")
-    if said:
-        found, number = _named(before, layers, config, windowed), evaluate(end, config.get)
-        return None if found is None or number is None else tuple(at for at in found if at < number)
-    word, _, key = rule.partition(" ")
-    if rule == "windowed":
+def _named(rule: Rule, layers: int, config: Config, windowed: Windowed) -> tuple[int, ...] | None:
+    if rule.key:
+        return _listed(rule.key, layers, config, rule.word)
+    if rule.word == "windowed":
         return windowed()
-    if rule in ("all", "even"):
-        return tuple(range(0, layers, 1 if rule == "all" else 2))
-    if key and word in ("from", "each", "but", "last"):
-        number = evaluate(key, config.get)
-        if number is None:
-            return None
-        if word == "last":
-            return tuple(range(max(layers - number, 0), layers))
-        if word == "from":
-            return tuple(range(number, layers))
-        each = {at for at in range(layers) if number and (at + 1) % number == 0}
-        return tuple(sorted(each if word == "each" else set(range(layers)) - each))
-    if key and word.isidentifier():
-        return _listed(word, layers, config, key)
-    if key or not rule.isidentifier():
-        raise ReshardError(
-            f'[model]: "{rule}" does not name layers',
-            'rules are all, even, layer_types, windowed, "from KEY", "each KEY", "but KEY", "KEY WORD", KEY, and one of these "before KEY"',
-        )
-    return _listed(rule, layers, config)
+    if rule.number is None:
+        return tuple(range(0, layers, 1 if rule.word == "all" else 2))
+    number = rule.number.size(config.get)
+    if number is None:
+        return None
+    if rule.word in ("last", "from"):
+        return tuple(range(max(layers - number, 0) if rule.word == "last" else number, layers))
+    return tuple(at for at in range(layers) if (number > 0 and (at + 1) % number == 0) == (rule.word == "each"))
 
 
-def _listed(key: str, layers: int, config: Config, word: str = "sliding_attention") -> tuple[int, ...] | None:
+def _listed(key: str, layers: int, config: Config, word: str) -> tuple[int, ...] | None:
     """What a list of config.json says, of one entry for each layer."""
     entries = config.get(key)
     if not isinstance(entries, list) or not entries:
         return None
     if all(isinstance(entry, list) for entry in entries):
-        entries = [one for some, times in entries for one in some * times]
+        entries = list(_repeated(key, entries, layers))
     if len(entries) < layers:
         raise ReshardError(f"config.json: {key} names {len(entries)} layers, the model has {layers}")
     return tuple(at for at in range(layers) if _is(entries[at], word))
+
+
+def _repeated(key: str, entries: list[Any], layers: int) -> list[Any]:
+    """Pairs of a list and how often it comes, written out as far as there are layers."""
+    found: list[Any] = []
+    for entry in entries:
+        some, times = entry if len(entry) == 2 else (None, None)
+        if not isinstance(some, list) or isinstance(times, bool) or not isinstance(times, int) or times < 0:
+            raise ReshardError(f"config.json: {key} has the entry {shown(entry)}, a list and how often it comes are needed")
+        found += some * min(times, layers)
+    return found
 
 
 def _is(entry: object, word: str) -> bool:

@@ -1,4 +1,4 @@
-"""The table notation: patterns, name templates, size expressions. Text in, frozen values out; docs/notation.md specifies it.
+"""The table notation: patterns and name templates. Text in, frozen values out; docs/notation.md specifies it.
 
     "(heads head_dim + kv head_dim + kv head_dim) hidden"      one pattern, three leaves (q, k, v)
      └──────────── dimension 0: a sum ────────┘  └ dimension 1
@@ -6,7 +6,6 @@
 Knows nothing about files, meshes or models.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -383,31 +382,3 @@ def fold(name: str) -> tuple[str, tuple[int, ...]]:
     if any(len(number) > 9 or (number[0] == "0" and number != "0") for number in numbers):
         return name, ()  # `007` would not come back from a 7
     return _NUMBER.sub("{}", name), tuple(map(int, numbers))
-
-
-# --- size expressions ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(expression: str, lookup: Callable[[str], object]) -> int | None:
-    """Value of `a.b + c * d | e`: the first alternative whose keys all exist; None where none does.
-
-    `lookup` returns None for a missing key. Raises ReshardError for a value that is no non-negative integer.
-    """
-    for alternative in expression.split("|"):
-        terms = [[_value(key.strip(), lookup) for key in term.split("*")] for term in alternative.split("+")]
-        if all(value is not None for term in terms for value in term):
-            return sum(math.prod(value for value in term if value is not None) for term in terms)
-    return None
-
-
-def _value(key: str, lookup: Callable[[str], object]) -> int | None:
-    if (plain := numeral(key)) is not None:
-        return plain
-    value = lookup(key.removeprefix("count ").strip())
-    if value is None:
-        return None
-    if key.startswith("count ") and isinstance(value, list | str):
-        return len(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ReshardError(f"config.json: {key} is {value!r}, a non-negative integer is needed")
-    return value

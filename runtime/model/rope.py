@@ -35,17 +35,15 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, interleaved: bool) -> 
 def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, float]:
     """Frequencies [size/2], and what cosines and sines are multiplied by."""
     said, size, base = rope.scaling, rope.size, rope.base
-    factor = float(said.get("factor") or rope.positions / rope.original)
+    factor = said.get("factor") or rope.positions / rope.original
     if rope.kind == "dynamic":  # depends on the sequence length, or a given `alpha`
         stretched = factor * max(reach, rope.positions) / rope.positions - (factor - 1)
-        base *= float(said.get("alpha") or stretched) ** (size / (size - 2))
+        base *= (said.get("alpha") or stretched) ** (size / (size - 2))
     steps = base ** (torch.arange(0, size, 2, device=device).float() / size)
     plain = 1.0 / steps
     if rope.kind == "proportional":
-        turning = int(float(said.get("partial_rotary_factor") or 1.0) * size // 2)
-        return torch.where(
-            torch.arange(size // 2, device=device) < turning, plain / float(said.get("factor") or 1.0), 0.0
-        ), 1.0
+        turning = int(said.get("partial_rotary_factor", 1.0) * size // 2)
+        return torch.where(torch.arange(len(plain), device=device) < turning, plain / said.get("factor", 1.0), 0.0), 1.0
     if rope.kind == "linear":
         return plain / factor, 1.0
     if rope.kind == "llama3":
@@ -55,14 +53,14 @@ def _frequencies(rope: Rope, reach: int, device: torch.device) -> tuple[Tensor, 
     if rope.kind == "longrope":
         side = "long" if reach > rope.original else "short"
         correction = math.sqrt(1 + math.log(factor) / math.log(rope.original)) if factor > 1 else 1.0
-        correction = float(said.get(f"{side}_mscale") or said.get("attention_factor") or correction)
+        correction = said.get(f"{side}_mscale") or said.get("attention_factor") or correction
         return 1.0 / (torch.tensor(said[f"{side}_factor"], device=device).float() * steps), correction
     return plain, 1.0
 
 
 def _llama3(plain: Tensor, rope: Rope, factor: float) -> Tensor:
     """Long wavelengths are stretched, short ones are kept, those between are blended."""
-    low, high = float(rope.scaling["low_freq_factor"]), float(rope.scaling["high_freq_factor"])
+    low, high = rope.scaling["low_freq_factor"], rope.scaling["high_freq_factor"]
     waves = 2 * math.pi / plain
     blend = (rope.original / waves - low) / (high - low)
     mixed = (1 - blend) * plain / factor + blend * plain
@@ -77,20 +75,20 @@ def _yarn(steps: Tensor, rope: Rope, factor: float) -> Tensor:
         return rope.size * math.log(rope.original / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
 
     low, high = (
-        dimension(float(rope.scaling.get("beta_fast") or 32)),
-        dimension(float(rope.scaling.get("beta_slow") or 1)),
+        dimension(rope.scaling.get("beta_fast", 32.0)),
+        dimension(rope.scaling.get("beta_slow", 1.0)),
     )
     if rope.scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.size - 1)
-    ramp = ((torch.arange(rope.size // 2, device=steps.device).float() - low) / (high - low or 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(len(steps), device=steps.device).float() - low) / (high - low or 0.001)).clamp(0, 1)
     return ramp / (factor * steps) + (1 - ramp) / steps
 
 
 def _yarn_factor(rope: Rope, factor: float) -> float:
     said = rope.scaling
-    if said.get("attention_factor") is not None:
+    if "attention_factor" in said:
         return float(said["attention_factor"])
     if said.get("mscale") and said.get("mscale_all_dim"):
-        return mscale(factor, float(said["mscale"])) / mscale(factor, float(said["mscale_all_dim"]))
+        return mscale(factor, said["mscale"]) / mscale(factor, said["mscale_all_dim"])
     return mscale(factor, 1.0)

@@ -10,12 +10,12 @@ from typing import Any
 
 from reshard.errors import ReshardError
 from reshard.layout import capacity
-from reshard.model.understand import Model
+from reshard.model.understand import Model, Tensor
 from reshard.tables.config import Config
-from reshard.tables.facts import GROWTH, ROUTING
+from reshard.tables.facts import ANY, COUNT, GROWTH, PART, POSITIVE, ROUTING, UNSIGNED, Range
 from reshard.tables.families import Family
 
-from .spec_values import Facts
+from .spec_values import Facts, Section, first_number
 
 # Keys of config.json for the number of positions.
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -111,15 +111,25 @@ class Spec:
 
     @classmethod
     def of(cls, table: Family, config: Config, model: Model) -> "Spec":
-        """Raises ReshardError for a family that does not run, and for a config that no value describes."""
+        """Raises ReshardError for a family that does not run, or for values that are not legal or do not fit."""
+        spec = cls.read(table, config, model)
+        _check_rope(spec, model)
+        if spec.routing is not None:
+            _check_routing(spec.routing, model.tensors["moe.router"])
+        return spec
+
+    @classmethod
+    def read(cls, table: Family, config: Config, model: Model) -> "Spec":
+        """The same, whatever the sizes of the model."""
         if not table.runs:
             raise ReshardError(
                 f'family "{table.name}" converts and merges but does not run: its table does not describe a decoder',
                 "verify proves its weights (integrity, weights, sha256); docs/notation.md lists what [model] can say",
             )
         said = Facts(table.model, config.with_defaults(table.defaults))
-        for condition in table.model.get("runs", ()):
-            if not any(said.config.says(alternative) for alternative in condition.split(" | ")):
+        runs = table.model.get("runs")
+        for condition in runs if isinstance(runs, list) else ():
+            if not said.config.says(condition):
                 raise ReshardError(
                     f'config.json: family "{table.name}" runs only with {condition}', "it still converts and merges"
                 )
@@ -132,16 +142,16 @@ class Spec:
         factor = said.optional("attn_factor")
         scale = 1 / math.sqrt(said.number("attn_scale", float(head))) if factor is None else factor
         if latent and rope is not None and rope.kind != "default":
-            scale *= mscale(float(rope.scaling.get("factor", 1)), float(rope.scaling.get("mscale_all_dim") or 0)) ** 2
-        offset = int(said.number("pos_offset"))
+            scale *= mscale(rope.scaling.get("factor", 1.0), rope.scaling.get("mscale_all_dim", 0.0)) ** 2
+        offset = said.count("pos_offset")
         return cls(
-            norm=said.given("norm"),
+            norm=said.legal("norm"),
             norm_offset=said.number("norm_offset"),
             bare=frozenset(table.model.get("bare", ())) - ({"norm"} if said.true("post_norm") else set()),
             bare_heads=said.true("bare_heads"),
             eps=said.number("eps"),
             eps_latent=said.number("eps_latent"),
-            activation=str(said.value("activation")),
+            activation=_activation(said, model),
             gate_limit=said.optional("gate_limit"),
             gate_alpha=said.number("gate_alpha"),
             up_offset=said.number("up_offset"),
@@ -165,7 +175,7 @@ class Spec:
             value_factor=said.optional("value_factor"),
             attn_cap=said.optional("attn_cap") or None,
             attn_clip=said.optional("attn_clip"),
-            index_top=int(said.number("index_top")) if "index_top" in table.model else None,
+            index_top=said.count("index_top") if "index_top" in table.model else None,
             index_interleaved=said.true("index_interleaved"),
             logit_cap=said.optional("logit_cap") or None,
             head_norm=said.true("head_norm"),
@@ -174,7 +184,7 @@ class Spec:
             window=window,
             window_chunks=said.true("window_chunks"),
             windowed=frozenset(windowed),
-            positions=sizes["pos"] - offset if learned else None,
+            positions=_positions(sizes["pos"], offset) if learned else None,
         )
 
 
@@ -199,44 +209,89 @@ def _head_sizes(model: Model, windowed: Set[int]) -> tuple[int, int, int]:
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 _OLD = {"su": "longrope", "mrope": "default"}  # for text, positions are equal along every axis of an image
+_BASE = Range(1.0001, 1e30, "a number above 1")
+# What a variant may say beside its kind, and what it must.
+_SCALING = {
+    "factor": POSITIVE,
+    "alpha": POSITIVE,
+    "attention_factor": POSITIVE,
+    "partial_rotary_factor": PART,
+}
+_SCALING |= {"low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE, "beta_fast": POSITIVE, "beta_slow": POSITIVE}
+_SCALING |= {"mscale": UNSIGNED, "mscale_all_dim": UNSIGNED, "short_mscale": ANY, "long_mscale": ANY}
+_NEEDED = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}
 
 
 def _ropes(said: Facts, far: int, close: int) -> tuple[Rope | None, Rope | None]:
     """Angles of the layers without and with a window, whose heads have `far` and `close` features."""
-    scaling, given = (dict(said.config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
-    if any(isinstance(one, dict) for one in given.values()):  # one per kind of layer
-        whole, near = (given.get(f"{kind}_attention") for kind in ("full", "sliding"))
+    scaling, given = (Section.of(said.config.get(key), key) for key in ("rope_scaling", "rope_parameters"))
+    whole: Section | None
+    near: Section | None
+    if any(isinstance(one, dict) for one in given.data.values()):  # one per kind of layer
+        whole, near = (
+            None if given.data.get(kind) is None else Section.of(given.data[kind], f"rope_parameters.{kind}")
+            for kind in ("full_attention", "sliding_attention")
+        )
     else:
-        whole = near = scaling or given
+        whole = near = scaling if scaling.data else given
     base = said.optional("rope_near")
     if base is not None and near is whole:
-        near = {"rope_theta": base}
+        near = Section({"rope_theta": base}, "rope_near")
     return None if whole is None else _rope(said, far, whole), None if near is None else _rope(said, close, near)
 
 
-def _rope(said: Facts, size: int, scaling: Mapping[str, Any]) -> Rope:
-    get = said.config.get
-    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+def _rope(said: Facts, size: int, section: Section) -> Rope:
+    where = section.where
+    kind = str(section.data.get("rope_type") or section.data.get("type") or "default")
     kind = _OLD.get(kind, kind)
     if kind not in KINDS:
         raise ReshardError(f'config.json: unknown rope type "{kind}"', f"the runtime has {', '.join(KINDS)}")
-    positions = int(get("max_position_embeddings") or get("n_positions") or 2048)
+    positions = int(first_number(said.config, ("max_position_embeddings", "n_positions"), COUNT) or 2048)
+    original = first_number(said.config, ("original_max_position_embeddings",), COUNT)
+    original = section.number("original_max_position_embeddings", COUNT) or original or positions
+    scaling: dict[str, Any] = {
+        key: found for key, legal in _SCALING.items() if (found := section.number(key, legal)) is not None
+    }
+    for key in _NEEDED.get(kind, ()):
+        section.needed(key, POSITIVE)
+    if "truncate" in section.data:
+        scaling["truncate"] = bool(section.data["truncate"])
     fraction = scaling.get("partial_rotary_factor")
     if kind == "proportional" or (kind == "default" and "rope_fraction" not in said.facts):
         fraction = 1.0  # the rest turns with frequency zero; or it is a key that most decoders do not read
     part = size * (said.number("rope_fraction") if fraction is None else fraction)
+    turned = said.count("rope_size") if "rope_size" in said.facts else int(part)
+    if kind == "longrope":
+        scaling |= {key: section.numbers(key, POSITIVE) for key in ("short_factor", "long_factor")}
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ReshardError(
+            f"config.json: {where}: high_freq_factor is {scaling['high_freq_factor']}, more than low_freq_factor = "
+            f"{scaling['low_freq_factor']} is needed"
+        )
+    base = section.number("rope_theta", _BASE) or first_number(said.config, ("rope_theta", "rotary_emb_base"), _BASE)
     return Rope(
         kind=kind,
-        size=int(said.number("rope_size", part)),
-        base=float(
-            scaling.get("rope_theta") or get("rope_theta") or get("rotary_emb_base") or said.number("rope_base")
-        ),
+        size=turned,
+        base=base or said.number("rope_base"),
         positions=positions,
-        original=int(
-            scaling.get("original_max_position_embeddings") or get("original_max_position_embeddings") or positions
-        ),
+        original=max(int(original), 2),
         scaling=scaling,
     )
+
+
+def _activation(said: Facts, model: Model) -> str:
+    """Raises ReshardError for one that needs weights that the layers lack."""
+    word = str(said.legal("activation"))
+    gated = any(name in model.tensors for name in ("mlp.gate", "mlp.gate_up"))
+    if word == "xielu" and (gated or "mlp.act_beta" not in model.tensors):
+        raise ReshardError("config.json: the activation xielu has weights of its own, the layers have none for it")
+    return word
+
+
+def _positions(rows: int, offset: int) -> int:
+    if offset >= rows:
+        raise ReshardError(f"[model] pos_offset is {offset}, the table of positions has {rows} rows")
+    return rows - offset
 
 
 def _growth(table: Family, said: Facts) -> Growth | None:
@@ -244,21 +299,7 @@ def _growth(table: Family, said: Facts) -> Growth | None:
     by = of.optional("by")
     if by is None or not of.true("if"):
         return None
-    return Growth(by, of.number("span"), int(of.number("start")), of.true("unrotated"))
-
-
-SCORES = ("softmax", "sigmoid", "chosen", "sparsemixer")
-
-
-def _score(of: Facts) -> str:
-    """One of these words, or what config.json says in one of them."""
-    word = str(of.given("score"))
-    found = word if word in SCORES else of.value("score")
-    if found not in SCORES:
-        raise ReshardError(
-            f"config.json: unknown expert scoring {found!r} ({word})", f"the runtime has {', '.join(SCORES)}"
-        )
-    return str(found)
+    return Growth(by, of.number("span"), of.count("start"), of.true("unrotated"))
 
 
 def _routing(table: Family, said: Facts) -> Routing:
@@ -269,16 +310,51 @@ def _routing(table: Family, said: Facts) -> Routing:
             "[model] routing is missing",
         )
     of = Facts(facts, said.config, ROUTING)
+    renormalize = of.value("renormalize")
     return Routing(
-        top=int(of.number("top")),
-        score=_score(of),
-        renormalize=float(of.value("renormalize") or 0),
+        top=of.count("top"),
+        score=str(of.legal("score")),
+        renormalize=float(bool(renormalize) if renormalize in (None, True, False) else of.number("renormalize")),
         jitter=of.number("jitter"),
         scale=of.number("scale"),
-        groups=int(of.number("groups")),
-        group_top=int(of.number("group_top")),
-        group_best=int(of.number("group_best")),
+        groups=of.count("groups"),
+        group_top=of.count("group_top"),
+        group_best=of.count("group_best"),
         weigh_input=of.true("weigh_input"),
         divide=of.number("divide"),
         wide=of.true("wide"),
     )
+
+
+def _check_rope(spec: Spec, model: Model) -> None:
+    """Raises ReshardError where angles and heads do not fit each other."""
+    sizes = _head_sizes(model, spec.windowed)[1:]
+    for rope, size in zip((spec.rope, spec.rope_near), sizes, strict=True):
+        if rope is None:
+            continue
+        turned = 2 * -(-rope.size // 2)  # in pairs
+        if turned > size or (rope.kind == "dynamic" and turned <= 2):
+            raise ReshardError(f"config.json: {turned} features of a head of {size} would be rotated ({rope.kind})")
+        for key in ("short_factor", "long_factor"):
+            if len(rope.scaling.get(key, range(turned // 2))) != turned // 2:
+                raise ReshardError(
+                    f"config.json: {key} of rotary positions has {len(rope.scaling[key])} numbers, {turned // 2} are "
+                    f"needed: one for each pair of the {turned} rotated features"
+                )
+
+
+def _check_routing(routing: Routing, router: Tensor) -> None:
+    """Raises ReshardError where that many cannot be chosen among the experts that there are."""
+    sizes = dict(zip(router.axes, router.sizes, strict=True))
+    (experts,) = (size for axis, size in sizes.items() if axis not in ("layer", "hidden"))
+    grouped = routing.groups > 1
+    if experts % routing.groups:
+        raise ReshardError(f"config.json: {experts} experts cannot be divided into {routing.groups} groups")
+    each = experts // routing.groups
+    for what, count, of_, there in (
+        ("groups are chosen", routing.group_top if grouped else 1, "groups", routing.groups),
+        ("best scores count for a group", routing.group_best if grouped else 1, "experts in each", each),
+        ("experts are chosen per token", routing.top, "that can be", each * (routing.group_top if grouped else 1)),
+    ):
+        if count > there:
+            raise ReshardError(f"config.json: {count} {what}, there are {there} {of_}")

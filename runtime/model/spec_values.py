@@ -1,17 +1,12 @@
-"""Values of a family table's `[model]` section, evaluated with a config.
-
-A value is a constant (a number, true, false), or alternatives `a | b | …`, the first of which that is not null counts:
-a number, `true`, `false`, `=word` (that word), a key of config.json, a quotient or product `a / b`, `a * b`, or a
-condition `!key`, `key == other`, `key != other`. `a if key` counts only where that key is true. A list of conditions is
-true if one of them is.
-"""
+"""Values of a family table's `[model]` section, answered by one config.json and checked to be legal."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from reshard.errors import ReshardError
 from reshard.tables.config import Config
-from reshard.tables.facts import FACTS, Fact
+from reshard.tables.expression import shown, within
+from reshard.tables.facts import FACTS, Fact, Range, legal
 
 
 class Facts:
@@ -27,48 +22,78 @@ class Facts:
         return self.known[fact].default if default is None else default
 
     def value(self, fact: str, default: Any = None) -> Any:
+        """What that comes to, whatever it is."""
         given = self.given(fact, default)
         if isinstance(given, list):
-            return any(self._first(text) for text in given)
-        return self._first(given) if isinstance(given, str) else given
+            return any(self.config.value(text) for text in given)
+        words = self.known[fact].legal if self.known[fact].kind == "name" else None
+        return self.config.value(given) if isinstance(given, str) and given not in (words or ()) else given
 
-    def _first(self, text: str) -> Any:
-        for word in map(str.strip, text.split("|")):
-            found = self._one(word)
-            if found is not None:
-                return found
-        return None
-
-    def _one(self, word: str) -> Any:
-        if word in ("true", "false"):
-            return word == "true"
-        if " if " in word:
-            value, _, key = word.partition(" if ")
-            return self._one(value) if self.config.says(key) else None
-        if word.startswith("="):
-            return word[1:]
-        if word.startswith("!") or " == " in word or " != " in word:
-            return self.config.says(word)
-        for sign in (" / ", " * "):
-            if sign in word:
-                one, other = (self._one(part.strip()) for part in word.split(sign))
-                return None if one is None or other is None else one / other if sign == " / " else one * other
-        try:
-            return float(word)
-        except ValueError:
-            return self.config.get(word)
-
-    def number(self, fact: str, default: Any = None) -> float:
+    def legal(self, fact: str, default: Any = None) -> Any:
+        """The same, if the fact may come to it. Raises ReshardError."""
         found = self.value(fact, default)
         if isinstance(found, list) and found and all(one == found[0] for one in found):
             found = found[0]  # one per layer, all equal
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ReshardError(f"config.json: {self.given(fact, default)} is {found!r}; {fact} needs a number")
-        return float(found)
+        with within(f"config.json: {fact} ({self.given(fact, default)})"):
+            return legal(self.known[fact], found)
+
+    def number(self, fact: str, default: Any = None) -> float:
+        return float(self.legal(fact, default))
 
     def optional(self, fact: str) -> float | None:
         """A number, or None where nothing says it."""
         return None if self.value(fact) is None else self.number(fact)
 
+    def count(self, fact: str) -> int:
+        return int(self.legal(fact))
+
     def true(self, fact: str) -> bool:
         return bool(self.value(fact))
+
+
+class Section:
+    """Numbers in an object of config.json, such as `rope_scaling`; `where`: its key."""
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> "Section":
+        """Raises ReshardError for what is neither an object nor null."""
+        if value is not None and not isinstance(value, dict):
+            raise ReshardError(f"config.json: {where} is {shown(value)}, an object is needed")
+        return cls(value or {}, where)
+
+    def number(self, key: str, legal: Range) -> float | None:
+        """None where it is missing, null or zero."""
+        found = self.data.get(key)
+        return None if found is None or found is False else _checked(found, legal, f"{self.where}.{key}") or None
+
+    def numbers(self, key: str, legal: Range) -> tuple[float, ...]:
+        """A list of them. Raises ReshardError for anything else."""
+        found = self.data.get(key)
+        if not isinstance(found, list):
+            raise ReshardError(f"config.json: {self.where}.{key} is {shown(found)}, a list of numbers is needed")
+        return tuple(_checked(each, legal, f"{self.where}.{key}[{at}]") for at, each in enumerate(found))
+
+    def needed(self, key: str, legal: Range) -> float:
+        found = self.number(key, legal)
+        if found is None:
+            raise ReshardError(
+                f"config.json: {self.where}.{key} is {shown(self.data.get(key))}, {legal.words} is needed"
+            )
+        return found
+
+
+def first_number(config: Config, keys: tuple[str, ...], legal: Range) -> float | None:
+    """The first of these keys that config.json says, neither null nor zero."""
+    for key in keys:
+        if (found := Section({key: config.get(key)}, "").number(key, legal)) is not None:
+            return found
+    return None
+
+
+def _checked(value: Any, legal: Range, where: str) -> float:
+    if value not in legal:
+        raise ReshardError(f"config.json: {where.lstrip('.')} is {shown(value)}, {legal.words} is needed")
+    return float(value)
