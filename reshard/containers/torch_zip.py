@@ -16,19 +16,19 @@ Knows nothing about models, layouts or the Hub.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
 
 from ..errors import ReshardError
-from .safetensors import Entry
+from ..text.escapes import clip
+from .dtypes import BY_TORCH
+from .entry import Entry, Header
+from .impostors import guess
+from .reading import AGAIN, Pread, exactly
 from .torch_values import (
-    AGAIN,
-    DTYPES,
     I63,
-    IMPOSTORS,
     MAGIC,
     MOST_DIRECTORY,
     MOST_PICKLE,
@@ -36,16 +36,14 @@ from .torch_values import (
     RESAVE,
     WRAPPERS,
     Odd,
-    Pread,
     Storage,
     Tensor,
-    clip,
     kind,
 )
-from .unpickle import Machine, exactly
+from .unpickle import Machine
 
 
-def read(pread: Pread, size: int, where: str) -> dict[str, Entry]:
+def read(pread: Pread, size: int, where: str) -> Header:
     """The tensors of a file of `size` bytes that messages call `where`, in the order of its state dict.
 
     A state dict maps names to tensors; other values are ignored. Where training scripts wrap it, one of `state_dict`, `model`, `module`
@@ -54,13 +52,12 @@ def read(pread: Pread, size: int, where: str) -> dict[str, Entry]:
     """
     head = exactly(pread, min(size, 512), 0, where)
     if head.startswith(b"PK"):
-        return _Zip(pread, size, where).read()
+        return Header(_Zip(pread, size, where).read(), {}, 0)
     if head[257:262] == b"ustar":
         raise ReshardError(f"{where}: a tar archive, as the first versions of torch wrote; this format is not read", RESAVE)
     if not head:
         raise ReshardError(f"{where}: the file holds 0 bytes; a file of torch.save has at least 100", AGAIN)
-    hint = next((hint for start, hint in IMPOSTORS if re.match(start, head, re.DOTALL)), AGAIN)
-    return _legacy(pread, size, where, hint)
+    return Header(_legacy(pread, size, where, guess(head, "torch", AGAIN)), {}, 0)
 
 
 def _legacy(pread: Pread, size: int, where: str, hint: str) -> dict[str, Entry]:
@@ -83,7 +80,7 @@ def _legacy(pread: Pread, size: int, where: str, hint: str) -> dict[str, Entry]:
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
         count = int.from_bytes(exactly(pread, 8, at, where), "little", signed=True)
-        whole, item = storages[key].whole, DTYPES[storages[key].dtype][1]
+        whole, item = storages[key].whole, BY_TORCH[storages[key].dtype].itemsize
         if count * item != whole:
             message = f"{where}: storage {clip(key)} at byte {at} has {count} elements, the pickle says {whole // item}"
             raise ReshardError(message, AGAIN)
@@ -327,7 +324,8 @@ class _Unfit(ValueError):
 
 def _entry(tensor: Tensor, place: Callable[[str], tuple[int, int] | None], shared: dict[tuple[int, ...], tuple[int, ...]]) -> Entry:
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
-    kind, item = DTYPES[tensor.dtype]
+    dtype = BY_TORCH[tensor.dtype]
+    kind, item = dtype.name, dtype.itemsize
     if kind is None:
         raise _Unfit(f"has the dtype {tensor.dtype}, which safetensors does not have")
     found = place(storage.key)
@@ -346,10 +344,10 @@ def _entry(tensor: Tensor, place: Callable[[str], tuple[int, int] | None], share
             raise ValueError(f"needs {(last + 1) * item} bytes of storage {clip(storage.key)}, which has {storage.nbytes}")
         begin += tensor.offset * item
     rows = _row_major(shape, strides)
-    if kind == "F4":
+    if dtype.together > 1:
         if not shape or not rows:
-            raise _Unfit(f"has two numbers to a byte ({tensor.dtype}), and does not lie row by row")
-        shape = (*shape[:-1], shape[-1] * 2)
+            raise _Unfit(f"has {dtype.together} numbers to a byte ({tensor.dtype}), and does not lie row by row")
+        shape = (*shape[:-1], shape[-1] * dtype.together)
     return Entry(kind, shared.setdefault(shape, shape), begin, nbytes, None if rows else shared.setdefault(strides, strides))
 
 

@@ -11,10 +11,11 @@ from struct import Struct
 from typing import Any
 
 from ..errors import ReshardError
+from ..text.escapes import clip
+from .dtypes import BY_TORCH
+from .reading import AGAIN, Pread, exactly
 from .torch_values import (
-    AGAIN,
     CODE,
-    DTYPES,
     GLOBALS,
     I63,
     MOST_INTEGER,
@@ -24,11 +25,9 @@ from .torch_values import (
     RESAVE,
     Global,
     Odd,
-    Pread,
     Storage,
     Tensor,
     call,
-    clip,
     fill,
     kind,
 )
@@ -275,7 +274,7 @@ class Machine:
             raise ValueError(f"a storage of the class {kind(cls)}")
         if type(key) is not str or type(count) is not int or not 0 <= count <= I63:
             raise ValueError(f"storage {kind(key)} has {kind(count)} elements")
-        item = DTYPES[dtype[0]][1]
+        item = BY_TORCH[dtype[0]].itemsize
         storage = Storage(dtype[0], key, 0, count * item, count * item)
         self.storages.setdefault(key, storage)
         if not window or window[0] is None:
@@ -294,11 +293,3 @@ def _decoded(data: bytes, text: bool) -> str | bytes:
         return data.decode() if text else data
     except UnicodeDecodeError:
         return data
-
-
-def exactly(pread: Pread, count: int, offset: int, where: str) -> bytes:
-    data = pread(count, offset)
-    if len(data) < count:
-        message = f"{where}: truncated: the file ends at byte {offset + len(data)}, bytes up to {offset + count} were expected"
-        raise ReshardError(message, AGAIN)
-    return data
