@@ -1,4 +1,4 @@
-"""Dtypes: one row for each that a file may name, with all that is known of it. To add one is to add a row; nothing else lists them.
+"""Dtypes: one row for each that a file may name, with all that is known of it. Nothing else lists them.
 
 Imports neither numpy nor torch, only says what they call a dtype. Knows nothing about files.
 """
@@ -19,10 +19,10 @@ class Floating(NamedTuple):
 
 
 class Dtype(NamedTuple):
-    """`name`: as safetensors spells it, None where it has none. `bits` of an element. `torch`: its name there and in config.json.
+    """`name`: as safetensors spells it, if it has one. `bits` of an element. `torch`: there and in config.json.
 
-    `storage`: its storage class in files of torch.save (torch.FloatStorage), which newer dtypes lack. `code`: its character in numpy
-    and struct. `together`: so many elements count as one in torch.
+    `storage`: its storage class in files of torch.save (torch.FloatStorage), which newer dtypes lack. `code`: its
+    character in numpy and struct. `together`: so many elements count as one in torch.
     """
 
     name: str | None
@@ -44,10 +44,10 @@ class Dtype(NamedTuple):
         return self.bits * self.together // 8
 
 
-# Those of safetensors stand in the library's order of rising alignment, which is also its order of falling place in a file. Sources:
-# `enum Dtype` and `bitsize` in safetensors/src/tensor.rs; torch.storage._new_dtypes and _dtype_to_storage_type_map,
-# safetensors.torch._TYPES; OCP 8-bit floating point specification 1.0 (E4M3, E5M2) and OCP microscaling formats 1.0 (F4, F6, E8M0);
-# FNUZ types have one NaN, at the code of -0. Tests ask both libraries.
+# Those of safetensors stand in the library's order of rising alignment, which is also its order of falling place in a
+# file. Sources: `enum Dtype` and `bitsize` in safetensors/src/tensor.rs; torch.storage._new_dtypes and
+# _dtype_to_storage_type_map, safetensors.torch._TYPES; OCP 8-bit floating point specification 1.0 (E4M3, E5M2) and OCP
+# microscaling formats 1.0 (F4, F6, E8M0); FNUZ types have one NaN, at the code of -0. Tests ask both libraries.
 ROWS = (
     Dtype("BOOL", 8, "bool", "Bool", "?"),
     Dtype("F4", 4, "float4_e2m1fn_x2", None, None, Floating(2, 1, 1, ()), together=2),
@@ -89,8 +89,9 @@ DTYPES: dict[str, Dtype] = {row.name: row for row in ROWS if row.name}
 BY_TORCH: dict[str, Dtype] = {row.torch: row for row in ROWS if row.torch}
 BITS: dict[str, int] = {name: row.bits for name, row in DTYPES.items()}
 
-CONSTANTS = tuple(name for name, row in DTYPES.items() if row.wide and row.bits >= 32)  # of the scalars that a format table may write
-COMPUTED = tuple(str(row.torch) for row in reversed(ROWS) if row.wide and row.bits <= 32)  # a generation may be asked to compute in
+# Of the scalars that a format table may write; and what a generation may be asked to compute in, as torch spells it.
+CONSTANTS = tuple(name for name, row in DTYPES.items() if row.wide and row.bits >= 32)
+COMPUTED = tuple(str(row.torch) for row in reversed(ROWS) if row.wide and row.bits <= 32)
 
 
 def wide(name: str) -> bool:

@@ -9,17 +9,17 @@ from .dtypes import BITS
 
 
 class Entry(NamedTuple):
-    """Where one stored tensor lies. `offset` and `nbytes` in bytes, `offset` from the start of its file; `strides` in elements."""
+    """Where one stored tensor lies. `offset` in its file and `nbytes` in bytes, `strides` in elements."""
 
     dtype: str  # safetensors' spelling
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    strides: tuple[int, ...] | None = None  # None means row-major, as safetensors always is; tensors of .bin files may be strided
+    strides: tuple[int, ...] | None = None  # None: row-major, as safetensors always is; in .bin files they may differ
 
 
 class Header(NamedTuple):
-    """What one file holds: its tensors in the header's order, its free-text metadata, and the byte at which data starts."""
+    """What one file holds: its tensors in its own order, its free-text metadata, and the byte at which data starts."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]

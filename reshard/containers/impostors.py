@@ -11,7 +11,11 @@ _OTHER = "save its tensors as safetensors"
 
 # The container it is of, if it is one that is read; how it begins; a remedy.
 _ROWS: tuple[tuple[str, bytes, str], ...] = (
-    ("", rb"version ", "this seems to be a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file"),
+    (
+        "",
+        rb"version ",
+        "this seems to be a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file",
+    ),
     ("torch", rb"PK\x03\x04", f"this is a zip archive, as torch.save writes: {_RENAME}"),
     ("torch", rb"\x80\x02", f"this is a Python pickle, as old versions of torch.save wrote: {_RENAME}"),
     ("safetensors", rb".{8}\{", "this seems to be a safetensors file: give it the name .safetensors"),
@@ -20,13 +24,17 @@ _ROWS: tuple[tuple[str, bytes, str], ...] = (
     ("", rb"\x89HDF", f"this is an HDF5 file, which is not read here: {_OTHER}"),
     ("", rb"\x1f\x8b", "this is gzip-compressed: unpack it first"),
     ("", rb"\0{8}", "the file begins with zeros, as a download that was never finished does: download it again"),
-    ("", rb"(\xef\xbb\xbf)?\s*<[\x20-\x7e]", f"this is an HTML or XML page, such as a server's error or login page: {_LOOK}"),
+    (
+        "",
+        rb"(\xef\xbb\xbf)?\s*<[\x20-\x7e]",
+        f"this is an HTML or XML page, such as a server's error or login page: {_LOOK}",
+    ),
 )
 _TEXT = re.compile(rb"[\t\r\n\x20-\x7e\xef\xbb\xbf]+")
 
 
 def guess(head: bytes, container: str, otherwise: str, least: int = 1) -> str:
-    """A hint from a file's first bytes, 8 at least unless it is shorter; `otherwise` if they do not tell. It is not of `container`.
+    """A hint from the first 8 bytes or more of a file that is not of `container`; `otherwise` if they do not tell.
 
     Magic numbers of fewer than `least` bytes are not asked for: they may as well be the low bytes of a length.
     """

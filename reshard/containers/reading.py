@@ -23,7 +23,9 @@ def of_descriptor(fd: int, where: str) -> Pread:
             try:
                 part = os.pread(fd, count - got, offset + got)
             except OSError as error:
-                raise PlaceError(f"{where}: reading {count} bytes at offset {offset} failed: {error.strerror}") from error
+                raise PlaceError(
+                    f"{where}: reading {count} bytes at offset {offset} failed: {error.strerror}"
+                ) from error
             if not part:
                 break
             parts.append(part)
@@ -38,5 +40,7 @@ def exactly(pread: Pread, count: int, offset: int, where: str) -> bytes:
     data = pread(count, offset)
     if len(data) < count:
         hint = "something changed the file while it was read: try again when it is complete"
-        raise PlaceError(f"{where}: the file ends at byte {offset + len(data)}; bytes up to {offset + count} were expected", hint)
+        raise PlaceError(
+            f"{where}: the file ends at byte {offset + len(data)}; bytes up to {offset + count} were expected", hint
+        )
     return data

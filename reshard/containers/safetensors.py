@@ -1,11 +1,12 @@
 """The safetensors header: which tensors a file holds, and where each of them lies. Never reads or writes tensor data.
 
     8 bytes   N, little-endian
-    N bytes   JSON   {"__metadata__": {text: text}, name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+    N bytes   JSON   {"__metadata__": {text: text}, name: {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}, ...}
     the rest  data   offsets count from here; tensors lie one after another, without holes, to the end of the file
 
-A header is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests compare the two. The library reads
-with serde_json, which differs from Python's `json`: see `serde` and `_fields`. Knows nothing about models, layouts or the Hub.
+A header is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests compare the two.
+The library reads with serde_json, which differs from Python's `json`: see `serde` and `_fields`. Knows nothing about
+models, layouts or the Hub.
 """
 
 import json
@@ -26,7 +27,9 @@ MAX_LENGTH = 100_000_000  # bytes of JSON; MAX_HEADER_SIZE in the library
 _RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 _NAMES = {dtype: dtype for dtype in BITS}  # so that 100,000 tensors share one string
 
-_WRITER = "the file is damaged, or its writer is at fault: download it again, or write it again with the safetensors library"
+_WRITER = (
+    "the file is damaged, or its writer is at fault: download it again, or write it again with the safetensors library"
+)
 
 
 def read(pread: Pread, size: int, where: str) -> Header:
@@ -44,13 +47,20 @@ def length(word: bytes, file_size: int, where: str) -> int:
     Raises ReshardError if N is over MAX_LENGTH, or more than a file of `file_size` bytes can hold.
     """
     if len(word) < 8:
-        raise ReshardError(f"{where}: the file holds {file_size} bytes; a safetensors file has at least 10", _guess(word, AGAIN))
+        raise ReshardError(
+            f"{where}: the file holds {file_size} bytes; a safetensors file has at least 10", _guess(word, AGAIN)
+        )
     n = int.from_bytes(word[:8], "little")
     if n > MAX_LENGTH:
-        message = f"{where}: not a safetensors file: its first 8 bytes announce a header of {n} bytes; at most {MAX_LENGTH} are allowed"
-        raise ReshardError(message, _guess(word, "this is no safetensors file, or its first bytes are damaged: download it again"))
+        words = f"its first 8 bytes announce a header of {n} bytes; at most {MAX_LENGTH} are allowed"
+        message = f"{where}: not a safetensors file: {words}"
+        raise ReshardError(
+            message, _guess(word, "this is no safetensors file, or its first bytes are damaged: download it again")
+        )
     if n + 8 > file_size:
-        message = f"{where}: truncated inside the header: the file holds {file_size} bytes, the header alone takes {n + 8}"
+        message = (
+            f"{where}: truncated inside the header: the file holds {file_size} bytes, the header alone takes {n + 8}"
+        )
         raise ReshardError(message, _guess(word, AGAIN))
     return n
 
@@ -58,14 +68,15 @@ def length(word: bytes, file_size: int, where: str) -> int:
 def parse(raw: bytes, file_size: int, where: str) -> Header:
     """Read the JSON bytes `raw` that follow the length word, in a file of `file_size` bytes that messages call `where`.
 
-    Raises ReshardError, naming the tensor, unless the JSON is of the right form and its tensors fill the rest of the file without a hole.
+    Raises ReshardError, naming the tensor, unless the JSON is of the right form and its tensors fill the rest of the
+    file without a hole.
     """
     data_start = 8 + len(raw)
     # Tensors of one shape share one tuple: a checkpoint has 100,000 tensors but a dozen shapes.
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def entry(dtype: Any, shape: Any, span: Any) -> Entry:
-        """One tensor, its values checked each for itself; how they fit is checked once it is known which of two equal names counts."""
+        """One tensor, each value checked for itself; whether they fit once it is known which of equal names counts."""
         if type(dtype) is not str:
             dtype = _dtype(dtype)
         kind = _NAMES.get(dtype)
@@ -91,7 +102,7 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
         return Entry(kind, known, data_start + begin, end - begin)
 
     def node(pairs: list[tuple[str, Any]]) -> Entry | tuple[tuple[str, Any], ...]:
-        """An object of the JSON: its pairs, or an Entry at once if it is spelled as every writer does; that saves most of the memory."""
+        """An object of the JSON: its pairs, or, to save memory, an Entry at once if spelled as every writer does."""
         if len(pairs) == 3:
             (first, dtype), (second, shape), (third, span) = pairs
             if first == "dtype" and second == "shape" and third == "data_offsets":
@@ -127,14 +138,21 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
     return Header(entries, metadata or {}, data_start)
 
 
-def build(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None, align: int = 8) -> tuple[bytes, Header]:
-    """The 8 + N bytes of a header for tensors (name, dtype, shape) that lie one after another in the order given, and what it says.
+def build(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None, align: int = 8
+) -> tuple[bytes, Header]:
+    """The 8 + N bytes of a header for tensors (name, dtype, shape) that lie in the order given, and what it says.
 
-    The JSON is compact, metadata first, padded with spaces so that data starts at a multiple of `align` bytes. With align = 8, in
-    `library_order`, these are the bytes that the safetensors library writes. Raises ReshardError for what no safetensors file can hold.
+    The JSON is compact, metadata first, padded with spaces so that data starts at a multiple of `align` bytes. With
+    align = 8, in `library_order`, these are the bytes that the safetensors library writes. Raises ReshardError for what
+    no safetensors file can hold.
     """
     text = json.JSONEncoder(ensure_ascii=False).encode  # escapes exactly as serde_json does
-    parts = [] if metadata is None else [f'"__metadata__":{{{",".join(f"{text(key)}:{text(value)}" for key, value in metadata.items())}}}']
+    parts = (
+        []
+        if metadata is None
+        else [f'"__metadata__":{{{",".join(f"{text(key)}:{text(value)}" for key, value in metadata.items())}}}']
+    )
     placed: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     begin = 0
     for name, dtype, shape in tensors:
@@ -154,18 +172,24 @@ def build(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping
         raw = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError as error:
         bad = error.object[error.start : error.start + 1]
-        raise ReshardError(f"a name or metadata cannot be stored as safetensors: {bad!a} is not valid Unicode") from None
+        raise ReshardError(
+            f"a name or metadata cannot be stored as safetensors: {bad!a} is not valid Unicode"
+        ) from None
     raw += b" " * (-(8 + len(raw)) % align)
     if len(raw) > MAX_LENGTH:
         hint = "write fewer tensors to a file: fuse them, or use more ranks"
-        raise ReshardError(f"the header of {len(placed)} tensors takes {len(raw)} bytes; safetensors allows {MAX_LENGTH}", hint)
+        raise ReshardError(
+            f"the header of {len(placed)} tensors takes {len(raw)} bytes; safetensors allows {MAX_LENGTH}", hint
+        )
     data_start = 8 + len(raw)
-    entries = {name: Entry(dtype, shape, data_start + begin, size) for name, (dtype, shape, begin, size) in placed.items()}
+    entries = {
+        name: Entry(dtype, shape, data_start + begin, size) for name, (dtype, shape, begin, size) in placed.items()
+    }
     return len(raw).to_bytes(8, "little") + raw, Header(entries, dict(metadata or {}), data_start)
 
 
 def library_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Tensors (name, dtype, shape) as the safetensors library lays them: by falling place in BITS, then by name, as code points.
+    """Tensors (name, dtype, shape) as the library lays them: by falling place in BITS, then by name, as code points.
 
     Not by bits alone: F64 stands before C64, and F4 between the 6-bit types and BOOL. Every dtype must be one of BITS.
     """
@@ -182,7 +206,8 @@ def _dtype(value: Any) -> Any:
 def _fields(value: Any) -> tuple[Any, Any, Any]:
     """dtype, shape and data_offsets of a tensor that is not spelled in the usual way; ValueError if it is none.
 
-    serde takes a struct's fields in any order, each once, between others that it ignores even if doubled, or as a plain list of the three.
+    serde takes a struct's fields in any order, each once, between others that it ignores even if doubled, or as a plain
+    list of the three.
     """
     if type(value) is list:
         if len(value) != 3:
@@ -217,7 +242,7 @@ def _metadata(value: Any) -> dict[str, str]:
 
 
 def _check_filled(entries: dict[str, Entry], data_start: int, file_size: int, where: str) -> None:
-    """ReshardError unless each tensor has the bytes that its shape needs, and all of them fill the file from `data_start` to its end."""
+    """ReshardError unless each tensor has the bytes that its shape needs, and all fill the file from `data_start`."""
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # a dozen, see `parse`
     position = data_start
     previous = ""
@@ -232,7 +257,9 @@ def _check_filled(entries: dict[str, Entry], data_start: int, file_size: int, wh
             if size is None:
                 size = sizes[key] = _nbytes(*key)
             if entry.nbytes != size:
-                raise ValueError(f"{entry.dtype} {list(entry.shape)} takes {size} bytes, but its offsets give it {entry.nbytes}")
+                raise ValueError(
+                    f"{entry.dtype} {list(entry.shape)} takes {size} bytes, but its offsets give it {entry.nbytes}"
+                )
             position += size
             previous = name
     except ValueError as error:
@@ -248,7 +275,7 @@ def _place(item: tuple[str, Entry]) -> tuple[int, int]:
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a row-major tensor. ValueError where the library's 64-bit arithmetic overflows, or a sub-byte type leaves part of a byte."""
+    """Bytes of a row-major tensor. ValueError where the library's 64-bit arithmetic overflows, or a byte is left."""
     elements = 1
     for size in shape:  # one by one: [2**40, 2**40, 0] overflows on the way, [0, 2**40, 2**40] does not
         if size < 0:
@@ -265,5 +292,5 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _guess(word: bytes, otherwise: str) -> str:
-    """What the file probably is, from its first 8 bytes. Where they may be a length, a magic number of a few bytes is no sign."""
+    """What the file probably is. Where its first 8 bytes may be a length, a magic number of a few bytes is no sign."""
     return guess(word, "safetensors", otherwise, 4 if int.from_bytes(word, "little") <= MAX_LENGTH else 1)

@@ -1,4 +1,4 @@
-"""JSON as serde_json reads it, which the safetensors library uses: what it accepts and Python's `json` does not, and the reverse.
+"""JSON as serde_json reads it, which the safetensors library uses, where Python's `json` accepts something else.
 
 Knows nothing about tensors.
 """
@@ -17,8 +17,8 @@ _DEPTH = 125  # serde_json stops at 128 levels; an ignored value begins at the t
 def loads(raw: bytes, node: Any) -> Any:
     """The JSON as serde_json reads it, with `node` called on each object's pairs. Raises ValueError with a reason.
 
-    Where Python's json is laxer: NaN and Infinity, half surrogate pairs, numbers that no double can hold, -0 as an integer.
-    Both refuse a byte-order mark, trailing bytes, control characters in strings, leading zeros.
+    Where Python's json is laxer: NaN and Infinity, half surrogate pairs, numbers that no double can hold, -0 as an
+    integer. Both refuse a byte-order mark, trailing bytes, control characters in strings, leading zeros.
     """
     text = raw.decode()  # UnicodeDecodeError is a ValueError
     if "\\u" in text:
@@ -26,7 +26,8 @@ def loads(raw: bytes, node: Any) -> Any:
         lone = next((match for match in _LONE.finditer(text) if match["lone"]), None)
         if lone is not None:
             raise ValueError(f"half a surrogate pair, {lone['lone']}, at character {lone.start()}")
-    # To serde_json -0 is a float, so it is no size. A hook costs time, hence only where the text occurs (it may be part of a name).
+    # To serde_json -0 is a float, so it is no size. A hook costs time, hence only where the text occurs (it may be part
+    # of a name).
     integer = _integer if "-0" in text else None
     try:
         return json.loads(text, object_pairs_hook=node, parse_float=_float, parse_int=integer, parse_constant=_constant)
@@ -34,7 +35,9 @@ def loads(raw: bytes, node: Any) -> Any:
         raise ValueError("the JSON is nested too deeply") from None
 
 
-_LONE = re.compile(r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})")
+_LONE = re.compile(
+    r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
 _DECIMAL = re.compile(r"-?([0-9]+)(?:\.([0-9]+))?(?:[eE]([-+]?)0*([0-9]*))?")
 
 
@@ -47,10 +50,10 @@ def _integer(literal: str) -> int | float:
 
 
 def _float(literal: str) -> float:
-    """A number that is not an integer. No valid place in a header takes one, but an ignored value may be one, unless it is out of range.
+    """A number that is not an integer. Only an ignored value may be one, unless it is out of range.
 
-    serde_json reckons the range in its own way (`f64_from_parts`): it drops the digits that a u64 cannot hold, then multiplies by a power
-    of ten, so that 1.7976931348623158e308, which rounds to the largest double, is out of range.
+    serde_json reckons the range in its own way (`f64_from_parts`): it drops the digits that a u64 cannot hold, then
+    multiplies by a power of ten, so that 1.7976931348623158e308, which rounds to the largest double, is out of range.
     """
     match = _DECIMAL.fullmatch(literal)
     whole, fraction, sign, exponent = match.groups() if match else ("0", None, None, None)
@@ -74,7 +77,7 @@ def _float(literal: str) -> float:
 
 
 def check_ignored(key: str, value: Any) -> None:
-    """Even what serde_json ignores must not be nested too deeply, nor hold a number out of range (floats were checked when read)."""
+    """Even what is ignored must not be nested too deeply, nor hold a number out of range (floats are checked)."""
     level, depth = [value], 0
     while level:
         below: list[Any] = []
@@ -98,7 +101,7 @@ def check_ignored(key: str, value: Any) -> None:
 
 
 def show(value: Any) -> str:
-    """A value of the JSON, for a message: short whatever it is. An object is a tuple of pairs, or what `node` made of it."""
+    """A value of the JSON, for a message: short whatever it is."""
     if type(value) is list:
         return f"a list of {len(value)}"
     if isinstance(value, tuple):

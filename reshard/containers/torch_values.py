@@ -10,8 +10,8 @@ from typing import Any
 from ..text.escapes import clip
 from .dtypes import BY_TORCH
 
-# Limits that no published checkpoint comes near, so that a hostile file costs less than a minute and a few hundred MiB. A tensor takes
-# about 150 bytes of pickle, 40 steps, and 100 bytes of zip directory.
+# Limits that no published checkpoint comes near, so that a hostile file costs less than a minute and a few hundred MiB.
+# A tensor takes about 150 bytes of pickle, 40 steps, and 100 bytes of zip directory.
 MOST_PICKLE = 32 << 20  # bytes
 MOST_STEPS = 5_000_000  # opcodes, and items of what functions are given
 MOST_DIRECTORY = 32 << 20  # bytes
@@ -26,8 +26,8 @@ WRAPPERS = ("state_dict", "model", "module")  # keys under which training script
 
 RESAVE = "load it with torch in a place that you trust, and save its tensors with safetensors.torch.save_file"
 CODE = (
-    "a pickle may run any program on the machine that loads it, so reshard reads only tensors in dicts; this file holds other objects, or "
-    f"is an attack: {RESAVE}, or ask for safetensors"
+    "a pickle may run any program on the machine that loads it, so reshard reads only tensors in dicts; "
+    f"this file holds other objects, or is an attack: {RESAVE}, or ask for safetensors"
 )
 
 
@@ -71,7 +71,7 @@ _INERT = Global("an object without content")  # devices, layouts
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> Tensor:
-    """What torch._utils._rebuild_tensor makes. ValueError for what no writer makes; whether it fits its storage is asked later."""
+    """What torch._utils._rebuild_tensor makes. ValueError for what no writer makes; it may not fit its storage yet."""
     if type(storage) is not Storage:
         raise ValueError(f"a tensor on {kind(storage)}, not a storage")
     for what, sizes in (("offset", (offset,)), ("shape", shape), ("strides", strides)):
@@ -85,11 +85,15 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | No
     return Tensor(storage, offset, shape, strides, dtype or storage.dtype)
 
 
-def _tensor_v2(storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, flags: Any = None) -> Tensor | Odd:
+def _tensor_v2(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, flags: Any = None
+) -> Tensor | Odd:
     return _flagged(_tensor(storage, offset, shape, strides), flags)
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, _g: Any, _h: Any, dtype: Any, flags: Any = None) -> Tensor | Odd:
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _g: Any, _h: Any, dtype: Any, flags: Any = None
+) -> Tensor | Odd:
     name = GLOBALS.get(dtype.name) if type(dtype) is Global else None
     if type(name) is not str:
         raise ValueError(f"the dtype of a tensor is {kind(dtype)}")
@@ -150,8 +154,8 @@ def _odd(what: str) -> Callable[..., Odd]:
     return lambda *_args: Odd(what)
 
 
-# Everything that a pickle may name: a storage class (its dtype, in a tuple), a dtype (its name), a tensor class, or what stands for a
-# function. The functions above are all that is ever called, and they only sort values.
+# Everything that a pickle may name: a storage class (its dtype, in a tuple), a dtype (its name), a tensor class, or
+# what stands for a function. The functions above are all that is ever called, and they only sort values.
 _CLASS = object()
 _STORAGES = [(row.storage, name) for name, row in BY_TORCH.items() if row.storage] + [("Untyped", "uint8")]
 GLOBALS: dict[str, object] = {
@@ -159,7 +163,10 @@ GLOBALS: dict[str, object] = {
     **{f"torch.storage.{kind}": ("uint8",) for kind in ("UntypedStorage", "_UntypedStorage")},
     **{f"torch.{dtype}": dtype for dtype in BY_TORCH},
     **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"), _CLASS),
-    **{f"torch.{name}": _INERT for name in ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")},
+    **{
+        f"torch.{name}": _INERT
+        for name in ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+    },
     "collections.OrderedDict": _ordered,
     "torch.Size": _size,
     "torch.device": _inert,
@@ -192,7 +199,7 @@ def call(function: Any, args: Any) -> Any:
 
 
 def fill(target: Any, items: list[Any]) -> None:
-    """Put keys and values into a dict. Only keys whose hash is quick and cannot be made to collide: no tuples, floats, long integers."""
+    """Put keys and values in a dict. Hashes of tuples, floats and long integers are slow or can be made to collide."""
     if type(target) is not dict or len(items) % 2:
         raise ValueError(f"puts {len(items)} keys and values into {kind(target)}")
     for at in range(0, len(items), 2):

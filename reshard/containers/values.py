@@ -17,7 +17,7 @@ def floating(dtype: str) -> bool:
 
 
 def decode(dtype: str, data: "bytes | bytearray | memoryview | Array") -> Array | None:
-    """The values of little-endian elements, one after another: float64 for floating dtypes; None for elements smaller than a byte."""
+    """The values of little-endian elements: float64 for floating dtypes; None for elements smaller than a byte."""
     row = DTYPES[dtype]
     found: Array
     if row.code:
@@ -26,7 +26,9 @@ def decode(dtype: str, data: "bytes | bytearray | memoryview | Array") -> Array 
         return None
     elif row.floating.nans is None:  # as in IEEE 754: the upper bits of a longer number with the same exponent
         longer = next(
-            other for other in DTYPES.values() if other.code and other.floating and other.floating.exponent == row.floating.exponent
+            other
+            for other in DTYPES.values()
+            if other.code and other.floating and other.floating.exponent == row.floating.exponent
         )
         bits = np.frombuffer(data, f"<u{row.bits // 8}").astype(f"<u{longer.bits // 8}") << (longer.bits - row.bits)
         found = bits.view(f"<{longer.code}")
@@ -45,7 +47,9 @@ def _codes(dtype: str) -> Array:
     codes: Array = np.arange(1 << row.bits)
     exponent, fraction = codes >> mantissa & (1 << wide) - 1, (codes & (1 << mantissa) - 1) / (1 << mantissa)
     normal = (1 + fraction) * np.exp2(exponent - float(bias))
-    worth: Array = np.where(exponent > 0, normal, fraction * np.exp2(1.0 - bias)) if mantissa else normal  # else no subnormal numbers
+    worth: Array = (
+        np.where(exponent > 0, normal, fraction * np.exp2(1.0 - bias)) if mantissa else normal
+    )  # else no subnormal numbers
     if wide + mantissa < row.bits:
         worth = np.where(codes >> row.bits - 1, -worth, worth)
     worth[list(nans or ())] = np.nan
