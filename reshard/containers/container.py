@@ -13,6 +13,7 @@ from ..errors import ReshardError
 from . import safetensors
 from .entry import Header
 from .reading import Pread
+from .safetensors import build, library_order
 
 Stored = tuple[str, str, tuple[int, ...]]  # name, dtype as safetensors spells it, shape
 
@@ -75,12 +76,7 @@ def _torch(pread: Pread, size: int, where: str) -> Header:
 # In the order in which transformers looks for them.
 CONTAINERS = (
     Container(
-        "safetensors",
-        (".safetensors",),
-        "model.safetensors",
-        safetensors.read,
-        safetensors.build,
-        safetensors.library_order,
+        "safetensors", (".safetensors",), "model.safetensors", safetensors.read, safetensors.build, library_order
     ),
     Container("torch", (".bin", ".pt", ".pth"), "pytorch_model.bin", _torch, scattered=True),
 )

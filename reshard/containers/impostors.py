@@ -11,11 +11,7 @@ _OTHER = "save its tensors as safetensors"
 
 # The container it is of, if it is one that is read; how it begins; a remedy.
 _ROWS: tuple[tuple[str, bytes, str], ...] = (
-    (
-        "",
-        rb"version ",
-        "this seems to be a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file",
-    ),
+    ("", rb"version ", "this seems to be a git-lfs pointer: run `git lfs pull`, or download the file itself"),
     ("torch", rb"PK\x03\x04", f"this is a zip archive, as torch.save writes: {_RENAME}"),
     ("torch", rb"\x80\x02", f"this is a Python pickle, as old versions of torch.save wrote: {_RENAME}"),
     ("safetensors", rb".{8}\{", "this seems to be a safetensors file: give it the name .safetensors"),
@@ -24,11 +20,7 @@ _ROWS: tuple[tuple[str, bytes, str], ...] = (
     ("", rb"\x89HDF", f"this is an HDF5 file, which is not read here: {_OTHER}"),
     ("", rb"\x1f\x8b", "this is gzip-compressed: unpack it first"),
     ("", rb"\0{8}", "the file begins with zeros, as a download that was never finished does: download it again"),
-    (
-        "",
-        rb"(\xef\xbb\xbf)?\s*<[\x20-\x7e]",
-        f"this is an HTML or XML page, such as a server's error or login page: {_LOOK}",
-    ),
+    ("", rb"(\xef\xbb\xbf)?\s*<[\x20-\x7e]", f"this is an HTML or XML page, such as a server's error page: {_LOOK}"),
 )
 _TEXT = re.compile(rb"[\t\r\n\x20-\x7e\xef\xbb\xbf]+")
 

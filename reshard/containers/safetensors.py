@@ -148,11 +148,8 @@ def build(
     no safetensors file can hold.
     """
     text = json.JSONEncoder(ensure_ascii=False).encode  # escapes exactly as serde_json does
-    parts = (
-        []
-        if metadata is None
-        else [f'"__metadata__":{{{",".join(f"{text(key)}:{text(value)}" for key, value in metadata.items())}}}']
-    )
+    pairs = ",".join(f"{text(key)}:{text(value)}" for key, value in (metadata or {}).items())
+    parts = [] if metadata is None else [f'"__metadata__":{{{pairs}}}']
     placed: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     begin = 0
     for name, dtype, shape in tensors:

@@ -23,11 +23,8 @@ def state_of(top: Any, where: str) -> dict[str, Tensor | Odd]:
         )
     chosen, inside = top, ""
     if not any(_is_tensor(value) for value in top.values()):
-        found = [
-            key
-            for key in WRAPPERS
-            if type(top.get(key)) is dict and any(_is_tensor(value) for value in top[key].values())
-        ]
+        inner = {key: top[key] for key in WRAPPERS if type(top.get(key)) is dict}
+        found = [key for key, values in inner.items() if any(_is_tensor(value) for value in values.values())]
         if len(found) > 1:
             raise ReshardError(
                 f"{where}: holds {len(found)} state dicts: {', '.join(found)}", f"keep one of them: {RESAVE}"

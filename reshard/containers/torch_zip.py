@@ -26,14 +26,7 @@ from .entry import Entry, Header
 from .impostors import guess
 from .reading import AGAIN, Pread, exactly
 from .state_dict import entries_of, state_of
-from .torch_values import (
-    MAGIC,
-    MOST_DIRECTORY,
-    MOST_PICKLE,
-    PROTOCOL,
-    RESAVE,
-    kind,
-)
+from .torch_values import MAGIC, MOST_DIRECTORY, MOST_PICKLE, PROTOCOL, RESAVE, kind
 from .unpickle import Machine
 
 
@@ -71,11 +64,8 @@ def _legacy(pread: Pread, size: int, where: str, hint: str) -> dict[str, Entry]:
     storages, machine.storages = machine.storages, {}
     keys = machine.load()
     at = machine.stream.tell()
-    if (
-        type(keys) is not list
-        or not all(type(key) is str and key in storages for key in keys)
-        or len(set(keys)) != len(keys)
-    ):
+    known = type(keys) is list and all(type(key) is str and key in storages for key in keys)
+    if not known or len(set(keys)) != len(keys):
         raise ReshardError(f"{where}: the list of storages before byte {at} does not name those of its tensors", AGAIN)
     needed = at + sum(8 + storages[key].whole for key in keys)
     if needed > size:
@@ -176,9 +166,8 @@ class _Zip:
             at = tail.rfind(b"PK\5\6", 0, at)
             if at < 0:
                 raise self._truncated()
-            if len(tail) - at >= _END.size and at + _END.size + int.from_bytes(
-                tail[at + 20 : at + 22], "little"
-            ) == len(tail):
+            comment = int.from_bytes(tail[at + 20 : at + 22], "little")
+            if len(tail) - at >= _END.size and at + _END.size + comment == len(tail):
                 break
         _, disk, first, here, count, length, begin, _ = _END.unpack_from(tail, at)
         end = start + at
@@ -230,11 +219,8 @@ class _Zip:
             return list(values)
         at, wide = 0, b""
         while at + 4 <= len(extra):
-            kind, length = (
-                int.from_bytes(extra[at : at + 2], "little"),
-                int.from_bytes(extra[at + 2 : at + 4], "little"),
-            )
-            if kind == 1:
+            length = int.from_bytes(extra[at + 2 : at + 4], "little")
+            if extra[at : at + 2] == b"\1\0":
                 wide = extra[at + 4 : at + 4 + length]
                 break
             at += 4 + length
