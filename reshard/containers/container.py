@@ -75,9 +75,7 @@ def _torch(pread: Pread, size: int, where: str) -> Header:
 
 # In the order in which transformers looks for them.
 CONTAINERS = (
-    Container(
-        "safetensors", (".safetensors",), "model.safetensors", safetensors.read, safetensors.build, library_order
-    ),
+    Container("safetensors", (".safetensors",), "model.safetensors", safetensors.read, build, library_order),
     Container("torch", (".bin", ".pt", ".pth"), "pytorch_model.bin", _torch, scattered=True),
 )
 NAMED = {container.name: container for container in CONTAINERS}
