@@ -22,7 +22,7 @@ PICTURE = ROOT / "docs/rooms.svg"
 ORDER = {
     "reshard": (
         *("__main__", "cli", "__init__", "api", "authoring", "jobs", "checkpoints", "engine", "store", "layout", "model"),
-        *("containers", "tables", "inputs", "threads", "errors", "text"),
+        *("tables", "containers", "inputs", "threads", "errors", "text"),
     ),
     "runtime": (
         *("__main__", "__init__", "proof", "job", "statistics", "generate", "load", "described", "resharded", "cast"),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reshard.containers.dtypes import wide
+
 from .dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def main_dtype(model: "Model") -> torch.dtype | None:
     for tensor in model.tensors.values():
         for dtype in tensor.dtypes:  # one, or one per layer
             elements[dtype] += tensor.elements // len(tensor.dtypes)
-    floating = {name: count for name, count in elements.items() if name in ("F64", "F32", "F16", "BF16")}
+    floating = {name: count for name, count in elements.items() if wide(name)}
     return DTYPES[max(floating, key=floating.__getitem__)] if floating else None
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from reshard.checkpoints.manifest import NAME, Manifest
 from reshard.checkpoints.published import read_json
 from reshard.checkpoints.shards import Shards
-from reshard.containers import safetensors
+from reshard.containers.container import of_file
+from reshard.containers.entry import Entry
+from reshard.containers.reading import of_descriptor
 from reshard.errors import MismatchError
 from reshard.layout.cut import Layout, lay_out
 from reshard.model.naming import tower_rows
@@ -54,7 +56,8 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)
     path = root / known.ranks[rank][0].name
     with path.open("rb") as file:
-        found, _ = safetensors.read(file.fileno(), known.ranks[rank][0].size, str(path))
+        pread = of_descriptor(file.fileno(), str(path))
+        found = of_file(path.name).read(pread, known.ranks[rank][0].size, str(path))
     wanted = Shards(layout).shard(rank).header
     if found.entries != wanted.entries:
         odd = min(
@@ -99,5 +102,5 @@ def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:
     return found
 
 
-def _shown(entry: safetensors.Entry | None) -> str:
+def _shown(entry: Entry | None) -> str:
     return "not there" if entry is None else json.dumps([entry.dtype, list(entry.shape), entry.offset])

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .generate import Generated
 
 _LONGEST = 1_000_000  # seconds of a timeout
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

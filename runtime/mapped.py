@@ -16,8 +16,10 @@ from torch import Tensor
 from reshard.checkpoints import manifest
 from reshard.checkpoints.manifest import Manifest
 from reshard.checkpoints.shards import FORMAT_VERSION
-from reshard.containers import safetensors
-from reshard.containers.safetensors import BITS, Entry
+from reshard.containers.container import of_file
+from reshard.containers.dtypes import BITS
+from reshard.containers.entry import Entry
+from reshard.containers.reading import of_descriptor
 from reshard.errors import MismatchError, PlaceError, ReshardError, failed
 from reshard.store.directory import Directory, reading
 from reshard.store.location import local
@@ -101,7 +103,7 @@ def _mapped(root: Path, known: Manifest, rank: int) -> tuple[mmap.mmap, dict[str
                 f"{path}: has {found} bytes, expected {size} by the manifest",
                 "it is truncated or of another conversion: fetch it again",
             )
-        head, _ = safetensors.read(descriptor, size, str(path))
+        head = of_file(path.name).read(of_descriptor(descriptor, str(path)), size, str(path))
         _check_metadata(path, head.metadata, known, rank)
         # torch warns about read-only memory
         flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reshard.containers.safetensors import Entry
+from reshard.containers.entry import Entry
 
 from .cast import Cast
 from .mapped import State, view

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import reshard
 from reshard import cli
-from reshard.containers.safetensors import BITS
+from reshard.containers.dtypes import BITS
 from reshard.tables import families, formats
 from reshard.tables import keys as keys_of
 from reshard.tables.facts import FACTS, ROUTING

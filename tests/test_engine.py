@@ -18,7 +18,8 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from strategies import law
 
-from reshard.containers.safetensors import BITS, Entry
+from reshard.containers.dtypes import BITS
+from reshard.containers.entry import Entry
 from reshard.engine import worker as engine
 from reshard.engine.worker import Key, Worker, Writer, in_items, split
 from reshard.errors import PlaceError, ReshardError

@@ -26,9 +26,10 @@ from test_engine_shards import holding as file_of
 
 from reshard import api
 from reshard.checkpoints.source import Source, open_source
-from reshard.containers.safetensors import BITS
+from reshard.containers.dtypes import BITS
+from reshard.containers.values import decode, floating
 from reshard.errors import ReshardError
-from reshard.jobs.explain import Explanation, Holding, _parse, bits_of, decode, explain, floating, inside
+from reshard.jobs.explain import Explanation, Holding, _parse, bits_of, explain, inside
 from reshard.layout.cut import lay_out
 from reshard.layout.mesh import Mesh
 from reshard.tables import formats

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from strategies import law
 
 from reshard.checkpoints.hf_split import HfFile, loaded_order, parse_size, resplit
-from reshard.containers.safetensors import BITS, parse
+from reshard.containers.dtypes import BITS
+from reshard.containers.safetensors import parse
 from reshard.errors import ReshardError
 
 transformers = pytest.importorskip("transformers", minversion="5.23")  # version 4 neither stacks experts nor sorts

@@ -22,7 +22,8 @@ from running import big_llama, environment, lines_run, llama, save, sign
 from safetensors.torch import load_file
 
 import reshard
-from reshard.containers.safetensors import BITS, Entry
+from reshard.containers.dtypes import BITS
+from reshard.containers.entry import Entry
 from reshard.errors import MismatchError, ReshardError
 from reshard.layout.mesh import Mesh
 from reshard.runtime import load, load_model, load_shard, mapped

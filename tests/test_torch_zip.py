@@ -29,7 +29,8 @@ import torch
 from running import lines_run
 
 from reshard.containers import torch_values, torch_zip, unpickle
-from reshard.containers.safetensors import BITS, Entry
+from reshard.containers.dtypes import BITS, BY_TORCH
+from reshard.containers.entry import Entry
 from reshard.errors import PlaceError, ReshardError
 
 FORMATS = ("zip", "legacy")
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def read(file: bytes) -> dict[str, Entry]:
     """What pickled.read finds; whatever it refuses, it refuses in form, and whatever it finds lies within the file."""
     try:
-        found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f.bin")
+        found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f.bin").entries
     except ReshardError as error:
         assert type(error) is ReshardError and error.message.startswith("f.bin: ") and error.hint and len(error.message) < 1200
         raise
@@ -90,7 +91,7 @@ def same(file: bytes, state: dict[str, torch.Tensor]) -> dict[str, Entry]:
     assert list(found) == list(state)
     for name, tensor in state.items():
         entry = found[name]
-        assert torch_zip.DTYPES[str(tensor.dtype).removeprefix("torch.")][0] == entry.dtype, name
+        assert BY_TORCH[str(tensor.dtype).removeprefix("torch.")].name == entry.dtype, name
         assert entry.shape == tuple(tensor.shape) and entry.nbytes == tensor.nbytes, name
         # torch, too, calls a tensor contiguous if the strides of axes of size 1 are all that is odd.
         assert entry.strides == (None if tensor.is_contiguous() else tensor.stride()), name
@@ -106,13 +107,14 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 
 # --- files as torch writes them -----------------------------------------------------------------------------------------------------------
 
-PLAIN = [getattr(torch, name) for name, (kind, _) in torch_zip.DTYPES.items() if kind and kind != "F4"]
+PLAIN = [getattr(torch, name) for name, row in BY_TORCH.items() if row.name and row.together == 1]
 
 
 def test_dtypes_are_all_that_torch_saves_with_its_sizes_and_the_library_s_names():
     known = {str(dtype): dtype for dtype in (*torch.storage._dtype_to_storage_type_map(), *torch.storage._new_dtypes())}
-    assert {f"torch.{name}" for name in torch_zip.DTYPES} == set(known)
-    for name, (kind, item) in torch_zip.DTYPES.items():
+    assert {f"torch.{name}" for name in BY_TORCH} == set(known)
+    for name, row in BY_TORCH.items():
+        kind, item = row.name, row.itemsize
         dtype = getattr(torch, name)
         assert dtype.itemsize == item, name
         tensor = torch.zeros(2, item, dtype=torch.uint8).view(dtype) if "q" not in name else None
@@ -277,7 +279,7 @@ def test_four_bit_floats_have_the_shape_that_safetensors_gives_them():
         file = save({"a": packed}, form)
         entry = read(file)["a"]
         assert [("a", {"dtype": entry.dtype, "shape": list(entry.shape), "data": stored(file, entry)})] == header
-        refused(save({"a": packed.t()}, form), "tensor 'a'", "two numbers to a byte")
+        refused(save({"a": packed.t()}, form), "tensor 'a'", "2 numbers to a byte")
 
 
 # --- files that torch writes no longer, or never did --------------------------------------------------------------------------------------
@@ -422,7 +424,7 @@ def test_storages_are_never_read(form):
         asked.append(length)
         return file[offset : offset + length]
 
-    assert len(torch_zip.read(pread, len(file), "f")) == 20 and len(file) > 10_000_000
+    assert len(torch_zip.read(pread, len(file), "f").entries) == 20 and len(file) > 10_000_000
     assert sum(asked) < 300_000 and len(asked) < 35
 
 
@@ -433,7 +435,7 @@ def test_memory_stays_below_a_kibibyte_per_tensor(form):
     read(file)
     tracemalloc.start()
     try:
-        found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f")
+        found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f").entries
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -480,7 +482,7 @@ def test_a_zip_file_of_more_than_4_gib_is_read_by_its_zip64_fields(without_crc):
         pytest.skip("the machine does not lend 5 GiB of address space")
     sink = Sink()
     torch.save({"a": big, "b": noise(4), "c": big[1 << 32 :]}, sink)
-    found = torch_zip.read(sink.pread, sink.at, "f")
+    found = torch_zip.read(sink.pread, sink.at, "f").entries
     assert found["a"].nbytes == (5 << 30) + 64 and found["c"].offset == found["a"].offset + (1 << 32)
     assert found["b"].offset > 5 << 30 and sink.pread(16, found["b"].offset) == values(noise(4))
     with pytest.raises(ReshardError, match=r"truncated.*holds 5368709120 bytes; its tensors need more than 5368\d{6}"):
@@ -613,7 +615,7 @@ def test_what_is_no_file_of_torch_is_refused_by_name():
 def test_a_file_that_shrinks_is_truncated_and_trouble_with_the_storage_passes_through():
     file = zipped(PKL)
     for form in (file, legacy(PKL)):
-        with pytest.raises(ReshardError, match="truncated: the file ends at byte"):
+        with pytest.raises(ReshardError, match="f: the file ends at byte"):
             torch_zip.read(lambda length, offset, form=form: form[:-20][offset : offset + length], len(form), "f")
 
     def broken(length: int, offset: int) -> bytes:

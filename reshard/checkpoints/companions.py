@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ..containers.container import CONTAINERS
 from ..errors import MismatchError, ReshardError, failed
 from ..inputs import decode, limits
 from ..text.escapes import in_line
@@ -22,14 +23,18 @@ FOLDER_MAX = 1000  # files in a folder
 MODULES = "modules.json"  # of sentence-transformers: which folders are parts of the model, weights and all
 _MODULES_MAX = 1 << 20  # bytes
 
-# Weights in any form, and indexes of them.
-WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|npz|ot|distcp|index\.json)$")
+# Weights in any form, read here or not, and indexes of them.
+_READ = "|".join(re.escape(suffix) for container in CONTAINERS for suffix in container.suffixes)
+WEIGHTS = re.compile(rf"({_READ}|\.(ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|npz|ot|distcp|index\.json))$")
+_SINGLE = "|".join(re.escape(container.single) for container in CONTAINERS)
+_SPLIT = "|".join(re.escape(Path(container.single).suffix) for container in CONTAINERS)
 # Files of a published checkpoint, by their names: what --overwrite may delete, and what may be a link to a file of its name elsewhere.
 CHECKPOINT = re.compile(
-    r"[^/]*\.safetensors(\.index\.json)?|(pytorch_)?model[^/]*\.bin(\.index\.json)?|([^/]*_)?config\.json|tokenizer\.[^/]*|[^/]*\.tiktoken"
+    rf"([^/]*\.safetensors|(pytorch_)?model[^/]*({_SPLIT}))(\.index\.json)?"
+    r"|([^/]*_)?config\.json|tokenizer\.[^/]*|[^/]*\.tiktoken"
     r"|special_tokens_map\.json|added_tokens\.json|vocab\.[^/]*|merges\.txt|spiece\.model|chat_template\.[^/]*|modules\.json"
     r"|README\.md|LICENSE[^/]*|NOTICE[^/]*|\.gitattributes"
-    r"|additional_chat_templates/[^/]*\.jinja|[0-9]+_[A-Z][A-Za-z0-9_]*/(config\.json|model\.safetensors|pytorch_model\.bin)"
+    rf"|additional_chat_templates/[^/]*\.jinja|[0-9]+_[A-Z][A-Za-z0-9_]*/(config\.json|{_SINGLE})"
 )
 # Names in a shard directory that are its own, whatever a file system makes of upper and lower case.
 _OURS = re.compile(r"source|rank-[0-9]+|manifest\.json", re.IGNORECASE)

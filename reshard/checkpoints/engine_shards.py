@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 
-from ..containers import safetensors
-from ..containers.safetensors import Entry
+from ..containers.container import of_file
+from ..containers.entry import Entry
+from ..containers.reading import of_descriptor
 from ..engine.worker import Key
 from ..errors import Problems, ReshardError, failed
 from ..inputs import decode, limits
@@ -176,7 +177,8 @@ def _header(path: Path) -> tuple[dict[str, Entry], Stamp]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
-        return safetensors.read(descriptor, status.st_size, str(path))[0].entries, Stamp.of(status)
+        pread = of_descriptor(descriptor, str(path))
+        return of_file(path.name).read(pread, status.st_size, str(path)).entries, Stamp.of(status)
     finally:
         os.close(descriptor)
 
@@ -400,7 +402,7 @@ def _as_transformers_would(model: Model, mtime_ns: int) -> tuple[tuple[Original,
     tensors = {name: (at, entry) for at, file in enumerate(files) for name, entry in file.tensors}
     residues = {file.name: file.header for file in files}
     sizes = {file.name: len(file.header) + sum(entry.nbytes for _, entry in file.tensors) for file in files}
-    originals = [Original(name, size, "safetensors", mtime_ns) for name, size in sizes.items()]
+    originals = [Original(name, size, of_file(name).name, mtime_ns) for name, size in sizes.items()]
     if index is not None:
         name = WEIGHTS[0][1]
         residues[name] = index

@@ -29,7 +29,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..containers.safetensors import BITS, Entry, build, library_order
+from ..containers.container import of_file
+from ..containers.dtypes import BITS
+from ..containers.entry import Entry
 from ..errors import ReshardError
 from ..inputs.limits import DIGITS
 
@@ -85,7 +87,8 @@ def resplit(
     files: list[HfFile] = []
     for number, names in enumerate(filled, 1):
         name = "model.safetensors" if len(filled) == 1 else f"model-{number:05d}-of-{len(filled):05d}.safetensors"
-        header, parsed = build(library_order((key, *described[key]) for key in names), {"format": "pt"})
+        container = of_file(name)
+        header, parsed = container.build(container.order((key, *described[key]) for key in names), {"format": "pt"})
         files.append(HfFile(name, header, tuple(parsed.entries.items())))
     if len(files) == 1:
         return tuple(files), None

@@ -28,8 +28,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from .. import __version__
-from ..containers import safetensors
-from ..containers.safetensors import Entry
+from ..containers.container import of_file
+from ..containers.entry import Entry
 from ..errors import PlaceError, ReshardError, failed
 from ..inputs import decode, limits
 from ..model.understand import Config
@@ -38,7 +38,7 @@ from ..tables.families import Family
 from ..text.progress import Progress, Silent
 from . import manifest
 from .companions import MODULES, Carried, Left, sort_out
-from .published import Origin, Original, Published, Tally, choose, container, merge, open_published, parse_json, read_json
+from .published import Origin, Original, Published, Tally, choose, merge, open_published, parse_json, read_json
 from .source import Source, from_published, open_source
 
 # Bytes asked for before the length of a header is known: 97 % of headers are shorter (huggingface_hub's count over the top 1000 models).
@@ -246,15 +246,9 @@ def _beside(repo: Repo, taken: Collection[str], read: Callable[[str], bytes]) ->
 
 def _header(repo: Repo, name: str) -> tuple[Original, dict[str, Entry]]:
     size, sha256 = repo.files[name]
-    kind, where = container(name), f"{repo.id}/{name}"
-    file = _File(repo, name, SCATTERED if kind == "torch" else AHEAD)
-    if kind == "torch":
-        from ..containers import torch_zip
-
-        entries = torch_zip.read(file, size, where)
-    else:
-        entries = safetensors.parse(file(safetensors.length(file(8, 0), size, where), 8), size, where).entries
-    return Original(name, size, kind, 0, sha256), entries
+    container = of_file(name)
+    entries = container.read(_File(repo, name, SCATTERED if container.scattered else AHEAD), size, f"{repo.id}/{name}").entries
+    return Original(name, size, container.name, 0, sha256), entries
 
 
 class _File:

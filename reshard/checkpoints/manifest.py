@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..containers.container import NAMED
 from ..errors import MismatchError, PlaceError, ReshardError, failed
 from ..inputs import decode, limits
 from ..layout.cut import Layout
@@ -50,7 +51,7 @@ _FORM: decode.Form = {
 _ORIGINAL: decode.Form = {
     "name": str,
     "size": SIZE,
-    "container": re.compile("safetensors|torch|plain"),
+    "container": re.compile("|".join((*NAMED, "plain"))),
     "sha256?": (None, re.compile("[0-9a-f]{64}")),
     "holes": [[SIZE]],
 }

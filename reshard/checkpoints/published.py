@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..containers import safetensors
-from ..containers.safetensors import Entry, extent
+from ..containers.container import CONTAINERS, of_file
+from ..containers.entry import Entry, extent
+from ..containers.reading import of_descriptor
 from ..errors import ReshardError, failed
 from ..inputs import decode, limits
 from ..inputs.limits import DIGITS
@@ -31,7 +32,7 @@ from . import companions
 from .companions import Carried, Left, beside, inside
 
 # What transformers looks for, in its order: (file, its index).
-WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+WEIGHTS = tuple((container.single, container.index) for container in CONTAINERS)
 
 
 class Original(NamedTuple):
@@ -39,10 +40,15 @@ class Original(NamedTuple):
 
     name: str
     size: int
-    container: str  # "safetensors", "torch", or "plain" for an index
+    container: str  # its name, or "plain" for an index
     mtime_ns: int
     sha256: str | None = None
     holes: tuple[Range, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether it holds no tensors."""
+        return self.container == "plain"
 
     def residue(self) -> list[Range]:
         """The byte ranges between the holes."""
@@ -100,7 +106,7 @@ class Published:
     @property
     def bytes(self) -> int:
         """Size of all weights files."""
-        return sum(original.size for original in self.originals if original.container != "plain")
+        return sum(original.size for original in self.originals if not original.plain)
 
     def path(self, original: Original) -> Path:
         assert self.root is not None
@@ -255,13 +261,8 @@ def choose(
     seen = f"; there are {', '.join(others[:5])}" if others else ""
     raise ReshardError(
         f"{where}: no weights: none of {', '.join(name for pair in WEIGHTS for name in pair)} is there{seen}",
-        "several files need their index; a single one is named model.safetensors, or pytorch_model.bin if torch.save wrote it",
+        f"several files need their index; a single one is named {' or '.join(single for single, _ in WEIGHTS)}",
     )
-
-
-def container(name: str) -> str:
-    """What kind of file weights lie in, by its name: "torch" or "safetensors"."""
-    return "torch" if name.endswith((".bin", ".pt", ".pth")) else "safetensors"
 
 
 def natural(name: str) -> list[object]:
@@ -321,16 +322,11 @@ def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[s
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
-        kind = container(name)
-        if kind == "torch":
-            from ..containers import torch_zip
-
-            entries = torch_zip.read(lambda length, offset: os.pread(descriptor, length, offset), status.st_size, name)
-        else:
-            entries = safetensors.read(descriptor, status.st_size, name)[0].entries
+        container = of_file(name)
+        entries = container.read(of_descriptor(descriptor, name), status.st_size, name).entries
     finally:
         os.close(descriptor)
-    return Original(name, status.st_size, kind, status.st_mtime_ns, _known_sha256(path)), entries, Stamp.of(status)
+    return Original(name, status.st_size, container.name, status.st_mtime_ns, _known_sha256(path)), entries, Stamp.of(status)
 
 
 def _known_sha256(path: Path) -> str | None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..containers import safetensors
-from ..containers.safetensors import Entry
+from ..containers.container import NAMED
+from ..containers.entry import Entry
 from ..engine.worker import Key
 from ..errors import MismatchError, ReshardError, failed
 from ..inputs import decode, limits
@@ -185,13 +185,8 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
         for original in originals:
             entries: dict[str, Entry] = {}
             view = _View(original, manifest.residue_path(root, original.name), pool)
-            if original.container == "safetensors":
-                n = safetensors.length(view(8, 0), original.size, original.name)
-                entries = safetensors.parse(view(n, 8), original.size, original.name).entries
-            elif original.container == "torch":
-                from ..containers import torch_zip
-
-                entries = torch_zip.read(view, original.size, original.name)
+            if original.container in NAMED:
+                entries = NAMED[original.container].read(view, original.size, original.name).entries
             elif original.name.endswith(".index.json"):
                 decode.fits(original.size, limits.INDEX, original.name, MismatchError)
                 index, index_name = parse_index(view(original.size, 0), original.name), original.name

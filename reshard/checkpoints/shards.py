@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..containers import safetensors as header
-from ..containers.safetensors import Entry, Header
+from ..containers.container import of_file
+from ..containers.dtypes import BITS, DTYPES
+from ..containers.entry import Entry, Header
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import BLOCK, of, of_blocks
 from ..tables.row import Constant, Row
@@ -85,13 +86,14 @@ class Shards:
         for slot in layout.by_rank[rank]:
             for point in slot.points():
                 dtype = layout.dtype(slot, point)
-                nbytes = slot.elements * header.BITS[dtype] // 8
+                nbytes = slot.elements * BITS[dtype] // 8
                 whole = nbytes % LINE == 0
                 place = _place(slot, point)
-                tensors.append(((not whole, 0 if whole else -header.BITS[dtype], *place), slot.name(point), dtype, slot, point))
+                tensors.append(((not whole, 0 if whole else -BITS[dtype], *place), slot.name(point), dtype, slot, point))
         tensors.sort(key=lambda tensor: tensor[0])
-        prologue, head = header.build(((name, dtype, slot.shape) for _, name, dtype, slot, _ in tensors), self._metadata(rank), align=ALIGN)
-        return Shard(rank, shard_name(layout, rank), tuple((name, slot, point) for _, name, _, slot, point in tensors), prologue, head)
+        file, stored = shard_name(layout, rank), ((name, dtype, slot.shape) for _, name, dtype, slot, _ in tensors)
+        prologue, head = of_file(file).build(stored, self._metadata(rank), align=ALIGN)
+        return Shard(rank, file, tuple((name, slot, point) for _, name, _, slot, point in tensors), prologue, head)
 
     def _metadata(self, rank: int) -> dict[str, str]:
         mesh = self.layout.mesh
@@ -182,7 +184,7 @@ def _tensor_json(name: str, slot: Slot, entry: Entry, row: int, blocks: list[byt
 
 def scalar(constant: Constant) -> bytes:
     """The bytes of a constant."""
-    return struct.pack({"F32": "<f", "F64": "<d"}[constant.dtype], constant.value)
+    return struct.pack(f"<{DTYPES[constant.dtype].code}", constant.value)
 
 
 def shard_digest(prologue: bytes, tensors: Iterable[str]) -> str:

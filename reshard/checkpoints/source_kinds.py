@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..containers.safetensors import Entry, extent
+from ..containers.entry import Entry, extent
 from ..engine.worker import Key
 from ..errors import MismatchError
 from ..layout.cut import Layout, lay_out
@@ -147,7 +147,7 @@ class PublishedSource(Source):
 
     @property
     def weights_size(self) -> int:
-        return sum(original.size for original in self.originals if original.container != "plain")
+        return sum(original.size for original in self.originals if not original.plain)
 
     @property
     def published_paths(self) -> Mapping[str, Path]:

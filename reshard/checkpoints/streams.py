@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..containers.safetensors import BITS, Entry, extent
+from ..containers.dtypes import BITS
+from ..containers.entry import Entry, extent
 from ..engine.worker import Key, Place, in_items
 from ..errors import MismatchError
 from ..layout.cut import Point

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..containers.safetensors import Entry
+from ..containers.entry import Entry
 from ..engine.worker import Key
 from ..layout.cut import Layout
 from ..store.local import Pool

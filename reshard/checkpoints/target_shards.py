@@ -197,7 +197,7 @@ def _evidence(source: Source, out: Path, known: Manifest, earlier: dict[str, Ori
     commit = source.origin.commit is not None and source.origin.commit == known.origin.commit
     found = set()
     for original in source.originals:
-        if original.container == "plain":
+        if original.plain:
             continue  # all of it is residue
         if original.sha256 and earlier[original.name].sha256 == original.sha256:
             found.add("sha256")

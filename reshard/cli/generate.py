@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..containers.dtypes import COMPUTED
 from ..errors import ReshardError
 from .exits import ended_by, fail
 from .options import Real, Whole
@@ -47,7 +48,7 @@ from .options import Real, Whole
 @click.option("--ep", type=Whole(), default=1, metavar="N", help="Expert-parallel size; must divide --tp.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(COMPUTED),
     help="Compute in this dtype (default: as stored).",
 )
 @click.option(

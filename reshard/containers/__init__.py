@@ -1,4 +1,4 @@
-"""File formats that hold tensors: safetensors, and the ZIP files and pickles of torch.save. Which tensors, and where each lies.
+"""File formats that hold tensors, and the one table of dtypes: which tensors a file holds, and where each lies.
 
 Knows nothing about checkpoints or models.
 """

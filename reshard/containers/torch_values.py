@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Pread = Callable[[int, int], bytes]  # (length, offset) → bytes; fewer than asked for only at the end of the file
+from ..text.escapes import clip
+from .dtypes import BY_TORCH
 
-# Limits that no published checkpoint comes near, so that a hostile file costs less than a minute and a few hundred MiB. A tensor takes
-# about 150 bytes of pickle, 40 steps, and 100 bytes of zip directory.
+# Limits that no published checkpoint comes near, so that a hostile file costs less than a minute and a few hundred MiB.
+# A tensor takes about 150 bytes of pickle, 40 steps, and 100 bytes of zip directory.
 MOST_PICKLE = 32 << 20  # bytes
 MOST_STEPS = 5_000_000  # opcodes, and items of what functions are given
 MOST_DIRECTORY = 32 << 20  # bytes
@@ -23,77 +24,10 @@ MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 WRAPPERS = ("state_dict", "model", "module")  # keys under which training scripts put the state dict
 
-# torch's name of a dtype → safetensors', None where it has none; bytes per element. Source: torch.storage._new_dtypes and
-# _dtype_to_storage_type_map, safetensors.torch._TYPES; tests ask both libraries.
-DTYPES: dict[str, tuple[str | None, int]] = {
-    "bool": ("BOOL", 1),
-    "uint8": ("U8", 1),
-    "int8": ("I8", 1),
-    "int16": ("I16", 2),
-    "uint16": ("U16", 2),
-    "int32": ("I32", 4),
-    "uint32": ("U32", 4),
-    "int64": ("I64", 8),
-    "uint64": ("U64", 8),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e8m0fnu": ("F8_E8M0", 1),
-    "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1),
-    "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1),
-    "float4_e2m1fn_x2": ("F4", 1),  # two to a byte; torch counts bytes, safetensors counts elements
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float32": ("F32", 4),
-    "float64": ("F64", 8),
-    "complex64": ("C64", 8),
-    "complex32": (None, 4),
-    "complex128": (None, 16),
-    "qint8": (None, 1),
-    "quint8": (None, 1),
-    "quint4x2": (None, 1),
-    "quint2x4": (None, 1),
-    "qint32": (None, 4),
-    "bits1x8": (None, 1),
-    "bits2x4": (None, 1),
-    "bits4x2": (None, 1),
-    "bits8": (None, 1),
-    "bits16": (None, 2),
-}
-
-_STORAGES = {
-    "Bool": "bool",
-    "Byte": "uint8",
-    "Char": "int8",
-    "Short": "int16",
-    "Int": "int32",
-    "Long": "int64",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Float": "float32",
-    "Double": "float64",
-    "ComplexFloat": "complex64",
-    "ComplexDouble": "complex128",
-    "QInt8": "qint8",
-    "QUInt8": "quint8",
-    "QUInt4x2": "quint4x2",
-    "QUInt2x4": "quint2x4",
-    "QInt32": "qint32",
-    "Untyped": "uint8",
-}
-
-AGAIN = "the file is damaged or unfinished: download or copy it again"
 RESAVE = "load it with torch in a place that you trust, and save its tensors with safetensors.torch.save_file"
 CODE = (
-    "a pickle may run any program on the machine that loads it, so reshard reads only tensors in dicts; this file holds other objects, or "
-    f"is an attack: {RESAVE}, or ask for safetensors"
-)
-IMPOSTORS: tuple[tuple[bytes, str], ...] = (
-    (rb"version https://git-lfs", "this is a git-lfs pointer, not the file itself: run `git lfs pull`, or download the file"),
-    (rb".{8}\{", "this seems to be a safetensors file: give it the name .safetensors"),
-    (rb"GGUF", "this is a GGUF file; reshard reads safetensors and PyTorch checkpoints"),
-    (rb"\x1f\x8b", "this is gzip-compressed: unpack it first"),
-    (rb"\s*<", "this is an HTML or XML page, such as a server's error or login page: look into it, then download the file again"),
-    (rb"\0{8}", "the file begins with zeros, as a download that was never finished does: download it again"),
+    "a pickle may run any program on the machine that loads it, so reshard reads only tensors in dicts; "
+    f"this file holds other objects, or is an attack: {RESAVE}, or ask for safetensors"
 )
 
 
@@ -137,7 +71,7 @@ _INERT = Global("an object without content")  # devices, layouts
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> Tensor:
-    """What torch._utils._rebuild_tensor makes. ValueError for what no writer makes; whether it fits its storage is asked later."""
+    """What torch._utils._rebuild_tensor makes. ValueError for what no writer makes; it may not fit its storage yet."""
     if type(storage) is not Storage:
         raise ValueError(f"a tensor on {kind(storage)}, not a storage")
     for what, sizes in (("offset", (offset,)), ("shape", shape), ("strides", strides)):
@@ -151,11 +85,15 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | No
     return Tensor(storage, offset, shape, strides, dtype or storage.dtype)
 
 
-def _tensor_v2(storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, flags: Any = None) -> Tensor | Odd:
+def _tensor_v2(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, flags: Any = None
+) -> Tensor | Odd:
     return _flagged(_tensor(storage, offset, shape, strides), flags)
 
 
-def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, _g: Any, _h: Any, dtype: Any, flags: Any = None) -> Tensor | Odd:
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _g: Any, _h: Any, dtype: Any, flags: Any = None
+) -> Tensor | Odd:
     name = GLOBALS.get(dtype.name) if type(dtype) is Global else None
     if type(name) is not str:
         raise ValueError(f"the dtype of a tensor is {kind(dtype)}")
@@ -216,15 +154,19 @@ def _odd(what: str) -> Callable[..., Odd]:
     return lambda *_args: Odd(what)
 
 
-# Everything that a pickle may name: a storage class (its dtype, in a tuple), a dtype (its name), a tensor class, or what stands for a
-# function. The functions above are all that is ever called, and they only sort values.
+# Everything that a pickle may name: a storage class (its dtype, in a tuple), a dtype (its name), a tensor class, or
+# what stands for a function. The functions above are all that is ever called, and they only sort values.
 _CLASS = object()
+_STORAGES = [(row.storage, name) for name, row in BY_TORCH.items() if row.storage] + [("Untyped", "uint8")]
 GLOBALS: dict[str, object] = {
-    **{f"{module}.{kind}Storage": (dtype,) for module in ("torch", "torch.cuda") for kind, dtype in _STORAGES.items()},
+    **{f"{module}.{kind}Storage": (dtype,) for module in ("torch", "torch.cuda") for kind, dtype in _STORAGES},
     **{f"torch.storage.{kind}": ("uint8",) for kind in ("UntypedStorage", "_UntypedStorage")},
-    **{f"torch.{dtype}": dtype for dtype in DTYPES},
+    **{f"torch.{dtype}": dtype for dtype in BY_TORCH},
     **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"), _CLASS),
-    **{f"torch.{name}": _INERT for name in ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")},
+    **{
+        f"torch.{name}": _INERT
+        for name in ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+    },
     "collections.OrderedDict": _ordered,
     "torch.Size": _size,
     "torch.device": _inert,
@@ -257,7 +199,7 @@ def call(function: Any, args: Any) -> Any:
 
 
 def fill(target: Any, items: list[Any]) -> None:
-    """Put keys and values into a dict. Only keys whose hash is quick and cannot be made to collide: no tuples, floats, long integers."""
+    """Put keys and values in a dict. Hashes of tuples, floats and long integers are slow or can be made to collide."""
     if type(target) is not dict or len(items) % 2:
         raise ValueError(f"puts {len(items)} keys and values into {kind(target)}")
     for at in range(0, len(items), 2):
@@ -274,8 +216,3 @@ def kind(value: Any) -> str:
     if value is None or type(value) in (bool, float, int, str, bytes):
         return clip(hex(value) if type(value) is int and abs(value) > I63 else repr(value))
     return {Storage: "a storage", Tensor: "a tensor", Odd: "a tensor"}.get(type(value), f"a {type(value).__name__}")
-
-
-def clip(text: str) -> str:
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 200 else f"{text[:200]}…"

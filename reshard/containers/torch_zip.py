@@ -1,66 +1,53 @@
-"""The tensors in a file of torch.save (.bin, .pt, .pth): which there are, and where each lies. Stdlib only; never reads tensor data.
+"""The tensors in a file of torch.save (.bin, .pt, .pth): which there are, and where each lies. Reads no tensor data.
 
     zip, torch >= 1.6, entries stored as they are        legacy, one after another
-    NAME/data.pkl     the object, pickled                pickles   magic number, protocol version, the writer's word sizes
+    NAME/data.pkl     the object, pickled                pickles   magic number, protocol version, word sizes
     NAME/byteorder    "little"                           pickle    the object
     NAME/data/KEY     the elements of one storage        pickle    list of the storages' keys
     ...                                                  storages  each 8 bytes (count of elements), then the elements
 
-A tensor is a view of a storage: offset, shape and strides. In the pickle a storage is only a key, so both formats are read alike.
+A tensor is a view of a storage: offset, shape and strides. In the pickle a storage is only a key, so both formats are
+read alike.
 
-A pickle is a program that may call any function of any module. `_Machine` runs its stack operations, but has nothing to call: no import, no
-attribute, no foreign object is within its reach, and a name that is not one of GLOBALS ends the reading. Python's own Unpickler would
-do less well with `find_class` overridden: it hashes hostile dict keys, and reserves whatever memory a damaged length asks for.
-
-Knows nothing about models, layouts or the Hub.
+The pickle is read by `unpickle`. Python's zipfile would take twice the time and memory for the directory, cuts names at
+NUL, shifts offsets where other bytes precede the archive, and does not say where contents begin. Knows nothing about
+models, layouts or the Hub.
 """
 
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import Struct
 from typing import Any
 
 from ..errors import ReshardError
-from .safetensors import Entry
-from .torch_values import (
-    AGAIN,
-    DTYPES,
-    I63,
-    IMPOSTORS,
-    MAGIC,
-    MOST_DIRECTORY,
-    MOST_PICKLE,
-    PROTOCOL,
-    RESAVE,
-    WRAPPERS,
-    Odd,
-    Pread,
-    Storage,
-    Tensor,
-    clip,
-    kind,
-)
-from .unpickle import Machine, exactly
+from ..text.escapes import clip
+from .dtypes import BY_TORCH
+from .entry import Entry, Header
+from .impostors import guess
+from .reading import AGAIN, Pread, exactly
+from .state_dict import entries_of, state_of
+from .torch_values import MAGIC, MOST_DIRECTORY, MOST_PICKLE, PROTOCOL, RESAVE, kind
+from .unpickle import Machine
 
 
-def read(pread: Pread, size: int, where: str) -> dict[str, Entry]:
+def read(pread: Pread, size: int, where: str) -> Header:
     """The tensors of a file of `size` bytes that messages call `where`, in the order of its state dict.
 
-    A state dict maps names to tensors; other values are ignored. Where training scripts wrap it, one of `state_dict`, `model`, `module`
-    holds it. Besides pickle and directory, reads some 40 bytes per storage. Raises ReshardError for a file that is damaged or truncated,
-    holds more than plain tensors, or asks for code to be run; what `pread` raises passes through.
+    A state dict maps names to tensors; other values are ignored. Where training scripts wrap it, one of `state_dict`,
+    `model`, `module` holds it. Besides pickle and directory, reads some 40 bytes per storage. Raises ReshardError for a
+    file that is damaged or truncated, holds more than plain tensors, or asks for code to be run; what `pread` raises
+    passes through.
     """
     head = exactly(pread, min(size, 512), 0, where)
     if head.startswith(b"PK"):
-        return _Zip(pread, size, where).read()
+        return Header(_Zip(pread, size, where).read(), {}, 0)
     if head[257:262] == b"ustar":
-        raise ReshardError(f"{where}: a tar archive, as the first versions of torch wrote; this format is not read", RESAVE)
+        raise ReshardError(
+            f"{where}: a tar archive, as the first versions of torch wrote; this format is not read", RESAVE
+        )
     if not head:
         raise ReshardError(f"{where}: the file holds 0 bytes; a file of torch.save has at least 100", AGAIN)
-    hint = next((hint for start, hint in IMPOSTORS if re.match(start, head, re.DOTALL)), AGAIN)
-    return _legacy(pread, size, where, hint)
+    return Header(_legacy(pread, size, where, guess(head, "torch", AGAIN)), {}, 0)
 
 
 def _legacy(pread: Pread, size: int, where: str, hint: str) -> dict[str, Entry]:
@@ -69,13 +56,16 @@ def _legacy(pread: Pread, size: int, where: str, hint: str) -> dict[str, Entry]:
     for what, expected in (("magic number", MAGIC), ("protocol version", PROTOCOL)):
         found = machine.load()
         if type(found) is not int or found != expected:
-            raise ReshardError(f"{where}: not a file of torch.save: its {what} is {kind(found)}, not {expected:#x}", RESAVE)
+            raise ReshardError(
+                f"{where}: not a file of torch.save: its {what} is {kind(found)}, not {expected:#x}", RESAVE
+            )
     machine.load()
     top = machine.load()
     storages, machine.storages = machine.storages, {}
     keys = machine.load()
     at = machine.stream.tell()
-    if type(keys) is not list or not all(type(key) is str and key in storages for key in keys) or len(set(keys)) != len(keys):
+    known = type(keys) is list and all(type(key) is str and key in storages for key in keys)
+    if not known or len(set(keys)) != len(keys):
         raise ReshardError(f"{where}: the list of storages before byte {at} does not name those of its tensors", AGAIN)
     needed = at + sum(8 + storages[key].whole for key in keys)
     if needed > size:
@@ -83,13 +73,13 @@ def _legacy(pread: Pread, size: int, where: str, hint: str) -> dict[str, Entry]:
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
         count = int.from_bytes(exactly(pread, 8, at, where), "little", signed=True)
-        whole, item = storages[key].whole, DTYPES[storages[key].dtype][1]
+        whole, item = storages[key].whole, BY_TORCH[storages[key].dtype].itemsize
         if count * item != whole:
             message = f"{where}: storage {clip(key)} at byte {at} has {count} elements, the pickle says {whole // item}"
             raise ReshardError(message, AGAIN)
         places[key] = (at + 8, whole)
         at += 8 + whole
-    return _entries(_state(top, where), places.get, where)
+    return entries_of(state_of(top, where), places.get, where)
 
 
 _END = Struct("<4s4H2LH")
@@ -125,10 +115,15 @@ class _Zip:
             self.records[name] = record
         roots = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
         if any(name.endswith("/constants.pkl") and name.count("/") == 1 for name in self.records):
-            raise ReshardError(f"{self.where}: a TorchScript archive, which holds a program", f"{RESAVE}: torch.jit.load(...).state_dict()")
+            raise ReshardError(
+                f"{self.where}: a TorchScript archive, which holds a program",
+                f"{RESAVE}: torch.jit.load(...).state_dict()",
+            )
         if len(roots) != 1:
             message = f"{self.where}: a zip archive with {len(roots)} entries NAME/data.pkl; torch.save writes one"
-            raise ReshardError(message, RESAVE if roots else "this is not a file of torch.save: unpack it, and give its contents")
+            raise ReshardError(
+                message, RESAVE if roots else "this is not a file of torch.save: unpack it, and give its contents"
+            )
         self.folder = roots[0].removesuffix("data.pkl")
         if f"{self.folder}byteorder" in self.records:
             begin, count = self._place(f"{self.folder}byteorder")
@@ -138,7 +133,9 @@ class _Zip:
                 raise ReshardError(message, "load it with torch and save it again on a little-endian machine")
         begin, count = self._place(roots[0])
         if count > MOST_PICKLE:
-            raise ReshardError(f"{self.where}: {clip(roots[0])} has {count} bytes; at most {MOST_PICKLE} are read", RESAVE)
+            raise ReshardError(
+                f"{self.where}: {clip(roots[0])} has {count} bytes; at most {MOST_PICKLE} are read", RESAVE
+            )
         machine = Machine(self.pread, begin, begin + count, self.where)
         top = machine.load()
         while machine.stream.read(1 << 16):
@@ -146,7 +143,7 @@ class _Zip:
         crc = self.records[roots[0]].crc
         if crc not in (0, machine.raw.crc):  # 0: torch.serialization.set_crc32_options(False)
             raise self._damaged(f"{clip(roots[0])} has the CRC {machine.raw.crc:#010x}, its directory says {crc:#010x}")
-        return _entries(_state(top, self.where), self._storage, self.where)
+        return entries_of(state_of(top, self.where), self._storage, self.where)
 
     def _damaged(self, what: str) -> ReshardError:
         return ReshardError(f"{self.where}: damaged zip archive: {what}", AGAIN)
@@ -169,7 +166,8 @@ class _Zip:
             at = tail.rfind(b"PK\5\6", 0, at)
             if at < 0:
                 raise self._truncated()
-            if len(tail) - at >= _END.size and at + _END.size + int.from_bytes(tail[at + 20 : at + 22], "little") == len(tail):
+            comment = int.from_bytes(tail[at + 20 : at + 22], "little")
+            if len(tail) - at >= _END.size and at + _END.size + comment == len(tail):
                 break
         _, disk, first, here, count, length, begin, _ = _END.unpack_from(tail, at)
         end = start + at
@@ -185,14 +183,18 @@ class _Zip:
         if begin + length != end:
             raise self._damaged(f"its directory has {length} bytes from byte {begin} on, but ends at byte {end}")
         if length > MOST_DIRECTORY:
-            raise ReshardError(f"{self.where}: the zip directory has {length} bytes; at most {MOST_DIRECTORY} are read", RESAVE)
+            raise ReshardError(
+                f"{self.where}: the zip directory has {length} bytes; at most {MOST_DIRECTORY} are read", RESAVE
+            )
         self.directory = begin
         raw = exactly(self.pread, length, begin, self.where)
         at = found = 0
         while at < length:
             if length - at < _ENTRY.size:
                 raise self._damaged(f"its directory ends within an entry at byte {begin + at}")
-            sign, _, _, flags, method, _, _, crc, packed, nbytes, named, extra, comment, _, _, _, offset = _ENTRY.unpack_from(raw, at)
+            sign, _, _, flags, method, _, _, crc, packed, nbytes, named, extra, comment, _, _, _, offset = (
+                _ENTRY.unpack_from(raw, at)
+            )
             more = at + _ENTRY.size + named
             after = more + extra + comment
             if sign != b"PK\1\2" or after > length:
@@ -200,8 +202,11 @@ class _Zip:
             name = raw[at + _ENTRY.size : more].decode("utf-8", "surrogateescape")
             nbytes, packed, offset = self._wide(raw[more : more + extra], (nbytes, packed, offset), name)
             if method or flags & 1 or packed != nbytes:
-                message = f"{self.where}: {clip(name)} is compressed or encrypted in the zip archive ({packed} bytes for {nbytes})"
-                raise ReshardError(message, f"torch.save stores without compression; something packed the file anew: {RESAVE}")
+                words = f"is compressed or encrypted in the zip archive ({packed} bytes for {nbytes})"
+                message = f"{self.where}: {clip(name)} {words}"
+                raise ReshardError(
+                    message, f"torch.save stores without compression; something packed the file anew: {RESAVE}"
+                )
             yield name, _Record(offset, nbytes, crc)
             at = after
             found += 1
@@ -214,8 +219,8 @@ class _Zip:
             return list(values)
         at, wide = 0, b""
         while at + 4 <= len(extra):
-            kind, length = int.from_bytes(extra[at : at + 2], "little"), int.from_bytes(extra[at + 2 : at + 4], "little")
-            if kind == 1:
+            length = int.from_bytes(extra[at + 2 : at + 4], "little")
+            if extra[at : at + 2] == b"\1\0":
                 wide = extra[at + 4 : at + 4 + length]
                 break
             at += 4 + length
@@ -225,19 +230,21 @@ class _Zip:
         return [int.from_bytes(next(words), "little") if value == 0xFFFFFFFF else value for value in values]
 
     def _place(self, name: str) -> tuple[int, int]:
-        """Offset and size of an entry's contents. The local header decides: its padding aligns them, the directory does not tell of it."""
+        """Offset and size of an entry's contents. The local header decides: it has the padding that aligns them."""
         record = self.records[name]
         raw = name.encode("utf-8", "surrogateescape")
         if record.header + _LOCAL.size + len(raw) > self.directory:
-            raise self._damaged(f"{clip(name)} lies at byte {record.header}, the directory begins at byte {self.directory}")
+            raise self._damaged(
+                f"{clip(name)} lies at byte {record.header}, the directory begins at byte {self.directory}"
+            )
         data = exactly(self.pread, _LOCAL.size + len(raw), record.header, self.where)
         sign, _, flags, method, _, _, _, _, _, named, extra = _LOCAL.unpack_from(data)
         if sign != b"PK\3\4" or method or flags & 1 or named != len(raw) or data[_LOCAL.size :] != raw:
             raise self._damaged(f"the header at byte {record.header} is not that of {clip(name)}")
         begin = record.header + _LOCAL.size + named + extra
         if begin + record.nbytes > self.directory:
-            message = f"{clip(name)} has {record.nbytes} bytes from byte {begin} on, the directory begins at byte {self.directory}"
-            raise self._damaged(message)
+            held = f"{record.nbytes} bytes from byte {begin} on"
+            raise self._damaged(f"{clip(name)} has {held}, the directory begins at byte {self.directory}")
         return begin, record.nbytes
 
     def _storage(self, key: str) -> tuple[int, int] | None:
@@ -261,103 +268,3 @@ class _Zip:
             except ReshardError:
                 pass  # broken off within the pickle, or not written by torch
         return ReshardError(message, AGAIN)
-
-
-# --- from values to entries ---------------------------------------------------------------------------------------------------------------
-
-
-def _state(top: Any, where: str) -> dict[str, Tensor | Odd]:
-    """The state dict in a file's object."""
-    if type(top) is not dict:
-        raise ReshardError(f"{where}: holds {kind(top)}, not a dict of names and tensors", f"save `model.state_dict()`: {RESAVE}")
-    chosen, inside = top, ""
-    if not any(_is_tensor(value) for value in top.values()):
-        found = [key for key in WRAPPERS if type(top.get(key)) is dict and any(_is_tensor(value) for value in top[key].values())]
-        if len(found) > 1:
-            raise ReshardError(f"{where}: holds {len(found)} state dicts: {', '.join(found)}", f"keep one of them: {RESAVE}")
-        if found:
-            chosen, inside = top[found[0]], f" in {found[0]}"
-    state: dict[str, Tensor | Odd] = {}
-    seen: set[int] = set()
-    for name, value in chosen.items():
-        if type(name) is str and isinstance(value, (Tensor, Odd)):
-            state[name] = value
-        elif _holds_tensor(value, seen):
-            what = kind(value) if _is_tensor(value) else f"{kind(value)} with tensors in it"
-            message = f"{where}: {kind(name)}{inside} is {what}; a state dict maps names to tensors"
-            raise ReshardError(message, f"give the state dict alone: {RESAVE}")
-    return state
-
-
-def _is_tensor(value: Any) -> bool:
-    return type(value) in (Tensor, Odd, Storage)
-
-
-def _holds_tensor(value: Any, seen: set[int]) -> bool:
-    """Whether there is a tensor at any depth. Each list or dict is looked into once, as a pickle can nest them a billionfold."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if _is_tensor(item):
-            return True
-        if type(item) in (dict, list, tuple) and id(item) not in seen:
-            seen.add(id(item))
-            todo.extend(item.values() if type(item) is dict else item)
-    return False
-
-
-def _entries(state: dict[str, Tensor | Odd], place: Callable[[str], tuple[int, int] | None], where: str) -> dict[str, Entry]:
-    """Where each tensor lies, given offset and size of a storage. Raises ReshardError unless each lies within its storage."""
-    shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # thousands of tensors, a dozen shapes
-    entries: dict[str, Entry] = {}
-    for name, tensor in state.items():
-        try:
-            if isinstance(tensor, Odd):
-                raise _Unfit(f"is {tensor.what}; safetensors, and so reshard, has no place for that")
-            entries[name] = _entry(tensor, place, shared)
-        except ValueError as error:
-            hint = RESAVE if isinstance(error, _Unfit) else AGAIN
-            raise ReshardError(f"{where}: tensor {kind(name)} {error}", hint) from None
-    return entries
-
-
-class _Unfit(ValueError):
-    """A tensor in order, but of a kind that safetensors does not have."""
-
-
-def _entry(tensor: Tensor, place: Callable[[str], tuple[int, int] | None], shared: dict[tuple[int, ...], tuple[int, ...]]) -> Entry:
-    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
-    kind, item = DTYPES[tensor.dtype]
-    if kind is None:
-        raise _Unfit(f"has the dtype {tensor.dtype}, which safetensors does not have")
-    found = place(storage.key)
-    if found is None:
-        raise ValueError(f"lies in storage {clip(storage.key)}, which the file does not hold")
-    begin, held = found
-    if storage.whole > held:
-        raise ValueError(f"lies in storage {clip(storage.key)}, which holds {held} bytes; the pickle says {storage.whole}")
-    nbytes = math.prod(shape) * item
-    if nbytes > I63:
-        raise ValueError(f"of shape {clip(str(shape))} has {nbytes:#x} bytes, more than 2**63 - 1")
-    begin += storage.begin
-    if nbytes:
-        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if (last + 1) * item > storage.nbytes:
-            raise ValueError(f"needs {(last + 1) * item} bytes of storage {clip(storage.key)}, which has {storage.nbytes}")
-        begin += tensor.offset * item
-    rows = _row_major(shape, strides)
-    if kind == "F4":
-        if not shape or not rows:
-            raise _Unfit(f"has two numbers to a byte ({tensor.dtype}), and does not lie row by row")
-        shape = (*shape[:-1], shape[-1] * 2)
-    return Entry(kind, shared.setdefault(shape, shape), begin, nbytes, None if rows else shared.setdefault(strides, strides))
-
-
-def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements lie one after another, last index fastest. The stride of an axis of size 1 says nothing."""
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and stride != expected:
-            return 0 in shape
-        expected *= size
-    return True

@@ -1,8 +1,9 @@
-"""A pickle is a program that may call any function of any module: this machine runs its stack operations, but has nothing to call.
+"""A machine that runs the stack operations of a pickle, which may call any function, but has nothing to call.
 
-No import, no attribute, no foreign object is within its reach, and a name that is not one of GLOBALS ends the reading. Python's own
-Unpickler would do less well with `find_class` overridden: it hashes hostile dict keys, and reserves whatever memory a damaged length asks
-for. Knows nothing about files of torch.
+No import, no attribute, no foreign object is within its reach, and a name that is not one of GLOBALS ends the reading.
+Python's own Unpickler would do less well with `find_class` overridden: it hashes hostile dict keys, and reserves
+whatever memory a damaged length asks for. pickletools.genops decodes opcodes too, with every argument at once: reading
+100,000 tensors takes half as long again, and lengths are not limited. Knows nothing about files of torch.
 """
 
 import io
@@ -11,10 +12,11 @@ from struct import Struct
 from typing import Any
 
 from ..errors import ReshardError
+from ..text.escapes import clip
+from .dtypes import BY_TORCH
+from .reading import AGAIN, Pread, exactly
 from .torch_values import (
-    AGAIN,
     CODE,
-    DTYPES,
     GLOBALS,
     I63,
     MOST_INTEGER,
@@ -24,11 +26,9 @@ from .torch_values import (
     RESAVE,
     Global,
     Odd,
-    Pread,
     Storage,
     Tensor,
     call,
-    clip,
     fill,
     kind,
 )
@@ -36,7 +36,14 @@ from .torch_values import (
 _CONSTANTS: dict[bytes, Any] = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
 _NUMBERS = {b"K": Struct("<B"), b"M": Struct("<H"), b"J": Struct("<i"), b"G": Struct(">d")}
 _TEXT = {b"X": Struct("<I"), b"\x8c": Struct("<B"), b"\x8d": Struct("<Q")}
-_BYTES = {b"U": Struct("<B"), b"T": Struct("<I"), b"C": Struct("<B"), b"B": Struct("<I"), b"\x8e": Struct("<Q"), b"\x96": Struct("<Q")}
+_BYTES = {
+    b"U": Struct("<B"),
+    b"T": Struct("<I"),
+    b"C": Struct("<B"),
+    b"B": Struct("<I"),
+    b"\x8e": Struct("<Q"),
+    b"\x96": Struct("<Q"),
+}
 _LONGS = {b"\x8a": Struct("<B"), b"\x8b": Struct("<I")}
 _GETS = {b"h": Struct("<B"), b"j": Struct("<I"), b"g": None}
 _PUTS = {b"q": Struct("<B"), b"r": Struct("<I"), b"p": None}
@@ -68,7 +75,7 @@ class _Bytes(io.RawIOBase):
 
 
 class Machine:
-    """Reads pickles, one after another, from the bytes `begin` to `end` of a file. `storages`: the first mention of each, by key."""
+    """Reads pickles, one after another, from bytes `begin` to `end` of a file. `storages`: first mentions."""
 
     def __init__(self, pread: Pread, begin: int, end: int, where: str, hint: str = AGAIN) -> None:
         self.raw = _Bytes(pread, begin, end, where)
@@ -84,7 +91,9 @@ class Machine:
         except (IndexError, ValueError) as error:
             what = "takes what is not there" if isinstance(error, IndexError) else clip(str(error))
             at = self.stream.tell()
-            raise ReshardError(f"{self.where}: the pickle at byte {start} makes no sense before byte {at}: {what}", self.hint) from None
+            raise ReshardError(
+                f"{self.where}: the pickle at byte {start} makes no sense before byte {at}: {what}", self.hint
+            ) from None
 
     def _run(self) -> Any:
         read, take, number = self.stream.read, self._take, self._number
@@ -105,7 +114,9 @@ class Machine:
                 stack.append(value)
             elif op in _PUTS or op == b"\x94":
                 index = len(memo) if op == b"\x94" else self._index(_PUTS[op])
-                if index > steps + 1000:  # an honest number counts values made so far; an absurd one would reserve memory
+                if (
+                    index > steps + 1000
+                ):  # an honest number counts values made so far; an absurd one would reserve memory
                     raise ValueError(f"it keeps value {index} after {steps} steps")
                 while len(memo) <= index:
                     memo.append(_MISSING)
@@ -229,7 +240,10 @@ class Machine:
         if at + count <= self.end:
             return self.stream.read(count)
         if self.end - self.begin == MOST_PICKLE:
-            raise ReshardError(f"{self.where}: the pickle at byte {self.begin} has more than {MOST_PICKLE} bytes; it is refused", self.hint)
+            raise ReshardError(
+                f"{self.where}: the pickle at byte {self.begin} has more than {MOST_PICKLE} bytes; it is refused",
+                self.hint,
+            )
         message = f"{self.where}: truncated: a pickle ends at byte {self.end}, but needs bytes up to {at + count}"
         raise ReshardError(message, self.hint)
 
@@ -266,7 +280,7 @@ class Machine:
         raise ReshardError(f"{self.where}: refuses to run code: {what}", CODE)
 
     def _storage(self, pid: Any) -> Storage:
-        """The storage that a persistent id names: ("storage", class, key, device, elements) and, in early versions, a window of it."""
+        """The storage that a persistent id names: ("storage", class, key, device, elements, a window)."""
         if type(pid) is not tuple or not 5 <= len(pid) <= 6 or type(pid[0]) is not str or pid[0] != "storage":
             raise ValueError(f"a persistent id is {kind(pid)}, not one of a storage")
         _, cls, key, _, count, *window = pid
@@ -275,7 +289,7 @@ class Machine:
             raise ValueError(f"a storage of the class {kind(cls)}")
         if type(key) is not str or type(count) is not int or not 0 <= count <= I63:
             raise ValueError(f"storage {kind(key)} has {kind(count)} elements")
-        item = DTYPES[dtype[0]][1]
+        item = BY_TORCH[dtype[0]].itemsize
         storage = Storage(dtype[0], key, 0, count * item, count * item)
         self.storages.setdefault(key, storage)
         if not window or window[0] is None:
@@ -294,11 +308,3 @@ def _decoded(data: bytes, text: bool) -> str | bytes:
         return data.decode() if text else data
     except UnicodeDecodeError:
         return data
-
-
-def exactly(pread: Pread, count: int, offset: int, where: str) -> bytes:
-    data = pread(count, offset)
-    if len(data) < count:
-        message = f"{where}: truncated: the file ends at byte {offset + len(data)}, bytes up to {offset + count} were expected"
-        raise ReshardError(message, AGAIN)
-    return data

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
-from ..containers.safetensors import BITS
+from ..containers.dtypes import BITS
 from ..layout.cut import Point
 from ..layout.join import Component, Copy, Plan
 from .worker import Key, Place

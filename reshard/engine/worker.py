@@ -16,7 +16,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ..containers.safetensors import BITS, Entry
+from ..containers.dtypes import BITS
+from ..containers.entry import Entry
 from ..errors import ReshardError
 from ..layout.join import Copy, Dim, Plan, collapse
 from ..store.digest import BlockHasher

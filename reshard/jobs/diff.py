@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.source import Source
-from ..containers.safetensors import BITS, Entry
+from ..containers.dtypes import BITS
+from ..containers.entry import Entry
+from ..containers.values import decode, floating
 from ..engine import worker
 from ..engine.worker import Key
 from ..errors import ReshardError
@@ -24,7 +26,7 @@ from ..layout.join import plan
 from ..model.understand import Tensor
 from ..store.local import Pool
 from ..text.progress import Progress, Silent, until
-from .explain import bracketed, decode, floating, inside, runs, unravel, wrapped
+from .explain import bracketed, inside, runs, unravel, wrapped
 
 MOST = 20  # differences that lines() tells one by one
 CHUNK = 256 << 10  # bytes decoded at a time: float64 is up to eight times as large, and there are several of them

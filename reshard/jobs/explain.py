@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.source import Source
-from ..containers.safetensors import BITS, Entry
+from ..containers.dtypes import BITS, DTYPES
+from ..containers.entry import Entry
+from ..containers.values import decode
 from ..errors import ReshardError
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..layout.mesh import Range
@@ -38,54 +39,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Box = dict[str, Range]
 Value = float | int | bool | str | None
 Locate = Callable[[int, str], tuple[str, Path | None, Entry]]  # rank, name → file, where to read it, entry
-
-
-# --- values ------------------------------------------------------------------------------------------------------------------------
-
-_NUMPY = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8"}
-_NUMPY |= {f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)}
-
-# Exponent bits, mantissa bits, bias, and the codes (without sign, or with where it says) that are not a number.
-# Source: OCP 8-bit floating point specification 1.0 for E4M3; the FNUZ types have one NaN, at the code of -0.
-_SMALL = {"F8_E4M3": (4, 3, 7, (0x7F, 0xFF)), "F8_E4M3FNUZ": (4, 3, 8, (0x80,)), "F8_E5M2FNUZ": (5, 2, 16, (0x80,))}
-
-
-def floating(dtype: str) -> bool:
-    """Whether differences of decoded values mean anything: floating-point numbers of whole bytes."""
-    return dtype in ("BF16", "F8_E5M2", "F8_E8M0", "F16", "F32", "F64") or dtype in _SMALL
-
-
-def decode(dtype: str, data: "bytes | bytearray | memoryview | Array") -> Array | None:
-    """The values of little-endian elements, one after another: float64 for floating dtypes; None for elements smaller than a byte."""
-    found: Array
-    if dtype in _NUMPY:
-        found = np.frombuffer(data, _NUMPY[dtype])
-    elif dtype == "BF16":  # the upper half of an F32
-        found = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    elif dtype == "F8_E5M2":  # the upper half of an F16
-        found = (np.frombuffer(data, np.uint8).astype(np.uint16) << 8).view(np.float16)
-    elif dtype in _SMALL or dtype == "F8_E8M0":
-        found = _codes(dtype)[np.frombuffer(data, np.uint8)]
-    else:
-        return None
-    with np.errstate(invalid="ignore"):  # a NaN that signals
-        return found.astype(np.float64) if floating(dtype) else found
-
-
-@cache
-def _codes(dtype: str) -> Array:
-    """What each of the 256 codes of an 8-bit type is worth."""
-    codes: Array = np.arange(256)
-    if dtype == "F8_E8M0":  # a power of two, no sign; 255 is no number
-        worth: Array = np.exp2(codes - 127.0)
-        worth[255] = np.nan
-        return worth
-    wide, mantissa, bias, nans = _SMALL[dtype]
-    exponent, fraction = codes >> mantissa & (1 << wide) - 1, (codes & (1 << mantissa) - 1) / (1 << mantissa)
-    worth = np.where(exponent > 0, (1 + fraction) * np.exp2(exponent - float(bias)), fraction * np.exp2(1.0 - bias))
-    worth = np.where(codes & 0x80, -worth, worth)
-    worth[list(nans)] = np.nan
-    return worth
 
 
 # --- what is found -----------------------------------------------------------------------------------------------------------------
@@ -463,7 +416,7 @@ class _Asking:
         if path is not None and count:
             here = self._read(here, path, entry.dtype)
         if isinstance(slot.template, Constant):
-            wanted = np.asarray(slot.template.value, _NUMPY[slot.template.dtype])
+            wanted = np.asarray(slot.template.value, f"<{DTYPES[slot.template.dtype].code}")
             return self._explanation("constant", entry.dtype, slot.shape, here=here, constant=_plain(wanted))
         start = 0
         for at, size in zip(first, slot.shape, strict=True):

@@ -48,7 +48,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..checkpoints import manifest, source
 from ..checkpoints.source import Source
-from ..containers.safetensors import BITS, Entry, extent
+from ..containers.dtypes import BITS, BY_TORCH
+from ..containers.entry import Entry, extent
 from ..engine.worker import Key
 from ..errors import MismatchError, ReshardError
 from ..inputs import decode, limits
@@ -623,22 +624,17 @@ def _packed(pool: Pool, path: Path, entry: Entry) -> Callable[[], Array]:
     return data
 
 
-_NUMPY = {"bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64"}
-_NUMPY |= {f"{'u' * (kind == 'U')}int{bits}": f"{kind}{bits}" for kind in "IU" for bits in (8, 16, 32, 64)}
-_TORCH = _NUMPY | {"bfloat16": "BF16", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0"}
-_TORCH |= {"float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float4_e2m1fn_x2": "F4"}
-
-
 def _bytes(tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> Array:
     """The bytes of a tensor in memory, row-major; no copy where they lie so."""
     torch = sys.modules.get("torch")  # whoever has a tensor of it has imported it
     if torch is not None and isinstance(tensor, torch.Tensor):
         if tensor.is_meta:
             raise ReshardError(f"{name}: is on the meta device, where tensors have no bytes", "load the weights first")
-        said = _TORCH.get(str(tensor.dtype).removeprefix("torch."))
+        row = BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
+        said = row.name if row else None
         if said != dtype and said != "U8":  # bytes may be anything
             raise ReshardError(f"{name}: is {tensor.dtype} in memory, the layout says {dtype}")
-        packed = said == "F4" or said != dtype
+        packed = said != dtype or (row is not None and row.together > 1)
         if not packed and tuple(tensor.shape) != shape:
             raise ReshardError(f"{name}: has shape {tuple(tensor.shape)} in memory, {shape} in the layout")
         tensor = tensor.detach().cpu()
@@ -646,7 +642,8 @@ def _bytes(tensor: Any, name: str, shape: tuple[int, ...], dtype: str) -> Array:
             tensor = tensor.view(torch.uint8)  # older versions of torch cannot copy all of these types
         data: Array = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()  # numpy knows neither bfloat16 nor FP8
     elif isinstance(tensor, np.ndarray):
-        said = _NUMPY.get(tensor.dtype.name, dtype)
+        row = BY_TORCH.get(tensor.dtype.name)  # numpy's name is torch's where it has the dtype
+        said = (row.name if row else None) or dtype
         if said != dtype and not said.startswith("U"):  # numpy has no bfloat16: bits come as unsigned numbers
             raise ReshardError(f"{name}: is {tensor.dtype} in memory, the layout says {dtype}")
         if tensor.dtype.itemsize * 8 == BITS[dtype] and tensor.shape != shape:

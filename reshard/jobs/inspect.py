@@ -162,7 +162,7 @@ def _headers(published: Published) -> dict[str, Any]:
         "source": published.where,
         "family": f"unknown (model_type {published.config.model_type})",
         "bytes": published.bytes,
-        "files": sum(original.container != "plain" for original in published.originals),
+        "files": sum(not original.plain for original in published.originals),
         "tensors": [f"{count} × {kind}" for kind, count in kinds.items()],
         "dtypes": dict(Counter(entry.dtype for _, entry in published.tensors.values())),
         "quantization": _quantization(published.config),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..checkpoints.form import form_of
 from ..checkpoints.source import Source
 from ..checkpoints.target import Target
-from ..containers.safetensors import BITS
+from ..containers.dtypes import BITS
 from ..engine.worker import in_items
 from ..errors import ReshardError
 from ..layout.join import Plan, plan

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from ..checkpoints.source import Source
-from ..containers.safetensors import BITS
+from ..containers.dtypes import BITS
 from ..layout import capacity
 from ..layout.capacity import listed
 from ..layout.cut import Layout, Piece, Slot

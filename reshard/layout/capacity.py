@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..containers.safetensors import BITS
+from ..containers.dtypes import BITS, wide
 from ..errors import ReshardError
 from ..model.understand import Config, Model
 from ..tables.facts import FACTS
@@ -170,7 +170,7 @@ def lenders(model: Model, config: Config) -> dict[int, int]:
 
 
 def _cache_dtype(dtype: str) -> str:
-    return dtype if BITS[dtype] >= 16 else "BF16"
+    return dtype if wide(dtype) else "BF16"
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------------

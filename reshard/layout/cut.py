@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import product
 from types import MappingProxyType
 
-from ..containers.safetensors import BITS
+from ..containers.dtypes import BITS
 from ..errors import ReshardError
 from ..model.understand import Model, Problems, Tensor
 from ..tables.formats import Format

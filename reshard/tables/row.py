@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ..containers.dtypes import CONSTANTS
 from ..errors import ReshardError
 from .axes import atoms
 from .notation import Pattern, Template, bases, parse_pattern, parse_template, variant_of, varied
@@ -141,6 +142,6 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
 
 
 def parse_constant(entry: list[Any], where: str) -> Constant:
-    if [type(part) for part in entry] not in ([str, str, int, str], [str, str, float, str]) or entry[1] not in ("F32", "F64"):
-        raise ReshardError(f"{where}: constant {entry!r} is not [name, F32 or F64, value, logical tensor]")
+    if [type(part) for part in entry] not in ([str, str, int, str], [str, str, float, str]) or entry[1] not in CONSTANTS:
+        raise ReshardError(f"{where}: constant {entry!r} is not [name, {' or '.join(CONSTANTS)}, value, logical tensor]")
     return Constant(parse_template(entry[0]), entry[1], float(entry[2]), entry[3])

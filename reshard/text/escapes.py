@@ -26,3 +26,9 @@ def in_json(text: str) -> str:
 
 def _escape(character: str) -> str:
     return f"\\x{ord(character):02x}" if character < "\u0100" else f"\\u{ord(character):04x}"
+
+
+def clip(text: str) -> str:
+    """A text of a stranger's, for a message: printable, and of 200 characters at most."""
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 200 else f"{text[:200]}…"
