@@ -59,7 +59,7 @@ def test_a_checkpoint_in_a_store_reads_as_the_local_one(model: Path, memory: lis
     found, here = open_any("mem://model"), open_any(model)
     assert found.tensors == here.tensors and found.root is None
     assert [(file.name, file.size) for file in found.carried] == [(file.name, file.size) for file in here.carried]
-    assert describe("mem://model").data["family"] == "llama"
+    assert describe("mem://model").facts["family"] == "llama"
 
 
 def test_every_job_reads_a_store_as_a_directory(model: Path, memory: list[Memory], tmp_path: Path) -> None:
