@@ -250,12 +250,13 @@ def _numerics(
 
 def _published(out: Path, text: str) -> "dict[str, FileDigest]":
     """The digests that the Hub publishes of a model, at the commit that a directory remembers, or that the text names."""
-    from .checkpoints import hub, manifest
+    from .checkpoints import manifest
+    from .store import hub
 
     origin = manifest.load(out).origin if manifest.present(out) else None
     ref = hub.ref(text, None)
     commit = origin.commit if origin is not None and origin.id == ref.id and ref.revision is None else None
-    return hub.digests(text, commit)[1]
+    return hub.digests(text, commit)
 
 
 def prepare(source: Source, to: str, mesh: Mesh, options: "Options", max_file_size: int | None) -> "Job":

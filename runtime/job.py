@@ -113,7 +113,8 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
 
 def ranks_wanted(job: Job) -> int:
     """How many ranks a job on this machine has, by its mesh or the directory. Raises ReshardError if there is none."""
-    from reshard.checkpoints import hub, manifest
+    from reshard.checkpoints import manifest
+    from reshard.store import hub
 
     if not job.out.is_dir():
         text = str(job.out)

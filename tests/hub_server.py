@@ -77,7 +77,10 @@ class Hub:
         for server in self.servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        # Of another host, as the real storage is: redirects within one host are followed for metadata, which storage has none of.
+        self.url, self.storage = (
+            f"http://{host}:{server.server_address[1]}" for host, server in zip(("127.0.0.1", "localhost"), self.servers, strict=True)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

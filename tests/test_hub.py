@@ -16,9 +16,10 @@ from fixtures import copy
 from hub_server import TOKEN, Fault, Hub, git_sha1, sha256
 from safetensors import safe_open
 
-from reshard.checkpoints.hub import AHEAD, is_id, ref
+from reshard.checkpoints.remote import AHEAD
 from reshard.containers import safetensors
 from reshard.inputs import limits
+from reshard.store.hub import is_id, ref
 
 ID = "org/tiny"
 CARD = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n"
@@ -30,8 +31,11 @@ OTHERS = {"consolidated.safetensors", "model.gguf", "original/consolidated.00.pt
 # Run in the client; `run` gives expressions. Pauses between attempts are shortened, nothing else is.
 CLIENT = """
 import json, sys
-from reshard.checkpoints import hub
+from reshard.checkpoints import remote
+from reshard.checkpoints.opening import open_any
 from reshard.errors import ReshardError
+from reshard.store import hub, hub_errors, location
+from reshard.store.store import Ahead
 
 def facts(source):
     originals = [(o.name, o.size, o.sha256) for o in source.originals]
@@ -41,7 +45,7 @@ def facts(source):
     where, root = source.where, source.root and str(source.root)
     return dict(originals=originals, tensors=tensors, carried=carried, left=left, origin=origin, where=where, root=root)
 
-hub.PAUSES = (0.01, 0.01)
+hub_errors.PAUSES = (0.01, 0.01)
 for expression in sys.argv[1:]:
     try:
         print(json.dumps(eval(expression)))
@@ -108,11 +112,11 @@ def reshard(environment: dict[str, str], tmp_path: Path) -> Client:
 
 
 def remote(text: str = ID, revision: str | None = None) -> str:
-    return f"facts(hub.resolve({text!r}, {revision!r}, headers_only=True))"
+    return f"facts(open_any({text!r}, {revision!r}))"
 
 
 def local(text: str = ID, revision: str | None = None) -> str:
-    return f"facts(hub.resolve({text!r}, {revision!r}, headers_only=False))"
+    return f"facts(open_any({text!r}, {revision!r}, headers_only=False))"
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -177,7 +181,7 @@ def test_a_remote_checkpoint_reads_as_the_local_one(run: Client, hub: Hub, tiny:
 
 def test_no_byte_of_a_header_is_asked_for_twice(run: Client, hub: Hub, tiny: Path) -> None:
     """Of each file come first as many bytes as usual, then what its header has beyond them; of other files nothing."""
-    assert "tensors" in run(f"setattr(hub, 'AHEAD', 300) or {remote()}")
+    assert "tensors" in run(f"setattr(remote, 'AHEAD', 300) or {remote()}")
     requests = []
     for name in WEIGHTS:
         with (tiny / name).open("rb") as file:
@@ -224,7 +228,7 @@ def test_a_server_that_ignores_ranges_is_not_listened_to(run: Client, hub: Hub, 
     """A server that answers Range with the whole file is cut off after the header, which is read all the same."""
     expected = big(tmp_path / "big", hub)
     hub.ranges = ranges
-    found = run("[e.offset for _, e in hub.published('org/big', None).tensors.values()]")
+    found = run("[e.offset for _, e in remote.published(hub.opened('org/big', None, keep=False), '').tensors.values()]")
     assert found == [expected["offset"]]
     assert hub.sent(".safetensors") == AHEAD if ranges else hub.sent(".safetensors") < 32 << 20
 
@@ -233,7 +237,7 @@ def test_bytes_far_behind_are_not_had_without_ranges(run: Client, hub: Hub, tmp_
     """What lies at the end of a file is refused rather than reached by reading all before it."""
     big(tmp_path / "big", hub)
     hub.ranges = False
-    found = run("len(hub._File(hub._listing(hub.ref('org/big', None)), 'model.safetensors', 100)(100, 60 << 20))")
+    found = run("len(Ahead(hub.opened('org/big', None, keep=False), 'model.safetensors', 100)(100, 60 << 20))")
     assert found["code"] == 2 and "ignores range requests" in found["error"]
     assert hub.sent(".safetensors") < 32 << 20
 
@@ -246,7 +250,7 @@ def test_bin_files_are_read_without_their_weights(run: Client, hub: Hub, tmp_pat
     torch.save(tensors, root / "pytorch_model.bin")
     (root / "config.json").write_text("{}")
     hub.add("org/bin", root)
-    found = run("{name: e.offset for name, (_, e) in hub.published('org/bin', None).tensors.items()}")
+    found = run("{name: e.offset for name, (_, e) in remote.published(hub.opened('org/bin', None, keep=False), '').tensors.items()}")
     whole = (root / "pytorch_model.bin").read_bytes()
     for name, tensor in tensors.items():
         assert whole[found[name] : found[name] + tensor.nbytes] == tensor.numpy().tobytes()
@@ -375,7 +379,7 @@ def test_progress_tells_every_byte(run: Client, hub: Hub, tiny: Path) -> None:
     counting = (
         "type('P', (), dict(told=[], start=lambda s, w, n: s.told.append(n), advance=lambda s, n: s.told.append(n), finish=lambda s: 0))()"
     )
-    total, *told = run(f"[p := {counting}, hub.fetch({ID!r}, None, p), p.told][-1]")
+    total, *told = run(f"[p := {counting}, open_any({ID!r}, headers_only=False, progress=p), p.told][-1]")
     assert total == sum(told) == sum((tiny / name).stat().st_size for name in WEIGHTS | SMALL) - (tiny / "config.json").stat().st_size
 
 

@@ -1,4 +1,4 @@
-"""Opening what a user names: a local directory, or a checkpoint on the Hub; and the family table that is to be used for it."""
+"""Opening what a user names: a local directory, or a checkpoint in a store; and the family table that is used for it."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from ..store.workfolder import check_whole
 from ..tables import families
 from ..tables.families import Family
 from ..text.progress import Progress
+from .remote import open_remote
 from .source import Source, open_source
 
 
@@ -21,16 +22,15 @@ def open_any(
     table = table_of(family)
     if not str(src):
         raise ReshardError("the source is an empty name", "give a directory, or a Hub id such as org/name")
-    path = Path(location.source(src))
-    if not str(src).startswith("hf://"):
+    path, remote = Path(location.source(src)), location.scheme(src) is not None
+    if not remote:
         check_whole(path)
-    if not str(src).startswith("hf://") and path.exists():
+    if not remote and path.exists():
         if revision is not None:
             raise ReshardError(f"--revision {revision}: {src} is a local path", "revisions belong to Hub ids")
         return open_source(path, table)
-    from . import hub
-
-    return hub.resolve(str(src), revision, headers_only=headers_only, family=table, progress=progress)
+    store = location.opened(str(src), revision, keep=not headers_only)
+    return open_remote(store, str(src), headers_only=headers_only, family=table, progress=progress)
 
 
 def table_of(family: str | None) -> Family | None:

@@ -24,6 +24,7 @@ from ..layout.mesh import Range
 from ..model.naming import settle
 from ..model.understand import Config, Model, understand
 from ..store.local import Stamp
+from ..store.store import Address, Store
 from ..tables import families, wrappers
 from ..tables.families import Family
 from ..tables.notation import fold
@@ -102,6 +103,7 @@ class Published:
     left: tuple[Left, ...] = ()
     origin: Origin = field(default_factory=Origin)
     stamps: dict[Path, Stamp] = field(default_factory=dict)  # of every file that was read, or is going to be
+    store: Store | None = None  # what holds the files, where there is no `root`
 
     @property
     def bytes(self) -> int:
@@ -109,6 +111,8 @@ class Published:
         return sum(original.size for original in self.originals if not original.plain)
 
     def path(self, original: Original) -> Path:
+        if self.store is not None:
+            return Address.of(self.store, original.name)
         assert self.root is not None
         return self.root / original.name
 

@@ -30,7 +30,7 @@ Extent = tuple[int, int, Path | bytes, int]  # offset in the published file, len
 class Source(ABC):
     """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read.
 
-    `root`: the local directory; None on the Hub, where only headers were read, and paths are relative. `stamps`: what
+    `root`: the local directory; None in a store, where paths are addresses. `stamps`: what
     every file that is read was like when it was first opened. `directory`: `root` as it was then.
     """
 
@@ -134,7 +134,9 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSource(Source):
-    """A published checkpoint: its files are what is read. On the Hub, with no `root`, only their headers were."""
+    """A published checkpoint: its files are what is read. `files`: name → path, or address in a store if there is no `root`."""
+
+    files: dict[str, Path]
 
     def published(self) -> Layout:
         return self.layout
@@ -143,7 +145,7 @@ class PublishedSource(Source):
         return key[1]
 
     def _kept(self, original: Original, offset: int, at: int) -> tuple[Path | bytes, int]:
-        return (self.root or Path()) / original.name, offset
+        return self.files[original.name], offset
 
     @property
     def weights_size(self) -> int:
@@ -151,7 +153,7 @@ class PublishedSource(Source):
 
     @property
     def published_paths(self) -> Mapping[str, Path]:
-        return {original.name: self.root / original.name for original in self.originals} if self.root is not None else {}
+        return self.files if self.root is not None else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +227,7 @@ def from_published(found: Published, family: Family | None = None) -> PublishedS
     Raises ReshardError where no table fits, naming what was found.
     """
     model, originals = understood(found, family)
-    root = found.root or Path()
-    paths = [root / original.name for original in originals]
+    paths = [found.path(original) for original in originals]
     aside = set(model.aside)
     return PublishedSource(
         where=found.where,
@@ -240,4 +241,5 @@ def from_published(found: Published, family: Family | None = None) -> PublishedS
         left=found.left,
         origin=found.origin,
         stamps=found.stamps,
+        files={original.name: path for original, path in zip(originals, paths, strict=True)},
     )

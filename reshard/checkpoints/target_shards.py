@@ -201,7 +201,7 @@ def _evidence(source: Source, out: Path, known: Manifest, earlier: dict[str, Ori
             continue  # all of it is residue
         if original.sha256 and earlier[original.name].sha256 == original.sha256:
             found.add("sha256")
-        elif manifest.residue_path(out, original.name) in stale:
+        elif source.root is None or manifest.residue_path(out, original.name) in stale:  # of a store, no time is known
             found.add("content")
         else:
             found.add("commit" if commit else "sample")

@@ -158,14 +158,15 @@ def seal(job: Job, work: Work, digests: Digests) -> str | None:
 
 
 def _copy(file: Carried, root: Path, reader: Pool) -> Listed:
-    size, path = file.path.stat().st_size, root / file.name
+    path = root / file.name
     if path.exists():
         raise PlaceError(
             f"{file.name}: another file was written under this name: the file system takes upper and lower case for the same",
             "choose a destination that tells them apart",
         )
-    size, digest = write_pieces(path, reader.chunks(file.path, 0, size))
-    os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+    size, digest = write_pieces(path, reader.chunks(file.path, 0, file.size))
+    if file.mtime_ns:  # else it came from a store, which keeps no times
+        os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
     return Listed(file.name, size, digest)
 
 

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import remote
 from ..checkpoints.opening import open_any
 from ..checkpoints.published import Published, open_published
 from ..checkpoints.source import Source
@@ -103,12 +104,11 @@ def _killed(path: Path) -> list[str]:
 
 
 def published(src: str, revision: str | None) -> Published:
-    """Headers and config.json of a published checkpoint, here or on the Hub."""
-    if not location.source(src).startswith("hf://") and Path(src).exists():
+    """Headers and config.json of a published checkpoint, here or in a store."""
+    location.source(src)
+    if location.scheme(src) is None and Path(src).exists():
         return open_published(Path(src))
-    from ..checkpoints import hub
-
-    return hub.published(src, revision)
+    return remote.published(location.opened(src, revision, keep=False), src)
 
 
 def _understood(source: Source, name: str) -> dict[str, Any]:

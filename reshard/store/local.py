@@ -1,4 +1,7 @@
-"""Reading and writing files by offset: a bounded pool of descriptors, whole transfers or a clear error. Never maps a file."""
+"""Reading and writing files by offset: a bounded pool of descriptors, whole transfers or a clear error. Never maps a file.
+
+Files of other stores are read through it too.
+"""
 
 import errno
 import mmap
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import PlaceError, failed
+from .store import Address, exactly
 
 Buffer = bytes | bytearray | memoryview
 Views = Sequence[memoryview]
@@ -77,6 +81,8 @@ def batches(buffers: Views) -> list[Batch]:
 class Pool:
     """Open descriptors by path, closed in the order of least recent use when there are too many; safe among threads.
 
+    An `Address` is read from its store.
+
     A path that has one of the `stamps` must still be that file when it is opened: PlaceError otherwise.
     """
 
@@ -119,6 +125,12 @@ class Pool:
 
     def _transfer(self, path: Path, offset: int, buffers: Views, left: int, call: Callable[[int, Views, int], int], doing: str) -> None:
         """All of the buffers, which are `left` bytes."""
+        if isinstance(path, Address):
+            data, at = exactly(path.store, str(path), offset, left), 0
+            for buffer in buffers:
+                buffer[:] = data[at : at + len(buffer)]
+                at += len(buffer)
+            return
         descriptor, users = self._take(path)
         try:
             while left:

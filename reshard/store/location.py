@@ -1,13 +1,18 @@
-"""Locations: where a user's words say that files are. Only local paths, and on the Hub the checkpoints that are read, are within reach.
+"""Locations: where a user's words say that files are: local paths, and stores by the scheme of a URL, from which checkpoints are read.
 
 A URL is not a path: taken for one, `s3://bucket/out` would be a folder `s3:` here.
 """
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ReshardError
+
+if TYPE_CHECKING:
+    from .store import Store
 
 Location = str | os.PathLike[str]
 
@@ -20,6 +25,28 @@ _HINTS = {
     "https": "download it, then give the local directory; a model on the Hub is org/name",
     "hf": "the Hub can be a source, hf://org/name; elsewhere a local directory is needed: hf download, hf upload",
 }
+
+
+def _hub(text: str, revision: str | None, keep: bool) -> "Store | Path":
+    from . import hub
+
+    return hub.opened(text, revision, keep=keep)
+
+
+# How the URL of a source is opened, by its scheme. A factory takes the URL, `--revision`, and whether a conversion needs
+# the files, so that a cache pays; it gives a store, or a local directory that stands for it. It imports its module itself.
+SCHEMES: "dict[str, Callable[[str, str | None, bool], Store | Path]]" = {"hf": _hub}
+
+
+def scheme(given: Location) -> str | None:
+    """The scheme of a source's URL, which has a row in SCHEMES; None for a path, or a Hub id without one."""
+    found = _URL.match(given) if isinstance(given, str) else None
+    return found[1] if found and found[1] in SCHEMES else None
+
+
+def opened(text: str, revision: str | None, *, keep: bool) -> "Store | Path":
+    """The store that a text names; one that is neither a URL nor a path here is read as a Hub id. Raises as the store does."""
+    return SCHEMES[scheme(text) or "hf"](text, revision, keep)
 
 
 def local(given: Location, what: str) -> Path:
@@ -38,8 +65,7 @@ def local(given: Location, what: str) -> Path:
 
 
 def source(given: Location) -> str:
-    """The local path or Hub id of a source, as it was given. Raises ReshardError for a URL other than hf://."""
-    text = os.fspath(given)
-    if not (isinstance(given, str) and text.startswith("hf://")):
+    """The local path, URL or Hub id of a source, as it was given. Raises ReshardError for a scheme that has no row."""
+    if scheme(given) is None:
         local(given, "a source")
-    return text
+    return os.fspath(given)

@@ -1,0 +1,105 @@
+"""What a place that holds files has to offer: `Store`, and reading from one by offset.
+
+A byte's address is (store, name, offset, length). Local directories are read and written by descriptors, in `local`, and
+published by renaming, in `publish`; any other place is a `Store` in a module of its own, with a row in `location.SCHEMES`.
+Knows nothing about what the bytes are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+from typing import NamedTuple
+
+from ..errors import PlaceError
+from ..inputs import decode
+from ..text.progress import Progress
+
+
+class File(NamedTuple):
+    """What a store says of a file: bytes, and digests as far as they are known without reading it."""
+
+    size: int
+    sha256: str | None = None
+    blob: str | None = None  # the id that git gives it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(ABC):
+    """The files of one place, in one state: whoever opens a store fixes which (a commit, an etag of each file).
+
+    `where`: what messages call it. `files`: every path in it. Whatever is refused raises ReshardError; PlaceError is raised where the store
+    or the way to it fails, and where a file is no longer what `files` says of it.
+    """
+
+    where: str
+    files: Mapping[str, File]
+
+    @abstractmethod
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Exactly the bytes from `offset` on, which lie within the file; called by several threads at once.
+
+        Retries by itself what may be different in a moment. Of a server that sends more, no more than a bounded excess is received.
+        """
+
+    def whole(self, name: str, most: int) -> bytes:
+        """A file of at most `most` bytes; a larger one is refused unread."""
+        size = self.files[name].size
+        decode.fits(size, most, f"{self.where}/{name}")
+        return self.read(name, 0, size) if size else b""
+
+    def fetch(self, names: list[str], progress: Progress) -> Path | None:
+        """A local directory that holds these files from now on, where the store keeps a cache of them; None: they are read by range."""
+        return None
+
+    @property
+    def origin(self) -> tuple[str | None, str | None, str | None]:
+        """What is known of the files' provenance: a model's id, commit and licence."""
+        return None, None, None
+
+
+class Ahead:
+    """A file of a store that is read like a local one: a request brings `ahead` bytes at least, and no byte is asked for twice."""
+
+    def __init__(self, store: Store, name: str, ahead: int) -> None:
+        self.store, self.name, self.size, self.ahead = store, name, store.files[name].size, ahead
+        self.known: list[tuple[int, bytes]] = []  # offset, bytes from there on
+
+    def __call__(self, length: int, offset: int) -> bytes:
+        """`length` bytes from `offset` on; fewer at the end of the file."""
+        at, end = offset, min(offset + length, self.size)
+        parts = []
+        while at < end:
+            found = next(((low, data) for low, data in self.known if low <= at < low + len(data)), None)
+            if found is None:
+                wanted = end if at > offset else max(end, at + self.ahead)
+                high = min(wanted, min((low for low, _ in self.known if low > at), default=self.size))
+                found = at, exactly(self.store, self.name, at, high - at)
+                self.known.append(found)
+            low, data = found
+            parts.append(data[at - low : end - low])
+            at += len(parts[-1])
+        return b"".join(parts)
+
+
+class Address(PosixPath):
+    """Where a file of a store is, in the place of a local path: `Pool` reads either."""
+
+    store: Store
+
+    @classmethod
+    def of(cls, store: Store, name: str) -> "Address":
+        made = cls(name)
+        made.store = store
+        return made
+
+
+def exactly(store: Store, name: str, offset: int, length: int) -> bytes:
+    """So many bytes of a file, or PlaceError."""
+    data = store.read(name, offset, length)
+    if len(data) != length:
+        raise PlaceError(
+            f"{store.where}/{name}: {length} bytes wanted at offset {offset}, {len(data)} came",
+            "it is truncated, or was changed while it was being read",
+        )
+    return data
