@@ -325,7 +325,7 @@ def test_reader_prints_what_a_rank_holds(checkpoint: Callable[[str], Path], tmp_
 
 
 def test_reader_refuses(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """The reader refuses another major version, a truncated file, another rank's file, tensors outside the data; unknown keys are ignored."""
+    """It refuses another major version, a truncated file, another rank's file and tensors outside the data, and ignores unknown keys."""
     out = tmp_path / "out"
     reshard.convert(checkpoint("llama"), out, tp=2)
     text, path = (out / "manifest.json").read_text(), out / "rank-00000/model.safetensors"
