@@ -156,8 +156,8 @@ def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -
     for (stage, rank), names in sorted(files.items()):
         for name in names:
             path = root / name
-            entries, stamps[path] = _header(path)
-            for key, entry in tally.checked(entries, str(path)).items():
+            entries, stamps[path] = _header(path, tally)
+            for key, entry in entries.items():
                 other = places.setdefault((stage * tp + rank, key), (path, entry))[0]
                 if other != path:
                     raise ReshardError(
@@ -167,7 +167,7 @@ def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -
     return places, stamps
 
 
-def _header(path: Path) -> tuple[dict[str, Entry], Stamp]:
+def _header(path: Path, tally: Tally) -> tuple[dict[str, Entry], Stamp]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -176,7 +176,8 @@ def _header(path: Path) -> tuple[dict[str, Entry], Stamp]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
-        return safetensors.read(descriptor, status.st_size, str(path))[0].entries, Stamp.of(status)
+        raw = safetensors.text(descriptor, status.st_size, str(path))
+        return tally.parsed(raw, status.st_size, str(path)), Stamp.of(status)
     finally:
         os.close(descriptor)
 

@@ -187,15 +187,15 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
             view = _View(original, manifest.residue_path(root, original.name), pool)
             if original.container == "safetensors":
                 n = safetensors.length(view(8, 0), original.size, original.name)
-                entries = safetensors.parse(view(n, 8), original.size, original.name).entries
+                entries = tally.parsed(view(n, 8), original.size, original.name)
             elif original.container == "torch":
                 from ..containers import torch_zip
 
-                entries = torch_zip.read(view, original.size, original.name)
+                entries = tally.checked(torch_zip.read(view, original.size, original.name), original.name)
             elif original.name.endswith(".index.json"):
                 decode.fits(original.size, limits.INDEX, original.name, MismatchError)
                 index, index_name = parse_index(view(original.size, 0), original.name), original.name
-            found.append(tally.checked(entries, str(view.path)))
+            found.append(entries)
     finally:
         pool.close()
     return merge([original.name for original in originals], found, index, index_name)

@@ -4,8 +4,9 @@
     N bytes   JSON   {"__metadata__": {text: text}, name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
     the rest  data   offsets count from here; tensors lie one after another, without holes, to the end of the file
 
-A header is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests compare the two. The library reads
-with serde_json, which differs from Python's `json`: see `_loads`, `_fields` and `_ignored`. Knows nothing about models, layouts or the Hub.
+A header within limits is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests compare the two.
+The library reads with serde_json, which differs from Python's `json`: see `_loads`, `_fields` and `_ignored`. Knows nothing about models,
+layouts or the Hub.
 """
 
 import json
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import PlaceError, ReshardError
+from ..inputs import decode, limits
 
 # Bits per element, in the library's order of rising alignment, which is also its order of falling place in a file (`library_order`).
 # Source: `enum Dtype` and `bitsize` in safetensors/src/tensor.rs; tests ask the installed library for each.
@@ -91,9 +93,14 @@ def read(fd: int, file_size: int, where: str) -> tuple[Header, bytes]:
 
     Raises ReshardError for what `length` and `parse` refuse, PlaceError where the storage fails or the file shrinks meanwhile.
     """
+    raw = text(fd, file_size, where)
+    return parse(raw, file_size, where), len(raw).to_bytes(8, "little") + raw
+
+
+def text(fd: int, file_size: int, where: str) -> bytes:
+    """The N bytes of an open file's header. Raises as `read` does, but for what they say."""
     word = _pread(fd, min(8, file_size), 0, where)
-    raw = _pread(fd, length(word, file_size, where), 8, where)
-    return parse(raw, file_size, where), word + raw
+    return _pread(fd, length(word, file_size, where), 8, where)
 
 
 def length(word: bytes, file_size: int, where: str) -> int:
@@ -118,6 +125,7 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
 
     Raises ReshardError, naming the tensor, unless the JSON is of the right form and its tensors fill the rest of the file without a hole.
     """
+    decode.check_content(raw, where, limits.HEADER_KEYS)
     data_start = 8 + len(raw)
     # Tensors of one shape share one tuple: a checkpoint has 100,000 tensors but a dozen shapes.
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -191,8 +199,12 @@ def build(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping
     The JSON is compact, metadata first, padded with spaces so that data starts at a multiple of `align` bytes. With align = 8, in
     `library_order`, these are the bytes that the safetensors library writes. Raises ReshardError for what no safetensors file can hold.
     """
-    text = json.JSONEncoder(ensure_ascii=False).encode  # escapes exactly as serde_json does
-    parts = [] if metadata is None else [f'"__metadata__":{{{",".join(f"{text(key)}:{text(value)}" for key, value in metadata.items())}}}']
+    spelled = json.JSONEncoder(ensure_ascii=False).encode  # escapes exactly as serde_json does
+    parts = (
+        []
+        if metadata is None
+        else [f'"__metadata__":{{{",".join(f"{spelled(key)}:{spelled(value)}" for key, value in metadata.items())}}}']
+    )
     placed: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     begin = 0
     for name, dtype, shape in tensors:
@@ -206,7 +218,7 @@ def build(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping
             raise ReshardError(f"tensor {_show(name)} cannot be stored as safetensors: {error}") from None
         placed[name] = (dtype, shape, begin, size)
         sizes = ",".join(map(str, shape))
-        parts.append(f'{text(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{begin},{begin + size}]}}')
+        parts.append(f'{spelled(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{begin},{begin + size}]}}')
         begin += size
     try:
         raw = f"{{{','.join(parts)}}}".encode()
