@@ -115,6 +115,14 @@ def test_a_changed_file_in_a_folder_is_noticed_by_all(embedder: Path, tmp_path: 
     assert "2_Dense/model.safetensors: is missing" in reshard("verify", out).out
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "README.md"])
+def test_a_pipe_in_the_place_of_a_file_of_the_checkpoint_is_an_error(name: str, source: Path, tmp_path: Path) -> None:
+    """Only what no checkpoint needs is left out."""
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 2, f"{name}: not a regular file")
+
+
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_a_readme_that_cannot_be_read_is_an_error(command: str, source: Path, tmp_path: Path) -> None:
     """Its license goes into the manifest: another root digest because a disk failed would be wrong, and so would success."""
