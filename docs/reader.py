@@ -16,6 +16,8 @@ def open_rank(directory, rank):
     manifest = json.loads((root / "manifest.json").read_text("utf-8"))
     if manifest["reshard"].split(".")[0] != "1":
         raise ValueError(f"{directory}: format version {manifest['reshard']}, this reader knows 1")
+    if not 0 <= rank < len(manifest["ranks"]):
+        raise ValueError(f"{directory}: there is no rank {rank}, only ranks 0 to {len(manifest['ranks']) - 1}")
     listed = manifest["ranks"][rank]
     index = json.loads((root / listed["tensors"]["file"]).read_text("utf-8"))
     path = root / listed["weights"]["file"]
@@ -27,6 +29,9 @@ def open_rank(directory, rank):
     about = json.loads(bytes(data[8 : 8 + length]))["__metadata__"]
     if (about["reshard.plan"], about["reshard.rank"]) != (manifest["plan"], str(rank)):
         raise ValueError(f"{path}: belongs to another conversion or another rank")
+    for t in index["tensors"]:
+        if not 8 + length <= t["offset"] <= t["offset"] + t["nbytes"] <= len(data):
+            raise ValueError(f"{path}: {t['name']} is said to be at byte {t['offset']}, which is not in the data")
     tensors = {t["name"]: (t["dtype"], tuple(t["shape"]), data[t["offset"] : t["offset"] + t["nbytes"]]) for t in index["tensors"]}
     return tensors, {t["name"]: index["rows"][t["row"]].get("segments", []) for t in index["tensors"]}
 

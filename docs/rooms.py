@@ -26,7 +26,7 @@ ORDER = {
     ),
     "runtime": (
         *("__main__", "__init__", "proof", "job", "statistics", "generate", "load", "described", "resharded", "cast"),
-        *("model", "mapped", "comm", "text", "template", "sampling", "memory", "dtypes"),
+        *("model", "mapped", "comm", "prompts", "text", "template", "sampling", "memory", "dtypes"),
     ),
 }
 

@@ -5,22 +5,28 @@ reshard.plan(src, tp=8)        reshard.convert(src, out, tp=8)        reshard.ve
 reshard.inspect(src)
 """
 
-from typing import TYPE_CHECKING, Any
-
-from .errors import MismatchError, PlaceError, ReshardError
-
+TYPE_CHECKING = False  # to type checkers it is true; `typing` is a module to load before a signal is caught
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api import convert as convert
     from .api import plan as plan
     from .api import verify as verify
+    from .errors import MismatchError as MismatchError
+    from .errors import PlaceError as PlaceError
+    from .errors import ReshardError as ReshardError
     from .jobs.inspect import describe as inspect
 
 __all__ = ["MismatchError", "PlaceError", "ReshardError", "convert", "inspect", "plan", "verify"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """The functions are imported when they are used: `import reshard` costs nothing."""
+def __getattr__(name: str) -> "Any":
+    """Functions and errors are imported when they are used: `import reshard` costs nothing."""
+    if name.endswith("Error") and name in __all__:
+        from . import errors
+
+        return getattr(errors, name)
     if name in ("plan", "convert", "verify"):
         from . import api
 

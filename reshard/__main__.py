@@ -2,10 +2,9 @@
 
 import os
 import signal
-from types import FrameType
 
 
-def stop(number: int, _: FrameType | None) -> None:
+def stop(number: int, _: object) -> None:
     """Nothing has been begun, so nothing is to be cleared up. The exit code is a shell's for a process that ended by a signal."""
     os._exit(128 + number)
 

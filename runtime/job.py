@@ -8,9 +8,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from reshard.store.directory import Directory
 from reshard.text.escapes import in_json, visible
 
 from .comm.launch import Tell
+from .prompts import Prompt, encoded, read_prompts
 from .statistics import lines, statistics
 from .text import Stream, Tokenizer, generation_config, stop_tokens
 
@@ -32,7 +34,7 @@ _LONGEST = 1_000_000  # seconds of a timeout
 
 @dataclass(frozen=True)
 class Job:
-    """A request. A prompt is a text, or a list of token ids or of messages; None: rank 0 reads them from `file`."""
+    """A request. A prompt is a text, or a list of token ids or of messages; None: they are read from `file`."""
 
     out: Path
     prompts: tuple[Any, ...] | None
@@ -58,57 +60,13 @@ class Job:
                 f"--timeout {self.timeout:g}: must be above 0 and at most {_LONGEST} seconds", "60 is the default"
             )
 
-    def ready(self) -> "Job":
-        """The job with its prompts read."""
+    def read(self) -> "Job":
+        """The job with its prompts."""
         return self if self.prompts is not None else replace(self, prompts=read_prompts(self.file or "-"))
 
-
-def read_prompts(file: str) -> tuple[Any, ...]:
-    """The prompts in a file, one per line, or on stdin for `-`.
-
-    A line that starts with `{` is JSON: {"prompt": …}, {"tokens": […]} or {"messages": […]}.
-    """
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ReshardError(f"{file}: {error.strerror}", "pass a file with one prompt per line") from None
-    except UnicodeDecodeError as error:
-        raise ReshardError(f"{file}: not UTF-8: {error.reason} at byte {error.start}") from None
-    found: list[Any] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        found.append(_from_json(line, f"{file}: line {number}") if line.startswith("{") else line)
-    if not found:
-        raise ReshardError(f"{file}: no prompts", "write one per line")
-    return tuple(found)
-
-
-def _from_json(line: str, where: str) -> Any:
-    hint = (
-        'a JSON line is {"prompt": "…"}, {"tokens": [1, 2, …]} or {"messages": [{"role": "user", "content": "…"}, …]}'
-    )
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ReshardError(f"{where}: invalid JSON: {error}", hint) from None
-    for key, fits in _FORMS.items():
-        if key in data:
-            if not fits(data[key]):
-                raise ReshardError(f"{where}: invalid {key}: {json.dumps(data[key])[:100]}", hint)
-            return data[key]
-    raise ReshardError(f"{where}: has none of {', '.join(_FORMS)}", hint)
-
-
-def _every(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and bool(value) and all(map(kind, value))
-
-
-_FORMS: dict[str, Callable[[Any], bool]] = {
-    "prompt": lambda value: isinstance(value, str),
-    "tokens": _every(lambda token: type(token) is int),
-    "messages": _every(lambda message: isinstance(message, dict) and "role" in message and "content" in message),
-}
+    def encode(self) -> tuple[Prompt, ...]:
+        """Its prompts as token ids. Runs the chat template, for which no rank waits: it may take `timeout`."""
+        return encoded(self.prompts or (), cache(lambda: Tokenizer(self.out)), self.chat, self.timeout)
 
 
 def ranks_wanted(job: Job) -> int:
@@ -126,27 +84,28 @@ def ranks_wanted(job: Job) -> int:
         raise ReshardError(
             f"{text}: no such directory", "pass a directory written by `reshard convert`, or a published checkpoint"
         )
-    if any(
-        not isinstance(prompt, list) or isinstance(prompt[0] if prompt else 0, dict) for prompt in job.prompts or ("",)
-    ):
-        Tokenizer(job.out)  # raises errors early
     if job.mesh is not None:
         return job.mesh.world
     return manifest.load(job.out).mesh.world if manifest.present(job.out) else 1
 
 
 def start(job: Job) -> None:
-    """Run all ranks on this machine, or this one rank if torchrun started it."""
+    """Run all ranks on this machine, or this one rank if torchrun started it.
+
+    Prompts are encoded before ranks meet: a chat template that runs too long is an error of its own, not a lost rank.
+    """
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        prompts = job.read().encode() if os.environ["RANK"] == "0" else ()
         _torch()
-        one_rank(job, None, lambda _: None)
+        one_rank(job, prompts, None, lambda _: None)
         return
     from .comm.launch import launch
 
-    job = job.ready()
+    job = job.read()
     size = ranks_wanted(job)
+    prompts = job.encode()
     _torch()
-    launch(size, lambda rank, tell: one_rank(job, size, tell), job.timeout)
+    launch(size, lambda rank, tell: one_rank(job, prompts, size, tell), job.timeout)
 
 
 def _torch() -> None:
@@ -160,14 +119,14 @@ def _torch() -> None:
         raise ReshardError("this PyTorch was built without torch.distributed", "pip install 'reshard[runtime]'")
 
 
-def one_rank(job: Job, forked: int | None, tell: Tell) -> None:
-    """Everything that one rank does. `forked`: the number of ranks, if they are forks of one process."""
+def one_rank(job: Job, prompts: Sequence[Prompt], forked: int | None, tell: Tell) -> None:
+    """Everything that one rank does. `prompts`: rank 0 needs them; `forked`: the number of ranks, if they are forks."""
     from .comm.processes import joined
 
     tell("start")
     device = _device(job.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with joined("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", forked, job.timeout) as world:
-        _work(job, world, device, tell)
+        _work(job, prompts, world, device, tell)
 
 
 def _device(name: str, ranks: int) -> Any:
@@ -187,7 +146,7 @@ def _device(name: str, ranks: int) -> Any:
     return torch.device("cuda", number)
 
 
-def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
+def _work(job: Job, given: Sequence[Prompt], world: "World", device: Any, tell: Tell) -> None:
     import torch
 
     from .comm.collectives import gathered
@@ -200,8 +159,8 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     said = generation_config(job.out)
     sampling = Sampling.of(said, job.temperature, job.top_k, job.top_p, job.seed, job.out)
     joined = time.monotonic()
-    console = _Console(job) if world.rank == 0 else None
-    prompts: list[list[int]] = gathered(world, console.encoded() if console else None, "prompts")[0]
+    console = _Console(job, given) if world.rank == 0 else None
+    prompts: list[list[int]] = gathered(world, [prompt.ids for prompt in given] if console else None, "prompts")[0]
     tell("load")
     decoder = load_model(
         job.out,
@@ -235,7 +194,7 @@ def _work(job: Job, world: "World", device: Any, tell: Tell) -> None:
     }
     about = statistics(decoder, world, done, prompts, times)
     if console is not None:
-        console.end(prompts, done, sampling, about)
+        console.end(done, sampling, about)
 
 
 def _config(root: Path) -> dict[str, Any]:
@@ -249,41 +208,18 @@ def _config(root: Path) -> dict[str, Any]:
 class _Console:
     """The console of rank 0: prompts in, text out as it arrives, one text at a time; later ones are buffered."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job.ready()
-        self.prompts: Sequence[Any] = self.job.prompts or ()
-        self.live, self.waiting = 0, [""] * len(self.prompts)
-        self.over = [False] * len(self.prompts)
+    def __init__(self, job: Job, prompts: Sequence[Prompt]) -> None:
+        self.job = job
+        self.prompts = prompts
+        self.live, self.waiting = 0, [prompt.echo for prompt in prompts]
+        self.over = [False] * len(prompts)
         self._tokenizer: Tokenizer | None = None
         with suppress(ReshardError):
             self._tokenizer = Tokenizer(job.out)
-        self._streams = [Stream(self._tokenizer) if self._tokenizer else None for _ in self.prompts]
-        template = self._tokenizer is not None and self._tokenizer.template is not None
-        self.chat = template if job.chat is None else job.chat
+        self._streams = [Stream(self._tokenizer) if self._tokenizer else None for _ in prompts]
         self._shown = False
         # On a terminal, control characters of a text are escaped.
         self._terminal = sys.stdout is not None and sys.stdout.isatty()
-
-    def encoded(self) -> list[list[int]]:
-        """The token ids of every prompt."""
-        found: list[list[int]] = []
-        chats: dict[int, list[dict[str, Any]]] = {}  # index of a prompt → a conversation
-        for number, prompt in enumerate(self.prompts):
-            found.append(prompt if isinstance(prompt, list) else [])
-            if isinstance(prompt, list) and not any(isinstance(part, dict) for part in prompt):
-                continue
-            tokenizer = self._tokenizer or Tokenizer(self.job.out)  # raises if there is none
-            if isinstance(prompt, list):
-                chats[number] = prompt
-            elif self.chat:
-                chats[number] = [{"role": "user", "content": prompt}]
-            else:
-                found[number] = tokenizer.encode(prompt)
-                self.waiting[number] = prompt  # the output starts with the prompt
-        if chats and self._tokenizer:
-            for number, ids in zip(chats, self._tokenizer.chats([*chats.values()], self.job.timeout), strict=True):
-                found[number] = ids
-        return found
 
     def token(self, prompt: int, token: int | None, reason: str | None) -> None:
         if self.job.as_json:
@@ -315,17 +251,17 @@ class _Console:
             with suppress(OSError):
                 print(flush=True)
 
-    def end(self, prompts: Sequence[Sequence[int]], done: "Generated", sampling: Any, about: dict[str, Any]) -> None:
+    def end(self, done: "Generated", sampling: Any, about: dict[str, Any]) -> None:
         if self.job.as_json:
             texts = [
                 {
-                    "prompt": prompt if isinstance(prompt, str) else None,
-                    "prompt_tokens": ids,
+                    "prompt": prompt.text,
+                    "prompt_tokens": prompt.ids,
                     "text": self._tokenizer.decode(tokens) if self._tokenizer else None,
                     "tokens": tokens,
                     "finish": reason,
                 }
-                for prompt, ids, tokens, reason in zip(self.prompts, prompts, done.tokens, done.reasons, strict=True)
+                for prompt, tokens, reason in zip(self.prompts, done.tokens, done.reasons, strict=True)
             ]
             drawn = {key: getattr(sampling, key) for key in ("temperature", "top_k", "top_p", "seed")}
             print(

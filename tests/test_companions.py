@@ -115,6 +115,34 @@ def test_a_changed_file_in_a_folder_is_noticed_by_all(embedder: Path, tmp_path: 
     assert "2_Dense/model.safetensors: is missing" in reshard("verify", out).out
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "README.md"])
+def test_a_pipe_in_the_place_of_a_file_of_the_checkpoint_is_an_error(name: str, source: Path, tmp_path: Path) -> None:
+    """Only what no checkpoint needs is left out."""
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 2, f"{name}: not a regular file")
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_a_readme_that_cannot_be_read_is_an_error(command: str, source: Path, tmp_path: Path) -> None:
+    """Its license goes into the manifest: another root digest because a disk failed would be wrong, and so would success."""
+    put(source, **{"README.md": "---\nlicense: mit\n---\n"})
+    code = """
+import errno, io, os, sys
+opened = io.open
+def failing(what, *more, **given):
+    if os.path.basename(str(what)) == "README.md":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return opened(what, *more, **given)
+io.open = failing
+from reshard.cli import main
+main(sys.argv[1:])
+"""
+    more = (tmp_path / "out", "--tp", "2") if command == "convert" else ()
+    refused(process(command, source, *more, code=code), 3, "reading", "README.md", "Input/output error")
+    assert not (tmp_path / "out").exists()
+
+
 def test_overwrite_does_not_delete_a_users_folder(source: Path, tmp_path: Path) -> None:
     assert reshard("convert", source, tmp_path / "back", "--to", "hf").code == 0
     put(tmp_path / "back", thesis__chapter="1")

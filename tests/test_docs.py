@@ -313,7 +313,7 @@ def test_reader_is_short_and_alone() -> None:
     """The reader imports nothing but the standard library, and fits on a screen."""
     text = _text("docs/reader.py")
     assert set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) <= {"json", "mmap", "struct", "sys", "pathlib"}
-    assert len(text.splitlines()) <= 50
+    assert len(text.splitlines()) <= 55
 
 
 def test_reader_prints_what_a_rank_holds(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -325,17 +325,26 @@ def test_reader_prints_what_a_rank_holds(checkpoint: Callable[[str], Path], tmp_
 
 
 def test_reader_refuses(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """The reader refuses another major version, a truncated file and a file of another rank, and ignores keys it does not know."""
+    """It refuses another major version, a truncated file, another rank's file and tensors outside the data, and ignores unknown keys."""
     out = tmp_path / "out"
     reshard.convert(checkpoint("llama"), out, tp=2)
     text, path = (out / "manifest.json").read_text(), out / "rank-00000/model.safetensors"
     (out / "manifest.json").write_text(text.replace('"reshard": "1.0"', '"reshard": "1.9", "news": [1]'))
     reader.open_rank(out, 0)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"no rank {rank}, only ranks 0 to 1"):
+            reader.open_rank(out, rank)
     (out / "manifest.json").write_text(text.replace('"reshard": "1.0"', '"reshard": "2.0"'))
     with pytest.raises(ValueError, match=r"2\.0"):
         reader.open_rank(out, 0)
     (out / "manifest.json").write_text(text)
-    data = path.read_bytes()
+    data, index = path.read_bytes(), out / "rank-00000/tensors.json"
+    listed = index.read_text()
+    for wrong in (0, len(data)):
+        index.write_text(re.sub('"offset": [0-9]+, "nbytes"', f'"offset": {wrong}, "nbytes"', listed, count=1))
+        with pytest.raises(ValueError, match=f"byte {wrong}, which is not in the data"):
+            reader.open_rank(out, 0)
+    index.write_text(listed)
     path.write_bytes(data[:-1])
     with pytest.raises(ValueError, match=f"{len(data) - 1} bytes"):
         reader.open_rank(out, 0)

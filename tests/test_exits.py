@@ -92,6 +92,13 @@ def test_a_signal_while_modules_load_is_a_quiet_end(number: signal.Signals, modu
     assert done.out == "" and "Traceback" not in done.err
 
 
+def test_little_is_loaded_before_signals_are_caught() -> None:
+    """Until then Python would print a traceback: `import reshard` must not bring in half of the standard library."""
+    code = "import sys; before = {*sys.modules}; import reshard.__main__; print(*sorted({*sys.modules} - before))"
+    done = process(code=code)
+    assert done.code == 0 and "signal" in done.out.split() and not {"re", "pathlib", "typing", "click"} & {*done.out.split()}, done
+
+
 def test_a_signal_after_publishing_is_too_late(source: Path, tmp_path: Path) -> None:
     """What is complete is said to be, and exits 0."""
     code = """

@@ -239,6 +239,32 @@ def test_headers_and_tensors_of_a_checkpoint_are_bounded_together(tmp_path: Path
     refused(reshard("plan", directory, "--tp", "2"), 2, "a.safetensors", "characters", "at most 1000")
 
 
+def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = llama(tmp_path / "source", {"a": ("U8", (1,), b"x")})
+    (directory / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b'"data_offsets"' + b" " * 6)
+    refused(reshard("plan", directory, "--tp", "2"), 2, "not a safetensors header")
+    monkeypatch.setattr(limits, "TENSORS", 0)
+    refused(reshard("plan", directory, "--tp", "2"), 2, "with this file the headers hold 1 tensors, at most 0 are read")
+
+
+@pytest.mark.parametrize("limit", ["HEADER_KEYS", "VALUES"])
+def test_a_header_of_too_much_is_refused(limit: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds, not its bytes, decides how much memory it takes: two-letter texts take twenty times their size."""
+    monkeypatch.setattr(limits, limit, 100)
+    refused(reshard("plan", source, "--tp", "2"), 2, "model.safetensors: has", "at most 100 are read")
+
+
+def test_json_of_too_many_keys_or_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "VALUES", 10)
+    assert decode.json_of("[1, 2, 3]", 100, "f") == [1, 2, 3]
+    for text, words in (
+        ("[[],[],[],[],[],[]]", "f: has 12 commas and opening brackets, at most 10"),
+        (b'{"a":1,"b":2}', "2 colons, at most 1"),
+    ):
+        with pytest.raises(MismatchError, match=words):
+            decode.json_of(text, 100, "f", kind=MismatchError, keys=1)
+
+
 def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
     directory = llama(tmp_path / "source", llama_tensors() | {"odd": ("U8", (1,) * 100_000, b"\0")})
     for words in (("plan", directory, "--tp", "2"), ("inspect", directory)):

@@ -566,6 +566,27 @@ def test_source_and_destination_apart_also_through_links(tmp_path: Path) -> None
     assert reshard("convert", tmp_path / "alias", tmp_path / "out", "--tp", "2").code == 0
 
 
+def test_a_destination_that_is_the_source_by_another_mount_is_refused(tmp_path: Path) -> None:
+    """--overwrite would delete the only copy of the weights."""
+    source = llama(tmp_path / "store" / "model")
+    with mounted(tmp_path / "out", "--bind", str(source)):
+        refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--overwrite"), 2, "is the source itself")
+        refused(reshard("convert", source, tmp_path / "out" / "x", "--tp", "2", "--overwrite"), 2, "lies inside the source")
+    with mounted(tmp_path / "out", "--bind", str(source.parent)):
+        refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--overwrite"), 2, "holds the source")
+
+
+def test_a_destination_that_holds_what_the_source_has_links_to_is_refused(tmp_path: Path) -> None:
+    store, source = llama(tmp_path / "store"), tmp_path / "source"
+    source.mkdir()
+    shutil.copy(store / "config.json", source)
+    (source / "model.safetensors").symlink_to(store / "model.safetensors")
+    before = stamps(tmp_path)
+    refused(reshard("convert", source, store, "--tp", "2", "--overwrite"), 2, "holds model.safetensors of the source", "a link")
+    assert stamps(tmp_path) == before
+    assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
+
+
 def test_a_failed_job_takes_the_directories_away_that_it_made(source: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

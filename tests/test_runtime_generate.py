@@ -336,6 +336,16 @@ def test_rendering_keeps_to_the_timeout_of_the_job(tmp_path: Path) -> None:
         Tokenizer(tmp_path).chats([[{"role": "user", "content": "a"}]], 0.5)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ranks_do_not_wait_for_a_template_that_never_ends(tp: int, tmp_path: Path) -> None:
+    """They have not met when it is rendered: the error names the template, never a rank that did not come."""
+    out = tmp_path / "out"
+    assert reshard("convert", DEMO, out, "--tp", str(tp)).code == 0
+    (out / "chat_template.jinja").write_text(str(HOSTILE["loops"][0]))
+    done = process("generate", out, "--prompt", "a", "--timeout", "0.5")
+    refused(done, 2, "its chat template took more than 0.5 s (--timeout)", "--no-chat")
+
+
 def test_many_conversations_are_rendered_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
     (tmp_path / "chat_template.jinja").write_text("<{{ messages[0].content }}>")

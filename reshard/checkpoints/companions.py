@@ -218,7 +218,8 @@ class _Listing:
             self.stamps[name] = status.st_size, status.st_mtime_ns
             self._note(name, status.st_size)
         else:
-            self._note(name, _NO_FILE)
+            odd = ReshardError(f"{path}: {_NO_FILE}", "fetch the file again, or delete what is there in its place")
+            self._note(name, odd if _of_a_checkpoint(name) else _NO_FILE)
 
     def _note(self, name: str, what: int | str | ReshardError) -> None:
         self.found[name] = what

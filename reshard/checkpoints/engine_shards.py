@@ -157,8 +157,8 @@ def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -
     for (stage, rank), names in sorted(files.items()):
         for name in names:
             path = root / name
-            entries, stamps[path] = _header(path)
-            for key, entry in tally.checked(entries, str(path)).items():
+            entries, stamps[path] = _header(path, tally)
+            for key, entry in entries.items():
                 other = places.setdefault((stage * tp + rank, key), (path, entry))[0]
                 if other != path:
                     raise ReshardError(
@@ -168,7 +168,7 @@ def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -
     return places, stamps
 
 
-def _header(path: Path) -> tuple[dict[str, Entry], Stamp]:
+def _header(path: Path, tally: Tally) -> tuple[dict[str, Entry], Stamp]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -178,7 +178,7 @@ def _header(path: Path) -> tuple[dict[str, Entry], Stamp]:
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
         pread = of_descriptor(descriptor, str(path))
-        return of_file(path.name).read(pread, status.st_size, str(path)).entries, Stamp.of(status)
+        return tally.checked(of_file(path.name).read(pread, status.st_size, str(path)).entries, str(path)), Stamp.of(status)
     finally:
         os.close(descriptor)
 

@@ -76,18 +76,20 @@ class Tally:
         """The same tensors of one more file. Raises ReshardError for too many, too long a name, too many dimensions."""
         self.tensors += len(entries)
         self.names += sum(map(len, entries))
-        for count, most, what in ((self.tensors, limits.TENSORS, "tensors"), (self.names, limits.NAMES, "characters of tensors' names")):
-            if count > most:
-                raise ReshardError(
-                    f"{where}: with this file the headers hold {count} {what}, at most {most} are read",
-                    "is one file there under several names?",
-                )
+        _fits(self.tensors, limits.TENSORS, "tensors", where)
+        _fits(self.names, limits.NAMES, "characters of tensors' names", where)
         for name, entry in entries.items():
             if len(name) > limits.NAME:
                 raise ReshardError(f"{where}: {name[:40]}… has a name of {len(name)} characters, at most {limits.NAME} are read")
             if len(entry.shape) > limits.DIMENSIONS:
                 raise ReshardError(f"{where}: {name} has {len(entry.shape)} dimensions, at most {limits.DIMENSIONS} are read")
         return entries
+
+
+def _fits(count: int, most: int, what: str, where: str) -> None:
+    if count > most:
+        said = f"{where}: with this file the headers hold {count} {what}, at most {most} are read"
+        raise ReshardError(said, "is one file there under several names?")
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,9 @@ def open_published(root: Path, where: str | None = None) -> Published:
     names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights)
     originals, found, tally = [], [], Tally()
     for file in names:
-        original, entries, stamps[root / file] = _headers(root, file, index)
+        original, entries, stamps[root / file] = _headers(root, file, index, tally)
         originals.append(original)
-        found.append(tally.checked(entries, f"{root}/{file}"))
+        found.append(entries)
     tensors = merge(names, found, index_map, index or names[0])
     if not tensors:
         raise ReshardError(f"{where}: the weights files hold no tensors", "is the download complete?")
@@ -232,7 +234,7 @@ def parse_json(text: bytes, where: str, most: int = limits.CONFIG) -> dict[str, 
 
 def index_map(text: bytes, where: str) -> dict[str, str]:
     """The weight map of an index, each file name checked to lie inside the directory; without the "./" that some begin with."""
-    weights: dict[str, str] = decode.json_of(text, limits.INDEX, where, {"weight_map": {"": str}})["weight_map"]
+    weights: dict[str, str] = decode.json_of(text, limits.INDEX, where, {"weight_map": {"": str}}, keys=limits.INDEX_KEYS)["weight_map"]
     if not weights:
         raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
     plain = {file: file.removeprefix("./") for file in set(weights.values())}
@@ -281,10 +283,14 @@ def origin_of(root: Path) -> Origin:
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         name, commit = parts[-3][len("models--") :].replace("--", "/"), parts[-1]
     card, found = root / "README.md", None
-    with suppress(OSError):
+    try:
         if card.is_file():  # a pipe would be waited for
             with card.open(encoding="utf-8", errors="replace") as text:
                 found = re.match(r"---\n(?:.*\n)*?license:\s*([\w.-]+)\s*\n", text.read(65536))
+    except FileNotFoundError:
+        pass  # deleted in between
+    except OSError as error:
+        raise failed("reading", card, error) from error
     return Origin(name, commit, found[1] if found else None)
 
 
@@ -311,7 +317,7 @@ def _check_link(path: Path) -> None:
         raise ReshardError(f"{path}: is a link to {path.readlink()}, which is not there", "the download is not complete: fetch it again")
 
 
-def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[str, Entry], Stamp]:
+def _headers(root: Path, name: str, index: str | None, tally: Tally) -> tuple[Original, dict[str, Entry], Stamp]:
     path = root / name
     if index is None:
         _check_link(path)
@@ -327,7 +333,7 @@ def _headers(root: Path, name: str, index: str | None) -> tuple[Original, dict[s
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
         container = of_file(name)
-        entries = container.read(of_descriptor(descriptor, name), status.st_size, name).entries
+        entries = tally.checked(container.read(of_descriptor(descriptor, name), status.st_size, name).entries, str(path))
     finally:
         os.close(descriptor)
     return Original(name, status.st_size, container.name, status.st_mtime_ns, _known_sha256(path)), entries, Stamp.of(status)

@@ -186,11 +186,11 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
             entries: dict[str, Entry] = {}
             view = _View(original, manifest.residue_path(root, original.name), pool)
             if original.container in NAMED:
-                entries = NAMED[original.container].read(view, original.size, original.name).entries
+                entries = tally.checked(NAMED[original.container].read(view, original.size, original.name).entries, original.name)
             elif original.name.endswith(".index.json"):
                 decode.fits(original.size, limits.INDEX, original.name, MismatchError)
                 index, index_name = parse_index(view(original.size, 0), original.name), original.name
-            found.append(tally.checked(entries, str(view.path)))
+            found.append(entries)
     finally:
         pool.close()
     return merge([original.name for original in originals], found, index, index_name)

@@ -4,8 +4,8 @@
     N bytes   JSON   {"__metadata__": {text: text}, name: {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}, ...}
     the rest  data   offsets count from here; tensors lie one after another, without holes, to the end of the file
 
-A header is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests compare the two.
-The library reads with serde_json, which differs from Python's `json`: see `serde` and `_fields`. Knows nothing about
+A header within limits is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests
+compare the two. The library reads with serde_json, which differs from Python's `json`: see `serde` and `_fields`. Knows nothing about
 models, layouts or the Hub.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ReshardError
+from ..inputs import decode, limits
 from ..text.escapes import clip
 from . import serde
 from .dtypes import BITS
@@ -71,6 +72,9 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
     Raises ReshardError, naming the tensor, unless the JSON is of the right form and its tensors fill the rest of the
     file without a hole.
     """
+    decode.check_content(raw, where, limits.HEADER_KEYS)
+    if (count := raw.count(b'"data_offsets"')) > limits.TENSORS:
+        raise ReshardError(f"{where}: its header names {count} tensors, at most {limits.TENSORS} are read")
     data_start = 8 + len(raw)
     # Tensors of one shape share one tuple: a checkpoint has 100,000 tensors but a dozen shapes.
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}

@@ -59,22 +59,39 @@ def json_file(path: Path, most: int, form: Form = object, kind: Kind = ReshardEr
     return json_of(read(path, most, kind, hint), most, str(path), form, kind, hint)
 
 
-def json_of(text: bytes | str, most: int, where: str, form: Form = object, kind: Kind = ReshardError, hint: str | None = None) -> Any:
+def json_of(
+    text: bytes | str,
+    most: int,
+    where: str,
+    form: Form = object,
+    kind: Kind = ReshardError,
+    hint: str | None = None,
+    keys: int = limits.KEYS,
+) -> Any:
     """The value of a JSON text. Raises `kind` where it is none, too large, nested too deeply, or not of the form."""
     fits(len(text), most, where, kind, hint)
-    brackets = sum(text.count(mark) for mark in "[{") if isinstance(text, str) else sum(text.count(mark) for mark in b"[{")
-    if brackets > limits.CONTAINERS:
-        raise kind(f"{where}: has {brackets} opening brackets, at most {limits.CONTAINERS} are read", hint)
+    check_content(text, where, keys, kind, hint)
     try:
         value = json.loads(text)
     except RecursionError:
         raise kind(f"{where}: not JSON that is read: it is nested more than {limits.DEPTH} levels deep", hint or _DAMAGED) from None
     except ValueError as error:
         raise kind(f"{where}: not JSON: {str(error).partition(';')[0]}", hint or _DAMAGED) from None
-    if brackets > limits.DEPTH:
+    if _count(text, "[{") > limits.DEPTH:
         _shallow(value, where, kind, hint)
     check(value, form, where, kind, hint)
     return value
+
+
+def check_content(text: bytes | str, where: str, keys: int, kind: Kind = ReshardError, hint: str | None = None) -> None:
+    """Raises `kind` for JSON that would take much more memory than it has bytes. Counts what is in strings, too."""
+    for marks, most, what in ((":", keys, "colons"), (",[{", limits.VALUES, "commas and opening brackets")):
+        if len(text) > most and (count := _count(text, marks)) > most:
+            raise kind(f"{where}: has {count} {what}, at most {most} are read", hint)
+
+
+def _count(text: bytes | str, marks: str) -> int:
+    return sum(text.count(mark) if isinstance(text, str) else text.count(mark.encode()) for mark in marks)
 
 
 def toml_of(text: str, where: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """How much of a file that somebody else wrote is read into memory, and how a number in it is spelled. Every limit stands here, once.
 
 What is larger than its limit is either streamed in small pieces (weights, residues, files copied as they are) or refused, naming the file,
-the limit and the size. Each limit is many times what any published checkpoint needs. Knows nothing about formats.
+the limit and the size. Each limit is several times what any published checkpoint needs. The worst that they let through takes 1.4 GB of
+memory for the headers of a checkpoint, 1.8 GB for a tensors.json, 0.4 GB for any other file. Knows nothing about formats.
 """
 
 import re
@@ -22,7 +23,8 @@ COPIED = 64 * MIB  # a file that is copied as it is; larger ones stay behind
 
 # JSON and TOML.
 DEPTH = 100  # levels of nesting
-CONTAINERS = 8_000_000  # opening brackets of one JSON file: `[]` takes 3 bytes there and 64 in memory
+KEYS = 8_200_000  # colons of one JSON text: an entry takes 10 bytes there and up to 300 in memory
+VALUES = 12_000_000  # commas and opening brackets of one: `[],` takes 3 bytes there and 72 in memory
 KEY_PARTS = 32  # of a dotted key in TOML, which takes time in the square of them
 ROWS = 1000  # of a table
 COMPOUNDS = 100  # entries of [axes]
@@ -32,7 +34,9 @@ DIGITS = 18  # of a number in text: it fits 64 bits
 # Headers of all weights files of a checkpoint together. A single one may have 100,000,000 bytes, as safetensors has it.
 NAMES = 200_000_000  # characters of tensors' names
 NAME = 10_000  # characters of one of them
-TENSORS = 1_000_000  # stored tensors: about a GiB of memory
+TENSORS = 1_000_000  # stored tensors, some 800 bytes of memory each
+INDEX_KEYS = TENSORS + 200_000  # colons of an index
+HEADER_KEYS = 4 * TENSORS + 200_000  # colons of one: a name and three keys per tensor, and metadata
 DIMENSIONS = 64  # of a stored tensor, as in torch
 
 # Chat templates, which are programs: what a process that renders them may take.

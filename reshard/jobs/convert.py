@@ -51,7 +51,7 @@ def convert(job: Job, out: Path, options: Options, progress: Progress | None = N
     """
     progress, began = progress or Silent(), time.monotonic()
     source, target, threads = job.source, job.target, options.threads
-    publish.check_destination(out, source.root)
+    publish.check_destination(out, source.root, source.stamps)
     publish.recover(out)
     busy = publish.occupied(out)
     if busy and not options.overwrite:

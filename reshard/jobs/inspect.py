@@ -85,13 +85,17 @@ def describe(src: str | Path, revision: str | None = None, family: str | None = 
     killed = _killed(Path(src))
     try:
         return Description(_understood(open_any(src, revision, family), str(src)) | {"killed": killed})
+    except PlaceError:
+        raise  # it says nothing about the source
     except ReshardError as error:
-        try:
-            return Description(_headers(published(str(src), revision)) | {"killed": killed}, str(error))
-        except ReshardError:
-            if killed and not isinstance(error, PlaceError):
-                return Description({"source": str(src), "killed": killed}, str(error))
-            raise error from None
+        refused = error.with_traceback(None)  # whose frames hold what was read
+        refused.__context__ = None
+    try:
+        return Description(_headers(published(str(src), revision)) | {"killed": killed}, str(refused))
+    except ReshardError:
+        if killed:
+            return Description({"source": str(src), "killed": killed}, str(refused))
+        raise refused from None
 
 
 def _killed(path: Path) -> list[str]:

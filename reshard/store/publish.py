@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -287,8 +287,11 @@ def _rename_exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
 
 
-def check_destination(out: Path, source: Path | None) -> None:
-    """Refuse a destination that is a file, or lies in the source, or holds it."""
+def check_destination(out: Path, source: Path | None, files: Iterable[Path] = ()) -> None:
+    """Refuse a destination that is a file, or lies in the source, or holds it, or one of its `files`, which may be links.
+
+    Directories are the same where the file system says so: a bind mount gives one of them two paths.
+    """
     if out.exists() and not out.is_dir():
         raise ReshardError(f"{out}: is a file; a directory is written", "choose another destination")
     above = next((parent for parent in out.absolute().parents if parent.exists()), Path("/"))
@@ -298,13 +301,33 @@ def check_destination(out: Path, source: Path | None) -> None:
         raise ReshardError(f"{out}: is a link to {out.readlink()}, which is not there", "choose another destination")
     if source is None:
         return
-    here, there = _real(out), _real(source)
-    if here == there:
+    here, there = _Above(out), _Above(source)
+    if here.itself == there.itself:
         raise ReshardError(f"{out}: is the source itself", "choose another destination")
-    if there in here.parents:
+    if there.itself in here.parents:
         raise ReshardError(f"{out}: lies inside the source {source}", "choose a destination outside of it")
-    if here in there.parents:
+    if here.itself in there.parents:
         raise ReshardError(f"{out}: holds the source {source}", "choose a destination that does not contain it")
+    for file in {_real(file).parent: file for file in files}.values():  # one for each directory
+        if here.itself in _Above(file).parents:
+            what = f"{out}: holds {file.name} of the source {source}, which is a link to it"
+            raise ReshardError(what, "choose a destination that does not contain it")
+
+
+class _Above:
+    """What a path leads to, and the directories above it: each by device and inode, or by path where there is none yet."""
+
+    def __init__(self, path: Path) -> None:
+        real = _real(path)
+        self.itself, *self.parents = (_identity(each) for each in (real, *real.parents))
+
+
+def _identity(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return (status.st_dev, status.st_ino) if status.st_ino else path
 
 
 def check_replaceable(out: Path) -> None:
