@@ -5,7 +5,8 @@
     the rest  data   offsets count from here; tensors lie one after another, without holes, to the end of the file
 
 A header within limits is accepted if and only if the safetensors library (0.8) accepts it, oddities included; tests
-compare the two. The library reads with serde_json, which differs from Python's `json`: see `serde` and `_fields`. Knows nothing about
+compare the two. The library reads with serde_json, which differs from Python's `json`: see `serde` and `_fields`. Knows
+nothing about
 models, layouts or the Hub.
 """
 
