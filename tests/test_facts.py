@@ -27,7 +27,7 @@ from reshard.tables.config import Config
 
 RUN: set[str] = set()  # what has run needs not run again
 IDS = torch.arange(3, 27)[None]
-NUMBERS = (0, 1, -1, 2, 3, 7, 0.5, 1e-40, 1e40, -2.5, 2**40, 10**400, math.nan, math.inf, -math.inf)
+NUMBERS = (0, 1, -1, 3, 0.5, 1e-40, 1e40, 2**40, 10**400, math.nan, math.inf)
 ODD = (None, True, False, "", "x", "1", [], [1], [None], ["x", 1], {}, {"a": 1}, [[1, 2]], [[["x"], 2]], [["x"]], {"rope_type": 3})
 TEXTS = (
     *("all", "even", "last 2", "each 0", "but x", "from 1", "windowed", "rms_norm_eps", "hidden_size", "model_type", "absent"),
@@ -122,7 +122,16 @@ ROPE |= {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1.0, "rope_th
 def test_no_value_of_any_key_of_config_json_ends_otherwise(name: str) -> None:
     config = headers(name)[0]
     assert outcome(name, config=config) == "runs"
-    for key in (*config, "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings"):
+    read = set(re.findall(r"[A-Za-z_]\w*", str(table_of(name).written)))
+    for key in (
+        *(key for key in config if key in read),
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "sliding_window",
+        "layer_types",
+        "tie_word_embeddings",
+    ):
         for value in (*NUMBERS, *ODD):
             outcome(name, config=config | {key: value})
 

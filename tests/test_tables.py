@@ -206,7 +206,7 @@ def test_no_value_of_any_key_makes_a_table_fail_otherwise_than_by_refusing(kind:
     """Tables in a manifest come from strangers. Those that are still read must also be usable, or be refused when used."""
     data = shipped(kind, name)
     places = [key for key in keys.FAMILY | keys.FORMAT if key != "rows"]
-    places += [f"{key}/{one}" for key, value in data.items() if isinstance(value, dict) for one in value]
+    places += [f"{key}/{one}" for key, value in data.items() if isinstance(value, dict) for one in list(value)[:3]]
     places += [f"rows/{at}" for at in (0, len(data["rows"]) - 1)] + [f"rows/1/{at}" for at in range(4)]
     refused = 0
     for path in places:
