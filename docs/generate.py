@@ -1,5 +1,8 @@
 """Writes the generated parts of the documentation anew: whatever stands between `<!-- name -->` and `<!-- /name -->`.
 
+Also the JSON Schemas and the picture of the rooms.
+
+
 .venv/bin/python docs/generate.py            rewrite them
 .venv/bin/python docs/generate.py --check    change nothing; exit 1 where one is out of date
 """
@@ -17,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import msgspec
 import rooms
 
+from reshard.checkpoints.manifest import Manifest
+from reshard.checkpoints.shards import Described
 from reshard.tables import families, formats
 from reshard.tables.facts import FACTS, ROUTING, Fact
 from reshard.tables.families import Family
@@ -214,6 +220,21 @@ def reader() -> str:
     return f"```python\n{(ROOT / 'docs/reader.py').read_text(encoding='utf-8').strip()}\n```"
 
 
+def schema(kind: type) -> str:
+    """The JSON Schema of a type, whose docstring is the title."""
+    whole = msgspec.json.schema(kind, ref_template="#/$defs/{name}")
+    definitions = whole["$defs"]
+    top = definitions.pop(kind.__name__)
+    top["title"] = top.pop("description").rstrip(".")
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(dialect | top | {"$defs": definitions}, indent=1, ensure_ascii=False) + "\n"
+
+
+WHOLE: dict[str, Callable[[], str]] = {
+    "docs/rooms.svg": rooms.picture,
+    "docs/manifest.schema.json": lambda: schema(Manifest),
+    "docs/tensors.schema.json": lambda: schema(Described),
+}
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/start/tutorial.md": {"session": session},
     "docs/families.md": {"families": family_rows},
@@ -232,6 +253,9 @@ def part(text: str, name: str) -> tuple[int, int]:
 def outdated() -> dict[str, str]:
     """Documents that have to be rewritten, with their new text."""
     found = {}
+    for document, generate in WHOLE.items():
+        if (ROOT / document).read_text(encoding="utf-8") != (text := generate()):
+            found[document] = text
     for document, parts in PARTS.items():
         text = (ROOT / document).read_text(encoding="utf-8")
         changed = text
@@ -247,8 +271,6 @@ def outdated() -> dict[str, str]:
 
 def main() -> None:
     found = outdated()
-    if rooms.PICTURE.read_text(encoding="utf-8") != (picture := rooms.picture()):
-        found[str(rooms.PICTURE.relative_to(ROOT))] = picture
     for document, text in found.items():
         print(document)
         if "--check" not in sys.argv[1:]:

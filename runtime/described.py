@@ -6,13 +6,13 @@ not needed. Knows nothing about torch.
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from reshard.checkpoints.manifest import NAME, Manifest
+from reshard.checkpoints.blocks import read_described
+from reshard.checkpoints.manifest import Manifest
 from reshard.checkpoints.published import read_json
-from reshard.checkpoints.shards import Shards
+from reshard.checkpoints.shards import Described, Shards
 from reshard.containers.container import of_file
 from reshard.containers.entry import Entry
 from reshard.containers.reading import of_descriptor
@@ -27,25 +27,21 @@ from reshard.tables.notation import fold, parse_template
 
 def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     """The config, and a layout with this rank's tensors. Raises MismatchError where the rank's file has others."""
-    about, said = read_json(root / NAME), read_json(root / known.ranks[rank][1].name)
+    said = read_described(root / known.ranks[rank].tensors.name)
     config = Config(read_json(root / "config.json"))
     family = wrappers.named(known.family, config)
     config = config.with_defaults(family.defaults)
     try:
-        tensors = _tensors(said, about["sizes"])
+        tensors = _tensors(said, known.sizes)
         alias: dict[str, str] = {}
-        for name, other in about.get("tied", {}).items():
+        for name, other in known.tied.items():
             if (t := tensors.get(name) or tensors.get(other)) is not None:
                 alias[name] = other
                 tensors |= {each: Tensor(each, t.axes, t.sizes, t.dtypes, t.layers) for each in (name, other)}
-        beside = tower_rows(
-            family.towers, {tensor["name"]: _Stored(tuple(tensor["shape"])) for tensor in said["tensors"]}
-        )
+        beside = tower_rows(family.towers, {tensor.name: tensor for tensor in said.tensors})
         family = replace(family, rows=(*family.rows, *beside))
         main = config.size(family.sizes["layer"]) if "layer" in family.sizes else None
-        model = Model(
-            family, tensors, dict(about["sizes"]), {}, alias, about["mesh"]["stages"][-1][1] if main is None else main
-        )
+        model = Model(family, tensors, dict(known.sizes), {}, alias, known.cut.stages[-1][1] if main is None else main)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise MismatchError(
             f"{root}: cannot read the description of rank {rank}: {error!r}", "fetch its tensors.json again"
@@ -54,10 +50,10 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
         mesh = replace(mesh, ep=1)  # a stage without experts: EP cuts nothing
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)
-    path = root / known.ranks[rank][0].name
+    path = root / known.ranks[rank].weights.name
     with path.open("rb") as file:
         pread = of_descriptor(file.fileno(), str(path))
-        found = of_file(path.name).read(pread, known.ranks[rank][0].size, str(path))
+        found = of_file(path.name).read(pread, known.ranks[rank].weights.size, str(path))
     wanted = Shards(layout).shard(rank).header
     if found.entries != wanted.entries:
         odd = min(
@@ -73,31 +69,26 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
     return config, layout
 
 
-@dataclass(frozen=True)
-class _Stored:
-    shape: tuple[int, ...]
-
-
-def _tensors(said: dict[str, Any], sizes: dict[str, int]) -> dict[str, Tensor]:
+def _tensors(said: Described, sizes: dict[str, int]) -> dict[str, Tensor]:
     """Logical tensors, as far as a rank's rows and names describe them."""
     by_row: dict[int, dict[int, str]] = defaultdict(dict)  # row → layer (-1: belongs to none) → dtype
-    templates = [parse_template(row["name"]) for row in said["rows"]]
-    for tensor in said["tensors"]:
-        axes, numbers = templates[tensor["row"]].axes, fold(tensor["name"])[1]
-        by_row[tensor["row"]][numbers[axes.index("layer")] if "layer" in axes else -1] = tensor["dtype"]
+    templates = [parse_template(row.name) for row in said.rows]
+    for tensor in said.tensors:
+        axes, numbers = templates[tensor.row].axes, fold(tensor.name)[1]
+        by_row[tensor.row][numbers[axes.index("layer")] if "layer" in axes else -1] = tensor.dtype
     found: dict[str, Tensor] = {}
-    for number, row in enumerate(said["rows"]):
+    for number, row in enumerate(said.rows):
         layered = "layer" in templates[number].axes
         dtypes = by_row[number]
         kinds = tuple(dtypes[layer] for layer in sorted(dtypes))
-        for segment in row.get("segments", ()):
-            axes, extents = tuple(segment["of"]), tuple(segment["of"].values())
-            found[segment["tensor"]] = Tensor(
-                segment["tensor"],
+        for segment in row.segments or ():
+            axes, extents = tuple(segment.of), tuple(segment.of.values())
+            found[segment.tensor] = Tensor(
+                segment.tensor,
                 ("layer", *axes) if layered else axes,
                 (sizes["layer"], *extents) if layered else extents,
                 kinds[:1] if len(set(kinds)) == 1 else kinds,
-                tuple(sorted(dtypes)) if layered else tuple(range(segment["of"]["layer"])) if "layer" in axes else None,
+                tuple(sorted(dtypes)) if layered else tuple(range(segment.of["layer"])) if "layer" in axes else None,
             )
     return found
 

@@ -10,11 +10,11 @@ Knows nothing about what a model computes.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from msgspec import structs
 
 from reshard.checkpoints import manifest
 from reshard.checkpoints.manifest import Manifest
@@ -256,7 +256,7 @@ def _open_rank(root: Path, known: Manifest, rank: int) -> "tuple[Config, Layout]
     if not (root / "source").exists():
         from .described import described
 
-        check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1], source=()))
+        check_small_files(root, structs.replace(known, ranks=known.ranks[rank : rank + 1], source=()))
         return described(root, known, rank)
     found = open_rank(root, rank)
     return found.config, found.layout

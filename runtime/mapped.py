@@ -88,7 +88,7 @@ def _manifest(root: Path) -> Manifest:
 
 def _mapped(root: Path, known: Manifest, rank: int) -> tuple[mmap.mmap, dict[str, Entry]]:
     """A rank's mapped file, and its tensors' entries."""
-    path, size = root / known.ranks[rank][0].name, known.ranks[rank][0].size
+    path, size = root / known.ranks[rank].weights.name, known.ranks[rank].weights.size
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for a pipe's writer
     except FileNotFoundError:
@@ -142,7 +142,7 @@ def _check_digests(root: Path, known: Manifest, rank: int, memory: mmap.mmap) ->
     from reshard.checkpoints.blocks import Blocks
     from reshard.store.digest import of
 
-    weights, tensors = known.ranks[rank]
+    weights, tensors = known.ranks[rank].weights, known.ranks[rank].tensors
     try:
         text = (root / tensors.name).read_bytes()
     except OSError as error:

@@ -294,7 +294,8 @@ def manifests(dice: random.Random) -> Callable[[], object]:
 @target
 def tensors(dice: random.Random) -> Callable[[], object]:
     def read(out: Path) -> None:
-        weights, said = manifest.load(out).ranks[0]
+        first = manifest.load(out).ranks[0]
+        weights, said = first.weights, first.tensors
         blocks = Blocks.read(out, weights, said)
         list(blocks.contradictions()), list(blocks)
 

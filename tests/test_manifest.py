@@ -66,7 +66,7 @@ def test_it_is_read_as_it_was_written(shards: Path) -> None:
     known = manifest.load(shards)
     assert (known.format, known.family, known.engine, known.exact) == ("native", "llama", None, True)
     assert (known.mesh.tp, known.mesh.pp, known.mesh.world, len(known.ranks)) == (2, 3, 6, 6)
-    assert [weights.name for weights, _ in known.ranks] == [f"rank-0000{rank}/model.safetensors" for rank in range(6)]
+    assert [rank.weights.name for rank in known.ranks] == [f"rank-0000{rank}/model.safetensors" for rank in range(6)]
     assert [file.name for file in known.carried] == ["config.json", "tokenizer.json"]
 
 

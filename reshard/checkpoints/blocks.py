@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -11,10 +10,8 @@ from ..containers.safetensors import MAX_LENGTH
 from ..errors import MismatchError
 from ..inputs import decode, limits
 from ..store.digest import BLOCK, Buffer, of_blocks
-from .manifest import DIGEST, SIZE, Listed
-from .shards import shard_digest
-
-_FORM: decode.Form = {"tensors": [{"name": str, "offset": SIZE, "nbytes": SIZE, "digest": DIGEST, "blocks?": [DIGEST]}]}
+from .manifest import Listed
+from .shards import Described, Stored, shard_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,12 @@ class Block:
         return f"{self.tensor}: bytes {self.offset} to {self.offset + self.size}"
 
 
+def read_described(path: Path) -> Described:
+    """Read a tensors.json."""
+    found: Described = decode.json_file(path, limits.TENSORS_JSON, Described, MismatchError, "fetch it again, or convert again")
+    return found
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Those of a rank: its weights, the tensors as tensors.json has them, and where that is."""
@@ -45,40 +48,39 @@ class Blocks:
     root: Path
     weights: Listed
     said: Listed
-    tensors: list[dict[str, Any]]
+    tensors: tuple[Stored, ...]
 
     @classmethod
     def read(cls, root: Path, weights: Listed, said: Listed) -> "Blocks":
-        tensors = decode.json_file(root / said.name, limits.TENSORS_JSON, _FORM, MismatchError, "fetch it again, or convert again")[
-            "tensors"
-        ]
+        tensors = read_described(root / said.name).tensors
         for tensor in tensors:
-            if (end := tensor["offset"] + tensor["nbytes"]) > weights.size:
+            if (end := tensor.offset + tensor.nbytes) > weights.size:
                 raise MismatchError(
-                    f"{root / said.name}: {tensor['name']} ends at byte {end}, {weights.name} has {weights.size}", "convert again"
+                    f"{root / said.name}: {tensor.name} ends at byte {end}, {weights.name} has {weights.size}",
+                    "convert again",
                 )
         return cls(root, weights, said, tensors)
 
     @property
     def start(self) -> int:
         """Where data begins in the file; before it is the header."""
-        return min((tensor["offset"] for tensor in self.tensors), default=self.weights.size)
+        return min((tensor.offset for tensor in self.tensors), default=self.weights.size)
 
     def contradictions(self) -> Iterator[str]:
         """Where the header, the tensors' digests and the manifest do not make up one another."""
         with (self.root / self.weights.name).open("rb") as stream:
             prologue = stream.read(min(self.start, MAX_LENGTH + 8))
-        if shard_digest(prologue, (tensor["digest"] for tensor in self.tensors)) != self.weights.digest:
+        if shard_digest(prologue, (tensor.digest for tensor in self.tensors)) != self.weights.digest:
             yield f"{self.weights.name}: its header or the digests in {self.said.name} are not those of the manifest"
         for tensor in self.tensors:
-            digests, count = tensor.get("blocks", []), -(-tensor["nbytes"] // BLOCK)
-            if count != 1 and (of_blocks(map(bytes.fromhex, digests)) != tensor["digest"] or len(digests) != count):
-                yield f"{self.said.name}: {tensor['name']}: its blocks' digests do not make up its own"
+            digests, count = tensor.blocks or (), -(-tensor.nbytes // BLOCK)
+            if count != 1 and (of_blocks(map(bytes.fromhex, digests)) != tensor.digest or len(digests) != count):
+                yield f"{self.said.name}: {tensor.name}: its blocks' digests do not make up its own"
 
     def __iter__(self) -> Iterator[Block]:
         for tensor in self.tensors:
-            name, offset, size = tensor["name"], tensor["offset"], tensor["nbytes"]
+            size = tensor.nbytes
             alone = 0 < size <= BLOCK
-            digests = [tensor["digest"]] if alone else tensor.get("blocks", [])
+            digests = (tensor.digest,) if alone else tensor.blocks or ()
             for at, digest in zip(range(0, size, BLOCK), digests, strict=False):
-                yield Block(self.weights.name, name, offset + at, min(BLOCK, size - at), digest, alone)
+                yield Block(self.weights.name, tensor.name, tensor.offset + at, min(BLOCK, size - at), digest, alone)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from ..containers.container import CONTAINERS
 from ..errors import MismatchError, ReshardError, failed
 from ..inputs import decode, limits
@@ -53,7 +55,7 @@ class Carried(NamedTuple):
     mtime_ns: int
 
 
-class Left(NamedTuple):
+class Left(Struct, frozen=True, order=True):
     """A file, or a folder (its name ends with "/", its size is 0), that is left out."""
 
     name: str
@@ -150,8 +152,8 @@ def _modules(found: Found, read: Callable[[], bytes]) -> set[str]:
 def words(left: Iterable[Left], width: int, most: int = 6) -> list[str]:
     """What was left out, for people: by reason, so many names of each."""
     reasons: dict[str, list[str]] = defaultdict(list)
-    for name, _, why in left:
-        reasons[in_line(why)].append(in_line(name))
+    for entry in left:
+        reasons[in_line(entry.why)].append(in_line(entry.name))
     parts = [f"{', '.join(names[:most])}{f' and {len(names) - most} more' * (len(names) > most)} ({why})" for why, names in reasons.items()]
     text = f"left behind: {'; '.join(parts)}"
     return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False) if parts else []

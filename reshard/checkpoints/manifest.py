@@ -6,16 +6,19 @@ Canonical: the same bytes by any route, any worker count, on any machine. No tim
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field, to_builtins
+from msgspec.structs import replace
 
 from ..containers.container import NAMED
 from ..errors import MismatchError, PlaceError, ReshardError, failed
 from ..inputs import decode, limits
+from ..inputs.decode import Size, about
 from ..layout.cut import Layout
 from ..layout.mesh import Mesh
-from ..store.digest import of
+from ..store.digest import Digest, of
 from ..store.digest import root as root_digest
 from .companions import Left, check_links, inside
 from .published import Origin, Original
@@ -27,117 +30,142 @@ LEFT = "source/left.json"  # what was left out; not listed, since it depends on 
 SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked for; as sha256sum writes and checks it
 NOTATION = 1
 _LEFT_MAX = 1 << 20  # bytes
-_ANY_NAME = re.compile("(?s).*")  # of a file that was left out, perhaps because its name is not valid Unicode
 
-SIZE = range(2**63)
-DIGEST = re.compile("[0-9a-f]{32}")
-_FILE = {"file": str, "size": SIZE, "digest": DIGEST}
-_TEXT = (str, None)
-_MANY = (None, [range(1, 2**31)])
-_FORM: decode.Form = {
-    "format": str,
-    "family": str,
-    "engine?": _TEXT,
-    "mesh": {"tp": int, "pp": int, "ep": int, "split?": _MANY, "pp_layers?": _MANY},
-    "model?": (None, {"id?": _TEXT, "commit?": _TEXT, "license?": _TEXT}),
-    "exact?": bool,
-    "plan": str,
-    "ranks": [{"weights": _FILE, "tensors": _FILE}],
-    "carried": [_FILE],
-    "source": [_FILE],
-    "root": str,
-    "tied?": (None, {"": str}),
-}
-_ORIGINAL: decode.Form = {
-    "name": str,
-    "size": SIZE,
-    "container": re.compile("|".join((*NAMED, "plain"))),
-    "sha256?": (None, re.compile("[0-9a-f]{64}")),
-    "holes": [[SIZE]],
-}
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Range = tuple[Size, Size]
+_MAJOR = FORMAT_VERSION.partition(".")[0]
 
 
-class Listed(NamedTuple):
+class Listed(Struct, frozen=True):
     """A file of the directory: its path, size in bytes and digest."""
 
-    name: str
-    size: int
-    digest: str
+    name: Annotated[str, about("Path below the directory, with forward slashes.")] = field(name="file")
+    size: Annotated[Size, about("Bytes.")]
+    digest: Digest
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A manifest as read. `ranks`: (weights, tensors.json) per rank."""
+class RankFiles(Struct, frozen=True):
+    """The two files of a rank. The digest of the weights is made of others, see format.md."""
 
-    format: str
-    family: str
-    engine: str | None
-    mesh: Mesh
-    origin: Origin
-    exact: bool
-    plan: str
-    ranks: tuple[tuple[Listed, Listed], ...]
-    carried: tuple[Listed, ...]
-    source: tuple[Listed, ...]
-    root: str
-    version: str = FORMAT_VERSION
-    tied: dict[str, str] = field(default_factory=dict)
+    rank: Size
+    weights: Listed
+    tensors: Listed
+
+
+class Cut(Struct, frozen=True):
+    """World size is tp * pp; rank = pp_rank * tp + tp_rank; ep divides tp."""
+
+    tp: _Count
+    pp: _Count
+    ep: _Count
+    split: Annotated[
+        tuple[_Count, ...] | None,
+        about("Weights of unequal tensor parallel ranks (--split); null when they are equal."),
+    ]
+    pp_layers: Annotated[tuple[_Count, ...] | None, about("Layers of each stage, where they were given (--pp-layers).")]
+    stages: Annotated[
+        tuple[_Range, ...],
+        Meta(
+            min_length=1,
+            description="Of each pipeline stage the first layer and the one after the last; with multi-token prediction layers.",
+        ),
+    ]
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """manifest.json of a reshard shard directory, format version 1."""
+
+    version: Annotated[
+        str,
+        Meta(
+            pattern=rf"^{_MAJOR}\.[0-9]+$",
+            description="Format version, MAJOR.MINOR. A reader refuses an unknown MAJOR and ignores unknown keys.",
+        ),
+    ] = field(name="reshard")
+    notation: Annotated[_Count, about("Version of the table notation of the texts in source/.")]
+    format: Annotated[str, about("Name of the format table: native, vllm, ...")]
+    engine: Annotated[str | None, about("Engine and version that the format is written for.")]
+    family: Annotated[str, about("Name of the family table.")]
+    origin: Annotated[Origin, about("Where the checkpoint came from, as far as it is known.")] = field(name="model")
+    exact: Annotated[bool, about("Every stored element is an element of the original, bit for bit.")]
+    cut: Cut = field(name="mesh")
+    sizes: Annotated[dict[str, Size], about("Size of each named axis of the whole model, in elements.")]
+    repeats: Annotated[
+        dict[str, _Count],
+        about("Axes with fewer indices than ranks: axis to how many consecutive ranks hold the same index."),
+    ]
+    tied: Annotated[dict[str, str], about("Tied tensors: logical name to the logical name whose bytes are its own.")]
+    padding: Annotated[dict[str, _Range], about("Axes padded with zeros at their end: axis to its size and its stored size.")]
+    plan: Annotated[Digest, about("Identifies tables, sizes, dtypes and mesh. Opaque: compare it, do not compute it.")]
+    ranks: Annotated[tuple[RankFiles, ...], Meta(min_length=1, description="One entry per rank, in order.")]
+    carried: Annotated[tuple[Listed, ...], about("Files taken over untouched: config.json, tokenizer, ...")]
+    source: Annotated[tuple[Listed, ...], about("What restoring the original files takes.")]
+    root: Annotated[Digest, about("One digest over all files listed here.")]
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.cut.tp, self.cut.pp, self.cut.ep, self.cut.split or None, self.cut.pp_layers or None)
 
     def files(self) -> Iterable[Listed]:
         """Every file of the directory but the manifest."""
-        for weights, tensors in self.ranks:
-            yield weights
-            yield tensors
+        for rank in self.ranks:
+            yield rank.weights
+            yield rank.tensors
         yield from self.carried
         yield from self.source
 
 
-def dump(
+class _Kept(Struct, frozen=True, kw_only=True):
+    """An original file, as source/files.json has it."""
+
+    name: str
+    size: Size
+    container: Annotated[str, Meta(pattern=rf"^({'|'.join((*NAMED, 'plain'))})\Z")]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)] | UnsetType = UNSET
+    holes: tuple[_Range, ...]
+
+
+class _Version(Struct):
+    reshard: Any = None
+
+
+def made(
     layout: Layout,
     *,
     engine: str | None,
     origin: Origin,
     plan: str,
-    ranks: Iterable[tuple[Listed, Listed]],
+    ranks: Iterable[RankFiles],
     carried: Iterable[Listed],
     source: Iterable[Listed],
-) -> tuple[bytes, str]:
-    """The text of manifest.json and the root digest."""
+) -> Manifest:
+    """The manifest of a conversion."""
     mesh = layout.mesh
-    pairs, along, kept = list(ranks), sorted(carried, key=_name), sorted(source, key=_name)
-    every = [*(file for pair in pairs for file in pair), *along, *kept]
-    text: dict[str, Any] = {
-        "reshard": FORMAT_VERSION,
-        "notation": NOTATION,
-        "format": layout.format.name,
-        "engine": engine,
-        "family": layout.model.family.name,
-        "model": {"id": origin.id, "commit": origin.commit, "license": origin.license},
-        "exact": True,
-        "mesh": {
-            "tp": mesh.tp,
-            "pp": mesh.pp,
-            "ep": mesh.ep,
-            "split": list(mesh.weights) if mesh.weights else None,
-            "pp_layers": list(mesh.layers) if mesh.layers else None,
-            "stages": [list(stage) for stage in layout.stages],
-        },
-        "sizes": dict(sorted(layout.model.sizes.items())),
-        "repeats": dict(sorted(layout.repeats.items())),
-        "tied": _tied(layout),
-        "padding": {axis: list(sizes) for axis, sizes in sorted(layout.padding.items())},
-        "plan": plan,
-        "ranks": [{"rank": rank, "weights": _listed(w), "tensors": _listed(t)} for rank, (w, t) in enumerate(pairs)],
-        "carried": [_listed(file) for file in along],
-        "source": [_listed(file) for file in kept],
-        "root": "",
-    }
-    root = _root(_text(text), every)
-    return _text(text | {"root": root}), root
+    unsigned = Manifest(
+        version=FORMAT_VERSION,
+        notation=NOTATION,
+        format=layout.format.name,
+        engine=engine,
+        family=layout.model.family.name,
+        origin=origin,
+        exact=True,
+        cut=Cut(mesh.tp, mesh.pp, mesh.ep, mesh.weights, mesh.layers, tuple(layout.stages)),
+        sizes=dict(sorted(layout.model.sizes.items())),
+        repeats=dict(sorted(layout.repeats.items())),
+        tied=_tied(layout),
+        padding=dict(sorted(layout.padding.items())),
+        plan=plan,
+        ranks=tuple(replace(files, rank=rank) for rank, files in enumerate(ranks)),
+        carried=tuple(sorted(carried, key=_name)),
+        source=tuple(sorted(source, key=_name)),
+        root="",
+    )
+    return replace(unsigned, root=_root(dump(unsigned), unsigned.files()))
 
 
-def _text(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+def dump(manifest: Manifest) -> bytes:
+    """The text of manifest.json."""
+    return (json.dumps(to_builtins(manifest), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _root(unsigned: bytes, files: Iterable[Listed]) -> str:
@@ -153,10 +181,6 @@ def root_of(directory: Path, manifest: "Manifest") -> str:
 
 def _name(file: Listed) -> str:
     return file.name
-
-
-def _listed(file: Listed) -> dict[str, Any]:
-    return {"file": file.name, "size": file.size, "digest": file.digest}
 
 
 def present(directory: Path) -> bool:
@@ -187,7 +211,7 @@ def broken(directory: Path) -> bool:
     if not path.is_file():  # a pipe would be waited for
         return all(there)
     try:
-        return not decode.json_file(path, limits.MANIFEST, {})  # {} is no manifest either
+        return not decode.json_file(path, limits.MANIFEST, dict[str, Any])  # {} is no manifest either
     except PlaceError:
         raise
     except ReshardError:
@@ -198,41 +222,36 @@ def check_lost(directory: Path) -> None:
     """Raise MismatchError where a directory without a manifest holds shards of ours."""
     if broken(directory):
         there = " and ".join(name for name in ("rank-00000", FILES) if (directory / name).exists())
-        raise MismatchError(f"{directory / NAME}: is missing or damaged, next to {there}", "fetch it again, or convert again: --overwrite")
+        raise MismatchError(
+            f"{directory / NAME}: is missing or damaged, next to {there}",
+            "fetch it again, or convert again: --overwrite",
+        )
 
 
 def load(directory: Path) -> Manifest:
     """Read manifest.json; unknown keys are ignored, an unknown major version is refused."""
-    path = directory / NAME
-    data = decode.json_file(path, limits.MANIFEST, {}, MismatchError)
-    version = data.get("reshard")
+    path, edited = directory / NAME, "it was edited or damaged: convert again"
+    text = decode.read(path, limits.MANIFEST, MismatchError)
+    version = decode.json_of(text, limits.MANIFEST, str(path), _Version, MismatchError).reshard
     if not isinstance(version, str):
         raise ReshardError(f"{path}: is no manifest of reshard", "is this the right directory?")
-    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+    if version.partition(".")[0] != _MAJOR:
         raise ReshardError(f"{path}: format version {version}, this reshard reads {FORMAT_VERSION}", "install a newer reshard")
-    decode.check(data, _FORM, str(path), MismatchError, "it was edited or damaged: convert again")
-    mesh, model = data["mesh"], data.get("model") or {}
+    manifest: Manifest = decode.json_of(text, limits.MANIFEST, str(path), Manifest, MismatchError, edited)
     try:
-        whole = Mesh(*(mesh[axis] for axis in ("tp", "pp", "ep")), *(tuple(mesh.get(key) or ()) or None for key in ("split", "pp_layers")))
+        mesh = manifest.mesh
     except ReshardError as error:
-        raise MismatchError(f"{path}: {error.message}", "it was edited or damaged: convert again") from None
-    manifest = Manifest(
-        format=data["format"],
-        family=data["family"],
-        engine=data.get("engine"),
-        mesh=whole,
-        origin=Origin(*(model.get(key) for key in ("id", "commit", "license"))),
-        exact=data.get("exact", False),
-        plan=data["plan"],
-        ranks=tuple((_file(rank["weights"], path, 2**63 - 1), _file(rank["tensors"], path, limits.TENSORS_JSON)) for rank in data["ranks"]),
-        carried=tuple(_file(file, path, limits.COPIED) for file in data["carried"]),
-        source=tuple(_file(file, path, 2**63 - 1 if file["file"].endswith(".residue") else limits.FILES) for file in data["source"]),
-        root=data["root"],
-        version=version,
-        tied=data.get("tied") or {},
-    )
-    if len(manifest.ranks) != manifest.mesh.world:
-        raise MismatchError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {manifest.mesh} has {manifest.mesh.world}")
+        raise MismatchError(f"{path}: {error.message}", edited) from None
+    if len(manifest.ranks) != mesh.world:
+        raise MismatchError(f"{path}: lists {len(manifest.ranks)} ranks, its mesh {mesh} has {mesh.world}")
+    small = {rank.tensors: limits.TENSORS_JSON for rank in manifest.ranks}
+    small |= dict.fromkeys(manifest.carried, limits.COPIED)
+    small |= {file: limits.FILES for file in manifest.source if not file.name.endswith(".residue")}
+    for file in manifest.files():
+        if not inside(file.name):
+            raise MismatchError(f"{path}: lists {file.name!r}, which is no file of this directory", "do not use this directory")
+        hint = "do not use this directory: no conversion writes such a file"
+        decode.fits(file.size, small.get(file, file.size), f"{path}: {file.name}", MismatchError, hint)
     check_links(directory, (file.name for file in (*manifest.carried, *manifest.source)))
     return manifest
 
@@ -244,46 +263,30 @@ def _tied(layout: Layout) -> dict[str, str]:
     return {name: other for name, other in sorted(pairs.items()) if {name, other} in one}
 
 
-def _file(entry: Mapping[str, Any], path: Path, most: int) -> Listed:
-    name, size, digest = entry["file"], entry["size"], entry["digest"]
-    if not inside(name):
-        raise MismatchError(f"{path}: lists {name!r}, which is no file of this directory", "do not use this directory")
-    decode.fits(size, most, f"{path}: {name}", MismatchError, "do not use this directory: no conversion writes such a file")
-    return Listed(name, size, digest)
-
-
 def dump_originals(originals: Iterable[Original]) -> bytes:
     """The text of source/files.json: the original files, and which byte ranges of each are in the shards (`holes`)."""
-    lines = [
-        json.dumps(
-            {"name": o.name, "size": o.size, "container": o.container}
-            | ({"sha256": o.sha256} if o.sha256 else {})
-            | {"holes": [list(hole) for hole in o.holes]},
-            ensure_ascii=False,
-        )
-        for o in originals
-    ]
-    return ("[\n" + ",\n".join(lines) + "\n]\n").encode()
+    kept = (_Kept(name=o.name, size=o.size, container=o.container, sha256=o.sha256 or UNSET, holes=o.holes) for o in originals)
+    return ("[\n" + ",\n".join(json.dumps(to_builtins(each), ensure_ascii=False) for each in kept) + "\n]\n").encode()
 
 
 def load_originals(directory: Path) -> tuple[Original, ...]:
     """Read source/files.json; modification times are those of the residues."""
     path = directory / FILES
     damaged = "the shard directory is damaged: convert again"
-    entries = decode.json_file(path, limits.FILES, [_ORIGINAL], MismatchError, damaged)
+    entries = decode.json_file(path, limits.FILES, list[_Kept], MismatchError, damaged)
     try:
         return tuple(_original(directory, entry) for entry in entries)
     except (OSError, ValueError) as error:
         raise MismatchError(f"{path}: cannot be read: {error}", damaged) from None
 
 
-def _original(directory: Path, entry: Mapping[str, Any]) -> Original:
-    name, size, holes = entry["name"], entry["size"], tuple(map(tuple, entry["holes"]))
+def _original(directory: Path, entry: _Kept) -> Original:
+    name, size, holes = entry.name, entry.size, entry.holes
     ends = [0, *(end for hole in holes for end in hole), size]
-    if not inside(name) or any(len(hole) != 2 for hole in holes) or ends != sorted(ends):
+    if not inside(name) or ends != sorted(ends):
         raise ValueError(f"{name!r} of size {size!r} with holes {holes!r:.200} is no original file")
     residue = residue_path(directory, name).stat()
-    original = Original(name, size, entry["container"], residue.st_mtime_ns, entry.get("sha256"), holes)
+    original = Original(name, size, entry.container, residue.st_mtime_ns, entry.sha256 or None, holes)
     if residue.st_size != (kept := sum(high - low for low, high in original.residue())):
         raise ValueError(f"{name}: {kept} bytes are outside of its holes, its residue has {residue.st_size}")
     return original
@@ -308,7 +311,7 @@ def load_sums(directory: Path, known: Manifest) -> dict[str, str]:
 
 def dump_left(left: Iterable[Left]) -> bytes:
     """The text of source/left.json: what lay beside the weights and was not copied."""
-    return (json.dumps([entry._asdict() for entry in left], indent=1, ensure_ascii=True) + "\n").encode()
+    return (json.dumps(to_builtins(list(left)), indent=1, ensure_ascii=True) + "\n").encode()
 
 
 def load_left(directory: Path) -> tuple[Left, ...]:
@@ -316,8 +319,8 @@ def load_left(directory: Path) -> tuple[Left, ...]:
     path, hint = directory / LEFT, "it only says what was not copied, and may be deleted"
     if not path.exists():
         return ()
-    entries = decode.json_file(path, _LEFT_MAX, [{"name": _ANY_NAME, "size": int, "why": str}], MismatchError, hint)
-    return tuple(Left(entry["name"], entry["size"], entry["why"]) for entry in entries)
+    entries = decode.json_file(path, _LEFT_MAX, kind=MismatchError, hint=hint)  # a name may not be valid Unicode
+    return decode.typed(entries, tuple[Left, ...], str(path), MismatchError, hint)  # type: ignore[no-any-return]
 
 
 def residue_path(directory: Path, name: str) -> Path:

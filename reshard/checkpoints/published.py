@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec import Struct
+
 from ..containers.container import CONTAINERS, of_file
 from ..containers.entry import Entry, extent
 from ..containers.reading import of_descriptor
@@ -58,12 +60,16 @@ class Original(NamedTuple):
         return [(low, high) for low, high in zip(ends, starts, strict=True) if high > low]
 
 
-class Origin(NamedTuple):
+class Origin(Struct, frozen=True):
     """Where a checkpoint came from, as far as it is known."""
 
     id: str | None = None
     commit: str | None = None
     license: str | None = None
+
+
+class _Index(Struct):
+    weight_map: dict[str, str]
 
 
 class Tally:
@@ -234,7 +240,8 @@ def parse_json(text: bytes, where: str, most: int = limits.CONFIG) -> dict[str, 
 
 def index_map(text: bytes, where: str) -> dict[str, str]:
     """The weight map of an index, each file name checked to lie inside the directory; without the "./" that some begin with."""
-    weights: dict[str, str] = decode.json_of(text, limits.INDEX, where, {"weight_map": {"": str}}, keys=limits.INDEX_KEYS)["weight_map"]
+    found: _Index = decode.json_of(text, limits.INDEX, where, _Index, keys=limits.INDEX_KEYS)
+    weights = found.weight_map
     if not weights:
         raise ReshardError(f"{where}: its weight_map is empty: an empty checkpoint")
     plain = {file: file.removeprefix("./") for file in set(weights.values())}

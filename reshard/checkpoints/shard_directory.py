@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from ..containers.container import NAMED
 from ..containers.entry import Entry
 from ..engine.worker import Key
@@ -46,7 +48,7 @@ def open_rank(root: Path, rank: int) -> ShardSource:
         known = manifest.load(root)
         if not 0 <= rank < len(known.ranks):
             raise ReshardError(f"{root}: there is no rank {rank}, ranks are 0 to {len(known.ranks) - 1}")
-        check_small_files(root, replace(known, ranks=known.ranks[rank : rank + 1]))
+        check_small_files(root, structs.replace(known, ranks=known.ranks[rank : rank + 1]))
         return replace(_opened(root, known, [rank]), directory=directory)
 
     return reading(root, open_now)
@@ -78,7 +80,7 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
         )
     places: dict[Key, tuple[Path, Entry]] = {}
     for rank in ranks:
-        shard, path = shards.shard(rank), root / known.ranks[rank][0].name
+        shard, path = shards.shard(rank), root / known.ranks[rank].weights.name
         check_prologue(path, shard.prologue, shard.size)
         places.update({(rank, name): (path, entry) for name, entry in shard.header.entries.items()})
     carried = []
@@ -143,7 +145,7 @@ def _whose(actual: bytes, wanted: bytes) -> str:
 
 def check_small_files(root: Path, known: Manifest) -> None:
     """Digests of everything but weights and residues: cheap, and wrong ones would mislead."""
-    for file in [*(tensors for _, tensors in known.ranks), *known.carried, *known.source]:
+    for file in [*(rank.tensors for rank in known.ranks), *known.carried, *known.source]:
         path = root / file.name
         try:
             size = path.stat().st_size

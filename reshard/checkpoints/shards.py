@@ -11,13 +11,16 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct, UnsetType, to_builtins
 
 from ..containers.container import of_file
 from ..containers.dtypes import BITS, DTYPES
 from ..containers.entry import Entry, Header
+from ..inputs.decode import Size, about
 from ..layout.cut import Layout, Piece, Point, Slot
-from ..store.digest import BLOCK, of, of_blocks
+from ..store.digest import BLOCK, Digest, of, of_blocks
 from ..tables.row import Constant, Row
 
 FORMAT_VERSION = "1.0"
@@ -114,72 +117,114 @@ def _place(slot: Slot, point: Point) -> tuple[int, ...]:
     return layer, slot.row, *(at for axis, at in point.items() if axis != "layer")
 
 
-def tensors_json(shard: Shard, layout: Layout, digests: Mapping[str, list[bytes]]) -> bytes:
-    """The text of tensors.json: one line per row (what its rows are) and one per tensor (where it is, its digests)."""
-    rows: dict[Slot, int] = {}
-    for _, slot, _ in shard.tensors:
-        rows.setdefault(slot, len(rows))
-    mesh = layout.mesh
-    head = {
-        "rank": shard.rank,
-        "tp_rank": shard.rank % mesh.tp,
-        "pp_rank": shard.rank // mesh.tp,
-        "ep_rank": shard.rank % mesh.tp // mesh.etp,
-        "file": shard.file,
-        "block": BLOCK,
-    }
-    lines = ["{"]
-    lines += [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    lines.append(' "rows": [')
-    lines += _joined(f"  {json.dumps(row_json(slot, layout))}" for slot in rows)
-    lines += [" ],", ' "tensors": [']
-    lines += _joined(
-        f"  {json.dumps(_tensor_json(name, slot, shard.header.entries[name], rows[slot], digests[name]))}"
-        for name, slot, _ in shard.tensors
+class Segment(Struct, frozen=True):
+    """The box of a logical tensor that lies in a stored one."""
+
+    tensor: Annotated[str, about("Logical name: docs/vocabulary.md.")]
+    offset: Annotated[Size, about("Element of the stored tensor at which the box begins.")]
+    box: Annotated[
+        dict[str, tuple[Size, Size]],
+        about("Axis to the range of it that is here, [first, one after the last), counted in the whole model."),
+    ]
+    of: Annotated[dict[str, Size], about("Axis to its size in the whole model.")]
+    strides: Annotated[dict[str, Size], about("Axis to the step in elements from one index to the next in the stored tensor.")]
+
+
+class Regular(Struct, frozen=True):
+    """A regular set of stored tensors."""
+
+    name: Annotated[str, about("The tensors' name, with {axis} where they are numbered.")]
+    shape: tuple[Size, ...]
+    constant: Annotated[
+        float | UnsetType,
+        about("The value of a scalar that the engine wants and the checkpoint has not; then no segments."),
+    ] = UNSET
+    segments: Annotated[
+        tuple[Segment, ...] | UnsetType,
+        about("The logical tensors in it, in the order in which they lie there. The rest is zero."),
+    ] = UNSET
+
+
+_Several = Annotated[tuple[Digest, ...], Meta(min_length=2, description="Digest of each block, where there are some.")]
+
+
+class Stored(Struct, frozen=True, gc=False):
+    """A tensor of the file."""
+
+    name: str
+    dtype: Annotated[str, about("As safetensors spells it: BF16, F32, F8_E4M3, ...")]
+    shape: tuple[Size, ...]
+    offset: Annotated[Size, about("Bytes from the start of the file (not of its data).")]
+    nbytes: Size
+    row: Annotated[Size, about("Index into rows.")]
+    digest: Annotated[Digest, about("xxh3-128 over the digests of its blocks.")]
+    blocks: _Several | UnsetType = UNSET
+
+
+class Described(Struct, frozen=True):
+    """rank-NNNNN/tensors.json of a reshard shard directory, format version 1."""
+
+    rank: Size
+    tp_rank: Size
+    pp_rank: Size
+    ep_rank: Size
+    file: Annotated[str, about("The weights of this rank, below the directory.")]
+    block: Annotated[Size, about("Bytes that one block digest covers; the last block of a tensor may be short.")]
+    rows: Annotated[tuple[Regular, ...], about("What regular sets of tensors hold. A tensor points to its row by number.")]
+    tensors: Annotated[tuple[Stored, ...], about("Every tensor of the file, in the order in which they lie there.")]
+
+
+def described(shard: Shard, layout: Layout, digests: Mapping[str, list[bytes]]) -> Described:
+    """What tensors.json says of a shard. `digests`: of each tensor's blocks."""
+    mesh, slots = layout.mesh, dict.fromkeys(slot for _, slot, _ in shard.tensors)
+    rows = {slot: number for number, slot in enumerate(slots)}
+    entries = shard.header.entries
+    return Described(
+        rank=shard.rank,
+        tp_rank=shard.rank % mesh.tp,
+        pp_rank=shard.rank // mesh.tp,
+        ep_rank=shard.rank % mesh.tp // mesh.etp,
+        file=shard.file,
+        block=BLOCK,
+        rows=tuple(_regular(slot, layout) for slot in rows),
+        tensors=tuple(_stored(name, slot, entries[name], rows[slot], digests[name]) for name, slot, _ in shard.tensors),
     )
-    lines += [" ]", "}", ""]
-    return "\n".join(lines).encode()
 
 
-def _joined(lines: Iterator[str]) -> list[str]:
-    items = list(lines)
-    return [line + "," for line in items[:-1]] + items[-1:]
+def dump(described: Described) -> bytes:
+    """The text of tensors.json: a line per row and per tensor."""
+    lines = ["{"]
+    for key, value in to_builtins(described).items():
+        if isinstance(value, list | tuple):
+            lines += [f' "{key}": [', ",\n".join(f"  {json.dumps(each)}" for each in value), " ],"]
+        else:
+            lines.append(f' "{key}": {json.dumps(value)},')
+    return "\n".join([*lines[:-1], " ]", "}", ""]).encode()
 
 
-def row_json(slot: Slot, layout: Layout) -> dict[str, Any]:
-    """What a regular set of stored tensors holds: each leaf's box of its logical tensor, and where it lies, in elements."""
-    text: dict[str, Any] = {"name": slot.template.name.text, "shape": list(slot.shape)}
+def _regular(slot: Slot, layout: Layout) -> Regular:
+    name, shape = slot.template.name.text, slot.shape
     if isinstance(slot.template, Constant):
-        return text | {"constant": slot.template.value}
-    pieces = [piece for leaf in slot.template.leaves for piece in layout.pieces.get(leaf, ()) if piece.slot is slot]
-    return text | {"segments": [_segment(piece) for piece in pieces]}
+        return Regular(name, shape, constant=slot.template.value)
+    pieces = (piece for leaf in slot.template.leaves for piece in layout.pieces.get(leaf, ()) if piece.slot is slot)
+    return Regular(name, shape, segments=tuple(map(_segment, pieces)))
 
 
-def _segment(piece: Piece) -> dict[str, Any]:
+def _segment(piece: Piece) -> Segment:
     axes = list(zip(piece.tensor.axes, piece.box, piece.tensor.sizes, piece.strides, strict=True))
     axes = [entry for entry in axes if entry[0] != "layer" or entry[3] is not None]  # its name says which layer a tensor is of
-    return {
-        "tensor": piece.tensor.name,
-        "offset": piece.offset,
-        "box": {axis: list(span) for axis, span, _, _ in axes},
-        "of": {axis: size for axis, _, size, _ in axes},
-        "strides": {axis: stride for axis, _, _, stride in axes if stride is not None},
-    }
+    return Segment(
+        tensor=piece.tensor.name,
+        offset=piece.offset,
+        box={axis: span for axis, span, _, _ in axes},
+        of={axis: size for axis, _, size, _ in axes},
+        strides={axis: stride for axis, _, _, stride in axes if stride is not None},
+    )
 
 
-def _tensor_json(name: str, slot: Slot, entry: Entry, row: int, blocks: list[bytes]) -> dict[str, Any]:
-    text: dict[str, Any] = {
-        "name": name,
-        "dtype": entry.dtype,
-        "shape": list(slot.shape),
-        "offset": entry.offset,
-        "nbytes": entry.nbytes,
-        "row": row,
-        "digest": of_blocks(blocks),
-    }
-    if len(blocks) > 1:
-        text["blocks"] = [block.hex() for block in blocks]
-    return text
+def _stored(name: str, slot: Slot, entry: Entry, row: int, blocks: list[bytes]) -> Stored:
+    several = tuple(block.hex() for block in blocks) if len(blocks) > 1 else UNSET
+    return Stored(name, entry.dtype, slot.shape, entry.offset, entry.nbytes, row, of_blocks(blocks), several)
 
 
 def scalar(constant: Constant) -> bytes:

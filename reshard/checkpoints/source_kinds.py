@@ -173,7 +173,7 @@ class ShardSource(Source):
 
     @property
     def weights_size(self) -> int:
-        return sum(weights.size for weights, _ in self.manifest.ranks)
+        return sum(rank.weights.size for rank in self.manifest.ranks)
 
     @property
     def root_digest(self) -> str | None:

@@ -13,10 +13,10 @@ from ..store.local import Pool
 from ..store.whole import digest_of, write, write_pieces
 from ..tables.row import Constant
 from . import manifest
-from .manifest import Listed, Manifest
+from .manifest import Listed, Manifest, RankFiles
 from .published import Original
 from .shard_directory import check_small_files
-from .shards import Shard, Shards, scalar, shard_digest, tensors_json
+from .shards import Shard, Shards, described, dump, scalar, shard_digest
 from .source_kinds import Source
 from .target import Digests, Finished, Literal, Other, Target
 
@@ -67,13 +67,13 @@ class ShardTarget(Target):
         ranks = []
         for shard in self.shards:
             mine = {name: digests[shard.rank, name] for name, _, _ in shard.tensors}
-            text = tensors_json(shard, self.layout, mine)
+            text = dump(described(shard, self.layout, mine))
             name = f"{shard.folder}/tensors.json"
             write(root / name, text)
             of_tensors = (of_blocks(mine[name]) for name, _, _ in shard.tensors)
             weights = Listed(shard.file, shard.size, shard_digest(shard.prologue, of_tensors))
-            ranks.append((weights, Listed(name, len(text), of(text))))
-        text, digest = manifest.dump(
+            ranks.append(RankFiles(shard.rank, weights, Listed(name, len(text), of(text))))
+        made = manifest.made(
             self.layout,
             engine=engine,
             origin=source.origin,
@@ -82,8 +82,8 @@ class ShardTarget(Target):
             carried=carried,
             source=self._keep_source(root, source, reader),
         )
-        write(root / manifest.NAME, text)
-        return digest
+        write(root / manifest.NAME, manifest.dump(made))
+        return made.root
 
     def _keep_source(self, root: Path, source: Source, reader: Pool) -> list[Listed]:
         """The folder `source`: residues, which get the times of the files that they are from, tables, files.json."""
@@ -121,7 +121,7 @@ class ShardTarget(Target):
         if known.plan != self.plan or known.engine != engine:
             raise Other(f"it holds another conversion ({known.family}, {known.format}, {known.mesh})")
         check_small_files(out, known)
-        for weights, _ in known.ranks:
+        for weights in (rank.weights for rank in known.ranks):
             if not (path := out / weights.name).is_file() or path.stat().st_size != weights.size:
                 raise MismatchError(f"{weights.name} is missing or has another size than its manifest says")
         earlier = {original.name: original for original in manifest.load_originals(out)}

@@ -1,8 +1,7 @@
-"""JSON and TOML that somebody else wrote: read within limits, and checked to be of a form before anything looks into it.
+"""JSON and TOML that somebody else wrote: read within limits, and checked to be of a type before anything uses it.
 
-A form is data. A type means exactly that type, `object` anything, None null; a range an integer in it; a pattern a text that it matches;
-`[form]` a list, `{"": form}` an object of any keys, `{"a": form, "b?": form}` one with the key `a`, perhaps `b`, and others that are
-ignored; a tuple any of its forms. What does not fit is told with its JSON path: `$.ranks[3].weights.size`.
+A type is msgspec's: a Struct, whose unknown keys are ignored unless it forbids them, or a list, dict or union of some.
+What is not of it is reported with its JSON path and value: `$.ranks[3].weights.size is -5, expected int >= 0`.
 """
 
 import json
@@ -11,14 +10,23 @@ import re
 import reprlib
 import stat
 import tomllib
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ..errors import ReshardError, failed
 from . import limits
 
-Form = Any
 Kind = type[ReshardError]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # of a file, in bytes, or a place in it
+
+
+def about(text: str) -> msgspec.Meta:
+    """What a field is, for the JSON Schema."""
+    return msgspec.Meta(description=text)
+
 
 _DAMAGED = "it is damaged, or a download page: fetch it again"
 # As Python reads a dotted key in TOML, in time that grows with the square or the cube of its parts.
@@ -51,26 +59,32 @@ def read(path: Path, most: int, kind: Kind = ReshardError, hint: str | None = No
 def fits(size: int, most: int, where: str, kind: Kind = ReshardError, hint: str | None = None) -> None:
     """Raises `kind` for what is too large to be read whole."""
     if size > most:
-        raise kind(f"{where}: has {size} bytes, at most {most} are read", hint or "no checkpoint needs as many: where is it from?")
+        raise kind(
+            f"{where}: has {size} bytes, at most {most} are read",
+            hint or "no checkpoint needs as many: where is it from?",
+        )
 
 
-def json_file(path: Path, most: int, form: Form = object, kind: Kind = ReshardError, hint: str | None = None) -> Any:
+def json_file(path: Path, most: int, form: Any = Any, kind: Kind = ReshardError, hint: str | None = None) -> Any:
     """The value of a JSON file of at most `most` bytes."""
     return json_of(read(path, most, kind, hint), most, str(path), form, kind, hint)
 
 
 def json_of(
-    text: bytes | str,
+    text: bytes,
     most: int,
     where: str,
-    form: Form = object,
+    form: Any = Any,
     kind: Kind = ReshardError,
     hint: str | None = None,
     keys: int = limits.KEYS,
 ) -> Any:
-    """The value of a JSON text. Raises `kind` where it is none, too large, nested too deeply, or not of the form."""
+    """The value of a JSON text. Raises `kind` where it is none, too large, nested too deeply, or not of a type."""
     fits(len(text), most, where, kind, hint)
     check_content(text, where, keys, kind, hint)
+    if form is not Any:
+        with suppress(ValueError, RecursionError):  # what is wrong is found out below, at leisure
+            return msgspec.json.decode(text, type=form)
     try:
         value = json.loads(text)
     except RecursionError:
@@ -79,7 +93,12 @@ def json_of(
         raise kind(f"{where}: not JSON: {str(error).partition(';')[0]}", hint or _DAMAGED) from None
     if _count(text, "[{") > limits.DEPTH:
         _shallow(value, where, kind, hint)
-    check(value, form, where, kind, hint)
+    if form is not Any:
+        typed(value, form, where, kind, hint)
+        raise kind(
+            f"{where}: not JSON that is read: it has text that is not valid Unicode, or numbers like NaN",
+            hint or _DAMAGED,
+        )
     return value
 
 
@@ -119,71 +138,44 @@ def _shallow(value: Any, where: str, kind: Kind, hint: str | None) -> None:
         level = [each for values in inside for each in values if isinstance(each, dict | list)]
 
 
-def check(value: Any, form: Form, where: str, kind: Kind = ReshardError, hint: str | None = None) -> None:
-    """Raises `kind` with the path of the first thing that is not of the form."""
-    if (problem := wrong(value, form)) is not None:
-        raise kind(f"{where}: {problem}", hint)
+def typed(value: Any, form: Any, where: str, kind: Kind = ReshardError, hint: str | None = None, path: str = "$") -> Any:
+    """A value of a type, from JSON or TOML data. Raises `kind` with the path of the first thing that is not of it."""
+    try:
+        return msgspec.convert(value, form)
+    except msgspec.ValidationError as error:
+        raise kind(f"{where}: {_words(str(error), value, form, path)}", hint) from None
+    except UnicodeEncodeError:
+        raise kind(f"{where}: has a key that is not valid Unicode", hint) from None
 
 
-def wrong(value: Any, form: Form, path: str = "$") -> str | None:
-    """What is not of the form, in words; None if everything is."""
-    if isinstance(form, list) and type(value) is list:
-        (inner,) = form
-        return next((said for at, each in enumerate(value) if (said := wrong(each, inner, f"{path}[{at}]"))), None)
-    if isinstance(form, dict) and type(value) is dict:
-        for key, inner in form.items():
-            name = key.removesuffix("?")
-            if not key:
-                said = next((said for each, content in value.items() if (said := _entry(each, content, inner, path))), None)
-            elif name in value:
-                said = wrong(value[name], inner, f"{path}.{name}")
-            else:
-                said = None if key.endswith("?") else f"{path}.{name} is missing"
-            if said:
-                return said
-        return None
-    if isinstance(form, tuple):
-        found = [wrong(value, one, path) for one in form]
-        deeper = next((said for said in found if said and not said.startswith(f"{path} ")), None)  # the right container, badly filled
-        return None if None in found else deeper or f"{path} is {reprlib.repr(value)}, {words(form)} is needed"
-    if _simple(value, form):
-        return None
-    if form is str and type(value) is str:
-        return f"{path} is {reprlib.repr(value)}, which is not valid Unicode"
-    return f"{path} is {reprlib.repr(value)}, {words(form)} is needed"
+def _words(error: str, value: Any, form: Any, path: str) -> str:
+    """What msgspec says, with the value and the key that it leaves out (`$.tied[...]`). `path`: what `$` is called."""
+    said, _, at = error.partition(" - at `$")
+    found = value
+    for key, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", at):
+        step = int(index) if index.isdecimal() else key or _refused(error, value, found, form)
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+        found = found[step]
+    if name := re.fullmatch("Object missing required field `(.*)`", said):
+        return f"{path}.{name[1]} is missing".removeprefix(".")
+    if name := re.fullmatch("Object contains unknown field `(.*)`", said):
+        return f"unknown key {name[1]}" + (f" in {path}" if path else "")
+    return f"{path} is {reprlib.repr(found)}, {said[0].lower()}{said[1:].replace('`', '')}"
 
 
-def _entry(key: str, value: Any, form: Form, path: str) -> str | None:
-    if not _unicode(key):
-        return f"{path} has the key {key!a}, which is not valid Unicode"
-    return wrong(value, form, f"{path}.{key}")
-
-
-def _simple(value: Any, form: Form) -> bool:
-    if isinstance(form, range):
-        return type(value) is int and value in form
-    if isinstance(form, re.Pattern):
-        return type(value) is str and form.fullmatch(value) is not None
-    if form is str:
-        return type(value) is str and _unicode(value)
-    return form is object or (value is None if form is None else type(value) is form)
-
-
-def _unicode(text: str) -> bool:
-    """Whether a text has no half surrogate pairs, which no file can be written with."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def words(form: Form) -> str:
-    """A form, for people."""
-    if isinstance(form, tuple):
-        return " or ".join(map(words, form))
-    if isinstance(form, range):
-        return f"an integer from {form.start} to {form.stop - 1}"
-    if isinstance(form, re.Pattern):
-        return f"a text like {form.pattern}"
-    if isinstance(form, list):
-        return "a list" if form == [object] else f"a list of {words(form[0]).removeprefix('a ').removeprefix('an ')}"
-    if isinstance(form, dict):
-        return "an object"
-    return {str: "a text", int: "an integer", float: "a number", bool: "true or false", None: "null", object: "anything"}[form]
+def _refused(error: str, whole: Any, part: dict[str, Any], form: Any) -> str:
+    """The key of the first entry of `part`, an object in `whole`, that alone makes the same error."""
+    entries = dict(part)
+    try:
+        for key, value in entries.items():
+            part.clear()
+            part[key] = value
+            try:
+                msgspec.convert(whole, form)
+            except ValueError as other:
+                if str(other) == error:
+                    return key
+    finally:
+        part.clear()
+        part.update(entries)
+    return "..."

@@ -42,9 +42,10 @@ def add_sha256(job: Job, out: Path, found: Finished, options: Options, progress:
     known, texts = manifest.load(out), source_texts(job.target.layout, source)
     kept = [file for file in known.source if file.name not in texts]
     kept += [Listed(name, len(text), of(text)) for name, text in texts.items()]
-    texts[manifest.NAME], _ = manifest.dump(
+    made = manifest.made(
         job.target.layout, engine=job.engine, origin=known.origin, plan=known.plan, ranks=known.ranks, carried=known.carried, source=kept
     )
+    texts[manifest.NAME] = manifest.dump(made)
     publish.check_replaceable(out)
     with publish.Publication(out, replace=True, durable=options.fsync) as publication:
         try:

@@ -32,7 +32,6 @@ Knows nothing about the command line, engines or torch.
 import hashlib
 import json
 import math
-import re
 import sys
 import threading
 from collections import defaultdict
@@ -41,9 +40,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.lib.stride_tricks import as_strided
 
 from ..checkpoints import manifest, source
@@ -329,51 +329,58 @@ class Fingerprint:
         return {"fingerprint": VERSION, "seed": self.seed, "model": self.model, "tensors": [line.to_json() for line in self.lines]}
 
 
-_LINE: decode.Form = {
-    "name": str,
-    "dtype": str,
-    "axes": [str],
-    "sizes": [range(MOST + 1)],
-    "elements": range(MOST + 1),
-    "fingerprint": re.compile(f"[0-9a-f]{{{8 * LANES}}}"),
-}
-_SHARE: decode.Form = {"world": range(1, RANKS + 1), "ranks": [int], "facts": str, "seed": str, "tensors": [_LINE]}
+_Number = Annotated[int, Meta(ge=0, le=MOST)]
 
 
-def share_from_json(data: Any, where: str = "share") -> Share:
-    """A share as `Share.to_json` wrote it. Raises ReshardError, naming `where`, for anything else."""
-    where, hint = f"{where}: is not a share of a fingerprint", "give the output of `reshard fingerprint PATH --rank N`"
-    decode.check(data, {"fingerprint": object}, where, hint=hint)
-    if data["fingerprint"] != VERSION:
-        raise ReshardError(
-            f"{where}: fingerprint version {data['fingerprint']!r}, this is version {VERSION}", "use one version for all ranks"
-        )
-    decode.check(data, _SHARE, where, hint=hint)
-    decode.check(data, {"ranks": [range(data["world"])]}, where, hint=hint)
+class _Line(Struct):
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+    sizes: tuple[_Number, ...]
+    elements: _Number
+    fingerprint: Annotated[str, Meta(pattern=f"^[0-9a-f]{{{8 * LANES}}}$", max_length=8 * LANES)]
+
+
+class _Share(Struct):
+    world: Annotated[int, Meta(ge=1, le=RANKS)]
+    ranks: tuple[_Number, ...]
+    facts: str
+    seed: str
+    tensors: tuple[_Line, ...]
+
+
+class _Version(Struct):
+    fingerprint: Any
+
+
+def read_share(path: Path) -> Share:
+    """A share from a file, as `Share.to_json` wrote it."""
+    text = decode.read(path, limits.SHARE, hint="give files of shares, one for each rank")
+    where, hint = f"{path}: is not a share of a fingerprint", "give the output of `reshard fingerprint PATH --rank N`"
+    version = decode.json_of(text, limits.SHARE, where, _Version, hint=hint).fingerprint
+    if version != VERSION:
+        raise ReshardError(f"{where}: fingerprint version {version!r}, this is version {VERSION}", "use one version for all ranks")
+    share: _Share = decode.json_of(text, limits.SHARE, where, _Share, hint=hint)
+    if odd := next((rank for rank in share.ranks if rank >= share.world), None):
+        raise ReshardError(f"{where}: rank {odd} of a world of {share.world}", hint)
     try:
-        lines = tuple(map(_line_from_json, data["tensors"]))
+        lines = tuple(map(_line, share.tensors))
         for one, other in pairwise(lines):
             if one.name >= other.name:
                 raise ValueError(f"tensor {other.name} follows {one.name}: names must be sorted and unique")
     except ValueError as error:
         raise ReshardError(f"{where}: {error}", hint) from None
-    return Share(tuple(data["ranks"]), data["world"], data["facts"], lines, data["seed"])
+    return Share(share.ranks, share.world, share.facts, lines, share.seed)
 
 
-def _line_from_json(entry: Mapping[str, Any]) -> Line:
-    name, axes, sizes, value = entry["name"], tuple(entry["axes"]), tuple(entry["sizes"]), entry["fingerprint"]
-    if len(axes) != len(sizes):
-        raise ValueError(f"{name}: {len(axes)} axes have {len(sizes)} sizes")
+def _line(entry: _Line) -> Line:
+    if len(entry.axes) != len(entry.sizes):
+        raise ValueError(f"{entry.name}: {len(entry.axes)} axes have {len(entry.sizes)} sizes")
+    value = entry.fingerprint
     sums = tuple(int(value[at : at + 8], 16) for at in range(0, len(value), 8))
     if max(sums) >= P:
-        raise ValueError(f"{name}: {value} is not a fingerprint: its numbers must be below {P:#x}")
-    return Line(name, entry["dtype"], axes, sizes, entry["elements"], sums)
-
-
-def read_share(path: Path) -> Share:
-    """A share from a file."""
-    hint = "give files of shares, one for each rank"
-    return share_from_json(decode.json_file(path, limits.SHARE, object, hint=hint), str(path))
+        raise ValueError(f"{entry.name}: {value} is not a fingerprint: its numbers must be below {P:#x}")
+    return Line(entry.name, entry.dtype, entry.axes, entry.sizes, entry.elements, sums)
 
 
 def combine(shares: Iterable[Share]) -> Fingerprint:

@@ -4,14 +4,16 @@ Built from two layouts without enumerating a single copy. Sizes of files are dec
 a row. Opens no file and prints nothing.
 """
 
+import json
 import math
 import re
 import shlex
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from ..checkpoints.source import Source
 from ..containers.dtypes import BITS
@@ -35,8 +37,7 @@ def memory(workers: int, tensors: int) -> int:
     return MEMORY_BASE + workers * MEMORY_WORKER + MEMORY_TENSOR * tensors
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFacts:
+class SourceFacts(Struct, frozen=True):
     """What a report says of the source and layouts do not know. `nbytes`: of the weight files; `dtypes`: tensors of each dtype."""
 
     name: str  # directory or Hub id, as the user gave it
@@ -49,8 +50,7 @@ class SourceFacts:
     options: tuple[str, ...] = ()  # what else the next command must say: --family my.toml, --revision abc
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
+class Ranks(Struct, frozen=True):
     """Ranks that hold equally much: `ranks` folded (`0-7`), the tensors and bytes that each of them stores, its bytes of KV cache."""
 
     ranks: str
@@ -60,8 +60,7 @@ class Ranks:
     cache: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAs:
+class StoredAs(Struct, frozen=True):
     """What one row of the target format is on a rank. `least`, `shape`: per dimension the least and the most that any rank has."""
 
     name: str
@@ -80,8 +79,7 @@ class StoredAs:
     tower: str = ""  # which other tower it belongs to: not of the language model
 
 
-@dataclass(frozen=True, slots=True)
-class LayerKind:
+class LayerKind(Struct, frozen=True):
     """Layers that are stored alike; `layers` folded, empty for what stands outside the layers."""
 
     layers: str
@@ -95,8 +93,7 @@ class LayerKind:
         return sum(row.nbytes for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(Struct, frozen=True):
     """Whether the worst rank's weights and cache fit a device, all in bytes. `smallest`: a mesh that does."""
 
     memory: int
@@ -107,8 +104,7 @@ class Device:
     smallest: Mesh | None
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """Everything that `reshard plan` says, exact; `text` rounds, `to_json` does not."""
 
     source: SourceFacts
@@ -157,7 +153,7 @@ class Report:
         return {
             "source": _plain(self.source) | of_model,
             "format": self.format,
-            "mesh": _plain(self.mesh),
+            "mesh": _mesh(self.mesh),
             "ranks": _plain(self.ranks),
             "balance": round(self.balance, 6),
             "bytes": {
@@ -174,7 +170,7 @@ class Report:
             "memory": {"bytes": self.memory, "workers": self.workers},
             "tp_sizes": list(self.sizes),
             "cache": _plain(self.cache),
-            "device": _plain(self.device),
+            "device": self.device and _plain(self.device) | {"smallest": _mesh(self.device.smallest)},
             "next": list(self.command),
         }
 
@@ -642,16 +638,15 @@ def _span(numbers: Iterable[int]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON knows it: dataclasses and mappings as objects, tuples as arrays."""
-    if isinstance(value, Mesh):
-        return {"tp": value.tp, "pp": value.pp, "ep": value.ep, "world": value.world} | {
-            name: list(given) for name, given in (("weights", value.weights), ("layers", value.layers)) if given
-        }
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    """A value as JSON knows it: tuples as lists. A file's name in it may not be valid Unicode."""
+    return json.loads(json.dumps(to_builtins(value)))
+
+
+def _mesh(mesh: Mesh | None) -> dict[str, Any] | None:
+    if mesh is None:
+        return None
+    given = {name: list(numbers) for name, numbers in (("weights", mesh.weights), ("layers", mesh.layers)) if numbers}
+    return {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "world": mesh.world} | given
 
 
 def facts(source: Source, name: str, *options: str) -> SourceFacts:

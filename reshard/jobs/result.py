@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from ..checkpoints.companions import Left, words
 from ..text.units import decimal
 from .verdict import WIDTH
@@ -42,7 +44,7 @@ class Result:
             "bytes_read": self.read,
             "bytes_written": self.written,
             "seconds": round(self.seconds, 3),
-            "left": [file._asdict() for file in self.left],
+            "left": to_builtins(self.left),
             "towers": list(self.towers),
             "notes": list(self.notes),
             **usage(),

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from ..checkpoints.companions import Left, words
 from ..errors import ReshardError
 from ..text.units import decimal
@@ -177,7 +179,7 @@ class Report:
             "unmet": self.unmet,
             "verdict": self.verdict,
             "rungs": [rung.to_json() for rung in self.rungs],
-            "left": [file._asdict() for file in self.left],
+            "left": to_builtins(self.left),
         }
 
 

@@ -3,7 +3,6 @@
 The other checks are elsewhere: sha256 in verify_sha256, numerics in the runtime.
 """
 
-import json
 import os
 import threading
 import time
@@ -12,21 +11,21 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import xxhash
+from msgspec import UNSET, structs
 
 from ..checkpoints import manifest
+from ..checkpoints.blocks import Block, Blocks, read_described
 from ..checkpoints.companions import Carried, Left
 from ..checkpoints.manifest import Listed, Manifest
 from ..checkpoints.published import WEIGHTS
-from ..checkpoints.shards import Shards, scalar, tensors_json
+from ..checkpoints.shards import Described, Shards, described, scalar
 from ..checkpoints.source import Source, open_source
 from ..engine import worker
 from ..engine.sample import sample
 from ..engine.worker import Key, Place
 from ..errors import MismatchError, PlaceError, ReshardError, failed
-from ..inputs import decode, limits
 from ..layout.cut import Layout
 from ..layout.join import Plan, plan
 from ..store.digest import BLOCK, FileDigest
@@ -48,8 +47,6 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
 
     Files that no manifest lists prove nothing: named as unproven, as a failure where an engine might load them, or if `strict`.
     """
-    from ..checkpoints.blocks import Block, Blocks
-
     progress = progress or Silent()
     rung = Rung("integrity")
     try:
@@ -80,7 +77,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
             rung.notes.append(f"{manifest.NAME} does not list {_names(others)}: not checked")
     broken = {failure.split(":")[0] for failure in rung.failures}
     whole = [file for file in listed if file.name not in broken]
-    weights = {weights.name: tensors for weights, tensors in known.ranks}
+    weights = {rank.weights.name: rank.tensors for rank in known.ranks}
     lock = threading.Lock()
 
     def check_file(file: Listed) -> None:
@@ -106,8 +103,8 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
                     rung.tensors += len(mine.tensors)
                     progress.advance(mine.start)
                     yield from mine
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    rung.failures.append(f"{weights[file.name].name}: malformed: {error!r}")
+                except MismatchError as error:
+                    rung.failures.append(error.message)
 
     try:
         each((file for file in whole if file.name not in weights), check_file, threads)
@@ -153,12 +150,10 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         return [f"{manifest.NAME}, config.json and the tables contradict each other: {error.message}"]
     layout = source.layout
     shards, found = Shards(layout), []
-    for shard, (_, tensors) in zip(shards, known.ranks, strict=True):
-        said = json.loads(tensors_json(shard, layout, {name: [b""] for name, _, _ in shard.tensors}))
-        for tensor in said["tensors"]:
-            del tensor["digest"]  # was checked with the bytes
-        if not _says(decode.json_file(out / tensors.name, limits.TENSORS_JSON), said):
-            found.append(f"{tensors.name}: contradicts the tables and config.json")
+    for shard, rank in zip(shards, known.ranks, strict=True):
+        wanted = described(shard, layout, {name: [b""] for name, _, _ in shard.tensors})
+        if _undigested(read_described(out / rank.tensors.name)) != _undigested(wanted):
+            found.append(f"{rank.tensors.name}: contradicts the tables and config.json")
     kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
     kept |= {manifest.SUMS} if source.sums else set()
     kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
@@ -170,30 +165,15 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
     )
     if known.engine not in engines:
         found.append(f"{manifest.NAME}: engine {known.engine!r} is not one that the format supports")
-    text, _ = manifest.dump(
-        layout,
-        engine=known.engine,
-        origin=known.origin,
-        plan=shards.digest,
-        ranks=known.ranks,
-        carried=known.carried,
-        source=known.source,
-    )
-    wanted = json.loads(text) | {"reshard": known.version, "root": known.root}
-    there = decode.json_file(out / manifest.NAME, limits.MANIFEST)
-    # In these a further entry is no key of a later version, but says something of an axis or a tensor.
-    if not _says(there, wanted) or any(there[key] != wanted[key] for key in ("sizes", "repeats", "tied", "padding")):
+    same = {key: getattr(known, key) for key in ("engine", "origin", "ranks", "carried", "source")}
+    if known != structs.replace(manifest.made(layout, plan=shards.digest, **same), version=known.version, root=known.root):
         found.append(f"{manifest.NAME}: contradicts the tables and config.json")
     return found
 
 
-def _says(found: Any, wanted: Any) -> bool:
-    """Whether a JSON value says everything that another says; objects may have further keys, as later versions might."""
-    if isinstance(wanted, dict):
-        return isinstance(found, dict) and all(key in found and _says(found[key], value) for key, value in wanted.items())
-    if isinstance(wanted, list):
-        return isinstance(found, list) and len(found) == len(wanted) and all(map(_says, found, wanted))
-    return type(found) is type(wanted) and bool(found == wanted)
+def _undigested(said: Described) -> Described:
+    """The same without digests, which were checked with the bytes."""
+    return structs.replace(said, tensors=tuple(structs.replace(tensor, digest="", blocks=UNSET) for tensor in said.tensors))
 
 
 def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], None]) -> str:

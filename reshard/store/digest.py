@@ -5,15 +5,17 @@ Blocks can be hashed by whoever completes them, checked in parallel and repaired
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import xxhash
+from msgspec import Meta
 
 if TYPE_CHECKING:
     import hashlib
 
 BLOCK = 8 << 20
 
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32, description="xxh3-128 in hexadecimal.")]
 Buffer = bytes | bytearray | memoryview
 
 

@@ -14,13 +14,15 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
 
 from ..errors import PlaceError, Replaced, ReshardError
 from ..inputs import decode, limits
@@ -28,7 +30,7 @@ from ..text.units import decimal
 
 INSIDE = ".reshard-work"
 _MARKER, _NEW, _OLD, _LIST = "reshard.marker", "new", "old", "entries.json"
-_ENTRY = re.compile(r"(?!\.{1,2}\Z)[^/\0]+", re.DOTALL)  # a name in OUT itself, and no way out of it
+_Entry = Annotated[str, Meta(pattern=r"\A(?!\.{1,2}\Z)[^/\0]+\Z")]  # a name in OUT itself, and no way out of it
 _LONGEST = 255  # bytes of a name, on every file system of Linux
 _TRIES, _WAIT = 6, 0.02  # seconds: somebody who only asks whether a folder is locked holds the lock for a moment
 
@@ -111,12 +113,13 @@ class WorkFolder:
         try:
             if not stat.S_ISREG(self.listing.lstat().st_mode):
                 return []
-            found = decode.json_file(self.listing, limits.FILES, [_ENTRY])
+            found = decode.json_file(self.listing, limits.FILES)  # a name may not be valid Unicode
+            names: list[str] = decode.typed(found, list[_Entry], str(self.listing))
+            return names
         except PlaceError:
             raise
         except (FileNotFoundError, NotADirectoryError, ReshardError):  # killed while it was written: nothing had been moved
             return []
-        return [str(name) for name in found]
 
     def torn(self) -> bool:
         """Whether OUT is neither what it was nor what it shall be: a commit was begun and has not ended."""

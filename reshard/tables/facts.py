@@ -14,17 +14,17 @@ from . import expression, layer_rules
 
 # What a table may say of each kind of fact.
 FORMS: Mapping[str, Any] = {
-    "number": (int, float, str),  # a constant, or an expression
-    "truth": (bool, str, [str]),  # a constant, an expression, or a list of conditions of which one must be true
-    "either": (bool, int, float, str, [str]),  # a truth or a number
+    "number": int | float | str,  # a constant, or an expression
+    "truth": bool | str | list[str],  # a constant, an expression, or a list of conditions of which one must be true
+    "either": bool | int | float | str | list[str],  # a truth or a number
     "word": str,  # an expression that comes to one of some words
     "name": str,  # one of some words, or an expression that comes to one
     "size": str,  # an expression that comes to a number of elements
     "condition": str,
     "rule": str,  # which layers, see layer_rules
-    "names": [str],  # of logical tensors
-    "runs": (bool, [str]),  # a constant, or a list of conditions that must all be true
-    "facts": {"": object},  # a table of further facts
+    "names": list[str],  # of logical tensors
+    "runs": bool | list[str],  # a constant, or a list of conditions that must all be true
+    "facts": dict[str, Any],  # a table of further facts
 }
 EPS = "rms_norm_eps | layer_norm_epsilon | layer_norm_eps | layernorm_epsilon | norm_eps | 0.000001"
 
@@ -190,8 +190,9 @@ def check(model: Mapping[str, Any], where: str) -> None:
         ("model.growth", model.get("growth", {}), GROWTH),
     ):
         section, _, key = place.partition(".")
-        if said := decode.wrong(data, {f"{name}?": FORMS[fact.kind] for name, fact in known.items()}, place):
-            raise ReshardError(f"{where}: {said}", "docs/notation.md shows the form of every key")
+        for name in (name for name in known if name in data):
+            form, hint = FORMS[known[name].kind], "docs/notation.md shows the form of every key"
+            decode.typed(data[name], form, where, hint=hint, path=f"{place}.{name}")
         if odd := sorted(data.keys() - known.keys()):
             name = f"[{section}] {key}".rstrip()
             raise ReshardError(f"{where}: unknown key {odd[0]} in {name}", f"keys are {', '.join(sorted(known))}")

@@ -1,12 +1,14 @@
 """Families: what the published tensors of one architecture mean."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from zlib import crc32
+
+from msgspec import convert
 
 from ..errors import ReshardError
 from . import expression, keys, layer_rules, merge
@@ -16,6 +18,7 @@ from .row import Row, parse_rows
 from .shipped import Shipped, own
 
 BASE = "_base"  # ends the name of the table of a base model
+_SAME = ("match", "sizes", "defaults", "model", "one_of", "layers", "optional", "extra", "tied", "towers", "quantization")
 _SHIPPED = Shipped("families", "family")
 shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
 
@@ -94,42 +97,32 @@ def load_file(path: Path) -> Family:
 
 def parse(text: str, where: str, parent: merge.Parent | None = None) -> Family:
     """A family from TOML; `parent(name)` gives the text of the table that `like` names."""
-    chain = merge.chain(text, where, keys.family, parent)
+    chain = merge.chain(text, where, keys.check_family, parent)
     return of_chain(chain)
 
 
-def of_chain(chain: merge.Chain, data: Mapping[str, Any] | None = None) -> Family:
+def of_chain(chain: merge.Chain, data: merge.Data | None = None) -> Family:
     """A family from the tables of a chain, or from `data` in their stead: the same with a change."""
     data = merge.merged(chain.tables) if data is None else data
     name = keys.name_of(data)
     where = f'table "{name}"'
     with keys.well_formed(where):
-        one_of = tuple(tuple(kinds) for kinds in data.get("one_of", ()))
-        kinds = {kind for group in one_of for kind in group}
-        for key, what in (("extra", "extra layers"), ("layers", "layers")):
-            if missing := sorted(set(data.get(key, ())) - kinds):
+        table = convert(data, keys.FamilyTable)
+        kinds = {kind for group in table.one_of for kind in group}
+        for named, what in ((table.extra, "extra layers"), (table.layers, "layers")):
+            if missing := sorted(set(named) - kinds):
                 raise ReshardError(f"{where}: {what} of kind {missing[0]}, which no set of one_of has")
-        rows, compounds = parse_rows(data, where, one_of)
-        prefix = data.get("prefix", ())
+        rows, compounds = parse_rows(data, where, table.one_of)
+        same = {key: getattr(table, key) for key in _SAME}
         return _consistent(
             Family(
                 name=name,
                 rows=rows,
                 chain=chain,
-                match=tuple(data.get("match", ())),
-                prefixes=(prefix,) if isinstance(prefix, str) else tuple(prefix),
-                aside=tuple(parse_template(text) for text in data.get("aside", ())),
+                prefixes=(table.prefix,) if isinstance(table.prefix, str) else table.prefix,
+                aside=tuple(map(parse_template, table.aside)),
                 axes=compounds,
-                sizes=dict(data.get("sizes", {})),
-                defaults=dict(data.get("defaults", {})),
-                model=dict(data.get("model", {})),
-                one_of=one_of,
-                layers=dict(data.get("layers", {})),
-                optional=dict(data.get("optional", {})),
-                extra=dict(data.get("extra", {})),
-                tied=dict(data.get("tied", {})),
-                towers=tuple(data.get("towers", ())),
-                quantization=tuple(data.get("quantization", ())),
+                **same,
             )
         )
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from msgspec import convert
+
 from ..errors import ReshardError
 from ..inputs import limits
 from . import keys, merge
@@ -14,6 +16,7 @@ from .row import Constant, Row, parse_constant, parse_rows
 from .shipped import Shipped
 
 MESH = ("tp", "ep", "pp")
+_SAME = ("tied", "towers", "cut", "replicate", "uneven", "weighted", "pad", "files", "engine", "families")
 _SHIPPED = Shipped("formats", "format", ", and hf: Hugging Face files")
 shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
 
@@ -58,7 +61,8 @@ class Format:
         if special is None:
             return self
         where = f'table "{self.name}", [family.{family}]'
-        own = _of_data(keys.format({**special, "name": self.name}, where), {}, self.axes)
+        keys.check_format(data := {**special, "name": self.name}, where)
+        own = _of_data(data, {}, self.axes)
         return replace(self, rows=own.rows + self.rows, constants=own.constants or self.constants, tied=own.tied or self.tied)
 
     def refined(self, axes: Mapping[str, tuple[str, ...]]) -> "Format":
@@ -121,36 +125,28 @@ def parse(text: str, where: str, parent: merge.Parent | None = None, leaves: Set
 
     `leaves`: of a format that has been used before, only the rows of these logical tensors, which a family has; the rest is not looked at.
     """
-    tables, texts = merge.chain(text, where, keys.format, parent)
+    tables, texts = merge.chain(text, where, keys.check_format, parent)
     data = merge.merged(tables)
     if leaves is not None:
         return _of_data(data | {"rows": [row for row in data.get("rows", ()) if leaves >= set(row[2].split())]}, texts, {})
     return _consistent(_of_data(data, texts, {}))
 
 
-def _of_data(data: Mapping[str, Any], texts: dict[str, str], axes: Mapping[str, tuple[str, ...]]) -> Format:
+def _of_data(data: merge.Data, texts: dict[str, str], axes: Mapping[str, tuple[str, ...]]) -> Format:
     name = keys.name_of(data)
     where = f'table "{name}"'
-    _check_files(data.get("files", {}), where)
     with keys.well_formed(where):
+        table = convert(data, keys.FormatTable)
+        _check_files(table.files, where)
         rows, compounds = parse_rows(data, where, axes=axes)
         return Format(
             name=name,
             rows=rows,
             texts=texts,
             axes=compounds,
-            tied=data.get("tied", ""),
-            towers=tuple(data.get("towers", ())),
-            cut={mesh: tuple(named) for mesh, named in data.get("cut", {}).items()},
-            replicate=tuple(data.get("replicate", ())),
-            uneven=tuple(data.get("uneven", ())),
-            weighted=tuple(data.get("weighted", ())),
-            pad=dict(data.get("pad", {})),
-            constants=tuple(parse_constant(entry, where) for entry in data.get("constants", ())),
-            files=dict(data.get("files", {})),
-            engine=dict(data.get("engine", {})),
-            families=tuple(data.get("families", ())),
-            overrides=dict(data.get("family", {})),
+            constants=tuple(parse_constant(entry, where) for entry in table.constants),
+            overrides=table.family,
+            **{key: getattr(table, key) for key in _SAME},
         )
 
 

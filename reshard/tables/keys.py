@@ -1,85 +1,93 @@
-"""The keys of tables, and the form of each. A typo is refused: it must not mean nothing."""
+"""The keys of tables, and the type of each. A typo is refused: it must not mean nothing."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from msgspec import Struct
+
 from ..errors import ReshardError
 from ..inputs import decode, limits
 from . import facts
 from .row import Row, axes_of_rows
 
-# The form of every key: [form] is a list of it, {"": form} a TOML table of it, a tuple says "one of".
-COMMON: dict[str, Any] = {
-    "name": str,
-    "like": str,
-    "rows": [[str]],
-    "without": [str],
-    "axes": {"": str},
-    "towers": [str],
-}
-FAMILY: dict[str, Any] = COMMON | {
-    "match": [str],
-    "prefix": (str, [str]),
-    "names": {"": [str]},
-    "aside": [str],
-    "sizes": {"": str},
-    "defaults": {"": object},
-    "model": {"": object},
-    "one_of": [[str]],
-    "layers": {"": str},
-    "optional": {"": str},
-    "extra": {"": str},
-    "tied": {"": str},
-    "quantization": [{"": object}],
-}
-FORMAT: dict[str, Any] = COMMON | {
-    "tied": str,
-    "cut": {"": [str]},
-    "replicate": [str],
-    "uneven": [str],
-    "weighted": [str],
-    "pad": {"": str},
-    "constants": [[object]],
-    "files": {"": str},
-    "engine": {"": object},
-    "families": [str],
-    "family": {"": {"": object}},
-}
+
+class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The keys that every table may have, with their types."""
+
+    name: Any = None  # see name_of
+    like: str = ""
+    rows: list[list[str]] = []
+    without: tuple[str, ...] = ()
+    axes: dict[str, str] = {}
+    towers: tuple[str, ...] = ()
 
 
-def family(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same data, if it has the form of a family table."""
-    if wrong := next((key for key in data if key in FORMAT and key not in FAMILY), None):
+class FamilyTable(Table, frozen=True, kw_only=True):
+    """The keys of a family table."""
+
+    match: tuple[str, ...] = ()
+    prefix: str | tuple[str, ...] = ()
+    names: dict[str, tuple[str, ...]] = {}
+    aside: tuple[str, ...] = ()
+    sizes: dict[str, str] = {}
+    defaults: dict[str, Any] = {}
+    model: dict[str, Any] = {}  # see facts
+    one_of: tuple[tuple[str, ...], ...] = ()
+    layers: dict[str, str] = {}
+    optional: dict[str, str] = {}
+    extra: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    quantization: tuple[dict[str, Any], ...] = ()
+
+
+class FormatTable(Table, frozen=True, kw_only=True):
+    """The keys of a format table."""
+
+    tied: str = ""
+    cut: dict[str, tuple[str, ...]] = {}
+    replicate: tuple[str, ...] = ()
+    uneven: tuple[str, ...] = ()
+    weighted: tuple[str, ...] = ()
+    pad: dict[str, str] = {}
+    constants: tuple[tuple[Any, ...], ...] = ()
+    files: dict[str, str] = {}
+    engine: dict[str, Any] = {}
+    families: tuple[str, ...] = ()
+    family: dict[str, dict[str, Any]] = {}
+
+
+FAMILY, FORMAT = frozenset(FamilyTable.__struct_fields__), frozenset(FormatTable.__struct_fields__)
+
+
+def check_family(data: dict[str, Any], where: str) -> None:
+    """Raises ReshardError for what is no family table."""
+    if wrong := next((key for key in data if key in FORMAT - FAMILY), None):
         raise ReshardError(
             f'{where}: "{data.get("name")}" is the table of a format, not of a family: it has "{wrong}"',
             "give that of a family; shipped ones go by name",
         )
-    _checked(data, where, FAMILY)
+    _check(data, where, FamilyTable)
     facts.check(data.get("model", {}), where)
-    return data
 
 
-def format(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same data, if it has the form of a format table."""
-    if wrong := next((key for key in data if key in FAMILY and key not in FORMAT), None):
+def check_format(data: dict[str, Any], where: str) -> None:
+    """Raises ReshardError for what is no format table."""
+    if wrong := next((key for key in data if key in FAMILY - FORMAT), None):
         raise ReshardError(f'{where}: "{data.get("name")}" is the table of a family, not of a format: it has "{wrong}"')
-    return _checked(data, where, FORMAT)
+    _check(data, where, FormatTable)
 
 
-def _checked(data: dict[str, Any], where: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := sorted(set(data) - keys.keys()):
-        raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(keys))}")
-    for key, value in data.items():
-        if said := decode.wrong(value, keys[key], key):
-            raise ReshardError(f"{where}: {said}", "docs/notation.md shows the form of every key")
-    if (count := len(data.get("rows", ()))) > limits.ROWS:
-        raise ReshardError(f"{where}: {count} rows, at most {limits.ROWS} are read")
-    for row in data.get("rows", ()):
+def _check(data: dict[str, Any], where: str, kind: type[Table]) -> None:
+    if unknown := sorted(set(data) - {*kind.__struct_fields__}):
+        raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(kind.__struct_fields__))}")
+    rows = decode.typed(data, kind, where, hint="docs/notation.md shows the form of every key", path="").rows
+    if len(rows) > limits.ROWS:
+        raise ReshardError(f"{where}: {len(rows)} rows, at most {limits.ROWS} are read")
+    for row in rows:
         if not 3 <= len(row) <= 4:
             raise ReshardError(f'{where}: row {row!r} is not ["stored name", "pattern", "logical names", "words"]')
-    return data
 
 
 def name_of(data: Mapping[str, Any]) -> str:

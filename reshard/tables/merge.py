@@ -24,14 +24,15 @@ class Chain(NamedTuple):
         return Chain((child, *self.tables), {child["name"]: text, **self.texts})
 
 
-def chain(text: str, where: str, checked: Callable[[Data, str], Data], parent: Parent | None) -> Chain:
-    """A table and all that it is like. `checked` gives the same data back, or refuses it."""
+def chain(text: str, where: str, check: Callable[[Data, str], None], parent: Parent | None) -> Chain:
+    """A table and all that it is like. `check` refuses data that is none."""
     tables: list[Data] = []
     texts: dict[str, str] = {}
     while True:
         data = decode.toml_of(text, where)
         texts[str(data.get("name"))] = text
-        tables.append(checked(data, where))
+        check(data, where)
+        tables.append(data)
         like = data.pop("like", None)
         if like is None:
             return Chain(tuple(tables), texts)

@@ -141,7 +141,7 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     )
 
 
-def parse_constant(entry: list[Any], where: str) -> Constant:
+def parse_constant(entry: Sequence[Any], where: str) -> Constant:
     if [type(part) for part in entry] not in ([str, str, int, str], [str, str, float, str]) or entry[1] not in CONSTANTS:
         raise ReshardError(f"{where}: constant {entry!r} is not [name, {' or '.join(CONSTANTS)}, value, logical tensor]")
     return Constant(parse_template(entry[0]), entry[1], float(entry[2]), entry[3])

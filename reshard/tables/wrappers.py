@@ -41,7 +41,8 @@ def _wrapped(kind: str, family: Family, text: str, about: Mapping[str, Any]) -> 
     left_out = about.get("left_out", {})
     defaults = left_out.get(family.name, {}) | left_out.get(kind, {})
     own = {key: value for key, value in about.items() if key not in ("wraps", "left_out")}
-    own = keys.family({"name": kind, **own, "defaults": defaults}, kind)
+    own |= {"name": kind, "defaults": defaults}
+    keys.check_family(own, kind)
     written = "".join(f"{key} = {value}\n" for key, value in defaults.items())
     head = text.partition("\n[wraps]")[0]
     return families.of_chain(family.chain.on(own, f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{written}'))
