@@ -244,7 +244,7 @@ def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path: P
     (directory / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b'"data_offsets"' + b" " * 6)
     refused(reshard("plan", directory, "--tp", "2"), 2, "not a safetensors header")
     monkeypatch.setattr(limits, "TENSORS", 0)
-    refused(reshard("plan", directory, "--tp", "2"), 2, "with this file the headers hold 1 tensors, at most 0 are read")
+    refused(reshard("plan", directory, "--tp", "2"), 2, "its header names 1 tensors, at most 0 are read")
 
 
 @pytest.mark.parametrize("limit", ["HEADER_KEYS", "VALUES"])
