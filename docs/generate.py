@@ -33,18 +33,22 @@ from reshard.tables.row import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = ("", ".py", ".md", ".json")
-STATEFUL = {"lin.k": "linear attention", "ssm.a_log": "state space", "conv.taps": "short convolutions"}  # instead of keys and values
+# instead of keys and values
+STATEFUL = {"lin.k": "linear attention", "ssm.a_log": "state space", "conv.taps": "short convolutions"}
 SHOWN_AS = "/tmp/demo"  # where the demo of the README ran
 
 
-# --- the families ----------------------------------------------------------------------------------------------------------------
+# --- the families -----------------------------------------------------------------------------------------------------
 
 
 def family_rows() -> str:
     """A Markdown table with one row per family table, and what scripts/gauntlet saw of it."""
     vllm = formats.load("vllm").families
     seen = json.loads((ROOT / "docs" / "gauntlet.json").read_text(encoding="utf-8"))
-    lines = ["| family | converts | runs | check-table | attention | feed-forward | also |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| family | converts | runs | check-table | attention | feed-forward | also |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in families.shipped():
         table = families.load(name)
         also = "; ".join(word for word in (_also(table), "`--to vllm`" if name in vllm else "") if word)
@@ -54,12 +58,22 @@ def family_rows() -> str:
 
 
 def _results(table: Family, seen: dict[str, Any]) -> str:
-    """Meshes converted to and run at, and damages noticed; a dash for what was not tried since the table changed, or did not hold."""
+    """Meshes converted to and run at, and damages noticed; a dash for what was not tried since the table changed,
+    or did not hold.
+    """
     if seen.get("table") != families.digest(table.name):
         return "– | – | –"
     failed = " ".join(seen["failed"])
     converts = "fails" if " converts: " in failed else f"{seen['meshes']} meshes"
-    runs = "no" if not table.runs else "fails" if " runs at " in failed else f"{seen['runs']} meshes" if seen["runs"] else "–"
+    runs = (
+        "no"
+        if not table.runs
+        else "fails"
+        if " runs at " in failed
+        else f"{seen['runs']} meshes"
+        if seen["runs"]
+        else "–"
+    )
     share = 100 * seen["caught"] / seen["damages"] if seen["damages"] else 0
     return f"{converts} | {runs} | {'100 %' if seen['caught'] == seen['damages'] else f'{min(share, 99.9):.1f} %'}"
 
@@ -106,7 +120,10 @@ def _feed_forward(table: Family) -> str:
         words.append(("gate and up" if "mlp.gate" in leaves else "up and down") + fused)
     if "moe.up" in leaves:
         each = {"experts" in row.name.axes for row in table.rows if "moe.up" in row.leaves}
-        words.append("experts, " + " or ".join(how for alone, how in ((True, "a tensor each"), (False, "stacked")) if alone in each))
+        words.append(
+            "experts, "
+            + " or ".join(how for alone, how in ((True, "a tensor each"), (False, "stacked")) if alone in each)
+        )
     if "shared.up" in leaves:
         words.append("shared experts")
     return "; ".join(words)
@@ -119,8 +136,16 @@ def _also(table: Family) -> str:
     for known in table.quantization:
         block = known.get("weight_block_size")
         packed = known.get("format") == "pack-quantized"
-        words.append(f"FP8, {'×'.join(map(str, block))} blocks" if block else "4 bits, packed" if packed else "FP8, a scale for each row")
-    if any(axis.endswith("/2") for row in table.rows for pattern in row.layouts for path in pattern.axes for axis in path):
+        words.append(
+            f"FP8, {'×'.join(map(str, block))} blocks"
+            if block
+            else "4 bits, packed"
+            if packed
+            else "FP8, a scale for each row"
+        )
+    if any(
+        axis.endswith("/2") for row in table.rows for pattern in row.layouts for path in pattern.axes for axis in path
+    ):
         words.append("FP4")
     if len(table.prefixes) > 1:
         words.append(f"names with and without `{table.prefixes[0]}`")
@@ -129,7 +154,7 @@ def _also(table: Family) -> str:
     return "; ".join(words)
 
 
-# --- the rooms -------------------------------------------------------------------------------------------------------------------
+# --- the rooms --------------------------------------------------------------------------------------------------------
 
 
 def tree() -> str:
@@ -139,7 +164,9 @@ def tree() -> str:
         lines.append(f"{package}/")
         for name in (name for name in names if not name.startswith("__")):
             home = ROOT / package / name
-            lines.append(f"  {name}/  {sentence(home / '__init__.py')}" if home.is_dir() else _line(home.with_suffix(".py"), 2))
+            lines.append(
+                f"  {name}/  {sentence(home / '__init__.py')}" if home.is_dir() else _line(home.with_suffix(".py"), 2)
+            )
             lines += [_line(path, 4) for path in sorted(home.glob("*.py")) if path.stem != "__init__"]
     for folder in ("scripts", "docs"):
         lines.append(f"{folder}/")
@@ -161,26 +188,38 @@ def sentence(path: Path) -> str:
     if path.suffix == ".md":
         return text.partition("\n")[0].lstrip("# ").strip() + "."
     if text.startswith("#!/usr/bin/env bash"):
-        words = " ".join(line.lstrip("# ") for line in itertools.takewhile("#".__ne__, text.splitlines()[1:]) if line[:1] == "#")
+        words = " ".join(
+            line.lstrip("# ") for line in itertools.takewhile("#".__ne__, text.splitlines()[1:]) if line[:1] == "#"
+        )
     else:
         words = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
     return re.split(r"(?<=\.) (?=[A-Z`])", words, maxsplit=1)[0]
 
 
-# --- the demo --------------------------------------------------------------------------------------------------------------------
+# --- the demo ---------------------------------------------------------------------------------------------------------
 
 
 def session() -> str:
     """What scripts/demo prints, run now."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder, "demo")
-        environment = {**os.environ, "NO_SETUP": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        environment = {
+            **os.environ,
+            "NO_SETUP": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
         done = subprocess.run(
-            [ROOT / "scripts/demo", work], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            [ROOT / "scripts/demo", work],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"scripts/demo failed:\n{done.stdout}")
-        said = re.sub(r"^[a-z ]+: .* of .* \([0-9]+ %\).*\n", "", done.stdout, flags=re.M)  # the heartbeat of what takes long
+        # the heartbeat of what takes long
+        said = re.sub(r"^[a-z ]+: .* of .* \([0-9]+ %\).*\n", "", done.stdout, flags=re.M)
         text = re.sub(r"\n{3,}", "\n\n", said.replace(str(work), SHOWN_AS).strip())
     return f"```console\n{text}\n```"
 
@@ -189,9 +228,11 @@ NUMBER = r"(?<![\w.])-?(?:[0-9](?:[\w.+-]*\w)?|inf|nan)(?!\w)"
 
 
 def comparable(text: str) -> str:
-    """A session without what depends on the machine or the moment: times, rates, workers, whatever was rounded, text made of that.
+    """A session without what depends on the machine or the moment: times, rates, workers, whatever was rounded, text
+    made of that.
 
-    What remains must be the same on every CPU: the layout of what is printed, sizes, counts of tensors and files, digests.
+    What remains must be the same on every CPU: the layout of what is printed, sizes, counts of tensors and files,
+    digests.
     """
     text = re.sub(r"(\$ reshard generate [^\n]*\n).*?(\n\$|\n```)", r"\1TEXT\2", text, flags=re.S)
     text = re.sub(r"^numerics .*(?:\n {11,}.*)*", _without_numbers, text, flags=re.M)
@@ -201,13 +242,13 @@ def comparable(text: str) -> str:
 
 
 def _without_numbers(check: re.Match[str]) -> str:
-    """What the numeric check says, on one line, since long numbers wrap it elsewhere. Every number is of float rounding, or a version, but
-    for the rows of the vocabulary: those are the prompts'."""
+    """What the numeric check says, on one line, since long numbers wrap it elsewhere. Every number is of float
+    rounding, or a version, but for the rows of the vocabulary: those are the prompts'."""
     lines = re.sub(r"\n {12,}", " ", check[0]).split("\n")
     return "\n".join(line if line.strip().startswith("reached: ") else re.sub(NUMBER, "N", line) for line in lines)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def facts(known: Mapping[str, Fact]) -> str:

@@ -1,4 +1,5 @@
-"""Reads one rank of a shard directory with the standard library alone: json, mmap, struct. docs/format.md explains what it reads.
+"""Reads one rank of a shard directory with the standard library alone: json, mmap, struct. docs/format.md explains what
+it reads.
 
 python docs/reader.py OUT 3          rank 3: each tensor, and which part of the model it is
 """
@@ -11,7 +12,9 @@ from pathlib import Path
 
 
 def open_rank(directory, rank):
-    """({name: (dtype, shape, bytes)}, {name: segments}) of one rank; the bytes are views of the mapped file, nothing is copied."""
+    """({name: (dtype, shape, bytes)}, {name: segments}) of one rank; the bytes are views of the mapped file,
+    nothing is copied.
+    """
     root = Path(directory)
     manifest = json.loads((root / "manifest.json").read_text("utf-8"))
     if manifest["reshard"].split(".")[0] != "1":
@@ -21,7 +24,8 @@ def open_rank(directory, rank):
     listed = manifest["ranks"][rank]
     index = json.loads((root / listed["tensors"]["file"]).read_text("utf-8"))
     path = root / listed["weights"]["file"]
-    if path.stat().st_size != listed["weights"]["size"]:  # a truncated file under mmap kills the process, or reads as zeros
+    # a truncated file under mmap kills the process, or reads as zeros
+    if path.stat().st_size != listed["weights"]["size"]:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, the manifest says {listed['weights']['size']}")
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -32,7 +36,10 @@ def open_rank(directory, rank):
     for t in index["tensors"]:
         if not 8 + length <= t["offset"] <= t["offset"] + t["nbytes"] <= len(data):
             raise ValueError(f"{path}: {t['name']} is said to be at byte {t['offset']}, which is not in the data")
-    tensors = {t["name"]: (t["dtype"], tuple(t["shape"]), data[t["offset"] : t["offset"] + t["nbytes"]]) for t in index["tensors"]}
+    tensors = {
+        t["name"]: (t["dtype"], tuple(t["shape"]), data[t["offset"] : t["offset"] + t["nbytes"]])
+        for t in index["tensors"]
+    }
     return tensors, {t["name"]: index["rows"][t["row"]].get("segments", []) for t in index["tensors"]}
 
 

@@ -1,4 +1,5 @@
-"""The rooms of the code: packages in the order in which they may import one another, and a picture of them drawn from the imports.
+"""The rooms of the code: packages in the order in which they may import one another, and a picture of them drawn from
+the imports.
 
 python docs/rooms.py            writes docs/rooms.svg
 python docs/rooms.py --check    lists imports that run upwards or in a circle; exit 1 if there are any
@@ -18,10 +19,23 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs/rooms.svg"
 
-# From the top down; a room imports from rooms below it, and from itself. What is not named here is a module at the top of its package.
+# From the top down; a room imports from rooms below it, and from itself. What is not named here is a module at the top
+# of its package.
 ORDER = {
     "reshard": (
-        *("__main__", "cli", "__init__", "api", "authoring", "jobs", "checkpoints", "engine", "store", "layout", "model"),
+        *(
+            "__main__",
+            "cli",
+            "__init__",
+            "api",
+            "authoring",
+            "jobs",
+            "checkpoints",
+            "engine",
+            "store",
+            "layout",
+            "model",
+        ),
         *("tables", "containers", "inputs", "threads", "errors", "text"),
     ),
     "runtime": (
@@ -30,7 +44,8 @@ ORDER = {
     ),
 }
 
-# Modules that start the runtime; they import it by name, when asked to. A room does as well: authoring, which tries tables on models.
+# Modules that start the runtime; they import it by name, when asked to. A room does as well: authoring, which tries
+# tables on models.
 STARTERS = ("reshard.cli.generate", "reshard.api")
 
 
@@ -76,7 +91,11 @@ def _targets(node: ast.AST, package: list[str]) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])]) if node.level else node.module
+        base = (
+            ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            if node.level
+            else node.module
+        )
         yield from (f"{base}.{alias.name}" for alias in node.names)
     elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
         yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
@@ -92,7 +111,9 @@ def _resolved(target: str, known: dict[str, Path]) -> str | None:
 
 
 def room(module: str) -> tuple[str, str]:
-    """(top-level package, room): ("reshard", "layout") of reshard.layout.mesh, ("runtime", "load") of reshard.runtime.load."""
+    """(top-level package, room): ("reshard", "layout") of reshard.layout.mesh, ("runtime", "load") of
+    reshard.runtime.load.
+    """
     parts = module.split(".")[1:]
     if parts[0] == "runtime":
         return "runtime", parts[1]
@@ -112,7 +133,12 @@ def faults() -> list[str]:
         if (top, other) == ("reshard", "runtime"):
             if one.module not in STARTERS and mine != "authoring":
                 found.append(f"{one.module} imports {one.target}: only {' and '.join(STARTERS)} start the runtime")
-        elif top == other and mine in ORDER[top] and theirs in ORDER[top] and ORDER[top].index(mine) > ORDER[top].index(theirs):
+        elif (
+            top == other
+            and mine in ORDER[top]
+            and theirs in ORDER[top]
+            and ORDER[top].index(mine) > ORDER[top].index(theirs)
+        ):
             found.append(f"{one.module} imports {one.target}: {theirs} is above {mine}")
         if not one.typing:
             below[one.module].add(one.target)
@@ -126,7 +152,7 @@ def faults() -> list[str]:
     return found
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------------------------
+# --- the picture ------------------------------------------------------------------------------------------------------
 
 WIDTH, ROW, GAP, LABEL = 960, 58, 14, 16
 
@@ -143,21 +169,29 @@ def about(package: str, name: str) -> tuple[str, list[str]]:
 def picture() -> str:
     """An SVG: a box for each room, the lower ones below; a line on the right for each room that imports another."""
     edges = {(room(one.module), room(one.target)) for one in imports() if not one.target.endswith("__init__")}
-    shown = [(package, name) for package in ("runtime", "reshard") for name in ORDER[package] if not name.startswith("__")]
+    shown = [
+        (package, name) for package in ("runtime", "reshard") for name in ORDER[package] if not name.startswith("__")
+    ]
     top = {place: GAP + number * (ROW + GAP) for number, place in enumerate(shown)}
     lines, width = [], 560
     colour = {"runtime": "#e8eefc", "reshard": "#eef6ea"}
     for (package, name), y in top.items():
         what, inside = about(package, name)
         folder = f"{package}/{name}" + ("/" if inside else ".py")
-        lines.append(f'<rect x="10" y="{y}" width="{width}" height="{ROW}" rx="6" fill="{colour[package]}" stroke="#8a9a8a"/>')
+        lines.append(
+            f'<rect x="10" y="{y}" width="{width}" height="{ROW}" rx="6" fill="{colour[package]}" stroke="#8a9a8a"/>'
+        )
         lines.append(f'<text x="20" y="{y + 18}" font-weight="bold">{escape(folder)}</text>')
         lines.append(f'<text x="20" y="{y + 34}">{escape(_short(what, 88))}</text>')
         lines.append(f'<text x="20" y="{y + 50}" fill="#666">{escape(_short(", ".join(inside), 96))}</text>')
-    targets = sorted({other for one, other in edges if one != other and one in top and other in top}, key=top.__getitem__)
+    targets = sorted(
+        {other for one, other in edges if one != other and one in top and other in top}, key=top.__getitem__
+    )
     for lane, target in enumerate(targets):
         x = width + 24 + lane * 16
-        users = sorted((one for one, other in edges if other == target and one != other and one in top), key=top.__getitem__)
+        users = sorted(
+            (one for one, other in edges if other == target and one != other and one in top), key=top.__getitem__
+        )
         at = [top[one] + 12 + lane * 2 % 40 for one in users]
         end = top[target] + ROW // 2
         low, high = min([*at, end]), max([*at, end])

@@ -1,11 +1,15 @@
-"""`reshard` and `python -m reshard`: the command line. Until it is loaded, whoever stops it gets a quick end and no traceback."""
+"""`reshard` and `python -m reshard`: the command line. Until it is loaded, whoever stops it gets a quick end and no
+traceback.
+"""
 
 import os
 import signal
 
 
 def stop(number: int, _: object) -> None:
-    """Nothing has been begun, so nothing is to be cleared up. The exit code is a shell's for a process that ended by a signal."""
+    """Nothing has been begun, so nothing is to be cleared up. The exit code is a shell's for a process that ended by a
+    signal.
+    """
     os._exit(128 + number)
 
 

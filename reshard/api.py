@@ -1,7 +1,7 @@
 """The functions behind the commands, for use from Python: `reshard.plan`, `reshard.convert`, `reshard.verify`.
 
-Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises ReshardError. What one function alone needs is imported
-there: starting up is a quarter of converting a small checkpoint.
+Paths or Hub ids in, frozen results out; prints nothing, exits nowhere. Raises ReshardError. What one function alone
+needs is imported there: starting up is a quarter of converting a small checkpoint.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,9 @@ def plan(
     context: int | None = None,
     batch: int = 1,
 ) -> "Report":
-    """A dry run: what converting `src` would write and keep in memory, and whether it fits a device. Reads headers only."""
+    """A dry run: what converting `src` would write and keep in memory, and whether it fits a device.
+    Reads headers only.
+    """
     from .jobs.job import Options
     from .jobs.plan import build, facts, said
 
@@ -103,8 +105,8 @@ def convert(
 ) -> "Result":
     """Convert a checkpoint or a shard directory to `out`: shards for a mesh, or Hugging Face files (`to="hf"`).
 
-    A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and the source the
-    same. Raises ReshardError before anything is written for whatever can be told before.
+    A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and
+    the source the same. Raises ReshardError before anything is written for whatever can be told before.
     """
     from .jobs.convert import convert as convert_job
     from .jobs.job import Options
@@ -114,7 +116,9 @@ def convert(
         raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
     destination = location.local(out, "a destination")
     source = open_any(src, revision, family, headers_only=False, progress=progress)
-    mesh = choose_mesh(source, to, tp, pp, ep, split, pp_layers, _size("--device-memory", device_memory), context, batch)
+    mesh = choose_mesh(
+        source, to, tp, pp, ep, split, pp_layers, _size("--device-memory", device_memory), context, batch
+    )
     job = prepare(source, to, mesh, options, _size("--max-file-size", max_file_size))
     with unchanged(source.directory, finally_too=False):  # before it publishes, the job itself asks
         return convert_job(job, destination, options, progress)
@@ -138,17 +142,22 @@ def verify(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Verdict":
-    """Run the checks of a directory. `Report.ok`: nothing failed, and what was required passed; `Report.proven`: all four passed whole.
+    """Run the checks of a directory. `Report.ok`: nothing failed, and what was required passed; `Report.proven`: all
+    four passed whole.
 
     - integrity: by its manifest.
     - weights: bit-exact, `against` the original.
-    - sha256: the files that merging would write have the digests that were recorded, or those that the Hub publishes of the model
+    - sha256: the files that merging would write have the digests that were recorded, or those that the Hub publishes of
+    the model
       `hub`. With `sha256` it is an error if none is known.
-    - numerics: the model computes what the original does. None: where it can be run here. `exhaustive`: with prompts for every row of
-      the vocabulary. `layers`: layer by layer, in the memory of one. `processes`: ranks are processes connected by gloo, not threads.
+    - numerics: the model computes what the original does. None: where it can be run here. `exhaustive`: with prompts
+    for every row of
+      the vocabulary. `layers`: layer by layer, in the memory of one. `processes`: ranks are processes connected by
+      gloo, not threads.
 
-    `only` names one check. `strict`: files that the manifest does not list are a mismatch, not just unproven. `require`: checks that
-    have to pass, or "proven"; what was skipped, or compared with this runtime alone, has not passed.
+    `only` names one check. `strict`: files that the manifest does not list are a mismatch, not just unproven.
+    `require`: checks that have to pass, or "proven"; what was skipped, or compared with this runtime alone, has not
+    passed.
     """
     from .jobs.verdict import PROVEN, RUNGS, required
     from .jobs.verify import Wish
@@ -167,12 +176,16 @@ def verify(
     if only is not None and set(musts) - {only}:
         raise ReshardError(f"--require {','.join(musts)}: --only {only} runs no other check", "leave out one of them")
     if numerics is False and run_it and only is None:
-        raise ReshardError(f"--require {','.join(musts)}: --no-numerics leaves out a check that is required", "leave out one of them")
+        raise ReshardError(
+            f"--require {','.join(musts)}: --no-numerics leaves out a check that is required", "leave out one of them"
+        )
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None and only in (None, "sha256") else None
     if strict and only not in (None, "integrity"):
         raise ReshardError(f"--strict is of integrity, --only {only} leaves that out", "leave out one of them")
-    wish = Wish(only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes, run_it), strict, musts)
+    wish = Wish(
+        only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes, run_it), strict, musts
+    )
     with unchanged(source.directory if source is not None else None):
         return verify_directory(path, source, threads.count(workers), progress, wish)
 
@@ -185,11 +198,15 @@ def check_table(
 
     table = table_of(family)
     assert table is not None
-    return check(table, location.local(given, "a checkpoint to try a table on") if given is not None else None, sample, progress)
+    return check(
+        table, location.local(given, "a checkpoint to try a table on") if given is not None else None, sample, progress
+    )
 
 
 def explain(out: str | Path, element: str, *, revision: str | None = None, family: str | None = None) -> "Explanation":
-    """What an element is, where it came from, and everything that holds it; see `reshard.explain` for how it is named."""
+    """What an element is, where it came from, and everything that holds it;
+    see `reshard.explain` for how it is named.
+    """
     from .jobs.explain import explain as explain_element
 
     source = open_any(out, revision, family)
@@ -197,7 +214,9 @@ def explain(out: str | Path, element: str, *, revision: str | None = None, famil
         return explain_element(source, element)
 
 
-def diff(a: str | Path, b: str | Path, *, family: str | None = None, workers: int = 0, progress: Progress | None = None) -> "Difference":
+def diff(
+    a: str | Path, b: str | Path, *, family: str | None = None, workers: int = 0, progress: Progress | None = None
+) -> "Difference":
     """Two checkpoints of any layouts, tensor by tensor. `Difference.equal`: every bit is."""
     from .jobs.diff import difference
 
@@ -216,7 +235,9 @@ def fingerprint(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> "Fingerprint | Share":
-    """The fingerprint of a model, the same in every layout; of one `rank` its share, for `reshard.jobs.fingerprint.combine`."""
+    """The fingerprint of a model, the same in every layout; of one `rank` its share, for
+    `reshard.jobs.fingerprint.combine`.
+    """
     from .jobs import fingerprint as prints
 
     count = threads.count(workers)
@@ -232,7 +253,9 @@ def _numerics(
 ) -> "Callable[[Path, Source | None, Progress], Rung] | None":
     """The numerics check, which is the runtime's; imported when it runs."""
     if layers and processes:
-        raise ReshardError("--layers and --processes cannot be combined: layer by layer, ranks are threads", "leave out one of them")
+        raise ReshardError(
+            "--layers and --processes cannot be combined: layer by layer, ranks are threads", "leave out one of them"
+        )
     if wanted is False and only != "numerics":
         return None
 
@@ -241,7 +264,14 @@ def _numerics(
 
         must = bool(wanted) or only == "numerics" or exhaustive or layers or processes
         rung: Rung = import_module("reshard.runtime.proof.numerics").numerics(
-            out, source, progress, must=must, asked=must or required, exhaustive=exhaustive, layers=layers, processes=processes
+            out,
+            source,
+            progress,
+            must=must,
+            asked=must or required,
+            exhaustive=exhaustive,
+            layers=layers,
+            processes=processes,
         )
         return rung
 
@@ -249,7 +279,9 @@ def _numerics(
 
 
 def _published(out: Path, text: str) -> "dict[str, FileDigest]":
-    """The digests that the Hub publishes of a model, at the commit that a directory remembers, or that the text names."""
+    """The digests that the Hub publishes of a model, at the commit that a directory remembers,
+    or that the text names.
+    """
     from .checkpoints import manifest
     from .store import hub
 
@@ -282,7 +314,9 @@ def choose_mesh(
     context: int | None,
     batch: int,
 ) -> Mesh:
-    """The mesh asked for; `tp="auto"` is the smallest that fits the device, `split` and `pp_layers` alone say how many ranks there are."""
+    """The mesh asked for; `tp="auto"` is the smallest that fits the device, `split` and `pp_layers` alone say how many
+    ranks there are.
+    """
     split, pp_layers = _numbers("split", split), _numbers("pp_layers", pp_layers)
     if tp is None:
         tp = len(split) if split else 1

@@ -23,7 +23,9 @@ class ReshardError(Exception):
 
 
 def told(message: str, hint: str | None) -> str:
-    """A message and its hint as one text. Lines of the message but the first are indented: a name with newlines in it forges no hint."""
+    """A message and its hint as one text. Lines of the message but the first are indented: a name with newlines in it
+    forges no hint.
+    """
     message = re.sub(r"\n(?! )", "\n  ", message)
     return message if hint is None else f"{message}\n\nhint: {hint}"
 

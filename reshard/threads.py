@@ -20,7 +20,9 @@ def count(asked: int = 0) -> int:
     without a word when its own allocation fails, so this is found out before.
     """
     if not 0 <= asked <= MOST:
-        raise ReshardError(f"--workers {asked} is no number of threads", f"give 1 to {MOST}; 0 is one for each core, at most eight")
+        raise ReshardError(
+            f"--workers {asked} is no number of threads", f"give 1 to {MOST}; 0 is one for each core, at most eight"
+        )
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < ADDRESSES:
         raise PlaceError(
@@ -31,7 +33,8 @@ def count(asked: int = 0) -> int:
 
 
 def together(work: Callable[[], None], threads: int, halt: threading.Event) -> None:
-    """`work` in several threads at once. What the first to fail raises is raised, once all have ended; it sets `halt` for the others.
+    """`work` in several threads at once. What the first to fail raises is raised, once all have ended; it sets `halt`
+    for the others.
 
     So does a signal that arrives meanwhile. Not by concurrent.futures: importing it takes a tenth of starting up.
     """
@@ -66,7 +69,9 @@ def together(work: Callable[[], None], threads: int, halt: threading.Event) -> N
 
 
 def each(items: Iterable[T], work: Callable[[T], None], threads: int, halt: threading.Event | None = None) -> None:
-    """`work` on every item; items are made when they are taken. What the first to fail raises is raised, once all have ended."""
+    """`work` on every item; items are made when they are taken. What the first to fail raises is raised,
+    once all have ended.
+    """
     waiting, lock, stop = iter(items), threading.Lock(), halt or threading.Event()
 
     def run() -> None:

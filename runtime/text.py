@@ -53,9 +53,8 @@ class Tokenizer:
         except ImportError:
             raise ReshardError("text needs the package `tokenizers`, which is not installed", NEEDS) from None
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(
-                decode.read(path, limits.TOKENIZER)
-            )  # a path may be any bytes
+            # From a buffer: a path may be any bytes.
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(decode.read(path, limits.TOKENIZER))
         except ReshardError:
             raise
         except Exception as error:  # the library raises bare exceptions

@@ -1,4 +1,5 @@
-"""What `scripts/bench runtime` measures: each function is a program, `python scripts/bench_runs.py NAME ARGUMENT…`, that prints JSON.
+"""What `scripts/bench runtime` measures: each function is a program, `python scripts/bench_runs.py NAME ARGUMENT…`,
+that prints JSON.
 
 Times are seconds; those called `at` are time.monotonic(), which all processes of a machine share.
 """
@@ -20,7 +21,9 @@ def model(config_file: str, out: str) -> None:
     config = json.loads(Path(config_file).read_text())
     torch.manual_seed(0)
     state = {
-        name: torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
         for name, (_, shape) in llama(config).items()
     }
     folder = Path(out)
@@ -56,7 +59,9 @@ def _opened(load: Any, touch: str) -> dict[str, float]:
 
 
 def theirs_first(source: str, tokens: str) -> dict[str, float]:
-    """transformers with tp_plan="auto", as torchrun starts it: when the imports were done, and when the first token was known."""
+    """transformers with tp_plan="auto", as torchrun starts it: when the imports were done, and when the first token was
+    known.
+    """
     import torch
     from torch import distributed
     from transformers import AutoModelForCausalLM

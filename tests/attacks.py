@@ -3,9 +3,10 @@
     calls_fail(folder, rounds, seed)    one call of a kind fails with an error that it can have
     kills(folder, rounds, seed)         killed before a call; with `again`, the next run is killed, too
 
-Each round is a real conversion in a process of its own; nothing of reshard is replaced, only functions of `os` and of files. After each the
-destination is absent or complete, the exit code is 3 or that of the kill, and a run without faults gives the same bytes and leaves nothing
-else. They raise AssertionError, with what was done, for a round after which that does not hold. Tests run a few rounds of a seed.
+Each round is a real conversion in a process of its own; nothing of reshard is replaced, only functions of `os` and of
+files. After each the destination is absent or complete, the exit code is 3 or that of the kill, and a run without
+faults gives the same bytes and leaves nothing else. They raise AssertionError, with what was done, for a round after
+which that does not hold. Tests run a few rounds of a seed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from running import Done, environment, llama, names, process, reshard, tree
 
-# The calls, and what each may fail with. Only calls about the checkpoint, the destination and what is beside it are counted.
+# The calls, and what each may fail with. Only calls about the checkpoint, the destination and what is beside it are
+# counted.
 ERRORS = {
     "open": ("EIO", "EMFILE", "EACCES"),
     "preadv": ("EIO", "ESTALE"),
@@ -33,7 +35,8 @@ ERRORS = {
     "rmdir": ("EIO",),
 }
 
-# Lets the NUMBER-th call of CALL fail with ERROR, or kills the process before it. COUNT: the file that gets how many there were of each.
+# Lets the NUMBER-th call of CALL fail with ERROR, or kills the process before it. COUNT: the file that gets how many
+# there were of each.
 PROGRAM = """
 import builtins, collections, errno, io, json, os, signal, sys, threading
 wanted, number, error, where, count, calls = sys.argv[1:7]
@@ -119,7 +122,9 @@ class Place:
         return done, json.loads(count.read_text()) if count.exists() else {}
 
     def check(self, scene: str, what: object) -> str:
-        """What OUT is: nothing, the old, the new; or, in a directory that was there, entries of a commit without their manifest."""
+        """What OUT is: nothing, the old, the new; or, in a directory that was there, entries of a commit without their
+        manifest.
+        """
         out = self.work / "out"
         found = {name: data for name, data in tree(out).items() if not name.startswith(".")} if out.exists() else {}
         if not found:

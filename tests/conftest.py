@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from fixtures import checkpoint as cached
 
-# Tests in the background ignore SIGINT, those under nohup SIGHUP, and so would every process that a test signals: what is ignored is
-# inherited, what is handled is not.
+# Tests in the background ignore SIGINT, those under nohup SIGHUP, and so would every process that a test signals: what
+# is ignored is inherited, what is handled is not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="of each test its first case alone, and none of tests/slow.txt")
+    parser.addoption(
+        "--quick", action="store_true", help="of each test its first case alone, and none of tests/slow.txt"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,5 +49,7 @@ pytest_runtest_setup = pytest_pyfunc_call
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Callable[[str], Path]:
-    """The directory of a fixture by name; shared by all tests, so never written to (`fixtures.copy` gives a private one)."""
+    """The directory of a fixture by name; shared by all tests, so never written to (`fixtures.copy` gives a private
+    one).
+    """
     return cached

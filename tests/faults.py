@@ -1,9 +1,12 @@
-"""Faults planted in good shards, one at a time: what a wrong table, a wrong engine, a bad disk or a careless person makes of them.
+"""Faults planted in good shards, one at a time: what a wrong table, a wrong engine, a bad disk or a careless person
+makes of them.
 
     plant(fault, out)     True if the fault is possible there, and is there now
-    DOUBTS                what is wrong with the table, or with what shards are compared with, and what numerics must then say
+    DOUBTS                what is wrong with the table, or with what shards are compared with, and what numerics must
+                          then say
 
-A fault works on the stored bytes, through the layout; it knows no file format. `running.sign` makes the digests right again.
+A fault works on the stored bytes, through the layout; it knows no file format. `running.sign` makes the digests right
+again.
 """
 
 from __future__ import annotations
@@ -38,8 +41,12 @@ def fault(words: str) -> Callable[[Callable[[Path], bool]], Callable[[Path], boo
     return add
 
 
-def views(source: Source, name: str, layer: int | None = None) -> Iterator[tuple[int, dict[str, int], tuple[str, ...], Array]]:
-    """The parts of a logical tensor in every stored tensor: rank, point, the axes in memory, and a view of them that can be written to."""
+def views(
+    source: Source, name: str, layer: int | None = None
+) -> Iterator[tuple[int, dict[str, int], tuple[str, ...], Array]]:
+    """The parts of a logical tensor in every stored tensor: rank, point, the axes in memory, and a view of them that
+    can be written to.
+    """
     for piece in source.layout.pieces.get(name, ()):
         for point in piece.slot.points():
             if layer is None or point.get("layer") in (None, layer):
@@ -167,12 +174,16 @@ def swapped_experts(out: Path) -> bool:
 @fault("a row-parallel bias multiplied by TP")
 def bias_times_tp(out: Path) -> bool:
     source = open_source(out)
-    name = next((n for n in ("attn.o_bias", "mlp.down_bias", "moe.down_bias") if n in source.layout.model.tensors), None)
+    name = next(
+        (n for n in ("attn.o_bias", "mlp.down_bias", "moe.down_bias") if n in source.layout.model.tensors), None
+    )
     if name is None:
         return False
     dtype = source.layout.model.tensors[name].dtypes[0]
     for _, _, _, view in views(source, name, first_layer(source, name)):
-        view += np.where(view << 1 != 0, np.array(EXPONENT[dtype] * (source.layout.mesh.tp // 2), view.dtype), 0).astype(view.dtype)
+        view += np.where(
+            view << 1 != 0, np.array(EXPONENT[dtype] * (source.layout.mesh.tp // 2), view.dtype), 0
+        ).astype(view.dtype)
     return True
 
 
@@ -255,7 +266,7 @@ def plant(words: str, out: Path) -> bool:
     return FAULTS[words](out)
 
 
-# --- what shards are compared with -----------------------------------------------------------------------------------------------------
+# --- what shards are compared with ------------------------------------------------------------------------------------
 
 EXCHANGED = {"attn.k": "attn.v", "attn.v": "attn.k", "mlp.gate": "mlp.up", "mlp.up": "mlp.gate"}
 WRAPPED = {"model.layers.{layer}.": "model.layers.{layer}._checkpoint_wrapped_module."}
@@ -263,8 +274,8 @@ UNKNOWN = {"up_proj": "w3"}
 
 
 class Doubt(NamedTuple):
-    """A llama: what is done to its tensors, how the table spells their names, which of its logical names are exchanged, and whether
-    transformers can be imported; then the status that numerics must have."""
+    """A llama: what is done to its tensors, how the table spells their names, which of its logical names are exchanged,
+    and whether transformers can be imported; then the status that numerics must have."""
 
     edit: Callable[[State], State] = lambda state: state
     names: Mapping[str, str] = {}
@@ -275,7 +286,10 @@ class Doubt(NamedTuple):
 
 def wrapped(state: State) -> State:
     """As activation checkpointing under FSDP leaves them."""
-    return {re.sub(r"\.layers\.(\d+)\.", r".layers.\1._checkpoint_wrapped_module.", name): tensor for name, tensor in state.items()}
+    return {
+        re.sub(r"\.layers\.(\d+)\.", r".layers.\1._checkpoint_wrapped_module.", name): tensor
+        for name, tensor in state.items()
+    }
 
 
 def unknown(state: State) -> State:
@@ -291,7 +305,9 @@ def much_in_common(state: State) -> State:
 def biased(state: State) -> State:
     """Biases of the feed-forward, which config.json does not know."""
     parts = [name for name in state if re.search(r"\.mlp\.\w+_proj\.weight$", name)]
-    return state | {name.replace("weight", "bias"): torch.ones(len(state[name]), dtype=state[name].dtype) for name in parts}
+    return state | {
+        name.replace("weight", "bias"): torch.ones(len(state[name]), dtype=state[name].dtype) for name in parts
+    }
 
 
 DOUBTS = {

@@ -1,10 +1,12 @@
-"""Tiny checkpoints, one for each variant of each family, written by `transformers` itself and then aged where published files differ.
+"""Tiny checkpoints, one for each variant of each family, written by `transformers` itself and then aged where published
+files differ.
 
-Knows the architectures' configurations and how published files deviate from what `transformers` writes today. Knows nothing of `reshard`.
+Knows the architectures' configurations and how published files deviate from what `transformers` writes today. Knows
+nothing of `reshard`.
 
-The sizes are chosen so that a wrong table cannot hide behind them: no square matrix, no two axes of one size, head_dim other than
-hidden / heads, a vocabulary that no mesh divides, no constant norm or bias, wherever the configuration class allows it. `check` proves
-that for a written directory, and names what an architecture forces.
+The sizes are chosen so that a wrong table cannot hide behind them: no square matrix, no two axes of one size, head_dim
+other than hidden / heads, a vocabulary that no mesh divides, no constant norm or bias, wherever the configuration class
+allows it. `check` proves that for a written directory, and names what an architecture forces.
 
     checkpoint("llama")        the directory, built once per machine and version of this file; never write into it
     copy("llama", directory)   a private copy, to damage
@@ -50,10 +52,11 @@ BUFFERS = re.compile(
 class Fixture:
     """One checkpoint and what a test needs to know of it.
 
-    Numbers are counts of axes, not of ranks. `kv` is what the attention has after reading the published tensors (1 for multi-query, `heads`
-    where there is no grouping, and for latent attention). `layers` does not count the multi-token prediction layers, `mtp` does.
-    `tp`, `ep`: sizes that work; each `ep` divides every `tp` it is at most. `weights`: TP 3 with weights 2:1:1 works.
-    `square`: patterns of names whose matrices the architecture forces to be square. `equal`: pairs of names that hold the same bits.
+    Numbers are counts of axes, not of ranks. `kv` is what the attention has after reading the published tensors (1 for
+    multi-query, `heads` where there is no grouping, and for latent attention). `layers` does not count the multi-token
+    prediction layers, `mtp` does. `tp`, `ep`: sizes that work; each `ep` divides every `tp` it is at most. `weights`:
+    TP 3 with weights 2:1:1 works. `square`: patterns of names whose matrices the architecture forces to be square.
+    `equal`: pairs of names that hold the same bits.
     """
 
     name: str
@@ -71,12 +74,16 @@ class Fixture:
     equal: tuple[tuple[str, str], ...] = ()
     notes: str = ""
     runs: bool = True  # of a family that runs, this one too: transformers has it
-    twin: Callable[[Path], None] | None = None  # writes the same model as transformers has it, where it does not have this one
-    given: Callable[[torch.Tensor], dict[str, Any]] | None = None  # what that one's forward is given besides tokens [batch, seq]
+    # writes the same model as transformers has it, where it does not have this one
+    twin: Callable[[Path], None] | None = None
+    # what that one's forward is given besides tokens [batch, seq]
+    given: Callable[[torch.Tensor], dict[str, Any]] | None = None
     file: Path = Path(__file__)
 
     def meshes(self) -> Iterator[dict[str, Any]]:
-        """Arguments of `torch_reference.expected`: each TP, with EP, PP 2 with each TP, PP of all layers, and uneven weights."""
+        """Arguments of `torch_reference.expected`: each TP, with EP, PP 2 with each TP, PP of all layers,
+        and uneven weights.
+        """
         for tp, ep in itertools.product(self.tp, self.ep):
             if tp % ep == 0:
                 yield {"tp": tp} if ep == 1 else {"tp": tp, "ep": ep}
@@ -110,10 +117,19 @@ def noise(seed: str, shape: torch.Size, scale: float, shift: float, dtype: torch
 
 
 def noise_like(seed: str, name: str, tensor: torch.Tensor, centre: float, dtype: torch.dtype) -> torch.Tensor:
-    """Noise in the place of a parameter: of a size that keeps activations near 1, norms around `centre`, nothing constant."""
+    """Noise in the place of a parameter: of a size that keeps activations near 1, norms around `centre`,
+    nothing constant.
+    """
     if tensor.ndim > 1:
-        return noise(f"{seed} {name}", tensor.shape, 0.5 if "embed" in name or "wte" in name else tensor.shape[-1] ** -0.5, 0.0, dtype)
-    if tensor.numel() <= HEADS and name.endswith(("A_log", "dt_bias", ".D")):  # one for each head: a coarse dtype makes them equal
+        return noise(
+            f"{seed} {name}",
+            tensor.shape,
+            0.5 if "embed" in name or "wte" in name else tensor.shape[-1] ** -0.5,
+            0.0,
+            dtype,
+        )
+    # one for each head: a coarse dtype makes them equal
+    if tensor.numel() <= HEADS and name.endswith(("A_log", "dt_bias", ".D")):
         drawn = (noise(f"{seed} {name} {attempt}", tensor.shape, 0.5, 0.0, dtype) for attempt in itertools.count())
         return next(found for found in drawn if distinct(found))
     if name.endswith("bias"):
@@ -124,18 +140,24 @@ def noise_like(seed: str, name: str, tensor: torch.Tensor, centre: float, dtype:
     return noise(f"{seed} {name}", tensor.shape, 0.2, centre, dtype=dtype)
 
 
-def write(directory: Path, seed: str, config: Any, dtype: torch.dtype = torch.bfloat16, shard: int | None = SHARD) -> None:
-    """Write a model of this configuration, filled with noise, by `save_pretrained`; `shard` bytes a file, None for one file."""
+def write(
+    directory: Path, seed: str, config: Any, dtype: torch.dtype = torch.bfloat16, shard: int | None = SHARD
+) -> None:
+    """Write a model of this configuration, filled with noise, by `save_pretrained`; `shard` bytes a file,
+    None for one file.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    centre = 0.0 if config.model_type in ("gemma", "gemma2", "gemma3_text", "nemotron") else 1.0  # these multiply by 1 + weight
+    # these multiply by 1 + weight
+    centre = 0.0 if config.model_type in ("gemma", "gemma2", "gemma3_text", "nemotron") else 1.0
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             if name.endswith("e_score_correction_bias"):
-                tensor.data = noise_like(seed, name, tensor, centre, torch.float32)  # published in fp32 inside bf16 checkpoints
+                # published in fp32 inside bf16 checkpoints
+                tensor.data = noise_like(seed, name, tensor, centre, torch.float32)
             elif not BUFFERS.fullmatch(name) and tensor.is_floating_point() and "inv_freq" not in name:
                 tensor.data.copy_(noise_like(seed, name, tensor, centre, dtype))
     model.save_pretrained(directory, max_shard_size=f"{shard // 1000}KB" if shard else "1GB")
@@ -152,7 +174,9 @@ def read(directory: Path) -> State:
 
 
 def rewrite(directory: Path, edit: Callable[[State], State], shard: int = SHARD, binary: bool = False) -> None:
-    """Replace the tensors of a directory by `edit` of them, in files of about `shard` bytes with an index, as `transformers` does."""
+    """Replace the tensors of a directory by `edit` of them, in files of about `shard` bytes with an index,
+    as `transformers` does.
+    """
     state = edit(read(directory))
     for path in [*directory.glob("*.safetensors"), *directory.glob("*.index.json")]:
         path.unlink()
@@ -195,12 +219,18 @@ def configure(directory: Path, *removed: str, **changes: Any) -> None:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The storage seen as integers, so that equality is of bits: NaN equals itself, 0.0 is not -0.0, and FP8 can be compared at all."""
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    """The storage seen as integers, so that equality is of bits: NaN equals itself, 0.0 is not -0.0,
+    and FP8 can be compared at all.
+    """
+    return tensor.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
 
 
 def degenerate(tensor: torch.Tensor) -> str:
-    """What a test would not see in this tensor, or nothing: "" unless rows are equal, it is constant, or it is not finite."""
+    """What a test would not see in this tensor, or nothing: "" unless rows are equal, it is constant,
+    or it is not finite.
+    """
     if not torch.isfinite(tensor.float()).all():
         return "not finite"
     if tensor.numel() > 1 and len(bits(tensor).unique()) == 1:
@@ -216,7 +246,9 @@ def distinct(rows: torch.Tensor) -> bool:
 
 
 def check(directory: Path, fixture: Fixture) -> None:
-    """Assert that no wrong table could hide in this checkpoint; rows being distinct, so are heads, groups and experts."""
+    """Assert that no wrong table could hide in this checkpoint; rows being distinct, so are heads,
+    groups and experts.
+    """
     state = {name: tensor for name, tensor in read(directory).items() if not BUFFERS.fullmatch(name)}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
@@ -230,14 +262,18 @@ def check(directory: Path, fixture: Fixture) -> None:
             assert distinct(tensor.view(fixture.heads, -1)), f"{fixture.name}: {name}: two equal heads"
         content = (tensor.dtype, tuple(tensor.shape), bits(tensor).numpy().tobytes())
         twin = seen.setdefault(content, name)
-        assert twin == name or (name, twin) in fixture.equal or (twin, name) in fixture.equal, f"{fixture.name}: {name} equals {twin}"
+        assert twin == name or (name, twin) in fixture.equal or (twin, name) in fixture.equal, (
+            f"{fixture.name}: {name} equals {twin}"
+        )
 
 
 # The families
 
 
 def define(family: str, name: str = "", **facts: Any) -> Callable[[Callable[[Path, str], None]], None]:
-    """Register the decorated builder, which takes the directory and a seed, under its own name; outside this file, in the zoo."""
+    """Register the decorated builder, which takes the directory and a seed, under its own name; outside this file,
+    in the zoo.
+    """
 
     def register(builder: Callable[[Path, str], None]) -> None:
         key = name or builder.__name__
@@ -256,7 +292,9 @@ COMMON: Mapping[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id
 
 
 def sizes(heads: int, kv: int, head_dim: int, hidden: int, inter: int, vocab: int, layers: int) -> dict[str, Any]:
-    """The keys that most configurations share. Refuses sizes of which two axes, or two sides of a matrix, would be equal."""
+    """The keys that most configurations share. Refuses sizes of which two axes, or two sides of a matrix,
+    would be equal.
+    """
     axes = [heads, kv, head_dim, hidden, inter, vocab, layers, heads * head_dim, kv * head_dim]
     assert len(set(axes)) == len(axes), axes
     return {
@@ -310,7 +348,10 @@ def llama_inv_freq(directory: Path, seed: str) -> None:
 
     write(directory, seed, LlamaConfig(**sizes(8, 4, 12, 80, 104, 349, 3)))
     inv_freq = 10000.0 ** -(torch.arange(0, 12, 2) / 12)
-    rewrite(directory, lambda state: state | {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq for layer in range(3)})
+    rewrite(
+        directory,
+        lambda state: state | {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": inv_freq for layer in range(3)},
+    )
 
 
 @define("llama", heads=8, kv=4, layers=3)
@@ -388,10 +429,17 @@ def qwen3_moe(directory: Path, seed: str) -> None:
 
 @define("qwen3_moe", heads=16, kv=4, layers=5, experts=8, ep=(1, 2, 4, 8))
 def qwen3_moe_step(directory: Path, seed: str) -> None:
-    """Layers 0, 2 and 4 are dense, by decoder_sparse_step; the number of experts under the key that transformers 4 wrote."""
+    """Layers 0, 2 and 4 are dense, by decoder_sparse_step; the number of experts under the key that transformers 4
+    wrote.
+    """
     from transformers import Qwen3MoeConfig
 
-    facts: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
+    facts: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    }
     write(directory, seed, Qwen3MoeConfig(**sizes(16, 4, 10, 56, 88, 337, 5), **facts))
     configure(directory, "num_local_experts", num_experts=8)
 
@@ -410,7 +458,9 @@ GPT2_SQUARE = (r"(transformer\.)?h\.\d+\.attn\.c_proj\.weight",)
 def gpt2_config(layers: int) -> Any:
     from transformers import GPT2Config
 
-    return GPT2Config(n_embd=56, n_head=8, n_inner=104, n_layer=layers, n_positions=72, vocab_size=331, bos_token_id=1, eos_token_id=2)
+    return GPT2Config(
+        n_embd=56, n_head=8, n_inner=104, n_layer=layers, n_positions=72, vocab_size=331, bos_token_id=1, eos_token_id=2
+    )
 
 
 @define("gpt2", heads=8, kv=8, layers=5, square=GPT2_SQUARE)
@@ -421,13 +471,18 @@ def gpt2(directory: Path, seed: str) -> None:
 
 @define("gpt2", heads=8, kv=8, layers=3, square=GPT2_SQUARE)
 def gpt2_bare(directory: Path, seed: str) -> None:
-    """As OpenAI's is published: fp32, no prefix, with attention masks; those in a dtype per layer, to have all that were ever published."""
+    """As OpenAI's is published: fp32, no prefix, with attention masks; those in a dtype per layer, to have all that
+    were ever published.
+    """
     write(directory, seed, gpt2_config(3), dtype=torch.float32)
     mask = torch.ones(72, 72).tril()[None, None]
 
     def age(state: State) -> State:
         state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-        return state | {f"h.{layer}.attn.bias": mask.to(dtype) for layer, dtype in enumerate((torch.float32, torch.uint8, torch.bool))}
+        return state | {
+            f"h.{layer}.attn.bias": mask.to(dtype)
+            for layer, dtype in enumerate((torch.float32, torch.uint8, torch.bool))
+        }
 
     rewrite(directory, age, shard=2 * SHARD)
 
@@ -476,12 +531,20 @@ def gpt_neox_old(directory: Path, seed: str) -> None:
 
 
 FALCON_SQUARE = (r"transformer\.h\.\d+\.self_attention\.dense\.weight",)
-FALCON: Mapping[str, Any] = {**COMMON, "hidden_size": 80, "num_attention_heads": 8, "ffn_hidden_size": 104, "vocab_size": 331}
+FALCON: Mapping[str, Any] = {
+    **COMMON,
+    "hidden_size": 80,
+    "num_attention_heads": 8,
+    "ffn_hidden_size": 104,
+    "vocab_size": 331,
+}
 
 
 @define("falcon", heads=8, kv=1, layers=5, weights=False, square=FALCON_SQUARE)
 def falcon_7b(directory: Path, seed: str) -> None:
-    """Multi-query, [all q, k, v]; one norm feeds both branches; tied, no head is stored. Heads times head_dim is hidden, by definition."""
+    """Multi-query, [all q, k, v]; one norm feeds both branches; tied, no head is stored. Heads times head_dim is
+    hidden, by definition.
+    """
     from transformers import FalconConfig
 
     facts: dict[str, Any] = {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}
@@ -497,7 +560,9 @@ def falcon_7b(directory: Path, seed: str) -> None:
     equal=(("lm_head.weight", "transformer.word_embeddings.weight"),),
 )
 def falcon_40b(directory: Path, seed: str) -> None:
-    """Grouped, [q of the group, k, v] per group; a norm for each branch; tied, and the head is stored all the same, as published."""
+    """Grouped, [q of the group, k, v] per group; a norm for each branch; tied, and the head is stored all the same,
+    as published.
+    """
     from transformers import FalconConfig
 
     write(directory, seed, FalconConfig(**FALCON, num_hidden_layers=3, num_kv_heads=4, new_decoder_architecture=True))
@@ -510,7 +575,13 @@ def falcon_rw(directory: Path, seed: str) -> None:
     """As falcon-rw-1b: ALiBi, [q, k, v] per head, biases, one branch after the other; not tied."""
     from transformers import FalconConfig
 
-    facts: dict[str, Any] = {"alibi": True, "multi_query": False, "bias": True, "parallel_attn": False, "new_decoder_architecture": False}
+    facts: dict[str, Any] = {
+        "alibi": True,
+        "multi_query": False,
+        "bias": True,
+        "parallel_attn": False,
+        "new_decoder_architecture": False,
+    }
     write(directory, seed, FalconConfig(**FALCON, num_hidden_layers=3, **facts, tie_word_embeddings=False))
 
 
@@ -560,7 +631,9 @@ DEEPSEEK: Mapping[str, Any] = {
 
 
 def add_mtp(state: State, seed: str, layers: int, dtype: torch.dtype) -> State:
-    """Add layer number `layers`: a whole layer with experts, and the six further names that DeepSeek-V3 was published with."""
+    """Add layer number `layers`: a whole layer with experts, and the six further names that DeepSeek-V3 was published
+    with.
+    """
     last, extra = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
     like = {extra + name.removeprefix(last): tensor for name, tensor in state.items() if name.startswith(last)}
     vocab, hidden = state["model.embed_tokens.weight"].shape
@@ -621,7 +694,9 @@ def deepseek_v3_whole(directory: Path, seed: str) -> None:
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """F8_E4M3 [out, in] and fp32 [ceil(out / 128), ceil(in / 128)]: weight = quantized * scale, by blocks, the last of them short."""
+    """F8_E4M3 [out, in] and fp32 [ceil(out / 128), ceil(in / 128)]: weight = quantized * scale, by blocks,
+    the last of them short.
+    """
     rows, columns = weight.shape
     padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
     padded[:rows, :columns] = weight
@@ -631,14 +706,20 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.to(torch.float8_e4m3fn).contiguous(), scale
 
 
-# What DeepSeek-R1 has a weight_scale_inv for: all matrices of attention and feed-forward; not the router, not eh_proj, not the head.
+# What DeepSeek-R1 has a weight_scale_inv for: all matrices of attention and feed-forward; not the router, not eh_proj,
+# not the head.
 QUANTIZED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
     r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate_proj|up_proj|down_proj))\.weight"
 )
 
 
-BLOCK_SCALED = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+BLOCK_SCALED = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [BLOCK, BLOCK],
+    "activation_scheme": "dynamic",
+}
 
 
 def in_blocks(state: State, *more: str) -> State:
@@ -673,7 +754,9 @@ def write_fp8(directory: Path, seed: str) -> None:
     write(directory, seed, config, dtype=torch.float32)
 
     rewrite(directory, lambda state: in_blocks(add_mtp(state, seed, 2, torch.float32)), shard=2_500_000)
-    configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=BLOCK_SCALED)
+    configure(
+        directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=BLOCK_SCALED
+    )
 
 
 def without_fp8(directory: Path, seed: str) -> None:
@@ -686,14 +769,19 @@ def without_fp8(directory: Path, seed: str) -> None:
 def floats(state: State) -> State:
     """Every weight times the scale of its block, in float32."""
     for scale in [name for name in state if name.endswith("_scale_inv")]:
-        name, wide = scale.removesuffix("_scale_inv"), state.pop(scale).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        name, wide = (
+            scale.removesuffix("_scale_inv"),
+            state.pop(scale).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1),
+        )
         state[name] = state[name].float() * wide[: state[name].shape[0], : state[name].shape[1]]
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 @define("deepseek_v3", heads=8, kv=8, layers=2, experts=4, mtp=1, tp=(1, 2, 4), ep=(1, 2, 4), twin=without_fp8)
 def deepseek_v3_fp8(directory: Path, seed: str) -> None:
-    """As DeepSeek-R1: F8_E4M3, a scale per block of 128 by 128, ragged where nothing is cut. TP 8 would fall inside blocks."""
+    """As DeepSeek-R1: F8_E4M3, a scale per block of 128 by 128, ragged where nothing is cut. TP 8 would fall inside
+    blocks.
+    """
     write_fp8(directory, seed)
 
 
@@ -702,8 +790,13 @@ def deepseek_v3_fp8(directory: Path, seed: str) -> None:
 
 @cache
 def root(file: Path = Path(__file__)) -> Path:
-    """The folder of this version of the fixtures: of this file, of the one that defines them, and of the libraries that write them."""
-    text = Path(__file__).read_bytes() + "".join(version(package) for package in ("torch", "transformers", "safetensors")).encode()
+    """The folder of this version of the fixtures: of this file, of the one that defines them, and of the libraries that
+    write them.
+    """
+    text = (
+        Path(__file__).read_bytes()
+        + "".join(version(package) for package in ("torch", "transformers", "safetensors")).encode()
+    )
     text += b"" if file.name == Path(__file__).name else file.read_bytes()
     user = os.getuid() if hasattr(os, "getuid") else 0
     path = Path(tempfile.gettempdir()) / f"reshard-fixtures-{user}-{hashlib.sha256(text).hexdigest()[:16]}"
@@ -724,7 +817,9 @@ def fixture(name: str) -> Fixture:
 
 
 def checkpoint(name: str) -> Path:
-    """The directory of a fixture, built and checked if this is its first use on this machine. Shared by all tests: do not write into it."""
+    """The directory of a fixture, built and checked if this is its first use on this machine. Shared by all tests:
+    do not write into it.
+    """
     about = fixture(name)
     place = root(about.file)
     final = place / name

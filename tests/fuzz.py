@@ -1,9 +1,10 @@
-"""Fuzzing what reads strangers' files: each target mutates a good file and reads it, as often as it is told, from a seed.
+"""Fuzzing what reads strangers' files: each target mutates a good file and reads it, as often as it is told, from a
+seed.
 
     header(rounds=1000, seed=0)         or, for as long as wanted:  python tests/fuzz.py TARGET|all SECONDS [SEED]
 
-A mutation opens, or ends in a ReshardError (MismatchError and PlaceError are some), within SECONDS of CPU time and MEMORY more bytes.
-Anything else raises `Found`, with the seed of the round, which `TARGETS[name](1, seed)` repeats.
+A mutation opens, or ends in a ReshardError (MismatchError and PlaceError are some), within SECONDS of CPU time and
+MEMORY more bytes. Anything else raises `Found`, with the seed of the round, which `TARGETS[name](1, seed)` repeats.
 """
 
 from __future__ import annotations
@@ -61,7 +62,22 @@ ODD: list[Any] = [
     "x",
     "\ud800",
 ]
-ODD += ["\u0661", "01", "../x", "/etc/passwd", "a\0b", "\x1b[31m", "9" * 5000, [], [[]], [1], {}, {"a": 1}, ["x"] * 50, "x" * 10_000]
+ODD += [
+    "\u0661",
+    "01",
+    "../x",
+    "/etc/passwd",
+    "a\0b",
+    "\x1b[31m",
+    "9" * 5000,
+    [],
+    [[]],
+    [1],
+    {},
+    {"a": 1},
+    ["x"] * 50,
+    "x" * 10_000,
+]
 SNIPPETS = [
     b"[",
     b"]",
@@ -107,7 +123,9 @@ def target(run: Callable[[random.Random], Callable[[], object]]) -> Target:
             if (took := time.process_time() - began) > SECONDS:
                 raise Found(f"{run.__name__}, seed {at}: {took:.1f} s of CPU time, at most {SECONDS} are allowed")
         if (more := (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10) > MEMORY:
-            raise Found(f"{run.__name__}, seeds {seed} to {seed + count}: {more} bytes of memory, at most {MEMORY} are allowed")
+            raise Found(
+                f"{run.__name__}, seeds {seed} to {seed + count}: {more} bytes of memory, at most {MEMORY} are allowed"
+            )
         return opened
 
     TARGETS[run.__name__] = rounds
@@ -208,8 +226,12 @@ def _instead(path: Path, data: bytes) -> Iterator[Path]:
         path.write_bytes(good)
 
 
-def _signed(name: str, dice: random.Random, read: Callable[[Path], object], spoil: Callable[[bytes, random.Random], bytes]) -> None:
-    """Read the shards with a file spoiled, once as it is, which must be noticed, and once signed again, as anybody can do."""
+def _signed(
+    name: str, dice: random.Random, read: Callable[[Path], object], spoil: Callable[[bytes, random.Random], bytes]
+) -> None:
+    """Read the shards with a file spoiled, once as it is, which must be noticed, and once signed again,
+    as anybody can do.
+    """
     out = _folder() / "out"
     data, listed = spoil((out / name).read_bytes(), dice), (out / "manifest.json").read_bytes()
     if data == (out / name).read_bytes():
@@ -258,7 +280,12 @@ def lengths(dice: random.Random) -> Callable[[], object]:
 @target
 def indexes(dice: random.Random) -> Callable[[], object]:
     names = list(llama_tensors())
-    text = json.dumps({"metadata": {"total_size": 5}, "weight_map": {name: f"model-{at % 2}.safetensors" for at, name in enumerate(names)}})
+    text = json.dumps(
+        {
+            "metadata": {"total_size": 5},
+            "weight_map": {name: f"model-{at % 2}.safetensors" for at, name in enumerate(names)},
+        }
+    )
     data = spoiled(text.encode(), dice)
     return lambda: [published.natural(file) for file in published.index_map(data, "f").values()]
 
@@ -349,7 +376,11 @@ def pickles(dice: random.Random) -> Callable[[], object]:
 def _pickles() -> tuple[bytes, ...]:
     import torch
 
-    state = {"a.0.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(3, 3).t()}
+    state = {
+        "a.0.weight": torch.arange(6.0).reshape(2, 3),
+        "b": torch.ones(4, dtype=torch.bfloat16),
+        "c": torch.zeros(3, 3).t(),
+    }
     files = []
     for new in (True, False):
         for protocol in (2, 4):
@@ -362,7 +393,10 @@ def _pickles() -> tuple[bytes, ...]:
 @target
 def config_keys(dice: random.Random) -> Callable[[], object]:
     config = Config({"a": dice.choice(ODD), "b": {"c": dice.choice(ODD)}})
-    words = "".join(dice.choice(("a", "b.c", " == ", " != ", "1", "\u0661", "\u00b2", "=x", "!", ".any.", "9" * 5000)) for _ in range(4))
+    words = "".join(
+        dice.choice(("a", "b.c", " == ", " != ", "1", "\u0661", "\u00b2", "=x", "!", ".any.", "9" * 5000))
+        for _ in range(4)
+    )
     return lambda: config.says(words)
 
 

@@ -1,4 +1,6 @@
-"""What each family must get through, as functions of a directory and of meshes; `transformers` is the reference. Knows no family."""
+"""What each family must get through, as functions of a directory and of meshes; `transformers` is the reference.
+Knows no family.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,17 +23,23 @@ from reshard.runtime.load import load_model
 from reshard.runtime.proof.bounds import TIMES
 
 OPTIONS = Options(workers=2)
-SEQ, SPLIT, MORE = 23, 9, 8  # tokens; those of them that go through at once before the rest follow one by one; tokens generated
+# tokens; those of them that go through at once before the rest follow one by one; tokens generated
+SEQ, SPLIT, MORE = 23, 9, 8
 
 
 def convert_and_back(original: Path, meshes: Iterable[Mapping[str, Any]], scratch: Path) -> None:
-    """Convert to every mesh, verify, merge, and reshape from the mesh before: the merge is the original, the reshape the conversion."""
+    """Convert to every mesh, verify, merge, and reshape from the mesh before: the merge is the original,
+    the reshape the conversion.
+    """
     before: Path | None = None
     for number, arguments in enumerate(meshes):
         mesh, out = Mesh(**arguments), scratch / str(number)
         convert(prepare(open_source(original), "native", mesh, OPTIONS), out, OPTIONS)
         report = verify.verify(out, open_source(original))
-        assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (arguments, report)
+        assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (
+            arguments,
+            report,
+        )
         merged = scratch / f"{number}-merged"
         convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)
         assert differing(original, merged) == [], arguments
@@ -44,7 +52,9 @@ def convert_and_back(original: Path, meshes: Iterable[Mapping[str, Any]], scratc
 
 @dataclass(frozen=True)
 class Reference:
-    """Tokens [2, seq], transformers' logits of them in float32, its greedy tokens [2, more] after them, and its own change to float64."""
+    """Tokens [2, seq], transformers' logits of them in float32, its greedy tokens [2, more] after them,
+    and its own change to float64.
+    """
 
     ids: Tensor
     logits: Tensor
@@ -63,7 +73,9 @@ def reference(directory: Path, given: Callable[[Tensor], dict[str, Any]] = lambd
     logits = {}
     for dtype in (torch.float64, torch.float32):
         model = loader.from_pretrained(directory, dtype=dtype, **how)
-        ids = torch.randint(3, model.config.get_text_config().vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(
+            3, model.config.get_text_config().vocab_size, (2, SEQ), generator=torch.Generator().manual_seed(1)
+        )
         with torch.no_grad():
             logits[dtype] = model.eval()(ids, **given(ids)).logits
     longer = ids
@@ -93,7 +105,9 @@ def run_meshes(fixture: Fixture, every: bool) -> list[Mesh]:
 
 
 def run_like(directory: Path, mesh: Mesh, wanted: Reference) -> None:
-    """Logits whole and token by token within TIMES the reference's own change, and its greedy tokens, on a mesh of threads."""
+    """Logits whole and token by token within TIMES the reference's own change, and its greedy tokens,
+    on a mesh of threads.
+    """
 
     def work(world: World) -> tuple[Tensor, Tensor, Tensor]:
         decoder = load_model(directory, torch.float32, mesh=mesh, world=world)
@@ -110,5 +124,8 @@ def run_like(directory: Path, mesh: Mesh, wanted: Reference) -> None:
         off = (whole - wanted.logits).abs().max().item()
         assert off <= TIMES * wanted.own, (mesh, f"{off / wanted.own:.1f} × the reference's own change")
         again = (stepwise - wanted.logits).abs().max().item()
-        assert again <= TIMES * wanted.own, (mesh, f"token by token: {again / wanted.own:.1f} × the reference's own change")
+        assert again <= TIMES * wanted.own, (
+            mesh,
+            f"token by token: {again / wanted.own:.1f} × the reference's own change",
+        )
         assert torch.equal(tokens, wanted.tokens), mesh

@@ -1,7 +1,9 @@
-"""A small Hugging Face Hub on loopback: what huggingface_hub asks of the real one, and the ways in which the real one fails.
+"""A small Hugging Face Hub on loopback: what huggingface_hub asks of the real one, and the ways in which the real one
+fails.
 
-Two servers: the Hub itself, and the storage that it redirects large files to, which must never see a token. Files come from directories.
-Every answer is noted with the bytes of body that were handed to the socket. Knows nothing about checkpoints.
+Two servers: the Hub itself, and the storage that it redirects large files to, which must never see a token. Files come
+from directories. Every answer is noted with the bytes of body that were handed to the socket. Knows nothing about
+checkpoints.
 
     with Hub() as hub:
         hub.add("org/name", directory)
@@ -50,7 +52,9 @@ class Repo:
 
 @dataclass
 class Fault:
-    """How to fail: an HTTP status with the Hub's headers; or only once so many bytes have been sent; or after so many seconds."""
+    """How to fail: an HTTP status with the Hub's headers; or only once so many bytes have been sent;
+    or after so many seconds.
+    """
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -73,13 +77,17 @@ class Hub:
         self.lock = threading.Lock()
 
     def __enter__(self) -> "Hub":
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})) for _ in range(2)]
+        self.servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})) for _ in range(2)
+        ]
         for server in self.servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        # Of another host, as the real storage is: redirects within one host are followed for metadata, which storage has none of.
+        # Of another host, as the real storage is: redirects within one host are followed for metadata, which storage
+        # has none of.
         self.url, self.storage = (
-            f"http://{host}:{server.server_address[1]}" for host, server in zip(("127.0.0.1", "localhost"), self.servers, strict=True)
+            f"http://{host}:{server.server_address[1]}"
+            for host, server in zip(("127.0.0.1", "localhost"), self.servers, strict=True)
         )
         return self
 
@@ -158,7 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
         """The commit and its directory; None if an error was sent, as the Hub sends it."""
         repo, known = self.hub.repos.get(name), self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if repo is None or (repo.private and not known):
-            self._send(404 if known else 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b"{}")
+            self._send(
+                404 if known else 401,
+                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+                b"{}",
+            )
         elif files and repo.gated:
             message = f"Access to model {name} is restricted."
             self._send(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": message}, b"{}")
@@ -184,8 +196,20 @@ class _Handler(BaseHTTPRequestHandler):
                     sibling["lfs"] = {"sha256": sha256(path), "size": path.stat().st_size, "pointerSize": 134}
             siblings.append(sibling)
         repo = self.hub.repos[name]
-        info = {"id": name, "modelId": name, "sha": found[0], "private": repo.private, "gated": repo.gated, "tags": [], "downloads": 0}
-        self._send(200, {"Content-Type": "application/json"}, json.dumps(info | {"cardData": repo.card, "siblings": siblings}).encode())
+        info = {
+            "id": name,
+            "modelId": name,
+            "sha": found[0],
+            "private": repo.private,
+            "gated": repo.gated,
+            "tags": [],
+            "downloads": 0,
+        }
+        self._send(
+            200,
+            {"Content-Type": "application/json"},
+            json.dumps(info | {"cardData": repo.card, "siblings": siblings}).encode(),
+        )
 
     def _resolve(self, name: str, revision: str, file: str, fault: Fault | None) -> None:
         found = self._repo(name, revision, files=True)
@@ -195,7 +219,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = root / file
         headers = {"X-Repo-Commit": commit}
         if not path.is_file():
-            self._send(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": commit}, b"{}")
+            self._send(
+                404,
+                {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": commit},
+                b"{}",
+            )
         elif path.suffix in LARGE:
             blob = sha256(path)
             self.hub.blobs[blob] = path
@@ -210,7 +238,9 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted and self.hub.ranges:
             low, high = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1) + 1
             if low < len(data):
-                self._send(206, headers | {"Content-Range": f"bytes {low}-{high - 1}/{len(data)}"}, data[low:high], drop)
+                self._send(
+                    206, headers | {"Content-Range": f"bytes {low}-{high - 1}/{len(data)}"}, data[low:high], drop
+                )
             else:
                 self._send(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
         else:
@@ -221,7 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Length": str(len(body)), "Accept-Ranges": "bytes", **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        asked = Asked(self.command, urlsplit(self.path).path, self.headers.get("Range"), status, "Authorization" in self.headers)
+        asked = Asked(
+            self.command, urlsplit(self.path).path, self.headers.get("Range"), status, "Authorization" in self.headers
+        )
         with self.hub.lock:
             self.hub.asked.append(asked)
         limit = 0 if self.command == "HEAD" else len(body) if drop is None else min(drop, len(body))

@@ -1,5 +1,5 @@
-"""Planting every fault in the shards of a family, or in what they are compared with, and asking every rung; for scripts/plant_faults and
-its test."""
+"""Planting every fault in the shards of a family, or in what they are compared with, and asking every rung; for
+scripts/plant_faults and its test."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from reshard.jobs.verdict import RUNGS
 from reshard.runtime.proof import reference
 
 FAMILIES = {  # fixture → mesh: with repeated KV heads where there are some
-    name: {"tp": max((tp for tp in about.tp if tp % max(about.kv, 1) == 0), default=2)} | ({"ep": 2} if 2 in about.ep else {})
+    name: {"tp": max((tp for tp in about.tp if tp % max(about.kv, 1) == 0), default=2)}
+    | ({"ep": 2} if 2 in about.ep else {})
     for name, about in FIXTURES.items()
 }
 ADD = {  # (fault, whether digests were made right) → the rungs that must find it
-    (name, signed): {"weights", "sha256", "numerics"} | (set() if signed else {"integrity"}) for name in FAULTS for signed in (False, True)
+    (name, signed): {"weights", "sha256", "numerics"} | (set() if signed else {"integrity"})
+    for name in FAULTS
+    for signed in (False, True)
 }
 
 
@@ -104,7 +107,9 @@ def without_transformers(folder: Path) -> dict[str, str]:
 
 
 def doubted(words: str, folder: Path) -> tuple[str, bool]:
-    """What numerics says where something is wrong with what it compares with, and whether the shards count as proven."""
+    """What numerics says where something is wrong with what it compares with,
+    and whether the shards count as proven.
+    """
     doubt = DOUBTS[words]
     rewrite(source := copy("llama", folder / "model"), doubt.edit)
     family = str(respelled(folder / "mine.toml", doubt.names, doubt.exchanged))

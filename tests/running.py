@@ -1,7 +1,8 @@
 """Running the command line, and small checkpoints written byte by byte: what tests of the front door share.
 
-`reshard(...)` runs a command in this process; a traceback there fails the test. `process(...)` runs it in one of its own, to be killed,
-starved or measured. Checkpoints are written here without `reshard`, torch or the safetensors library.
+`reshard(...)` runs a command in this process; a traceback there fails the test. `process(...)` runs it in one of its
+own, to be killed, starved or measured. Checkpoints are written here without `reshard`, torch or the safetensors
+library.
 """
 
 from __future__ import annotations
@@ -32,10 +33,23 @@ import xxhash
 from reshard import cli
 
 ROOT = Path(__file__).parent.parent
-BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16}
+BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+}
 BITS |= {"F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
 
-WATCHDOG = 280.0  # seconds after which something hangs, however busy the machine is; below pytest's own limit for a test
+# seconds after which something hangs, however busy the machine is; below pytest's own limit for a test
+WATCHDOG = 280.0
 
 Shape = tuple[int, ...]
 Tensors = dict[str, tuple[str, Shape, bytes]]  # name → dtype, shape, data
@@ -147,7 +161,8 @@ main(sys.argv[1:])
 
 
 class Stepped:
-    """A command whose every transfer of data waits until it is allowed: so a test meets it where it wants to, on a machine of any speed.
+    """A command whose every transfer of data waits until it is allowed: so a test meets it where it wants to, on a
+    machine of any speed.
 
     `code` installs `step()`, which waits; by default in each read and write of tensors. Nothing is allowed at first.
     """
@@ -214,7 +229,9 @@ def lines_run(work: Callable[[], object]) -> int:
 
 
 def refused(done: Done, code: int, *parts: str) -> Done:
-    """Assert that a command ended with this code and an error in words: each of `parts` in it, no traceback, nothing on stdout."""
+    """Assert that a command ended with this code and an error in words: each of `parts` in it, no traceback,
+    nothing on stdout.
+    """
     assert done.code == code, (done.code, done.err)
     assert done.err.startswith("error: "), done.err
     assert "Traceback" not in done.err, done.err
@@ -229,7 +246,9 @@ def refused(done: Done, code: int, *parts: str) -> Done:
 
 def tree(directory: Path) -> dict[str, bytes]:
     """All files below a directory: relative path → content."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
 
 
 def stamps(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -237,7 +256,12 @@ def stamps(directory: Path) -> dict[str, tuple[int, ...]]:
     found = {}
     for path in [directory, *sorted(directory.rglob("*"))]:
         status = path.lstat()
-        found[str(path.relative_to(directory))] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        found[str(path.relative_to(directory))] = (
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
     return found
 
 
@@ -268,9 +292,14 @@ def tmpfs(place: Path, size: int) -> Any:
 
 
 def header(
-    tensors: Mapping[str, tuple[str, Shape, int]], order: Sequence[str] | None = None, metadata: Any = None, align: int = 8
+    tensors: Mapping[str, tuple[str, Shape, int]],
+    order: Sequence[str] | None = None,
+    metadata: Any = None,
+    align: int = 8,
 ) -> bytes:
-    """The length word and the JSON for tensors (dtype, shape, bytes) that lie as they are given; the JSON in another `order`."""
+    """The length word and the JSON for tensors (dtype, shape, bytes) that lie as they are given; the JSON in another
+    `order`.
+    """
     text: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for name, (dtype, shape, size) in tensors.items():
@@ -344,7 +373,10 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 def llama_tensors(config: Mapping[str, Any] = LLAMA, seed: int = 0, dtype: str = "BF16") -> Tensors:
     """The tensors of a Llama, every one of other random bytes."""
-    return {name: noise(dtype, *shape, seed=1000 * seed + at) for at, (name, shape) in enumerate(llama_shapes(config).items())}
+    return {
+        name: noise(dtype, *shape, seed=1000 * seed + at)
+        for at, (name, shape) in enumerate(llama_shapes(config).items())
+    }
 
 
 def llama(directory: Path, tensors: Tensors | None = None, **changes: Any) -> Path:
@@ -352,13 +384,23 @@ def llama(directory: Path, tensors: Tensors | None = None, **changes: Any) -> Pa
     directory.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    save(directory / "model.safetensors", llama_tensors(LLAMA | changes) if tensors is None else tensors, metadata={"format": "pt"})
+    save(
+        directory / "model.safetensors",
+        llama_tensors(LLAMA | changes) if tensors is None else tensors,
+        metadata={"format": "pt"},
+    )
     return directory
 
 
 def big_llama(directory: Path, megabytes: int, sparse: bool = False, files: int = 4) -> Path:
     """A Llama of about so many MB in several files: random bytes, or none at all (`sparse`)."""
-    config = LLAMA | {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 96, "intermediate_size": 2816}
+    config = LLAMA | {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 96,
+        "intermediate_size": 2816,
+    }
     config |= {"vocab_size": 8190}
     layer = 2 * (2 * 1024 + 1024 * 96 * (2 * 16 + 2 * 8) + 3 * 1024 * 2816)
     config["num_hidden_layers"] = max(1, round((megabytes * 1e6 - 4 * 1024 * 8190) / layer))
@@ -391,7 +433,8 @@ def digest(data: bytes) -> str:
 
 
 def sign(out: Path, tensors: bool = True) -> None:
-    """Make every digest and size of a shard directory right again, as docs/format.md has them, whatever was done to its files.
+    """Make every digest and size of a shard directory right again, as docs/format.md has them, whatever was done to its
+    files.
 
     With `tensors` also those in each tensors.json, from the bytes that are there.
     """
@@ -402,7 +445,9 @@ def sign(out: Path, tensors: bool = True) -> None:
         if tensors:
             for tensor in index["tensors"]:
                 part = data[tensor["offset"] : tensor["offset"] + tensor["nbytes"]]
-                blocks = [xxhash.xxh3_128_digest(part[at : at + index["block"]]) for at in range(0, len(part), index["block"])]
+                blocks = [
+                    xxhash.xxh3_128_digest(part[at : at + index["block"]]) for at in range(0, len(part), index["block"])
+                ]
                 tensor["digest"] = digest(b"".join(blocks))
                 if len(blocks) > 1:
                     tensor["blocks"] = [block.hex() for block in blocks]
@@ -420,7 +465,11 @@ def sign(out: Path, tensors: bool = True) -> None:
 def root_signed(manifest: dict[str, Any]) -> str:
     """The text of a manifest with the root digest that it must have."""
     text = json.dumps(manifest | {"root": ""}, indent=1, ensure_ascii=False) + "\n"
-    files = [*manifest["carried"], *manifest["source"], *(rank[key] for rank in manifest["ranks"] for key in ("weights", "tensors"))]
+    files = [
+        *manifest["carried"],
+        *manifest["source"],
+        *(rank[key] for rank in manifest["ranks"] for key in ("weights", "tensors")),
+    ]
     every = [(file["file"], file["size"], file["digest"]) for file in files] + [
         ("manifest.json", len(text.encode()), digest(text.encode()))
     ]

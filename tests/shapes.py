@@ -1,4 +1,6 @@
-"""Headers of published models, written down from their configs: name → dtype and shape, no files. Knows nothing of `reshard`."""
+"""Headers of published models, written down from their configs: name → dtype and shape, no files. Knows nothing of
+`reshard`.
+"""
 
 from typing import Any, NamedTuple
 
@@ -100,7 +102,14 @@ DEEPSEEK_V4_PRO: Config = DEEPSEEK_V4 | {
     "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
 }
 
-FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
+FP8 = {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
+}
 
 
 def llama(config: Config) -> Headers:
@@ -130,7 +139,9 @@ def llama(config: Config) -> Headers:
 
 
 def deepseek_v3(config: Config) -> Headers:
-    """DeepSeek-V3 as published: layer 61 is the multi-token prediction, linear layers in FP8 have an fp32 scale per 128 × 128."""
+    """DeepSeek-V3 as published: layer 61 is the multi-token prediction, linear layers in FP8 have an fp32 scale per 128
+    × 128.
+    """
     fp8 = "quantization_config" in config
     hidden, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     q_lora, kv_lora, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
@@ -184,7 +195,9 @@ def deepseek_v3(config: Config) -> Headers:
 
 
 def deepseek_v4(config: Config) -> Headers:
-    """DeepSeek-V4 as published: FP8 with a scale of a power of two per 128 × 128, experts in FP4, two to a byte, with a scale per 32."""
+    """DeepSeek-V4 as published: FP8 with a scale of a power of two per 128 × 128, experts in FP4, two to a byte,
+    with a scale per 32.
+    """
     hidden, heads, head_dim = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
     q_lora, o_groups, o_lora = config["q_lora_rank"], config["o_groups"], config["o_groups"] * config["o_lora_rank"]
     inter, experts, streams = config["moe_intermediate_size"], config["n_routed_experts"], config["hc_mult"]

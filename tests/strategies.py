@@ -1,9 +1,11 @@
-"""What the tests draw from: headers of fixtures and of invented checkpoints, random tables, models and meshes; what layouts must hold.
+"""What the tests draw from: headers of fixtures and of invented checkpoints, random tables, models and meshes; what
+layouts must hold.
 
     headers("llama")              config and stored tensors of a fixture, read without `reshard`
     invented("llama", sizes)      the same for any sizes, made from the family's table
     joints()                      Hypothesis: a random model in two random layouts, as TOML text
-    numbered(model), hold(...)    every element of a model as a number, and what each stored tensor of a layout must then hold
+    numbered(model), hold(...)    every element of a model as a number, and what each stored tensor of a layout must
+                                  then hold
 
 `hold` says with numpy's transpose and concatenate what a pattern means; it shares no arithmetic with `reshard`.
 """
@@ -101,10 +103,11 @@ def model_of(name: str) -> Model:
 def invented(
     family: str, sizes: Mapping[str, int], kinds: Sequence[Sequence[str]] = (), tags: Sequence[str] = (), **config: Any
 ) -> tuple[dict[str, Any], Headers]:
-    """Config and stored tensors of a checkpoint that was never written: every row of the table, at these sizes of the plain axes.
+    """Config and stored tensors of a checkpoint that was never written: every row of the table, at these sizes of the
+    plain axes.
 
-    `kinds`: those of each layer, extra layers included (none needed where the table has no `one_of`). `tags`: which are there.
-    Weights are BF16, scales F32; a tied head is left out where config says so.
+    `kinds`: those of each layer, extra layers included (none needed where the table has no `one_of`). `tags`: which are
+    there. Weights are BF16, scales F32; a tied head is left out where config says so.
     """
     table = families.load(family)
     config = {"model_type": family} | config
@@ -137,7 +140,9 @@ def invented(
 
 def said(expression: str) -> str:
     """The first config key, perhaps `a.b`, that is a whole size."""
-    return next((key for key in expression.split(" | ") if re.fullmatch(r"[a-z_][\w.]*", key) and ".any." not in key), "")
+    return next(
+        (key for key in expression.split(" | ") if re.fullmatch(r"[a-z_][\w.]*", key) and ".any." not in key), ""
+    )
 
 
 def put(config: dict[str, Any], key: str, value: Any) -> None:
@@ -157,7 +162,9 @@ def size_of(axis: str, sizes: Mapping[str, int]) -> int:
 
 
 def numbered(model: Model) -> dict[str, Array]:
-    """Every element of every logical tensor as a number of its own, from 1 on; a tied name has the numbers of the other."""
+    """Every element of every logical tensor as a number of its own, from 1 on;
+    a tied name has the numbers of the other.
+    """
     found: dict[str, Array] = {}
     start = 1
     for name, tensor in model.tensors.items():
@@ -237,7 +244,9 @@ def count_leaves(product: Product) -> int:
 
 
 def carried_out(plan: Plan, held: Mapping[Key, Array]) -> tuple[dict[Key, Array], dict[Key, Array]]:
-    """What the destination holds when every copy has been made by indexing one element after another, and how often each was written."""
+    """What the destination holds when every copy has been made by indexing one element after another,
+    and how often each was written.
+    """
     result: dict[Key, Array] = {}
     writes: dict[Key, Array] = {}
     for slot in plan.dst.slots:
@@ -253,7 +262,9 @@ def carried_out(plan: Plan, held: Mapping[Key, Array]) -> tuple[dict[Key, Array]
         key = (copy.dst.rank, copy.dst_name)
         result[key][copy.dst_offset + dst] = held[copy.src.rank, copy.src_name].reshape(-1)[copy.src_offset + src]
         np.add.at(writes[key], copy.dst_offset + dst, 1)
-    return {key: flat.reshape(held_shape) for (key, flat), held_shape in zip(result.items(), _shapes(plan.dst), strict=True)}, writes
+    return {
+        key: flat.reshape(held_shape) for (key, flat), held_shape in zip(result.items(), _shapes(plan.dst), strict=True)
+    }, writes
 
 
 def _shapes(layout: Layout) -> list[tuple[int, ...]]:
@@ -278,7 +289,13 @@ class Joint:
         table = families.parse(self.family, "family")
         layers = tuple(range(self.sizes["layer"]))
         found = {
-            name: Tensor(name, axes, tuple(size_of(axis, self.sizes) for axis in axes), ("BF16",), layers if "layer" in axes else None)
+            name: Tensor(
+                name,
+                axes,
+                tuple(size_of(axis, self.sizes) for axis in axes),
+                ("BF16",),
+                layers if "layer" in axes else None,
+            )
             for name, axes in self.tensors.items()
         }
         sizes = self.sizes | {"heads": self.sizes["kv"] * self.sizes["group"]}
@@ -287,7 +304,9 @@ class Joint:
 
 
 def _row(draw: st.DrawFn, number: int, tensors: Mapping[str, tuple[str, ...]], words: Sequence[str] = ("",)) -> str:
-    """A random row that holds these tensors: which axes it enumerates, where its seams lie, which factors share a dimension."""
+    """A random row that holds these tensors: which axes it enumerates, where its seams lie, which factors share a
+    dimension.
+    """
     common = set.intersection(*(set(axes) for axes in tensors.values()))
     enumerated = [axis for axis in ("layer", "experts") if axis in common and draw(st.booleans())]
     leaves = [[axis for axis in axes if axis not in enumerated] for axes in tensors.values()]
@@ -314,10 +333,16 @@ def _product(draw: st.DrawFn, leaves: list[list[str]]) -> list[str]:
     inner = [[axis for axis in leaf if axis not in outside] for leaf in leaves]
     seams = sorted(draw(st.sets(st.integers(1, len(leaves) - 1), min_size=1)))
     terms = [inner[a:b] for a, b in itertools.pairwise([0, *seams, len(leaves)])]
-    return [*outside[:cut], "(" + " + ".join(" ".join(_product(draw, term)) or "1" for term in terms) + ")", *outside[cut:]]
+    return [
+        *outside[:cut],
+        "(" + " + ".join(" ".join(_product(draw, term)) or "1" for term in terms) + ")",
+        *outside[cut:],
+    ]
 
 
-def _table(draw: st.DrawFn, name: str, tensors: Mapping[str, tuple[str, ...]], extra: str, words: Sequence[str] = ("",)) -> str:
+def _table(
+    draw: st.DrawFn, name: str, tensors: Mapping[str, tuple[str, ...]], extra: str, words: Sequence[str] = ("",)
+) -> str:
     left = draw(st.permutations(list(tensors)))
     rows = []
     while left:
@@ -332,8 +357,13 @@ def _table(draw: st.DrawFn, name: str, tensors: Mapping[str, tuple[str, ...]], e
 
 @st.composite
 def joints(draw: st.DrawFn) -> Joint:
-    """A random model of one to five tensors in a published layout and two cut ones: fused, transposed, stacked, enumerated."""
-    sizes = {axis: draw(st.sampled_from((1, 2, 3, 4) if axis in ("layer", "kv", "group") else (2, 4, 6, 12))) for axis in AXES}
+    """A random model of one to five tensors in a published layout and two cut ones: fused, transposed, stacked,
+    enumerated.
+    """
+    sizes = {
+        axis: draw(st.sampled_from((1, 2, 3, 4) if axis in ("layer", "kv", "group") else (2, 4, 6, 12)))
+        for axis in AXES
+    }
     tensors: dict[str, tuple[str, ...]] = {}
     for number in range(draw(st.integers(1, 5))):
         axes = draw(st.lists(st.sampled_from(AXES), unique=True, max_size=4))
@@ -341,9 +371,14 @@ def joints(draw: st.DrawFn) -> Joint:
         if "inter" in axes and sizes["inter"] > 1 and draw(st.booleans()):
             tensors[f"l{number}_scale"] = tuple("inter/2" if axis == "inter" else axis for axis in axes)
     formats = []
-    held = {axis for axes in tensors.values() for axis in axes} | {"heads", "layer"}  # a table may not name an axis that no row has
+    # a table may not name an axis that no row has
+    held = {axis for axes in tensors.values() for axis in axes} | {"heads", "layer"}
     for number in range(2):
-        cut = [axis for axis in ("heads", "kv", "inter", "vocab", "head_dim", "hidden") if draw(st.integers(0, 2)) and axis in held]
+        cut = [
+            axis
+            for axis in ("heads", "kv", "inter", "vocab", "head_dim", "hidden")
+            if draw(st.integers(0, 2)) and axis in held
+        ]
         stage = ["first", "last", "every", ""]
         replicate = [axis for axis in ("kv", "head_dim") if draw(st.booleans()) and axis in held]
         lines = [
@@ -388,12 +423,21 @@ SMALL: Mapping[str, Sequence[int]] = {
 
 @st.composite
 def inventions(draw: st.DrawFn) -> Invention:
-    """Any family, with any of its options and kinds of layers, at random sizes; weights in 8 bits with scales are left to fixtures."""
+    """Any family, with any of its options and kinds of layers, at random sizes; weights in 8 bits with scales are left
+    to fixtures.
+    """
     family = draw(st.sampled_from(families.shipped()))
     table = families.load(family)
-    axes = {axis for row in table.rows for axis in (*row.name.axes, *(a for path in row.pattern.axes for a in path)) if "/" not in axis}
+    axes = {
+        axis
+        for row in table.rows
+        for axis in (*row.name.axes, *(a for path in row.pattern.axes for a in path))
+        if "/" not in axis
+    }
     axes |= {"layer"}
-    solved = {axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression) and not said(expression)}
+    solved = {
+        axis for axis, expression in table.sizes.items() if re.search(r"[+*]", expression) and not said(expression)
+    }
     solved |= {"routes"} | ({"heads"} if "heads" in table.axes else set())
     sizes = {axis: draw(st.sampled_from(SMALL.get(axis, (4, 6, 12)))) for axis in sorted(axes - solved)}
     sizes |= {axis: int(expression) for axis, expression in table.sizes.items() if expression.isdecimal()}
@@ -435,16 +479,23 @@ def inventions(draw: st.DrawFn) -> Invention:
         config |= {first.removeprefix("count "): number} | {factor.removeprefix("count "): [""] for factor in counted}
     for rule in table.layers.values():
         _tell(draw, rule, sizes["layer"], config)
-    ruled = {kind: layers_named(rule, sizes["layer"], Config(config), lambda: None) for kind, rule in table.layers.items()}
+    ruled = {
+        kind: layers_named(rule, sizes["layer"], Config(config), lambda: None) for kind, rule in table.layers.items()
+    }
     ahead = {kind for row in table.rows if row.kinds & table.extra.keys() for kind in row.kinds}
     kinds = []
     for layer in range(sizes["layer"] + extra):
         beyond = layer >= sizes["layer"]
         special = table.extra.keys()
-        groups = [[kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))] for group in table.one_of]
+        groups = [
+            [kind for kind in group if (kind in special) == (beyond and not special.isdisjoint(group))]
+            for group in table.one_of
+        ]
         groups = [[kind for kind in group if kind in ahead] or group if beyond else group for group in groups]
         groups = [
-            [kind for kind in group if layer in ruled.get(kind, ())] or [kind for kind in group if kind not in ruled] or group
+            [kind for kind in group if layer in ruled.get(kind, ())]
+            or [kind for kind in group if kind not in ruled]
+            or group
             for group in groups
         ]
         kinds.append([draw(st.sampled_from(group)) for group in groups])
@@ -466,16 +517,22 @@ def _tell(draw: st.DrawFn, rule: str, layers: int, config: dict[str, Any]) -> No
 
 
 def meshes(layers: int, tp: Sequence[int] = (1, 2, 3, 4, 6)) -> list[Mesh]:
-    """Small meshes of every kind: each TP with each EP in it, or with unequal weights; each PP, also with stages of any length."""
+    """Small meshes of every kind: each TP with each EP in it, or with unequal weights; each PP, also with stages of any
+    length.
+    """
     stages: list[tuple[int, tuple[int, ...] | None]] = [(pp, None) for pp in range(1, min(layers, 3) + 1)]
     stages += [(2, (low, layers - low)) for low in range(1, layers)]
     weights = {2: (2, 1), 3: (1, 1, 2), 4: (3, 1, 2, 2)}
-    found = [Mesh(n, pp, ep, None, counts) for n in tp for ep in range(1, n + 1) if n % ep == 0 for pp, counts in stages]
+    found = [
+        Mesh(n, pp, ep, None, counts) for n in tp for ep in range(1, n + 1) if n % ep == 0 for pp, counts in stages
+    ]
     return found + [Mesh(n, pp, 1, weights[n], counts) for n in tp if n in weights for pp, counts in stages]
 
 
 def fitting(table: Format, model: Model, tp: Sequence[int] = (1, 2, 3, 4)) -> list[Layout]:
-    """The layouts of a model in a format on all small meshes that it can lie on; all others are refused by ReshardError."""
+    """The layouts of a model in a format on all small meshes that it can lie on;
+    all others are refused by ReshardError.
+    """
     found = []
     for mesh in meshes(model.main_layers, tp):
         try:
@@ -490,6 +547,10 @@ def fitting(table: Format, model: Model, tp: Sequence[int] = (1, 2, 3, 4)) -> li
 
 def differing(one: Path, two: Path) -> list[str]:
     """What `diff -r` would name: files that only one directory has, or that hold other bytes."""
-    here, there = ({str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()} for root in (one, two))
+    here, there = (
+        {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()} for root in (one, two)
+    )
     both = here.keys() & there.keys()
-    return sorted(here.keys() ^ there.keys() | {name for name in both if here[name].read_bytes() != there[name].read_bytes()})
+    return sorted(
+        here.keys() ^ there.keys() | {name for name in both if here[name].read_bytes() != there[name].read_bytes()}
+    )

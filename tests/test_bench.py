@@ -1,4 +1,6 @@
-"""The bench measures what it says: its controls can fail, its verdicts follow from the numbers, it leaves nothing behind."""
+"""The bench measures what it says: its controls can fail, its verdicts follow from the numbers, it leaves nothing
+behind.
+"""
 
 import importlib.util
 import json
@@ -48,13 +50,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(rounds: int = 9, **walls: float) -> dict[str, list[Any]]:
-    """Made-up rounds in which cp takes a second of time and of CPU, and the others what is said; each round slower than the last."""
-    taken = {"cp": 1.0, "again": 1.0, "two": 0.7, "slow": 1.25, "ours": 0.9, "cpu": 1.7, "again_cpu": 1.0, "wait": 0.0} | walls
+    """Made-up rounds in which cp takes a second of time and of CPU, and the others what is said; each round slower than
+    the last.
+    """
+    taken = {
+        "cp": 1.0,
+        "again": 1.0,
+        "two": 0.7,
+        "slow": 1.25,
+        "ours": 0.9,
+        "cpu": 1.7,
+        "again_cpu": 1.0,
+        "wait": 0.0,
+    } | walls
     cpus = {"ours": taken["cpu"], "again": taken["again_cpu"]}
     names = {"cp": bench.CP, "again": bench.AGAIN, "two": bench.TWO, "slow": bench.SLOW, "ours": bench.OURS}
     drift = [1 + number / 10 for number in range(rounds)]
     return {
-        name: [bench.Sample((taken[key] + taken["wait"]) * d, cpus.get(key, 1.0) * d, 0, 0) for d in drift] for key, name in names.items()
+        name: [bench.Sample((taken[key] + taken["wait"]) * d, cpus.get(key, 1.0) * d, 0, 0) for d in drift]
+        for key, name in names.items()
     }
 
 
@@ -65,7 +79,7 @@ def verdicts(**walls: Any) -> dict[str, str]:
 TIME, PARALLEL, CPU = "convert / cp -r, time", "convert / two parallel cp, time", "convert / cp -r, CPU"
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------------
+# --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
 def test_everything_within_its_bound_passes_and_drift_from_round_to_round_does_not_matter() -> None:
@@ -75,7 +89,9 @@ def test_everything_within_its_bound_passes_and_drift_from_round_to_round_does_n
 
 
 @pytest.mark.parametrize(
-    ("walls", "failing"), [({"ours": 1.02}, TIME), ({"two": 0.55}, PARALLEL), ({"cpu": 2.1}, CPU)], ids=["time", "parallel", "CPU"]
+    ("walls", "failing"),
+    [({"ours": 1.02}, TIME), ({"two": 0.55}, PARALLEL), ({"cpu": 2.1}, CPU)],
+    ids=["time", "parallel", "CPU"],
 )
 def test_a_bound_that_is_exceeded_fails_and_the_others_do_not(walls: dict[str, float], failing: str) -> None:
     found = verdicts(**walls)
@@ -122,7 +138,10 @@ def test_the_median_of_the_ratios_counts_not_the_ratio_of_the_medians() -> None:
 
 
 def test_a_failure_outweighs_a_missing_verdict_and_that_a_pass() -> None:
-    of = {word: bench.Finding("", (), "", word) for word in ("pass", "fail", "no verdict", "not measured", "reported", "holds")}
+    of = {
+        word: bench.Finding("", (), "", word)
+        for word in ("pass", "fail", "no verdict", "not measured", "reported", "holds")
+    }
     assert bench.overall([of["pass"], of["holds"], of["reported"]]) == 0
     assert bench.overall([of["pass"], of["no verdict"]]) == bench.overall([of["not measured"]]) == 2
     assert bench.overall([of["fail"], of["no verdict"], of["pass"]]) == 1
@@ -130,7 +149,10 @@ def test_a_failure_outweighs_a_missing_verdict_and_that_a_pass() -> None:
 
 def test_what_people_read_keeps_within_80_columns() -> None:
     made = samples(ours=123.4)
-    long = [bench.bound("--tp 16 --ep 16, memory / 150 MB", [1234.5], 1.02), bench.Finding("x", (), "0.95–1.05", "not measured")]
+    long = [
+        bench.bound("--tp 16 --ep 16, memory / 150 MB", [1234.5], 1.02),
+        bench.Finding("x", (), "0.95–1.05", "not measured"),
+    ]
     medians = {name: bench.summary(runs, 3 * 10**9) for name, runs in made.items()}
     section = bench.Section("convert", medians, [*bench.findings(made), *long], ["word " * 40])
     lines = "\n".join(section.lines()).splitlines()
@@ -138,18 +160,27 @@ def test_what_people_read_keeps_within_80_columns() -> None:
     assert max(map(len, lines)) <= 80
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [300 * 10**6, 3 * 10**9, 30 * 10**9])
 def test_the_llama_is_about_as_large_as_asked(size: int) -> None:
     config = bench.llama(size)
-    total = sum(2 * stored.shape[0] * (stored.shape[1] if len(stored.shape) > 1 else 1) for stored in shapes.llama(config).values())
+    total = sum(
+        2 * stored.shape[0] * (stored.shape[1] if len(stored.shape) > 1 else 1)
+        for stored in shapes.llama(config).values()
+    )
     assert abs(total - size) < size / 10
-    assert size < 10**9 or (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (4096, 14336, 128)
+    assert size < 10**9 or (config["hidden_size"], config["intermediate_size"], config["head_dim"]) == (
+        4096,
+        14336,
+        128,
+    )
 
 
-def test_the_checkpoint_is_several_valid_files_of_incompressible_bytes_and_converts_and_verifies(source: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_is_several_valid_files_of_incompressible_bytes_and_converts_and_verifies(
+    source: Path, tmp_path: Path
+) -> None:
     files = sorted(source.glob("*.safetensors"))
     held = set()
     for path in files:
@@ -168,7 +199,9 @@ def test_a_sparse_checkpoint_takes_no_space(tmp_path: Path) -> None:
     assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "sparse").iterdir()) < 10**6
 
 
-def test_two_parallel_copies_take_every_file_once_and_about_half_of_the_bytes_each(source: Path, tmp_path: Path) -> None:
+def test_two_parallel_copies_take_every_file_once_and_about_half_of_the_bytes_each(
+    source: Path, tmp_path: Path
+) -> None:
     one, other = bench.halves(source)
     assert sorted(one + other) == sorted(source.iterdir())
     assert abs(sum(path.stat().st_size for path in one) / bench.nbytes(source) - 0.5) < 0.1
@@ -199,7 +232,7 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def test_a_slow_copier_is_flagged_when_it_is_really_run(source: Path, tmp_path: Path) -> None:
@@ -316,7 +349,8 @@ def test_plan_is_measured_on_both_meshes_from_headers_alone(tmp_path: Path) -> N
 def test_the_gate_runs_all_contenders_and_gives_no_verdict_off_tmpfs_or_for_few_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)  # without the usual script: importing torch takes long
+    # without the usual script: importing torch takes long
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     section = bench.gate(SIZE, 1, tmp_path, "ext4")
     assert set(section.medians) == {bench.CP, bench.AGAIN, bench.TWO, bench.SLOW, bench.OURS}
     assert {finding.verdict for finding in section.findings} <= {"no verdict", "holds", "does not"}
@@ -332,7 +366,19 @@ def test_what_does_not_fit_is_not_measured(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_bench_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "convert", "--size", "40MB", "--rounds", "50", "--dir", str(tmp_path), "--disk", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "convert",
+        "--size",
+        "40MB",
+        "--rounds",
+        "50",
+        "--dir",
+        str(tmp_path),
+        "--disk",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

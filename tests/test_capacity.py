@@ -1,4 +1,6 @@
-"""What a mesh costs at run time: bytes per rank and caches against tables computed by hand, fitting, sizes that work."""
+"""What a mesh costs at run time: bytes per rank and caches against tables computed by hand, fitting,
+sizes that work.
+"""
 
 import itertools
 import re
@@ -58,7 +60,7 @@ def laid(model: Model, **mesh: Any) -> Layout:
     return lay_out(NATIVE, model, Mesh(**mesh))
 
 
-# --- Llama-3.1-70B -----------------------------------------------------------------------------------------------------------
+# --- Llama-3.1-70B ----------------------------------------------------------------------------------------------------
 
 
 def test_llama_at_tp_8_stores_what_a_hand_counts() -> None:
@@ -80,14 +82,17 @@ def test_llama_at_tp_8_stores_what_a_hand_counts() -> None:
 
 
 def test_llama_at_tp_16_repeats_each_kv_head_on_two_ranks() -> None:
-    """Weights and cache hold a whole KV head on every one of 16 ranks, so the cache of all ranks is twice the model's."""
+    """Weights and cache hold a whole KV head on every one of 16 ranks,
+    so the cache of all ranks is twice the model's.
+    """
     layer = 2 * 8192 + 4 * 128 * 8192 + 2 * (1 * 128 * 8192) + 8192 * 4 * 128 + 3 * 1792 * 8192
     outside = 2 * (8016 * 8192) + 8192
     layout = laid(llama(), tp=16)
     assert capacity.weight_bytes(layout) == (2 * (80 * layer + outside),) * 16
     cache = capacity.cache(layout, Config(shapes.LLAMA_70B), 8192, 4)
     assert cache is not None
-    assert cache.ranks == (80 * 2 * 1 * 128 * 8192 * 4 * 2,) * 16  # layers, k and v, 1 head, head_dim, tokens, batch, bytes
+    # layers, k and v, 1 head, head_dim, tokens, batch, bytes
+    assert cache.ranks == (80 * 2 * 1 * 128 * 8192 * 4 * 2,) * 16
     assert cache.dtypes == ("BF16",)
     at_8 = capacity.cache(laid(llama(), tp=8), Config(shapes.LLAMA_70B), 8192, 4)
     assert at_8 is not None and at_8.ranks == cache.ranks[:8]
@@ -115,11 +120,13 @@ def test_uneven_ranks_keep_the_heads_that_they_have() -> None:
     assert capacity.weight_bytes(layout) == (rank(3), rank(3), rank(2))
 
 
-# --- DeepSeek-V3 -------------------------------------------------------------------------------------------------------------
+# --- DeepSeek-V3 ------------------------------------------------------------------------------------------------------
 
 
 def deepseek_rank_by_hand(weight: int, scale: int, experts: int, moe_inter: int) -> int:
-    """Bytes of a rank of 16 that has `experts` whole experts of `moe_inter`; `weight`: bytes per weight, `scale`: per block of 128²."""
+    """Bytes of a rank of 16 that has `experts` whole experts of `moe_inter`; `weight`: bytes per weight, `scale`:
+    per block of 128².
+    """
 
     def linear(out: int, into: int, blocks: int | None = None) -> int:
         tiles = -(-out // 128) * -(-into // 128) if blocks is None else blocks
@@ -141,7 +148,8 @@ def deepseek_rank_by_hand(weight: int, scale: int, experts: int, moe_inter: int)
         + 2 * linear(128, 7168)  # shared expert, 2048 / 16
         + linear(7168, 128)
     )
-    mtp = 2 * (3 * 7168 + 7168 * 14336 + 2 * 8080 * 7168)  # three norms, eh_proj whole, embed and head: 129280 / 16 rows
+    # three norms, eh_proj whole, embed and head: 129280 / 16 rows
+    mtp = 2 * (3 * 7168 + 7168 * 14336 + 2 * 8080 * 7168)
     outside = 2 * (2 * 8080 * 7168 + 7168)
     return 62 * attention + 3 * dense + 59 * moe + mtp + outside
 
@@ -155,7 +163,10 @@ def test_deepseek_at_tp_16_stores_what_a_hand_counts(fp8: bool, weight: int, sca
 @pytest.mark.parametrize(("fp8", "weight", "scale"), [(False, 2, 0), (True, 1, 4)])
 def test_deepseek_at_ep_16_stores_what_a_hand_counts(fp8: bool, weight: int, scale: int) -> None:
     """16 whole experts per rank, everything else cut as without EP."""
-    assert capacity.weight_bytes(laid(deepseek(fp8), tp=16, ep=16)) == (deepseek_rank_by_hand(weight, scale, 16, 2048),) * 16
+    assert (
+        capacity.weight_bytes(laid(deepseek(fp8), tp=16, ep=16))
+        == (deepseek_rank_by_hand(weight, scale, 16, 2048),) * 16
+    )
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -171,7 +182,7 @@ def test_a_latent_cache_is_whole_on_each_tensor_parallel_rank(fp8: bool) -> None
     assert staged.ranks == tuple(n * (512 + 64) * 8192 * 4 * 2 for n in (31, 31, 30, 30))
 
 
-# --- Gemma-2-27B -------------------------------------------------------------------------------------------------------------
+# --- Gemma-2-27B ------------------------------------------------------------------------------------------------------
 
 
 def test_gemma_at_tp_8_stores_what_a_hand_counts() -> None:
@@ -198,7 +209,7 @@ def test_gemma_s_even_layers_keep_a_window() -> None:
     assert long.window == 4096 and long.windowed == tuple(range(0, 46, 2))
 
 
-# --- windows -----------------------------------------------------------------------------------------------------------------
+# --- windows ----------------------------------------------------------------------------------------------------------
 
 
 def windowed(family: str, layers: int = 6, **config: Any) -> tuple[int | None, tuple[int, ...]]:
@@ -216,7 +227,19 @@ def test_each_family_s_windows_are_those_of_transformers() -> None:
         {"sliding_window": 100, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 3},
     ]
     checked = 0
-    older = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gpt_oss", "olmo2", "gpt_neox")
+    older = (
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "phi3",
+        "gemma2",
+        "gpt_oss",
+        "olmo2",
+        "gpt_neox",
+    )
     for family in (*older, "ministral", "ministral3", "gemma3_text", "cohere2", "exaone4", "olmo3"):
         for keys in given:
             if family in ("mistral", "mixtral", "phi3", "qwen3_moe", "ministral3") and "layer_types" in keys:
@@ -277,7 +300,9 @@ def test_a_null_window_is_none_and_a_short_layer_types_is_refused() -> None:
 
 
 def test_every_family_says_what_it_caches() -> None:
-    """Each names logical tensors of its own; only what does not run may leave its cache uncounted, and `plan` says so."""
+    """Each names logical tensors of its own; only what does not run may leave its cache uncounted,
+    and `plan` says so.
+    """
     for name in families.shipped():
         table = families.load(name)
         if "cache" not in table.model:
@@ -288,7 +313,7 @@ def test_every_family_says_what_it_caches() -> None:
         assert kept <= leaves and bool(kept) == any(leaf.startswith("attn.") for leaf in leaves), name
 
 
-# --- fitting -----------------------------------------------------------------------------------------------------------------
+# --- fitting ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_tenth_of_the_device_stays_free() -> None:
@@ -305,7 +330,9 @@ def test_a_tenth_of_the_device_stays_free() -> None:
 
 
 def test_smallest_is_the_first_mesh_that_fits() -> None:
-    """Against trying all: tensor parallel alone up to 64 first, then the fewest ranks, then more tensor parallel ones."""
+    """Against trying all: tensor parallel alone up to 64 first, then the fewest ranks,
+    then more tensor parallel ones.
+    """
     config = Config(SMALL)
     layouts: dict[Mesh, Layout] = {}
     for tp in range(1, 65):
@@ -335,13 +362,17 @@ def test_smallest_keeps_the_stages_and_the_experts_that_are_asked_for() -> None:
     assert capacity.smallest(model, config, NATIVE, 1 << 20, 8192, 4) is None
 
 
-# --- sizes -------------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "deepseek", "deepseek_fp8", "small"])
 def test_sizes_that_work_are_those_that_lay_out(name: str) -> None:
     """Looking at one rank of a stage says the same as laying out all of them."""
-    model = {"llama": llama, "gemma": gemma, "small": small}[name]() if "deepseek" not in name else deepseek(name == "deepseek_fp8")
+    model = (
+        {"llama": llama, "gemma": gemma, "small": small}[name]()
+        if "deepseek" not in name
+        else deepseek(name == "deepseek_fp8")
+    )
     for ep in (1, 4):
         works = capacity.sizes_that_work(NATIVE, model, Mesh(tp=ep, ep=ep))
         for tp in range(ep, 21, ep):
@@ -367,7 +398,8 @@ def test_the_split_that_works_is_in_whole_kv_groups() -> None:
     """8 KV heads on 3 ranks are 3:3:2; more ranks than groups, or a format that wants equal ranks, have none."""
     assert capacity.split_that_works(NATIVE, llama(), Mesh(tp=3)) == (3, 3, 2)
     assert capacity.split_that_works(NATIVE, llama(), Mesh(tp=6)) == (2, 2, 1, 1, 1, 1)
-    assert capacity.split_that_works(NATIVE, deepseek(True), Mesh(tp=3)) == (22, 21, 21)  # pairs of heads: 2 × 192 is whole blocks
+    # pairs of heads: 2 × 192 is whole blocks
+    assert capacity.split_that_works(NATIVE, deepseek(True), Mesh(tp=3)) == (22, 21, 21)
     assert capacity.split_that_works(NATIVE, llama(), Mesh(tp=12)) is None
     assert capacity.split_that_works(formats.load("vllm"), llama(), Mesh(tp=3)) is None
 
@@ -391,7 +423,9 @@ def test_a_refusal_names_the_sizes_that_would_work() -> None:
     never = "EP 32 never works for this model; TP sizes that work without: 1, 2, 4, 8, 16"
     assert refused(deepseek(True), tp=32, ep=32) == f"{never}; or --tp 16 --pp 2 --ep 16"
     hint = refused(deepseek(False), tp=48, ep=16)
-    assert hint.startswith("TP sizes that work with EP 16: 16, 32, 64, 128; or --tp 16 --pp 3 --ep 16; or --tp 48 --split 3:3:")
+    assert hint.startswith(
+        "TP sizes that work with EP 16: 16, 32, 64, 128; or --tp 16 --pp 3 --ep 16; or --tp 48 --split 3:3:"
+    )
     assert refused(llama(), tp=8, weights=(1,) * 7 + (90,)) == "without --split this mesh works"
     assert refused(llama(), tp=2, pp=2, layers=(40, 41)) == ""
 
@@ -399,8 +433,14 @@ def test_a_refusal_names_the_sizes_that_would_work() -> None:
 def test_a_mesh_that_a_refusal_names_works() -> None:
     """Every mesh that is named lays out on all of its ranks, and has as many ranks as were asked for."""
     vllm, named = formats.load("vllm"), 0
-    asked = [(deepseek(True), Mesh(32), NATIVE), (deepseek(True), Mesh(64, ep=32), NATIVE), (llama(), Mesh(12, 2), vllm)]
-    asked += [(small(), Mesh(tp, pp), table) for tp in (5, 6, 12, 20, 64) for pp in (1, 2, 3) for table in (NATIVE, vllm)]
+    asked = [
+        (deepseek(True), Mesh(32), NATIVE),
+        (deepseek(True), Mesh(64, ep=32), NATIVE),
+        (llama(), Mesh(12, 2), vllm),
+    ]
+    asked += [
+        (small(), Mesh(tp, pp), table) for tp in (5, 6, 12, 20, 64) for pp in (1, 2, 3) for table in (NATIVE, vllm)
+    ]
     for model, mesh, table in asked:
         try:
             lay_out(table, model, mesh)

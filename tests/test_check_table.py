@@ -1,4 +1,6 @@
-"""Whatever is wrong in a table is caught, where it does not fit a checkpoint or where the model is run; what is not caught is told."""
+"""Whatever is wrong in a table is caught, where it does not fit a checkpoint or where the model is run;
+what is not caught is told.
+"""
 
 import json
 import math
@@ -61,7 +63,7 @@ def tried(name: str, words: str, benches: Callable[[str], list[Bench]]) -> Trial
     return mutation_trial.tried(damages(name)[words], family(name), benches(name))
 
 
-# --- every family ------------------------------------------------------------------------------------------------------------------
+# --- every family -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -89,7 +91,9 @@ def test_what_fits_and_is_wrong_is_caught_by_running(name: str, benches: Callabl
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_wrong_table_can_hide_in_a_made_up_checkpoint(name: str, tmp_path: Path) -> None:
-    """No matrix is square, no dimension of one tensor is another's by chance, no two rows are equal; every row stands in one."""
+    """No matrix is square, no dimension of one tensor is another's by chance, no two rows are equal;
+    every row stands in one.
+    """
     covered: set[int] = set()
     for root in made_up(family(name), tmp_path):
         bench = Bench(root.name, root, family(name), "is not run here")
@@ -111,15 +115,24 @@ def test_every_row_axis_and_size_is_damaged_and_no_damage_twice(name: str) -> No
     keys = [damaging.identity(mutation.data) for mutation in found if mutation.data is not None]
     assert len(set(keys)) == len(keys)
     assert damaging.identity(table.written) not in keys
-    assert sum(" dropped" in mutation.name and mutation.name.startswith("row ") for mutation in found) == len(table.rows)
+    assert sum(" dropped" in mutation.name and mutation.name.startswith("row ") for mutation in found) == len(
+        table.rows
+    )
     shifted = {mutation.shift for mutation in found if mutation.shift is not None and mutation.shift[0]}
-    axes = {(leaf, axis) for row in table.rows for leaf, path in zip(row.leaves, row.pattern.axes, strict=True) for axis in path}
+    axes = {
+        (leaf, axis)
+        for row in table.rows
+        for leaf, path in zip(row.leaves, row.pattern.axes, strict=True)
+        for axis in path
+    }
     assert shifted == axes
     for axis in table.written["sizes"]:
-        assert {f"size of axis {axis} dropped", f"size of axis {axis} shifted by one"} <= {mutation.name for mutation in found}
+        assert {f"size of axis {axis} dropped", f"size of axis {axis} shifted by one"} <= {
+            mutation.name for mutation in found
+        }
 
 
-# --- which rung ----------------------------------------------------------------------------------------------------------------------
+# --- which rung -------------------------------------------------------------------------------------------------------
 
 
 NAMED = [
@@ -153,7 +166,9 @@ NAMED = [
 
 
 @pytest.mark.parametrize(("name", "words", "by"), NAMED, ids=[f"{name}: {words}" for name, words, _ in NAMED])
-def test_a_damage_is_caught_where_one_would_think(name: str, words: str, by: str, benches: Callable[[str], list[Bench]]) -> None:
+def test_a_damage_is_caught_where_one_would_think(
+    name: str, words: str, by: str, benches: Callable[[str], list[Bench]]
+) -> None:
     trial = tried(name, words, benches)
     assert (trial.by, trial.name) == (by, words), trial
 
@@ -169,16 +184,24 @@ FITTING = [
 def test_what_fits_passes_all_rungs_but_the_model_computes_something_else(
     name: str, words: str, tmp_path: Path, benches: Callable[[str], list[Bench]]
 ) -> None:
-    """Written out: the damaged table converts, and integrity, weights and sha256 find nothing; logits are those that the check saw."""
+    """Written out: the damaged table converts, and integrity, weights and sha256 find nothing; logits are those that
+    the check saw.
+    """
     (bench,) = benches(name)
     assert bench.published.root is not None
     damaged = damages(name)[words].data
     assert damaged is not None
     (tmp_path / "mine.toml").write_text(toml(damaged))
-    reshard.convert(bench.published.root, out := tmp_path / "out", tp=2, family=str(tmp_path / "mine.toml"), sha256=True)
+    reshard.convert(
+        bench.published.root, out := tmp_path / "out", tp=2, family=str(tmp_path / "mine.toml"), sha256=True
+    )
     source = reshard.api.open_any(bench.published.root, family=str(tmp_path / "mine.toml"))
     report = verify(out, source)
-    assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights", "sha256"]
+    assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == [
+        "integrity",
+        "weights",
+        "sha256",
+    ]
 
     def work(world: World) -> torch.Tensor:
         found = load_model(out, torch.float64, world=world)(bench.ids, all_ranks=True)
@@ -203,14 +226,16 @@ def toml(data: dict[str, object]) -> str:
     return "".join(f"{key} = {value(found)}\n" for key, found in data.items())
 
 
-# --- what is not caught, and tables of one's own -----------------------------------------------------------------------------------
+# --- what is not caught, and tables of one's own ----------------------------------------------------------------------
 
 
 def test_what_a_checkpoint_cannot_tell_is_not_called_caught(checkpoint: Get) -> None:
     """Attention and feed-forward beside each other add both biases at one place: exchanged, the model is the same."""
     bench = Bench("given", checkpoint("gpt_neox"), family("gpt_neox"), None)
     damage = damages("gpt_neox")["rows attn.o_bias and mlp.down_bias exchanged"]
-    assert mutation_trial.tried(damage, family("gpt_neox"), [bench]).by == "beyond", "run one after the other, they are told apart"
+    assert mutation_trial.tried(damage, family("gpt_neox"), [bench]).by == "beyond", (
+        "run one after the other, they are told apart"
+    )
     trial = Trial(damage.name, MISSED, "the same logits: they differ")
     found = TableCheck("gpt_neox", 16, 7, ("given",), (trial, Trial("other", "opening", "why")))
     assert not found.ok and not found.proven
@@ -226,7 +251,10 @@ def test_a_given_checkpoint_is_tried_first_and_says_whether_the_table_itself_is_
     found = check_table(family("llama"), checkpoint("llama"), sample=40)
     assert found.ok and found.proven and not found.wrong
     assert found.itself.startswith("the table itself: logits differ from transformers")
-    assert {trial.checkpoint for trial in found.trials if trial.by == "numerics"} == {str(checkpoint("llama")), "synthetic 1"}
+    assert {trial.checkpoint for trial in found.trials if trial.by == "numerics"} == {
+        str(checkpoint("llama")),
+        "synthetic 1",
+    }
     assert found.uncovered == (), "its optional rows are in one made up"
 
 
@@ -252,14 +280,18 @@ def test_a_table_that_does_not_fit_the_given_checkpoint_is_refused(checkpoint: G
 
 
 def test_a_table_of_axes_that_nobody_knows_is_checked_too(tmp_path: Path) -> None:
-    """Axes of other names get sizes of their own; a table that the runtime cannot run is checked as far as it fits, and says so."""
+    """Axes of other names get sizes of their own; a table that the runtime cannot run is checked as far as it fits,
+    and says so.
+    """
     rows = [["wte", "tokens width", "embed"], ["h.{layer}.w", "(a b) width", "attn.o"], ["n", "width", "norm"]]
     sizes = {"layer": "layers", "a": "as"}
     (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": sizes}))
     with pytest.raises(ReshardError, match="format"):
         check_table(families.load_file(tmp_path / "mine.toml"))
     rows = [["wte", "vocab hidden", "embed"], ["h.{layer}.n", "hidden", "attn_norm"], ["n", "hidden", "norm"]]
-    (tmp_path / "mine.toml").write_text(toml({"name": "mine", "rows": rows, "sizes": {"layer": "layers", "hidden": "size"}}))
+    (tmp_path / "mine.toml").write_text(
+        toml({"name": "mine", "rows": rows, "sizes": {"layer": "layers", "hidden": "size"}})
+    )
     found = check_table(families.load_file(tmp_path / "mine.toml"))
     assert found.skipped is not None and found.skipped.startswith("the runtime cannot run synthetic 1")
     assert found.ok and not found.proven and found.count[OPEN] > 0
@@ -274,20 +306,38 @@ def test_the_table_of_a_format_is_refused(name: str) -> None:
 ODD = {
     "no size but zero": ('like = "llama"\n[sizes]\nkv = "a * 0"', r'\[sizes\] kv = "a \* 0"\) has size 0, expected 1'),
     "a size of zero": ('like = "llama"\n[sizes]\ninter = "0"', r'\[sizes\] inter = "0"\) has size 0, expected 1'),
-    "a part of zero": ('like = "llama"\n[sizes]\nkv = "0"\nheads = "h"', r'\[sizes\] kv = "0"\) has size 0, expected 1'),
+    "a part of zero": (
+        'like = "llama"\n[sizes]\nkv = "0"\nheads = "h"',
+        r'\[sizes\] kv = "0"\) has size 0, expected 1',
+    ),
     "half a sum": ('like = "llama"\n[sizes]\nvocab = "hidden+"', r'\[sizes\] vocab = "hidden\+"\) has no size'),
     "half a sum of layers": ('like = "llama"\n[sizes]\nlayer = "a+"', r'\[sizes\] layer = "a\+"\) has no size'),
-    "half a sum elsewhere": ('like = "granitemoehybrid"\n[sizes]\nvocab = "a + "', r'\[sizes\] vocab = "a \+ "\) has no size'),
+    "half a sum elsewhere": (
+        'like = "granitemoehybrid"\n[sizes]\nvocab = "a + "',
+        r'\[sizes\] vocab = "a \+ "\) has no size',
+    ),
     "a compound of nothing": ('like = "llama"\n[axes]\nheads = ""', r'\[axes\] heads = "" has no parts'),
-    "extra layers only": ('like = "deepseek_v3"\none_of = [["mtp"]]', r"one_of = .*\['mtp'\]\] leaves no kind for the layers"),
+    "extra layers only": (
+        'like = "deepseek_v3"\none_of = [["mtp"]]',
+        r"one_of = .*\['mtp'\]\] leaves no kind for the layers",
+    ),
     "no rows": ("", "it has no row"),
-    "a size that is text": ('like = "llama"\n[sizes]\nheads = "model_type"', "model_type is 'odd', a non-negative integer is needed"),
-    "a value and a section": ('like = "llama"\n[sizes]\nlayer = "a"\nhidden = "a.b"', "a is a section of config.json in a.b"),
+    "a size that is text": (
+        'like = "llama"\n[sizes]\nheads = "model_type"',
+        "model_type is 'odd', a non-negative integer is needed",
+    ),
+    "a value and a section": (
+        'like = "llama"\n[sizes]\nlayer = "a"\nhidden = "a.b"',
+        "a is a section of config.json in a.b",
+    ),
     "a very long axis": (
         'like = "llama"\n[sizes]\nvocab = "99999999999"',
         r'vocab = "99999999999"\) has size 99999999999, expected 1 to 1048576',
     ),
-    "a very large model": ('like = "llama"\n[sizes]\nvocab = "131072"\nhidden = "16384"', "more than 67108864 elements"),
+    "a very large model": (
+        'like = "llama"\n[sizes]\nvocab = "131072"\nhidden = "16384"',
+        "more than 67108864 elements",
+    ),
 }
 
 
@@ -296,7 +346,9 @@ def test_a_table_of_which_no_checkpoint_can_be_made_up_is_refused_with_the_reaso
     """Never a traceback, and never a verdict such as "0 of 1 caught"."""
     text, why = ODD[what]
     (tmp_path / "odd.toml").write_text(f'name = "odd"\n{text}\n')
-    with pytest.raises(ReshardError, match=f'family "odd": cannot generate a synthetic checkpoint from its table: .*{why}'):
+    with pytest.raises(
+        ReshardError, match=f'family "odd": cannot generate a synthetic checkpoint from its table: .*{why}'
+    ):
         check_table(families.load_file(tmp_path / "odd.toml"), sample=1)
 
 
@@ -315,7 +367,7 @@ def test_a_table_may_have_any_number_of_axes_that_nobody_knows(tmp_path: Path) -
     assert len({shape[0] for shape in shapes} | {shapes[0][1]}) == 42
 
 
-# --- saying it -----------------------------------------------------------------------------------------------------------------------
+# --- saying it --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +407,9 @@ def test_progress_is_told_damage_by_damage(monkeypatch: pytest.MonkeyPatch) -> N
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
-def test_without_torch_the_last_rung_is_not_climbed_and_nothing_is_called_caught_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_the_last_rung_is_not_climbed_and_nothing_is_called_caught_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(table_check, "find_spec", lambda name: None)
     monkeypatch.setattr(Bench, "_prepare", lambda *_: pytest.fail("nothing may be run"))
     found = check_table(family("phi3"), sample=120)

@@ -1,4 +1,6 @@
-"""Checkpoints as they are found: which files count, how they may be laid, what goes along; all of it there and back, byte for byte."""
+"""Checkpoints as they are found: which files count, how they may be laid, what goes along; all of it there and back,
+byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ heads = "kv group"
 """
 
 
-def there_and_back(source: Path, *words: str, meshes: tuple[tuple[str, ...], ...] = (("--tp", "2"), ("--tp", "4", "--pp", "2"))) -> Path:
+def there_and_back(
+    source: Path, *words: str, meshes: tuple[tuple[str, ...], ...] = (("--tp", "2"), ("--tp", "4", "--pp", "2"))
+) -> Path:
     """Convert, verify, merge: the same files, byte for byte; the last shard directory."""
     for number, mesh in enumerate(meshes):
         out, back = source.parent / f"out{number}", source.parent / f"back{number}"
@@ -92,17 +96,36 @@ def test_the_index_decides_which_files_count_whatever_their_names(tmp_path: Path
     save(source / "adapter_model.safetensors", {"lora": noise("F32", 5)})
     (source / "original").mkdir()
     save(source / "original" / "consolidated.00.safetensors", extra)
-    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.gguf", "model.onnx", "training_args.bin", "optimizer.pt"):
+    for name in (
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.gguf",
+        "model.onnx",
+        "training_args.bin",
+        "optimizer.pt",
+    ):
         (source / name).write_bytes(b"weights of another kind")
     (source / "tokenizer.json").write_text("{}")
     done = reshard("convert", source, tmp_path / "out", "--tp", "2")
     assert done.code == 0, done.err
     left = {"adapter_model.safetensors", "consolidated.safetensors", "original/", "pytorch_model.bin", "tf_model.h5"}
-    left |= {"flax_model.msgpack", "model.gguf", "model.onnx", "training_args.bin", "optimizer.pt", "model.fp16.safetensors"}
+    left |= {
+        "flax_model.msgpack",
+        "model.gguf",
+        "model.onnx",
+        "training_args.bin",
+        "optimizer.pt",
+        "model.fp16.safetensors",
+    }
     told = reshard("convert", source, tmp_path / "out", "--tp", "2", "--json").json["left"]
     assert {entry["name"] for entry in told} == left
     assert "left behind: " in done.out
-    assert {name for name in tree(tmp_path / "out") if "/" not in name} == {"config.json", "manifest.json", "tokenizer.json"}
+    assert {name for name in tree(tmp_path / "out") if "/" not in name} == {
+        "config.json",
+        "manifest.json",
+        "tokenizer.json",
+    }
     assert reshard("convert", tmp_path / "out", tmp_path / "back", "--to", "hf").code == 0
     back = tree(tmp_path / "back")
     assert back.keys() == {"config.json", "tokenizer.json", "model.safetensors.index.json"} | {
@@ -131,12 +154,22 @@ def test_one_file_counts_before_an_index_as_for_transformers(tmp_path: Path) -> 
 def test_base_models_are_stored_without_model_and_perhaps_without_a_head(name: str, tmp_path: Path) -> None:
     """As embedding models are published. One whose head is its embedding runs, too."""
     source = fixtures.copy(name, tmp_path / "model")
-    fixtures.rewrite(source, lambda state: {key.removeprefix("model."): tensor for key, tensor in state.items() if key != "lm_head.weight"})
+    fixtures.rewrite(
+        source,
+        lambda state: {key.removeprefix("model."): tensor for key, tensor in state.items() if key != "lm_head.weight"},
+    )
     there_and_back(source, meshes=(("--tp", "2"), ("--tp", "2", "--pp", "2")))
     done = reshard("verify", tmp_path / "out0", "--against", source, "--only", "numerics", "--json")
     assert done.code == 0 and ("numbers" in done.json["rungs"][0]) == (name == "qwen3_tied"), done
-    fixtures.rewrite(source, lambda state: {key: tensor for key, tensor in state.items() if "layers.1.input" not in key})
-    refused(reshard("plan", source, "--tp", "2"), 2, "missing layers.{layer}.input_layernorm.weight", "layers.1.input_layernorm.weight")
+    fixtures.rewrite(
+        source, lambda state: {key: tensor for key, tensor in state.items() if "layers.1.input" not in key}
+    )
+    refused(
+        reshard("plan", source, "--tp", "2"),
+        2,
+        "missing layers.{layer}.input_layernorm.weight",
+        "layers.1.input_layernorm.weight",
+    )
 
 
 def test_config_json_may_name_the_weights(tmp_path: Path) -> None:
@@ -201,7 +234,11 @@ def test_carried_files_keep_their_bytes_times_and_odd_names(tmp_path: Path) -> N
 
 def test_tensors_out_of_the_header_s_order(tmp_path: Path) -> None:
     source, tensors = llama(tmp_path / "model"), llama_tensors()
-    save(source / "model.safetensors", tensors, order=sorted(tensors, key=lambda name: hashlib.sha1(name.encode()).digest()))
+    save(
+        source / "model.safetensors",
+        tensors,
+        order=sorted(tensors, key=lambda name: hashlib.sha1(name.encode()).digest()),
+    )
     there_and_back(source)
 
 
@@ -274,7 +311,9 @@ def mine(tmp_path: Path, dtype: str = "BF16", more: Tensors | None = None, inter
 
 @pytest.mark.parametrize("dtype", BITS)
 def test_every_dtype_goes_there_and_back(dtype: str, tmp_path: Path) -> None:
-    """Through a table of one's own; the shards hold it in the same dtype; sub-byte elements are cut only between bytes."""
+    """Through a table of one's own; the shards hold it in the same dtype;
+    sub-byte elements are cut only between bytes.
+    """
     source, option = mine(tmp_path, dtype)
     out = there_and_back(source, option, meshes=(("--tp", "2"), ("--tp", "4"), ("--pp", "2")))
     stored = json.loads((out / "rank-00000" / "tensors.json").read_text())["tensors"]
@@ -284,7 +323,13 @@ def test_every_dtype_goes_there_and_back(dtype: str, tmp_path: Path) -> None:
 def test_a_cut_that_would_tear_a_byte_is_refused(tmp_path: Path) -> None:
     """Half of 5 columns of four bits is no number of bytes."""
     source, option = mine(tmp_path, "F4", inter=40)
-    refused(reshard("convert", source, tmp_path / "out", "--tp", "8", option), 2, "blocks.0.down.weight", "F4", "tearing a byte")
+    refused(
+        reshard("convert", source, tmp_path / "out", "--tp", "8", option),
+        2,
+        "blocks.0.down.weight",
+        "F4",
+        "tearing a byte",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -308,7 +353,13 @@ def test_scalars_and_empty_tensors_are_converted(tmp_path: Path) -> None:
         '["out.weight",', '["counter", "", "head_scale"],\n ["empty", "none hidden", "lost"],\n ["out.weight",'
     )
     (tmp_path / "mine.toml").write_text(text)
-    refused(reshard("convert", source, tmp_path / "out", "--tp", "2", option), 2, "no row for the logical tensor", "head_scale", "lost")
+    refused(
+        reshard("convert", source, tmp_path / "out", "--tp", "2", option),
+        2,
+        "no row for the logical tensor",
+        "head_scale",
+        "lost",
+    )
 
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
@@ -328,10 +379,18 @@ def test_tied_embeddings_stored_once_twice_or_as_head(stored: str, to: str, tmp_
         tensors[head] = tensors[embed]
     source = llama(tmp_path / "model", tensors, **TIED)
     if to == "vllm" and stored == "both different":  # vLLM ties them, and then refuses to load a second one
-        refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--to", to), 2, "tie_word_embeddings", "embed and head")
+        refused(
+            reshard("convert", source, tmp_path / "out", "--tp", "2", "--to", to),
+            2,
+            "tie_word_embeddings",
+            "embed and head",
+        )
         return
     out = there_and_back(source, meshes=(("--to", to, "--tp", "2"), ("--to", to, "--pp", "3")))
-    ranks = [{t["name"] for t in json.loads((out / f"rank-0000{rank}" / "tensors.json").read_text())["tensors"]} for rank in range(3)]
+    ranks = [
+        {t["name"] for t in json.loads((out / f"rank-0000{rank}" / "tensors.json").read_text())["tensors"]}
+        for rank in range(3)
+    ]
     mine, last = ("embed", "head") if to == "native" else (embed, head)
     assert [mine in rank for rank in ranks] == [True, False, False]
     assert [last in rank for rank in ranks] == [False, False, True]
@@ -341,7 +400,9 @@ def test_tied_embeddings_stored_once_twice_or_as_head(stored: str, to: str, tmp_
 
 
 def hub_cache(place: Path, source: Path) -> Path:
-    """The files of a checkpoint as huggingface_hub keeps them: a snapshot of links into blobs, large ones named by their SHA-256."""
+    """The files of a checkpoint as huggingface_hub keeps them: a snapshot of links into blobs, large ones named by
+    their SHA-256.
+    """
     repo = place / "models--our-org--Llama-3"
     snapshot = repo / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
     snapshot.mkdir(parents=True)
@@ -364,7 +425,9 @@ def test_a_snapshot_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["model"] == {"id": "our-org/Llama-3", "commit": snapshot.name, "license": "apache-2.0"}
     files = json.loads((out / "source" / "files.json").read_text())
-    assert [file.get("sha256") for file in files] == [hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()]
+    assert [file.get("sha256") for file in files] == [
+        hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    ]
     told = reshard("inspect", out, "--json").json
     assert (told["model"], told["commit"], told["license"]) == ("our-org/Llama-3", snapshot.name, "apache-2.0")
     assert reshard("convert", out, tmp_path / "back", "--to", "hf").code == 0
@@ -378,7 +441,10 @@ def test_sha256_of_every_file_on_request(tmp_path: Path) -> None:
     tensors = list(llama_tensors().items())
     save_index(source, {"a.safetensors": dict(tensors[:9]), "b.safetensors": dict(tensors[9:])})
     assert reshard("convert", source, tmp_path / "out", "--tp", "2", "--sha256").code == 0
-    recorded = {file["name"]: file.get("sha256") for file in json.loads((tmp_path / "out" / "source" / "files.json").read_text())}
+    recorded = {
+        file["name"]: file.get("sha256")
+        for file in json.loads((tmp_path / "out" / "source" / "files.json").read_text())
+    }
     wanted = {name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in sorted(recorded)}
     assert recorded == wanted
     assert len(wanted) == 3
@@ -431,7 +497,9 @@ def test_a_missing_number_of_kv_heads_means_all_heads(tmp_path: Path) -> None:
 def test_a_nested_text_config(tmp_path: Path) -> None:
     """The model's facts, and its model_type, stand one level below."""
     source = llama(tmp_path / "model")
-    (source / "config.json").write_text(json.dumps({"model_type": "some_wrapper", "architectures": ["Wrapper"], "text_config": LLAMA}))
+    (source / "config.json").write_text(
+        json.dumps({"model_type": "some_wrapper", "architectures": ["Wrapper"], "text_config": LLAMA})
+    )
     there_and_back(source)
     assert reshard("inspect", source, "--json").json["family"] == "llama"
 
@@ -439,9 +507,16 @@ def test_a_nested_text_config(tmp_path: Path) -> None:
 def test_a_nested_text_config_alone(tmp_path: Path) -> None:
     source = llama(tmp_path / "model", llama_tensors() | {"model.stray": noise("F32", 5)})
     (source / "config.json").write_text(json.dumps({"text_config": LLAMA}))
-    refused(reshard("plan", source, "--tp", "2"), 2, 'does not fit the table of family "llama"', "no row claims model.stray")
+    refused(
+        reshard("plan", source, "--tp", "2"), 2, 'does not fit the table of family "llama"', "no row claims model.stray"
+    )
     (source / "config.json").write_text(json.dumps({"model_type": "some_wrapper", "text_config": LLAMA}))
-    refused(reshard("plan", source, "--tp", "2"), 2, 'does not fit the table of family "some_wrapper"', "no row claims model.stray")
+    refused(
+        reshard("plan", source, "--tp", "2"),
+        2,
+        'does not fit the table of family "some_wrapper"',
+        "no row claims model.stray",
+    )
 
 
 @pytest.mark.parametrize("key", ["num_local_experts", "num_experts"])
@@ -469,10 +544,13 @@ def test_a_table_of_one_s_own_goes_with_the_shards(tmp_path: Path) -> None:
 
 
 def test_a_table_of_one_s_own_may_be_like_a_shipped_one(tmp_path: Path) -> None:
-    tensors = llama_tensors() | {f"model.layers.{layer}.self_attn.q_norm.weight": noise("BF16", 10, seed=layer) for layer in range(3)}
+    tensors = llama_tensors() | {
+        f"model.layers.{layer}.self_attn.q_norm.weight": noise("BF16", 10, seed=layer) for layer in range(3)
+    }
     source = llama(tmp_path / "model", tensors, model_type="lama")
     (tmp_path / "t.toml").write_text(
-        'name = "lama"\nlike = "llama"\nrows = [["model.layers.{layer}.self_attn.q_norm.weight", "head_dim", "attn.q_norm"]]'
+        'name = "lama"\nlike = "llama"\nrows = [["model.layers.{layer}.self_attn.q_norm.weight", "head_dim", '
+        '"attn.q_norm"]]'
     )
     there_and_back(source, f"--family={tmp_path / 't.toml'}")
 

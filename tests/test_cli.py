@@ -20,7 +20,8 @@ from running import WATCHDOG, command, environment, lines_run, llama, names, pro
 LINES = 1_000_000  # of Python that a refusal may run
 COMMANDS = ("inspect", "plan", "convert", "verify", "generate", "fingerprint", "explain", "diff", "check-table")
 
-# `python -m reshard` on storage that needs `SLOW` seconds for each transfer, and with the intervals of a heartbeat in `BEAT`.
+# `python -m reshard` on storage that needs `SLOW` seconds for each transfer, and with the intervals of a heartbeat in
+# `BEAT`.
 SLOW = """
 import os, sys, time
 from reshard.store import local as files
@@ -78,7 +79,10 @@ def test_without_a_command_it_shows_the_help_and_exits_2() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys\nfrom reshard.cli import main\ntry: main(['convert', '--help'])\nexcept SystemExit: print(*sorted(sys.modules))"
+    code = (
+        "import sys\nfrom reshard.cli import main\ntry: main(['convert', '--help'])\nexcept SystemExit: "
+        "print(*sorted(sys.modules))"
+    )
     loaded = set(process(code=code).out.split())
     assert "reshard.cli" in loaded
     assert not loaded & {
@@ -94,7 +98,10 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_conversion_imports_neither_torch_nor_the_hub(source: Path, tmp_path: Path) -> None:
-    code = "import sys\nfrom reshard.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: print(*sorted(sys.modules))"
+    code = (
+        "import sys\nfrom reshard.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: "
+        "print(*sorted(sys.modules))"
+    )
     loaded = set(process("convert", source, tmp_path / "out", "--tp", "2", "-q", code=code).out.split())
     assert "reshard.engine.worker" in loaded
     assert not loaded & {"torch", "huggingface_hub", "transformers", "safetensors"}
@@ -113,7 +120,9 @@ def test_json_of_each_command_has_what_a_program_needs(source: Path, tmp_path: P
     assert {"bytes_read", "seconds", "peak_memory", "io_read", "io_written", "left"} <= convert.json.keys()
     assert reshard("convert", source, out, "--tp", "2", "--json").json["already"] is True
     inspect = reshard("inspect", out, "--json").json
-    assert inspect["family"] == "llama" and inspect["layout"] == "native, TP 2" and inspect["root"] == convert.json["root"]
+    assert (
+        inspect["family"] == "llama" and inspect["layout"] == "native, TP 2" and inspect["root"] == convert.json["root"]
+    )
     assert reshard("inspect", source, "--json").json["parameters"] == inspect["parameters"] == 122136
     verify = reshard("verify", out, "--against", source, "--json")
     assert verify.json["ok"] is True and [rung["rung"] for rung in verify.json["rungs"] if rung["skipped"] is None] == [
@@ -144,12 +153,23 @@ def test_the_next_command_can_be_pasted_whatever_the_names(source: Path, tmp_pat
     done = process("convert", source, out, "--tp", "2")
     line = done.out.splitlines()[-1].removeprefix("next: reshard ")
     line += " --no-numerics"
-    ran = subprocess.run(f"{shlex.quote(sys.executable)} -m reshard {line}", shell=True, capture_output=True, env=environment(), text=True)
+    ran = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m reshard {line}",
+        shell=True,
+        capture_output=True,
+        env=environment(),
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
 
 
 def test_quiet_prints_results_of_json_and_failures_alone(source: Path, shards: Path, tmp_path: Path) -> None:
-    for words in (("inspect", source), ("plan", source, "--tp", "2"), ("convert", source, tmp_path / "a", "--tp", "2"), ("verify", shards)):
+    for words in (
+        ("inspect", source),
+        ("plan", source, "--tp", "2"),
+        ("convert", source, tmp_path / "a", "--tp", "2"),
+        ("verify", shards),
+    ):
         done = reshard(*words, "--quiet")
         assert (done.code, done.out, done.err) == (0, "", "")
     assert reshard("verify", shards, "--quiet", "--json").json["ok"] is True
@@ -263,9 +283,14 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("line", "parts"), WRONG, ids=[line for line, _ in WRONG])
-def test_a_wrong_command_line_is_refused_in_words(line: str, parts: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+def test_a_wrong_command_line_is_refused_in_words(
+    line: str, parts: tuple[str, ...], source: Path, tmp_path: Path
+) -> None:
     """Exit 2, an error that names what is wrong, nothing on stdout, nothing written."""
-    words = [str(source) + word[3:] if word.startswith("SRC") else word for word in (word.strip("'") for word in line.split())]
+    words = [
+        str(source) + word[3:] if word.startswith("SRC") else word
+        for word in (word.strip("'") for word in line.split())
+    ]
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     before = names(source.parent)
     refused(reshard(*words), 2, *parts)
@@ -274,11 +299,15 @@ def test_a_wrong_command_line_is_refused_in_words(line: str, parts: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    "words", [("--tp", "65536"), ("--split", ":".join(["1"] * 20_000)), ("--tp", "32768", "--pp", "2")], ids=lambda words: words[0]
+    "words",
+    [("--tp", "65536"), ("--split", ":".join(["1"] * 20_000)), ("--tp", "32768", "--pp", "2")],
+    ids=lambda words: words[0],
 )
 def test_absurd_numbers_are_refused_at_once(words: tuple[str, ...], source: Path) -> None:
     assert reshard("plan", source, "--tp", "2").code == 0  # imports what a plan needs, which is not counted
-    count = lines_run(lambda: refused(reshard("plan", source, *words), 2, "does not fit this model", "TP sizes that work"))
+    count = lines_run(
+        lambda: refused(reshard("plan", source, *words), 2, "does not fit this model", "TP sizes that work")
+    )
     assert count < LINES, count
 
 
@@ -299,7 +328,9 @@ def test_splits_and_stages_alone_say_how_many_ranks(source: Path, tmp_path: Path
 
 @pytest.mark.parametrize("columns", [100, 0])
 def test_a_terminal_gets_a_bar(columns: int, source: Path, tmp_path: Path) -> None:
-    """Bytes, rate and time left, redrawn on one line, also where the terminal does not know its size; stdout stays clean."""
+    """Bytes, rate and time left, redrawn on one line, also where the terminal does not know its size;
+    stdout stays clean.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     words = [sys.executable, "-c", SLOW, "convert", str(source), str(tmp_path / "out"), "--tp", "2", "--workers", "1"]
@@ -322,7 +353,17 @@ def test_a_terminal_gets_a_bar(columns: int, source: Path, tmp_path: Path) -> No
 
 
 def test_a_log_gets_lines_and_a_heartbeat(source: Path, tmp_path: Path) -> None:
-    done = process("convert", source, tmp_path / "out", "--tp", "2", "--workers", "1", code=SLOW, env=environment(SLOW="0.003", BEAT="0.2"))
+    done = process(
+        "convert",
+        source,
+        tmp_path / "out",
+        "--tp",
+        "2",
+        "--workers",
+        "1",
+        code=SLOW,
+        env=environment(SLOW="0.003", BEAT="0.2"),
+    )
     assert done.code == 0
     lines = done.err.splitlines()
     assert len(lines) >= 2
@@ -351,7 +392,9 @@ def test_progress_as_json_ends_with_the_end_for_each_phase_of_a_verification(sou
 
 
 def test_each_long_phase_of_a_conversion_shows_progress(source: Path, tmp_path: Path) -> None:
-    """Hashing every source file, writing; of a re-run reading OUT, and comparing a sample or everything; of facts that are added."""
+    """Hashing every source file, writing; of a re-run reading OUT, and comparing a sample or everything;
+    of facts that are added.
+    """
 
     def phases(*more: str) -> list[str]:
         done = reshard("convert", source, tmp_path / "out", "--tp", "2", *more, "--progress", "json")
@@ -364,7 +407,11 @@ def test_each_long_phase_of_a_conversion_shows_progress(source: Path, tmp_path: 
     assert phases() == ["checking digests", "comparing a sample"]
     assert phases("--no-check") == ["comparing a sample"]
     assert phases("--overwrite") == ["converting"]
-    assert phases("--sha256", "--no-check") == ["comparing a sample", "computing SHA-256", "hashing what merging would write"]
+    assert phases("--sha256", "--no-check") == [
+        "comparing a sample",
+        "computing SHA-256",
+        "hashing what merging would write",
+    ]
 
 
 def test_progress_none_is_silent(source: Path, tmp_path: Path) -> None:
@@ -379,7 +426,9 @@ def test_a_failure_ends_the_bar_before_the_error(source: Path, tmp_path: Path) -
     fail = "import itertools\ncount = itertools.count()\ndef fail(): raise OSError(5, 'Input/output error')\n" + fail
     done = process("convert", source, tmp_path / "out", "--tp", "2", code=fail, env=environment(BEAT="0.1"))
     assert done.code == 3
-    assert re.fullmatch(r"error: .*Input/output error(\n\nhint: .*)?\n", "".join(done.err.partition("error:")[1:])), done.err
+    assert re.fullmatch(r"error: .*Input/output error(\n\nhint: .*)?\n", "".join(done.err.partition("error:")[1:])), (
+        done.err
+    )
     assert names(tmp_path) == []
 
 

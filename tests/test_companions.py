@@ -1,4 +1,6 @@
-"""What lies beside the weights: copied and back byte for byte, whole folders too, or left out and named; never a file from elsewhere."""
+"""What lies beside the weights: copied and back byte for byte, whole folders too, or left out and named;
+never a file from elsewhere.
+"""
 
 import json
 import os
@@ -38,12 +40,26 @@ def embedder(source: Path) -> Path:
         "additional_chat_templates/deep/er/x",
         "2_Dense/config.json",
     }
-    for name in files | {"empty.txt", "original/params.json", ".git/config", ".cache/huggingface/x", "assets/.git/HEAD", "assets/logo.png"}:
+    for name in files | {
+        "empty.txt",
+        "original/params.json",
+        ".git/config",
+        ".cache/huggingface/x",
+        "assets/.git/HEAD",
+        "assets/logo.png",
+    }:
         put(source, **{name.replace("/", "__"): f"what {name} says"})
     for name in ("2_Dense", "checkpoint-500", "rank-00000", "source"):
         (source / name).mkdir(exist_ok=True)
         save(source / name / "model.safetensors", DENSE)
-    put(source, **{"original__consolidated.00.pth": "weights", "checkpoint-500__trainer_state.json": "{}", "source__readme": "?"})
+    put(
+        source,
+        **{
+            "original__consolidated.00.pth": "weights",
+            "checkpoint-500__trainer_state.json": "{}",
+            "source__readme": "?",
+        },
+    )
     put(source, **{"modules.json": json.dumps([{"path": path} for path in ("", "1_Pooling", "2_Dense")])})
     with (source / "assets" / "video.mp4").open("wb") as file:
         file.truncate((64 << 20) + 1)
@@ -74,7 +90,9 @@ def wanted(source: Path) -> dict[str, bytes]:
 # Folders
 
 
-def test_small_folders_come_along_and_back_byte_for_byte_and_the_rest_is_said_by_all(embedder: Path, tmp_path: Path) -> None:
+def test_small_folders_come_along_and_back_byte_for_byte_and_the_rest_is_said_by_all(
+    embedder: Path, tmp_path: Path
+) -> None:
     out, across, back, anew = (tmp_path / name for name in ("out", "across", "back", "anew"))
     assert left(reshard("convert", embedder, out, "--tp", "2", "--json").json) == LEFT
     assert reshard("convert", embedder, out, "--tp", "2", "--json").json["already"]
@@ -84,16 +102,26 @@ def test_small_folders_come_along_and_back_byte_for_byte_and_the_rest_is_said_by
     assert (back / "1_Pooling" / "config.json").stat().st_mtime_ns == 10**18 + 7
     assert reshard("convert", out, back, "--to", "hf", "--json").json["already"]
     assert reshard("convert", out, anew, "--to", "hf", "--max-file-size", "20KB").code == 0
-    assert tree(anew).items() >= {name: data for name, data in tree(back).items() if name != "model.safetensors"}.items()
+    assert (
+        tree(anew).items() >= {name: data for name, data in tree(back).items() if name != "model.safetensors"}.items()
+    )
 
     for done in (reshard("verify", out, "--json"), reshard("verify", out, "--against", embedder, "--json")):
         assert done.code == 0 and left(done.json) == LEFT, done
         assert [rung["unproven"] for rung in done.json["rungs"]] == [[]] * len(done.json["rungs"])
-    for words in (("convert", embedder, out, "--tp", "2"), ("convert", out, back, "--to", "hf"), ("verify", out), ("verify", across)):
+    for words in (
+        ("convert", embedder, out, "--tp", "2"),
+        ("convert", out, back, "--to", "hf"),
+        ("verify", out),
+        ("verify", across),
+    ):
         text = " ".join(reshard(*words).out.split())
         assert all(f"{name}" in text and f"({why})" in text for name, why in LEFT.items()), text
     assert left(reshard("convert", back, tmp_path / "again", "--tp", "2", "--json").json) == {}
-    assert tree(tmp_path / "again").items() == {name: data for name, data in tree(out).items() if name != manifest.LEFT}.items()
+    assert (
+        tree(tmp_path / "again").items()
+        == {name: data for name, data in tree(out).items() if name != manifest.LEFT}.items()
+    )
 
 
 def test_a_changed_file_in_a_folder_is_noticed_by_all(embedder: Path, tmp_path: Path) -> None:
@@ -125,7 +153,9 @@ def test_a_pipe_in_the_place_of_a_file_of_the_checkpoint_is_an_error(name: str, 
 
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_a_readme_that_cannot_be_read_is_an_error(command: str, source: Path, tmp_path: Path) -> None:
-    """Its license goes into the manifest: another root digest because a disk failed would be wrong, and so would success."""
+    """Its license goes into the manifest: another root digest because a disk failed would be wrong,
+    and so would success.
+    """
     put(source, **{"README.md": "---\nlicense: mit\n---\n"})
     code = """
 import errno, io, os, sys
@@ -149,7 +179,9 @@ def test_overwrite_does_not_delete_a_users_folder(source: Path, tmp_path: Path) 
     refused(reshard("convert", source, tmp_path / "back", "--to", "hf", "--overwrite"), 2, "thesis/chapter")
 
 
-@pytest.mark.parametrize("text", ["{", "[1, null, {}]", '{"path": "x"}', "[" * 100_000, '[{"path": 1}, {"path": ["x"]}]'])
+@pytest.mark.parametrize(
+    "text", ["{", "[1, null, {}]", '{"path": "x"}', "[" * 100_000, '[{"path": 1}, {"path": ["x"]}]']
+)
 def test_a_malformed_list_of_modules_names_none(text: str, source: Path, tmp_path: Path) -> None:
     put(source, **{"modules.json": text})
     (source / "x").mkdir()
@@ -160,17 +192,26 @@ def test_a_malformed_list_of_modules_names_none(text: str, source: Path, tmp_pat
 def test_folders_of_very_many_files_are_left_out(source: Path, tmp_path: Path) -> None:
     for number in range(FOLDER_MAX + 1):
         put(source, **{f"data__{number % 7}__{number}": ""})
-    assert left(reshard("convert", source, tmp_path / "out", "--tp", "2", "--json").json) == {"data/": "over 1000 files"}
+    assert left(reshard("convert", source, tmp_path / "out", "--tp", "2", "--json").json) == {
+        "data/": "over 1000 files"
+    }
     (source / "data" / "0" / "0").unlink()
     assert left(reshard("convert", source, tmp_path / "some", "--tp", "2", "--json").json) == {}
 
 
-def test_what_of_a_folder_is_weights_that_count_does_not_keep_the_rest_from_coming_along(source: Path, tmp_path: Path) -> None:
+def test_what_of_a_folder_is_weights_that_count_does_not_keep_the_rest_from_coming_along(
+    source: Path, tmp_path: Path
+) -> None:
     (source / "weights" / "old").mkdir(parents=True)
     shutil.move(source / "model.safetensors", source / "weights" / "a.safetensors")
     index = {"weight_map": dict.fromkeys(llama_tensors(), "weights/a.safetensors")}
-    put(source, **{"model.safetensors.index.json": json.dumps(index), "weights__notes.txt": "n", "weights__old__b.bin": "b"})
-    assert left(reshard("convert", source, tmp_path / "out", "--tp", "2", "--json").json) == {"weights/old/b.bin": "other weights"}
+    put(
+        source,
+        **{"model.safetensors.index.json": json.dumps(index), "weights__notes.txt": "n", "weights__old__b.bin": "b"},
+    )
+    assert left(reshard("convert", source, tmp_path / "out", "--tp", "2", "--json").json) == {
+        "weights/old/b.bin": "other weights"
+    }
     assert reshard("convert", tmp_path / "out", tmp_path / "back", "--to", "hf").code == 0
     assert tree(tmp_path / "back") == {name: data for name, data in tree(source).items() if name != "weights/old/b.bin"}
 
@@ -213,7 +254,15 @@ def test_a_file_system_without_upper_case_is_told(source: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "name",
-    ["tokenizer.json", "generation_config.json", "config.json", "notes.txt", "1_Pooling/config.json", "1_Pooling", "model.safetensors"],
+    [
+        "tokenizer.json",
+        "generation_config.json",
+        "config.json",
+        "notes.txt",
+        "1_Pooling/config.json",
+        "1_Pooling",
+        "model.safetensors",
+    ],
 )
 def test_a_dangling_link_is_an_error_that_names_it(name: str, source: Path, tmp_path: Path) -> None:
     path = source / name
@@ -303,7 +352,12 @@ def test_links_inside_the_checkpoint_are_followed(source: Path, tmp_path: Path) 
 def test_links_out_of_the_checkpoint_are_left_out_and_said(source: Path, tmp_path: Path) -> None:
     put(tmp_path, secrets__passwd="root:x:0")
     (source / "1_Pooling").mkdir()
-    links = {"notes.txt": "secrets/passwd", "1_Pooling/config.json": "secrets/passwd", "deep": "secrets", "gone.txt": "x/y"}
+    links = {
+        "notes.txt": "secrets/passwd",
+        "1_Pooling/config.json": "secrets/passwd",
+        "deep": "secrets",
+        "gone.txt": "x/y",
+    }
     for name, target in links.items():
         (source / name).symlink_to(tmp_path / target)
     done = reshard("convert", source, tmp_path / "out", "--tp", "2", "--json")
@@ -322,12 +376,20 @@ def test_no_link_of_a_shard_directory_leads_out_of_it(listed: str, source: Path,
     link.symlink_to(tmp_path / "secrets" / ("" if listed == "deep/passwd" else "passwd"))
     data = json.loads((out / "manifest.json").read_text())
     kind = "source" if listed.startswith("source/") else "carried"
-    data[kind] = sorted([*data[kind], {"file": listed, "size": 0, "digest": "0" * 32}], key=lambda entry: str(entry["file"]))
+    data[kind] = sorted(
+        [*data[kind], {"file": listed, "size": 0, "digest": "0" * 32}], key=lambda entry: str(entry["file"])
+    )
     (out / "manifest.json").write_text(json.dumps(data))
     sign(out)
-    for words in (["verify", out], ["convert", out, tmp_path / "back", "--to", "hf"], ["convert", out, tmp_path / "one", "--tp", "1"]):
+    for words in (
+        ["verify", out],
+        ["convert", out, tmp_path / "back", "--to", "hf"],
+        ["convert", out, tmp_path / "one", "--tp", "1"],
+    ):
         done = reshard(*words)
-        assert done.code == 1 and listed in done.err + done.out and "outside of the directory" in done.err + done.out, done
+        assert done.code == 1 and listed in done.err + done.out and "outside of the directory" in done.err + done.out, (
+            done
+        )
     assert not (tmp_path / "back").exists() and not (tmp_path / "one").exists()
 
 
@@ -345,7 +407,9 @@ def test_shards_may_be_links_to_shared_storage(source: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "chat_template.jinja", "generation_config.json"])
-def test_files_of_a_checkpoint_may_be_links_to_files_of_their_name_elsewhere(name: str, source: Path, tmp_path: Path) -> None:
+def test_files_of_a_checkpoint_may_be_links_to_files_of_their_name_elsewhere(
+    name: str, source: Path, tmp_path: Path
+) -> None:
     """As in folders made of links to shared storage. A link of such a name to any other file is refused."""
     put(tmp_path, **{f"shared__{name}": "{}", "secrets__key": "secret"})
     shutil.move(source / "config.json", tmp_path / "shared" / "config.json")
@@ -388,7 +452,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "adapter_model.bin", "modeling_evil.py", "model.gguf", "source/x", "rank-00000/x", ".env"]
+    "name",
+    ["chat_template.jinja", "adapter_model.bin", "modeling_evil.py", "model.gguf", "source/x", "rank-00000/x", ".env"],
 )
 def test_a_file_that_no_manifest_lists_is_named_and_makes_it_unproven(name: str, shards: Path, tmp_path: Path) -> None:
     out = shutil.copytree(shards, tmp_path / "out")
@@ -400,7 +465,9 @@ def test_a_file_that_no_manifest_lists_is_named_and_makes_it_unproven(name: str,
     assert done.code == 0 and rung["ok"] and not done.json["proven"]
     assert name in rung["unproven"][0] and rung["numbers"]["unlisted"] == [name]
     text = reshard("verify", out).out
-    assert f"unproven: manifest.json does not list {name}" in " ".join(text.split()) and "the files are intact" not in text
+    assert (
+        f"unproven: manifest.json does not list {name}" in " ".join(text.split()) and "the files are intact" not in text
+    )
     for strict in (("verify", out, "--strict"), (*words, "--strict")):
         done = reshard(*strict)
         assert done.code == 1 and f"{name}: is not listed in manifest.json" in done.out
@@ -420,7 +487,9 @@ def test_help_says_that_digests_are_no_signatures() -> None:
     assert "Digests prove integrity, not authenticity" in text and "root digest" in text
 
 
-@pytest.mark.parametrize("name", [".git/config", "rank-00000/x", "source/x", "model.gguf", "a/.ssh/authorized_keys", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", [".git/config", "rank-00000/x", "source/x", "model.gguf", "a/.ssh/authorized_keys", "manifest.json"]
+)
 def test_a_manifest_that_lists_what_no_conversion_copies_is_refused(name: str, shards: Path, tmp_path: Path) -> None:
     """Merging would put it where the one who merges works: .git/config runs programs."""
     out = shutil.copytree(shards, tmp_path / "out")
@@ -437,7 +506,9 @@ def test_a_manifest_that_lists_what_no_conversion_copies_is_refused(name: str, s
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '[{"name": 1, "size": 2, "why": ""}]', '[{"name": "a"}]', "null", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '[{"name": 1, "size": 2, "why": ""}]', '[{"name": "a"}]', "null", "[" * 100_000]
+)
 def test_a_damaged_note_of_what_was_left_out_is_said(text: str, shards: Path, tmp_path: Path) -> None:
     out = shutil.copytree(shards, tmp_path / "out")
     put(out, **{"source__left.json": text})

@@ -1,4 +1,6 @@
-"""What tables make depend on config.json: keys that are true, that are not, that are compared; which sets must be there, and what runs."""
+"""What tables make depend on config.json: keys that are true, that are not, that are compared; which sets must be
+there, and what runs.
+"""
 
 import json
 import re
@@ -19,7 +21,16 @@ CONFIG = Config({"on": True, "off": False, "null": None, "four": 4, "also": 4, "
 
 
 def test_a_config_says_what_is_true() -> None:
-    wanted = {"on": True, "!on": False, "off": False, "!off": True, "null": False, "!null": True, "absent": False, "!absent": True}
+    wanted = {
+        "on": True,
+        "!on": False,
+        "off": False,
+        "!off": True,
+        "null": False,
+        "!null": True,
+        "absent": False,
+        "!absent": True,
+    }
     wanted |= {
         "four == also": True,
         "four != also": False,
@@ -43,9 +54,9 @@ def test_a_fact_is_the_first_alternative_that_is_not_null() -> None:
         0.8,
         None,
     ]
-    assert [value(text) for text in ("!absent", "four == 4", "four != 4", ["off", "four == also"], ["off", "null"])] == [
-        *(True, True, False, True, False)
-    ]
+    assert [
+        value(text) for text in ("!absent", "four == 4", "four != 4", ["off", "four == also"], ["off", "null"])
+    ] == [*(True, True, False, True, False)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +68,11 @@ def test_a_fact_is_the_first_alternative_that_is_not_null() -> None:
             "do_layer_norm_before = True, yet ~final_layer_norm.weight, ~final_layer_norm.bias are missing",
         ),
         ("opt", r"_norm\.", "layer_norm_elementwise_affine = True, yet .*self_attn_layer_norm.weight"),
-        ("opt_350m", r"project_", "word_embed_proj_dim != hidden_size, yet ~project_in.weight, ~project_out.weight are missing"),
+        (
+            "opt_350m",
+            r"project_",
+            "word_embed_proj_dim != hidden_size, yet ~project_in.weight, ~project_out.weight are missing",
+        ),
     ],
 )
 def test_a_set_that_config_json_promises_is_missed(name: str, lost: str, words: str, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The table of dtypes is the only one, and a container is a module and a row: nothing else asks what kind of file weights lie in."""
+"""The table of dtypes is the only one, and a container is a module and a row: nothing else asks what kind of file
+weights lie in.
+"""
 
 import ast
 import struct
@@ -20,7 +22,12 @@ from reshard.containers.values import decode, floating
 from reshard.errors import ReshardError
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [path for room in ("reshard", "runtime") for path in sorted((ROOT / room).rglob("*.py")) if "reshard/runtime" not in str(path)]
+SOURCES = [
+    path
+    for room in ("reshard", "runtime")
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if "reshard/runtime" not in str(path)
+]
 SPELLED = {name for row in ROWS for name in (row.name, row.torch) if name} - {"bool"}
 
 
@@ -34,7 +41,10 @@ def listings() -> Iterator[tuple[str, set[str]]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Call)):
                 parts = node.args if isinstance(node, ast.Call) else [node]
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", set().union(*(strings(part) & SPELLED for part in parts))
+                yield (
+                    f"{path.relative_to(ROOT)}:{node.lineno}",
+                    set().union(*(strings(part) & SPELLED for part in parts)),
+                )
 
 
 def test_dtypes_are_listed_in_one_table() -> None:
@@ -51,7 +61,9 @@ def test_the_table_of_dtypes_needs_neither_numpy_nor_torch() -> None:
 
 def test_rows_of_dtypes_are_of_one_mind_with_numpy_and_torch() -> None:
     """Sizes, and, of floating-point numbers, the parts of which they are made, as numpy's limits tell them."""
-    assert len(DTYPES) + sum(row.name is None for row in ROWS) == len(ROWS) and len(BY_TORCH) == sum(bool(row.torch) for row in ROWS)
+    assert len(DTYPES) + sum(row.name is None for row in ROWS) == len(ROWS) and len(BY_TORCH) == sum(
+        bool(row.torch) for row in ROWS
+    )
     for row in ROWS:
         if row.code:
             assert np.dtype(f"<{row.code}").itemsize * 8 == row.bits and np.dtype(f"<{row.code}").name == row.torch
@@ -91,14 +103,20 @@ def test_a_container_that_is_only_read_is_not_written() -> None:
 
 
 def test_nothing_outside_asks_what_kind_of_file_weights_lie_in() -> None:
-    """No comparison with a container's name, no question about a suffix; engines' own habits, of which verify warns, are no containers."""
+    """No comparison with a container's name, no question about a suffix; engines' own habits, of which verify warns,
+    are no containers.
+    """
     asked = {*NAMED, *(suffix for container in CONTAINERS for suffix in container.suffixes)}
     found = []
     for path in SOURCES:
         if path.parent.name != "containers":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 call = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("endswith", "removesuffix")
-                compared = {ast.unparse(side) for side in (node.left, *node.comparators)} if isinstance(node, ast.Compare) else set()
+                compared = (
+                    {ast.unparse(side) for side in (node.left, *node.comparators)}
+                    if isinstance(node, ast.Compare)
+                    else set()
+                )
                 if (call and asked & strings(node)) or compared & {repr(name) for name in asked}:
                     found.append(str(path.relative_to(ROOT)))
     # What engines glob; and the libraries that read what the numerics check compares with.
@@ -116,7 +134,10 @@ def test_the_container_of_the_documentation_reads_its_files_and_refuses_truncate
         return module["read"](lambda length, offset: file[offset : offset + length], len(file), "f.gguf")
 
     header = read(file)
-    assert header.entries == {"a": Entry("F32", (2, 3), header.data_start, 24), "b.c": Entry("F16", (5,), header.data_start + 64, 10)}
+    assert header.entries == {
+        "a": Entry("F32", (2, 3), header.data_start, 24),
+        "b.c": Entry("F16", (5,), header.data_start + 64, 10),
+    }
     assert file.endswith(b"12345" * 2) and header.data_start % 64 == 0
     for size in range(len(file)):
         with pytest.raises(ReshardError, match=r"^f\.gguf: "):

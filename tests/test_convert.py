@@ -1,4 +1,6 @@
-"""Converting: a source that changes under the job is noticed, what is written does not depend on how. Re-runs: test_same_job.py."""
+"""Converting: a source that changes under the job is noticed, what is written does not depend on how. Re-runs:
+test_same_job.py.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ MEANWHILE: list[tuple[str, str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.parametrize(("name", "change"), [pytest.param(name, change, id=what) for what, name, change in MEANWHILE])
-def test_a_source_that_changes_while_it_is_read(name: str, change: Callable[[Path], object], source: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read(
+    name: str, change: Callable[[Path], object], source: Path, tmp_path: Path
+) -> None:
     """Exit 3, since a retry may help; the file is named; nothing is left."""
     with Stepped("convert", source, tmp_path / "out", "--tp", "2", "--workers", "1") as job:
         job.allow(3)
@@ -105,7 +109,9 @@ def test_shards_that_change_while_they_are_read(source: Path, tmp_path: Path) ->
 def test_a_file_that_is_replaced_after_it_was_opened(
     moment: str, kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two passes over the source, with size and mtime kept; also where the first file is back in the end, unchanged."""
+    """Between two passes over the source, with size and mtime kept; also where the first file is back in the end,
+    unchanged.
+    """
     if kind == "shards":
         assert reshard("convert", source, tmp_path / "shards", "--tp", "2").code == 0
     path = source / "b.safetensors" if kind == "published" else tmp_path / "shards" / "rank-00001" / "model.safetensors"
@@ -125,7 +131,11 @@ def test_a_file_that_is_replaced_after_it_was_opened(
     monkeypatch.setattr(module, name, replaced)
     monkeypatch.setattr(convert, "seal", back)
     given = source if kind == "published" else tmp_path / "shards"
-    refused(reshard("convert", given, tmp_path / "out", "--tp", "4", "--sha256"), 3, f"{path}: was changed while it was being read")
+    refused(
+        reshard("convert", given, tmp_path / "out", "--tp", "4", "--sha256"),
+        3,
+        f"{path}: was changed while it was being read",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -174,7 +184,9 @@ def test_fsync_forces_every_file_before_the_rename_and_the_directory_after(
     synced: list[str] = []
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(
-        os, "fsync", lambda descriptor: (synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())), fsync(descriptor))[1]
+        os,
+        "fsync",
+        lambda descriptor: (synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink())), fsync(descriptor))[1],
     )
     monkeypatch.setattr(Path, "rename", lambda self, target: (synced.append("rename"), rename(self, target))[1])
     assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
@@ -188,7 +200,9 @@ def test_fsync_forces_every_file_before_the_rename_and_the_directory_after(
     assert synced == ["rename"]
 
 
-def test_nothing_is_written_when_anything_can_be_refused_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_when_anything_can_be_refused_before(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even a work directory: sizes, quantization, place and space are looked at first."""
 
     def enter(_: publish.Publication) -> None:
@@ -197,7 +211,9 @@ def test_nothing_is_written_when_anything_can_be_refused_before(source: Path, tm
     monkeypatch.setattr(publish.Publication, "__enter__", enter)
     refused(reshard("convert", source, tmp_path / "out", "--tp", "3"), 2)
     refused(reshard("convert", source, tmp_path / "out", "--tp", "8", "--no-repeat"), 2)
-    monkeypatch.setattr(publish, "check_space", lambda out, needed: (_ for _ in ()).throw(publish.PlaceError("no space")))
+    monkeypatch.setattr(
+        publish, "check_space", lambda out, needed: (_ for _ in ()).throw(publish.PlaceError("no space"))
+    )
     refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 3, "no space")
     (source / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}))
     refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 2, "gptq")
@@ -207,7 +223,10 @@ def test_nothing_is_written_when_anything_can_be_refused_before(source: Path, tm
 def test_equal_bytes_in_another_order_are_no_other_checkpoint(tmp_path: Path) -> None:
     """The plan does not depend on how tensors lie in the source: rank files are equal, only the residue is not."""
     tensors = llama_tensors()
-    source, other = llama(tmp_path / "a", tensors), llama(tmp_path / "b", dict(sorted(tensors.items(), key=lambda item: item[1][2])))
+    source, other = (
+        llama(tmp_path / "a", tensors),
+        llama(tmp_path / "b", dict(sorted(tensors.items(), key=lambda item: item[1][2]))),
+    )
     for place in (source, other):
         assert reshard("convert", place, tmp_path / f"out-{place.name}", "--tp", "2").code == 0
     for rank in ("rank-00000", "rank-00001"):

@@ -1,4 +1,6 @@
-"""The checkpoint in demo/model is small, complete, awkward to convert, and writes Python; and scripts/train_demo_model makes such a one."""
+"""The checkpoint in demo/model is small, complete, awkward to convert, and writes Python; and scripts/train_demo_model
+makes such a one.
+"""
 
 import json
 import re
@@ -35,7 +37,11 @@ def stored(model: Path) -> dict[str, tuple[str, str, list[int]]]:
 
 def check_traits(model: Path) -> None:
     config, tensors = read("config.json", model), stored(model)
-    assert (config["model_type"], config["architectures"], config["dtype"]) == ("llama", ["LlamaForCausalLM"], "bfloat16")
+    assert (config["model_type"], config["architectures"], config["dtype"]) == (
+        "llama",
+        ["LlamaForCausalLM"],
+        "bfloat16",
+    )
     heads, kv, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     hidden, inter, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     assert (heads, kv) == (8, 4), "grouped-query attention that TP 4 cuts and TP 8 repeats"
@@ -61,7 +67,13 @@ def test_it_has_the_traits_that_make_converting_it_interesting_and_its_index_nam
 def test_it_is_small_and_names_no_machine() -> None:
     """Its files are those of a published checkpoint, together at most 6 MB, and hold no path."""
     files = {path.name: path for path in MODEL.iterdir()}
-    assert files.keys() >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert files.keys() >= {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
     assert sum(path.stat().st_size for path in files.values()) <= LIMIT
     for path in files.values():
         if path.suffix in {".json", ".md"}:
@@ -107,7 +119,9 @@ def test_each_byte_is_a_token_and_special_tokens_follow(tokenizer: Any) -> None:
 
 
 def test_it_writes_python(tokenizer: Any) -> None:
-    """transformers loads it, and its greedy continuation of the head of a method assigns to, or uses, an attribute of self."""
+    """transformers loads it, and its greedy continuation of the head of a method assigns to, or uses,
+    an attribute of self.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model, report = transformers.LlamaForCausalLM.from_pretrained(MODEL, output_loading_info=True)
@@ -121,7 +135,9 @@ def test_it_writes_python(tokenizer: Any) -> None:
     assert "self." in written[len(prompt) :], written
 
 
-def test_the_script_that_trained_it_makes_a_checkpoint_of_the_same_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_that_trained_it_makes_a_checkpoint_of_the_same_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One step is enough to see every file written, with the tokenizer that is checked in."""
     pytest.importorskip("transformers")
     train = runpy.run_path(str(ROOT / "scripts" / "train_demo_model"))

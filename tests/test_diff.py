@@ -1,4 +1,6 @@
-"""Differences: equal is equal in any layout; planted differences are counted, measured and found; what cannot be compared is told."""
+"""Differences: equal is equal in any layout; planted differences are counted, measured and found; what cannot be
+compared is told.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_a_checkpoint_equals_its_shards_on_any_mesh(name: str, shards: Callable[
         assert found.lines()[-2].startswith("equal: all") and max(map(len, found.lines()[2:])) <= 80
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), [("llama", 8, 1), ("llama_tied", 2, 2), ("qwen3_moe", 2, 1), ("phi3", 4, 1)])
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [("llama", 8, 1), ("llama_tied", 2, 2), ("qwen3_moe", 2, 1), ("phi3", 4, 1)]
+)
 def test_a_checkpoint_equals_what_vllm_saved_of_it(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     foreign = open_source(saved(tmp_path / "v", name, tp, pp))
     assert difference(published(name), foreign, 2).equal
@@ -96,7 +100,11 @@ def planted(state: State, key: str, random_: random.Random, count: int) -> None:
     flat = state[key].view(-1)
     for at in random_.sample(range(flat.numel()), min(count, flat.numel())):
         before = flat[at].double().item()
-        after = before * random_.uniform(0.2, 0.6) if abs(before) > 1 else before + random_.choice((-1, 1)) * random_.uniform(0.3, 2.0)
+        after = (
+            before * random_.uniform(0.2, 0.6)
+            if abs(before) > 1
+            else before + random_.choice((-1, 1)) * random_.uniform(0.3, 2.0)
+        )
         flat[at] = torch.tensor(after).to(flat.dtype)
         assert flat[at].double().item() != before
 
@@ -110,7 +118,12 @@ def measured(one: torch.Tensor, other: torch.Tensor) -> tuple[int, float, float]
 
 # Tensors that are one logical tensor each, in one layer
 PLAIN = {
-    "llama": ("model.layers.3.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"),
+    "llama": (
+        "model.layers.3.self_attn.k_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+    ),
     "llama_bin": ("model.layers.2.self_attn.o_proj.weight", "model.embed_tokens.weight"),
     "gpt2_bare": ("h.1.mlp.c_fc.weight", "wpe.weight", "h.0.attn.bias"),
     "deepseek_v3_fp8": ("model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight_scale_inv"),
@@ -119,8 +132,12 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_planted_differences_are_counted_and_measured(name: str, tp: int, shards: Callable[..., Path], tmp_path: Path) -> None:
-    """Numbers are torch's, in bf16, fp16, fp32 and fp8, whichever side is sharded; the place named has the largest difference."""
+def test_planted_differences_are_counted_and_measured(
+    name: str, tp: int, shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Numbers are torch's, in bf16, fp16, fp32 and fp8, whichever side is sharded; the place named has the largest
+    difference.
+    """
     random_ = random.Random(f"{name} {tp}")
     one = fixtures.read(fixtures.checkpoint(name))
 
@@ -142,7 +159,10 @@ def test_planted_differences_are_counted_and_measured(name: str, tp: int, shards
                 assert there.here is not None  # a buffer
                 place = there.here
             rows[place.tensor] = row
-            assert abs(one[place.tensor][place.first].double() - two[place.tensor][place.first].double()).item() == row.largest
+            assert (
+                abs(one[place.tensor][place.first].double() - two[place.tensor][place.first].double()).item()
+                == row.largest
+            )
         assert rows.keys() == set(PLAIN[name])
         for key, row in rows.items():
             count, largest, rms = measured(one[key], two[key])
@@ -151,9 +171,13 @@ def test_planted_differences_are_counted_and_measured(name: str, tp: int, shards
         assert not found.equal and found.to_json()["counts"]["differs"] == len(rows)
 
 
-@pytest.mark.parametrize(("name", "key", "leaves"), [("phi3", "model.layers.2.self_attn.qkv_proj.weight", {"attn.q", "attn.k", "attn.v"})])
+@pytest.mark.parametrize(
+    ("name", "key", "leaves"), [("phi3", "model.layers.2.self_attn.qkv_proj.weight", {"attn.q", "attn.k", "attn.v"})]
+)
 @pytest.mark.parametrize("strided", [False, True])
-def test_each_part_of_a_fused_tensor_is_told_by_itself(name: str, key: str, leaves: set[str], strided: bool, tmp_path: Path) -> None:
+def test_each_part_of_a_fused_tensor_is_told_by_itself(
+    name: str, key: str, leaves: set[str], strided: bool, tmp_path: Path
+) -> None:
     """Also where a .bin file stores it transposed: one element changed in v is a difference of v."""
     index = (-3, 7)
 
@@ -184,7 +208,11 @@ def test_experts_of_a_layer_are_one_tensor(shards: Callable[..., Path], tmp_path
 
     changed = edited("mixtral", tmp_path / "changed", edit)
     (row,) = differing(difference(open_source(shards("mixtral", 8)), changed, 2))
-    assert (row.name, row.differing, row.worst) == ("moe.up layer 1", 2, "model.layers.1.block_sparse_moe.experts.5.w3.weight[4,5]")
+    assert (row.name, row.differing, row.worst) == (
+        "moe.up layer 1",
+        2,
+        "model.layers.1.block_sparse_moe.experts.5.w3.weight[4,5]",
+    )
 
 
 # Equality is of bits
@@ -232,7 +260,11 @@ def test_other_dtypes_are_told_and_the_rest_is_compared(tmp_path: Path) -> None:
 
     found = difference(published("llama"), edited("llama", tmp_path / "copy", edit), 2)
     first, second = differing(found)
-    assert (first.name, first.status) == ("mlp.down layer 2", "dtype") and first.a.startswith("BF16") and first.b.startswith("F32")
+    assert (
+        (first.name, first.status) == ("mlp.down layer 2", "dtype")
+        and first.a.startswith("BF16")
+        and first.b.startswith("F32")
+    )
     assert (second.name, second.differing) == ("norm", 1)
     assert any("BF16" in line and "F32" in line for line in found.lines())
 
@@ -276,7 +308,10 @@ def test_checkpoints_without_a_common_tensor_are_refused() -> None:
     a = published("llama")
     model = a.layout.model
     other = replace(
-        a, layout=replace(a.layout, model=replace(model, tensors={f"x.{key}": tensor for key, tensor in model.tensors.items()}))
+        a,
+        layout=replace(
+            a.layout, model=replace(model, tensors={f"x.{key}": tensor for key, tensor in model.tensors.items()})
+        ),
     )
     with pytest.raises(ReshardError, match="they have none in common"):
         difference(a, other, 1)
@@ -297,7 +332,9 @@ def test_the_order_of_a_family_s_axes_does_not_matter(shards: Callable[..., Path
     }
     other = replace(sharded, layout=replace(layout, model=replace(layout.model, tensors=tensors), pieces=pieces))
     found = difference(published("llama"), other, 2)
-    assert found.equal and sum(row.elements for row in found.rows) == sum(tensor.elements for tensor in tensors.values())
+    assert found.equal and sum(row.elements for row in found.rows) == sum(
+        tensor.elements for tensor in tensors.values()
+    )
 
 
 # Tied
@@ -315,7 +352,11 @@ def test_tied_tensors_are_compared_under_both_names(tmp_path: Path, shards: Call
         state["lm_head.weight"][300, 2] += 1
 
     stored = edited("llama_tied", tmp_path / "stored", edit)
-    for a, b in ((published("llama_tied"), stored), (stored, published("llama_tied")), (stored, open_source(shards("llama_tied", 1, 2)))):
+    for a, b in (
+        (published("llama_tied"), stored),
+        (stored, published("llama_tied")),
+        (stored, open_source(shards("llama_tied", 1, 2))),
+    ):
         (row,) = differing(difference(a, b, 2))
         assert (row.tensor, row.differing) == ("head", 1)
 
@@ -325,12 +366,18 @@ def test_tied_tensors_are_compared_under_both_names(tmp_path: Path, shards: Call
 
 def test_buffers_that_both_have_are_compared_and_others_are_noted(tmp_path: Path, shards: Callable[..., Path]) -> None:
     key = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    changed = edited("llama_inv_freq", tmp_path / "changed", lambda state: state[key].add_(torch.tensor([0.0, 0, 0.5, 0, 0, 0])))
+    changed = edited(
+        "llama_inv_freq", tmp_path / "changed", lambda state: state[key].add_(torch.tensor([0.0, 0, 0.5, 0, 0, 0]))
+    )
     for a in (published("llama_inv_freq"), open_source(shards("llama_inv_freq", 2))):
         (row,) = differing(difference(a, changed, 2))
         assert (row.tensor, row.buffer, row.differing, row.worst) == (key, True, 1, f"{key}[2]")
         assert row.largest == pytest.approx(0.5)
-    without = edited("llama_inv_freq", tmp_path / "without", lambda state: [state.pop(name) for name in list(state) if "inv_freq" in name])
+    without = edited(
+        "llama_inv_freq",
+        tmp_path / "without",
+        lambda state: [state.pop(name) for name in list(state) if "inv_freq" in name],
+    )
     found = difference(changed, without, 2)
     assert found.equal and "only in A" in found.notes[0]
 
@@ -341,7 +388,9 @@ def test_buffers_that_both_have_are_compared_and_others_are_noted(tmp_path: Path
 def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path: Path, shards: Callable[..., Path]) -> None:
     random_ = random.Random(1)
     changed = edited("llama", tmp_path / "changed", lambda state: [planted(state, key, random_, 50) for key in state])
-    texts = [json.dumps(difference(open_source(shards("llama", 8)), changed, threads).to_json()) for threads in (1, 2, 7)]
+    texts = [
+        json.dumps(difference(open_source(shards("llama", 8)), changed, threads).to_json()) for threads in (1, 2, 7)
+    ]
     assert texts[0] == texts[1] == texts[2]
 
 

@@ -1,4 +1,6 @@
-"""Digests do not depend on how bytes arrive: a tensor hashed in any pieces and any order has the digests of its blocks."""
+"""Digests do not depend on how bytes arrive: a tensor hashed in any pieces and any order has the digests of
+its blocks.
+"""
 
 import itertools
 import re

@@ -1,4 +1,6 @@
-"""A number in a name is written with the digits 0 to 9, in one way: no two stored names are ever taken for one tensor."""
+"""A number in a name is written with the digits 0 to 9, in one way:
+no two stored names are ever taken for one tensor.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,26 @@ from reshard.inputs.limits import numeral
 from reshard.tables.expression import parse
 from reshard.tables.notation import fold, parse_pattern
 
-# Python's own words for "digit" also mean those of other scripts, and superscripts, some of which int() reads and some not.
+# Python's own words for "digit" also mean those of other scripts, and superscripts, some of which int() reads and some
+# not.
 LOOSE = re.compile(r"\\d|\.(isdigit|isdecimal|isnumeric)\(|str\.(isdigit|isdecimal|isnumeric)")
-SPELLINGS = ["\u0661", "\u00b2", "\uff11", "\U0001d7cf", "01", "+1", "-1", "1_0", " 1", "1 ", "1\n", "0x1", "1e0", "9" * 5000, "0" * 5000]
+SPELLINGS = [
+    "\u0661",
+    "\u00b2",
+    "\uff11",
+    "\U0001d7cf",
+    "01",
+    "+1",
+    "-1",
+    "1_0",
+    " 1",
+    "1 ",
+    "1\n",
+    "0x1",
+    "1e0",
+    "9" * 5000,
+    "0" * 5000,
+]
 
 
 def test_the_sources_ask_for_digits_by_name() -> None:
@@ -27,7 +46,9 @@ def test_the_sources_ask_for_digits_by_name() -> None:
     for folder in ("reshard", "runtime", "docs", "scripts"):
         for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", "") and p.is_file()):
             lines = path.read_text(encoding="utf-8").splitlines()
-            found += [f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if LOOSE.search(line)]
+            found += [
+                f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if LOOSE.search(line)
+            ]
     assert not found, "write [0-9], or use reshard.inputs.limits.numeral:\n" + "\n".join(found)
 
 

@@ -1,4 +1,6 @@
-"""What the documentation says is so: the format contract, the notation, the vocabulary, and every command, example and list shown."""
+"""What the documentation says is so: the format contract, the notation, the vocabulary, and every command,
+example and list shown.
+"""
 
 import importlib.util
 import json
@@ -33,7 +35,11 @@ from reshard.tables.notation import parse_pattern
 from reshard.tables.row import STAGES, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+)
 BLOCK = 8 << 20
 
 
@@ -65,15 +71,21 @@ def _first_column(document: str, heading: str) -> Iterator[str]:
         yield from re.findall(r"`([^`]+)`", row)
 
 
-# --- generated parts ---------------------------------------------------------------------------------------------------------------
+# --- generated parts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("document", "name"), [(document, name) for document, parts in generate.PARTS.items() for name in parts])
+@pytest.mark.parametrize(
+    ("document", "name"), [(document, name) for document, parts in generate.PARTS.items() for name in parts]
+)
 def test_generated_parts_are_current(document: str, name: str) -> None:
-    """Families, file tree, console session and reader in the documents are what docs/generate.py makes of the code today."""
+    """Families, file tree, console session and reader in the documents are what docs/generate.py makes of the
+    code today.
+    """
     text = _text(document)
     low, high = generate.part(text, name)
-    assert generate.comparable(text[low:high]) == generate.comparable(generate.PARTS[document][name]()), "run docs/generate.py"
+    assert generate.comparable(text[low:high]) == generate.comparable(generate.PARTS[document][name]()), (
+        "run docs/generate.py"
+    )
 
 
 SESSION = """```console
@@ -111,13 +123,17 @@ def test_what_depends_on_the_cpu_does_not_count(changes: dict[str, str]) -> None
     assert generate.comparable(other) == generate.comparable(SESSION)
 
 
-@pytest.mark.parametrize("old", ["ddead8a2", "180 tensors", "3.28 MB written", "259 of 259", " ok ", "its own error", "float32", "proven"])
+@pytest.mark.parametrize(
+    "old", ["ddead8a2", "180 tensors", "3.28 MB written", "259 of 259", " ok ", "its own error", "float32", "proven"]
+)
 def test_what_is_the_same_on_every_cpu_counts(old: str) -> None:
     assert generate.comparable(SESSION.replace(old, "7", 1)) != generate.comparable(SESSION)
 
 
 def test_rooms_import_one_way() -> None:
-    """No import runs upwards or in a circle: those inside functions, for type checkers, and by `import_module` included."""
+    """No import runs upwards or in a circle: those inside functions, for type checkers,
+    and by `import_module` included.
+    """
     assert rooms.faults() == []
 
 
@@ -126,14 +142,22 @@ def test_rooms_import_one_way() -> None:
     [
         ("reshard/tables/config.py", "from ..layout import mesh\n", "layout is above tables"),
         ("reshard/errors.py", "def late():\n    from .jobs import plan\n", "jobs is above errors"),
-        ("reshard/store/digest.py", "from importlib import import_module\nimport_module('reshard.jobs.plan')\n", "jobs is above store"),
+        (
+            "reshard/store/digest.py",
+            "from importlib import import_module\nimport_module('reshard.jobs.plan')\n",
+            "jobs is above store",
+        ),
         ("reshard/layout/mesh.py", "import reshard.runtime.load\n", "only reshard.cli.generate"),
         ("reshard/text/units.py", "from . import progress\n", "in a circle"),
     ],
 )
-def test_an_import_that_runs_upwards_is_noticed(where: str, line: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_that_runs_upwards_is_noticed(
+    where: str, line: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in ("reshard", "runtime"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.toml", "__pycache__", "runtime"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.toml", "__pycache__", "runtime")
+        )
     with (tmp_path / where).open("a") as file:
         file.write(line)
     monkeypatch.setattr(rooms, "ROOT", tmp_path)
@@ -156,13 +180,16 @@ def test_the_top_of_the_package_is_a_handful_of_modules() -> None:
     assert len([path for path in (ROOT / "reshard").glob("*.py") if not path.stem.startswith("__")]) <= 5
 
 
-# --- commands and examples -----------------------------------------------------------------------------------------------------------
+# --- commands and examples --------------------------------------------------------------------------------------------
 
 
 def _commands() -> Iterator[tuple[str, str, list[str]]]:
     for document in DOCUMENTS:
         text = _text(document)
-        spans = [*re.findall(r"`(reshard [^`\n]+)`", text), *re.findall(r"^(?:\$ )?(?:.*?bin/)?(reshard [^\n]+)$", text, re.M)]
+        spans = [
+            *re.findall(r"`(reshard [^`\n]+)`", text),
+            *re.findall(r"^(?:\$ )?(?:.*?bin/)?(reshard [^\n]+)$", text, re.M),
+        ]
         for span in spans:
             words = span.split("#")[0].split()
             yield document, words[1], [word.split("=")[0] for word in words[2:] if word.startswith("--")]
@@ -177,7 +204,9 @@ def test_commands_shown_exist() -> None:
             continue
         command = cli.cli.commands.get(name)
         assert command is not None, f"{document}: reshard {name}"
-        known = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
+        known = {
+            option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts
+        }
         known |= {"--help"}
         assert set(options) <= known, f"{document}: reshard {name} has no {set(options) - known}"
 
@@ -185,7 +214,9 @@ def test_commands_shown_exist() -> None:
 def test_every_command_is_shown() -> None:
     """Every command is in the documentation, and what a newcomer runs is in the README."""
     assert set(cli.cli.commands) <= {name for _, name, _ in _commands()}
-    assert {"plan", "convert", "verify", "generate", "inspect"} <= {name for document, name, _ in _commands() if document == "README.md"}
+    assert {"plan", "convert", "verify", "generate", "inspect"} <= {
+        name for document, name, _ in _commands() if document == "README.md"
+    }
     for script in ("scripts/test", "scripts/demo", "scripts/docs"):
         assert script in _text("README.md")
 
@@ -224,7 +255,7 @@ def test_changelog_has_this_version() -> None:
     assert f"## {reshard.__version__}" in _text("CHANGELOG.md")
 
 
-# --- docs/format.md ------------------------------------------------------------------------------------------------------------------
+# --- docs/format.md ---------------------------------------------------------------------------------------------------
 
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tp4": ("llama", {"tp": 4}),
@@ -238,7 +269,12 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 def _large(directory: Path) -> Path:
     """A llama of one layer whose embedding takes more than one block of digests."""
     config = transformers.LlamaConfig(
-        vocab_size=70_000, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=70_000,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     torch.manual_seed(1)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
@@ -246,7 +282,9 @@ def _large(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=JOBS)
-def shards(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A shard directory as `reshard convert` writes it."""
     name, options = JOBS[request.param]
     folder = tmp_path_factory.mktemp("docs")
@@ -272,11 +310,17 @@ def _closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed = {key: _closed(value) for key, value in schema.items()}
-    return {"additionalProperties": False, **closed} if "properties" in schema and schema.get("type") == "object" else closed
+    return (
+        {"additionalProperties": False, **closed}
+        if "properties" in schema and schema.get("type") == "object"
+        else closed
+    )
 
 
 def test_output_fits_the_schemas(shards: Path) -> None:
-    """manifest.json and tensors.json are valid under the published schemas, and have no key that these do not describe."""
+    """manifest.json and tensors.json are valid under the published schemas,
+    and have no key that these do not describe.
+    """
     manifest, tensors = (_json(ROOT / f"docs/{name}.schema.json") for name in ("manifest", "tensors"))
     for schema in (manifest, tensors):
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -295,7 +339,9 @@ def test_schemas_refuse_what_is_wrong(shards: Path) -> None:
 
 
 def test_format_page_names_every_key() -> None:
-    """The page describes each top-level key of the manifest, and each key that the schemas know is one that it or they describe."""
+    """The page describes each top-level key of the manifest, and each key that the schemas know is one that it or they
+    describe.
+    """
     keys = set(_json(ROOT / "docs/manifest.schema.json")["properties"])
     assert keys == set(_first_column("docs/format.md", "manifest.json"))
 
@@ -308,7 +354,11 @@ def test_reader_equals_safetensors(shards: Path) -> None:
         assert library.keys() == tensors.keys() == segments.keys()
         for name, (dtype, shape, data) in tensors.items():
             wanted = library[name]
-            assert (dtype, list(shape), bytes(data)) == (wanted["dtype"], list(wanted["shape"]), bytes(wanted["data"])), name
+            assert (dtype, list(shape), bytes(data)) == (
+                wanted["dtype"],
+                list(wanted["shape"]),
+                bytes(wanted["data"]),
+            ), name
 
 
 def test_reader_is_short_and_alone() -> None:
@@ -321,13 +371,17 @@ def test_reader_is_short_and_alone() -> None:
 def test_reader_prints_what_a_rank_holds(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """`python docs/reader.py OUT 3` names the tensors of rank 3 and their parts of the model."""
     reshard.convert(checkpoint("llama"), tmp_path / "out", tp=4)
-    done = subprocess.run([sys.executable, ROOT / "docs/reader.py", tmp_path / "out", "3"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/reader.py", tmp_path / "out", "3"], capture_output=True, text=True, check=True
+    )
     assert "layers.0.attn.qkv  BF16 [40, 56]" in done.stdout
     assert "attn.k, kv 3:4 of 4" in done.stdout
 
 
 def test_reader_refuses(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """It refuses another major version, a truncated file, another rank's file and tensors outside the data, and ignores unknown keys."""
+    """It refuses another major version, a truncated file, another rank's file and tensors outside the data,
+    and ignores unknown keys.
+    """
     out = tmp_path / "out"
     reshard.convert(checkpoint("llama"), out, tp=2)
     text, path = (out / "manifest.json").read_text(), out / "rank-00000/model.safetensors"
@@ -360,7 +414,9 @@ def signed(manifest: str) -> str:
     data = json.loads(manifest)
     unsigned = manifest.replace(f'"root": "{data["root"]}"', '"root": ""')
     pairs = [file for rank in data["ranks"] for file in (rank["weights"], rank["tensors"])]
-    lines = [f"{file['file']} {file['size']} {file['digest']}\n" for file in [*pairs, *data["carried"], *data["source"]]]
+    lines = [
+        f"{file['file']} {file['size']} {file['digest']}\n" for file in [*pairs, *data["carried"], *data["source"]]
+    ]
     lines.append(f"manifest.json {len(unsigned.encode())} {xxhash.xxh3_128_hexdigest(unsigned.encode())}\n")
     root = xxhash.xxh3_128_hexdigest("".join(sorted(lines, key=lambda line: line.split(" ")[0])).encode())
     return unsigned.replace('"root": ""', f'"root": "{root}"')
@@ -382,7 +438,9 @@ def test_reshard_follows_the_version_policy(checkpoint: Callable[[str], Path], t
 
 
 def test_alignment(shards: Path) -> None:
-    """Data starts at a multiple of 4096; tensors of whole 64-byte lines come first, each on a line; the rest falls in element size."""
+    """Data starts at a multiple of 4096; tensors of whole 64-byte lines come first, each on a line;
+    the rest falls in element size.
+    """
     for _, path, index in _ranks(shards):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -435,7 +493,9 @@ def test_digests(shards: Path) -> None:
             assert tensor["digest"] == digests[-1].hex()
             assert tensor.get("blocks", []) == ([block.hex() for block in blocks] if len(blocks) > 1 else [])
             several += len(blocks) > 1
-        assert listed["weights"]["digest"] == xxhash.xxh3_128_hexdigest(xxhash.xxh3_128_digest(data[:start]) + b"".join(digests))
+        assert listed["weights"]["digest"] == xxhash.xxh3_128_hexdigest(
+            xxhash.xxh3_128_digest(data[:start]) + b"".join(digests)
+        )
         assert listed["weights"]["size"] == len(data)
     assert several or manifest["sizes"]["vocab"] < 70_000  # the large one has a tensor of two blocks
     weights, tensors = ([rank[key] for rank in manifest["ranks"]] for key in ("weights", "tensors"))
@@ -453,7 +513,9 @@ def test_digests(shards: Path) -> None:
 
 
 def test_segments_say_where_everything_is(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """By segments alone the published q, k and head come together again from all ranks; repeated heads agree, the rest is zero."""
+    """By segments alone the published q, k and head come together again from all ranks; repeated heads agree,
+    the rest is zero.
+    """
     source, out = checkpoint("llama"), tmp_path / "out"
     reshard.convert(source, out, tp=8)
     assert _json(out / "manifest.json")["repeats"] == {"kv": 2}
@@ -486,7 +548,7 @@ def test_segments_say_where_everything_is(checkpoint: Callable[[str], Path], tmp
         assert np.array_equal(found[tensor].reshape(wanted.shape), wanted), tensor
 
 
-# --- docs/notation.md and docs/vocabulary.md -------------------------------------------------------------------------------------------
+# --- docs/notation.md and docs/vocabulary.md --------------------------------------------------------------------------
 
 
 def _example() -> str:
@@ -496,10 +558,17 @@ def _example() -> str:
 
 
 def test_example_table_works(tmp_path: Path) -> None:
-    """The table of the notation page converts a checkpoint of a family that is not shipped, written by transformers, and merges it back."""
+    """The table of the notation page converts a checkpoint of a family that is not shipped, written by transformers,
+    and merges it back.
+    """
     assert "biogpt" not in families.shipped()
     config = transformers.BioGptConfig(
-        vocab_size=101, hidden_size=56, intermediate_size=88, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=30
+        vocab_size=101,
+        hidden_size=56,
+        intermediate_size=88,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=30,
     )
     torch.manual_seed(0)
     model = transformers.BioGptForCausalLM(config)
@@ -508,14 +577,18 @@ def test_example_table_works(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "biogpt.toml").write_text(_example(), encoding="utf-8")
     reshard.convert(tmp_path / "model", tmp_path / "out", tp=4, pp=2, family=str(tmp_path / "biogpt.toml"))
-    assert reshard.verify(tmp_path / "out", against=tmp_path / "model", family=str(tmp_path / "biogpt.toml"), numerics=False).ok
+    assert reshard.verify(
+        tmp_path / "out", against=tmp_path / "model", family=str(tmp_path / "biogpt.toml"), numerics=False
+    ).ok
     reshard.convert(tmp_path / "out", tmp_path / "back", to="hf")
     for path in (tmp_path / "model").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
 
 
 def test_patterns_shown_are_patterns() -> None:
-    """Every pattern in the table of the notation page can be parsed, and the shipped tables or the example use its axes."""
+    """Every pattern in the table of the notation page can be parsed,
+    and the shipped tables or the example use its axes.
+    """
     shown = list(_first_column("docs/notation.md", "Rows"))
     assert len(shown) >= 10
     axes = set(_axes_of_tables())
@@ -561,8 +634,8 @@ def _vocabulary() -> dict[str, list[str]]:
     return {name: re.findall("`([^`]+)`", axes) for name, axes in found}
 
 
-# What is written for short: in families whose queries share keys, whose outputs lie in groups, whose heads lie in several parts, whose
-# linear values share keys, whose state space heads share what goes into the state.
+# What is written for short: in families whose queries share keys, whose outputs lie in groups, whose heads lie in
+# several parts, whose linear values share keys, whose state space heads share what goes into the state.
 SHORT: tuple[dict[str, tuple[str, ...]], ...] = (
     {},
     {"heads": ("kv", "group")},
@@ -574,7 +647,9 @@ SHORT: tuple[dict[str, tuple[str, ...]], ...] = (
 
 
 def test_vocabulary_is_that_of_the_tables() -> None:
-    """The vocabulary page lists every logical tensor of every table, each with the axes that the tables give it, and no other."""
+    """The vocabulary page lists every logical tensor of every table, each with the axes that the tables give it,
+    and no other.
+    """
     vocabulary = {
         name: {frozenset(parse_pattern(axes, short).axes[0]) for axes in alternatives for short in SHORT}
         for name, alternatives in _vocabulary().items()
@@ -598,6 +673,8 @@ def test_axes_are_those_of_the_tables() -> None:
 def test_help_is_instant_to_read() -> None:
     """`reshard --help` names every command with a line of its own, and exits 0."""
     environment = {**os.environ, "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, "-m", "reshard", "--help"], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "reshard", "--help"], capture_output=True, text=True, check=True, env=environment
+    )
     for name in cli.cli.commands:
         assert re.search(rf"^  {name}  ", done.stdout, re.M)

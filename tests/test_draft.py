@@ -1,4 +1,6 @@
-"""An unknown family is no dead end: a drafted table, edited where it says TODO, converts, merges, reshapes, and is checked."""
+"""An unknown family is no dead end: a drafted table, edited where it says TODO, converts, merges, reshapes,
+and is checked.
+"""
 
 import json
 import re
@@ -47,7 +49,11 @@ def test_a_drafted_table_is_edited_and_then_converts_merges_and_reshapes(unknown
     for name, leaf in (("post_norm1", "post_attn_norm"), ("post_norm2", "post_mlp_norm")):
         text = re.sub(rf' # (\["model.layers.{{layer}}.{name}.weight", "hidden", )"\?"', rf' \1"{leaf}"', text)
     table.write_text(text)
-    for out, mesh in {"two": ("--tp", "2"), "six": ("--tp", "3", "--pp", "2", "--split", "2:1:1"), "eight": ("--tp", "8")}.items():
+    for out, mesh in {
+        "two": ("--tp", "2"),
+        "six": ("--tp", "3", "--pp", "2", "--split", "2:1:1"),
+        "eight": ("--tp", "8"),
+    }.items():
         arguments = mesh[2:] if out == "six" else mesh
         assert reshard("convert", unknown, tmp_path / out, *arguments, "--family", table).code == 0
         assert reshard("convert", tmp_path / out, tmp_path / f"{out}-back", "--to", "hf").code == 0
@@ -68,11 +74,15 @@ def test_every_tensor_of_a_family_like_another_is_drafted_in_one_line(unknown: P
     assert reshard("convert", source, tmp_path / "out", "--tp", "2", "--family", tmp_path / "my.toml").code == 0
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon_40b", "deepseek_v3", "qwen3_moe", "gpt2_bare", "gemma2", "gpt_oss", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "falcon_40b", "deepseek_v3", "qwen3_moe", "gpt2_bare", "gemma2", "gpt_oss", "phi3"]
+)
 def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_filled_in(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What other tables say of such names: whatever is filled in is what the family's own table says, or is one of few."""
+    """What other tables say of such names: whatever is filled in is what the family's own table says,
+    or is one of few.
+    """
     from reshard.authoring import draft as module
 
     family = FIXTURES[name].family
@@ -89,7 +99,9 @@ def test_a_draft_of_a_known_family_without_its_own_table_is_true_where_it_is_fil
     true = understand(own, published.config, {key: entry for key, (_, entry) in published.tensors.items()}).family
     meaning = {row.name.folded: (row.leaves, row.pattern.dims) for row in true.rows}
     wrong = [
-        row.name.text for row in parsed.rows if row.name.folded in meaning and meaning[row.name.folded] != (row.leaves, row.pattern.dims)
+        row.name.text
+        for row in parsed.rows
+        if row.name.folded in meaning and meaning[row.name.folded] != (row.leaves, row.pattern.dims)
     ]
     assert len(wrong) <= 0.5 * len(parsed.rows), wrong
     assert len(parsed.rows) >= 2 or found.open
@@ -129,13 +141,17 @@ def test_strange_checkpoints_are_drafted(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": "it's odd", "num_hidden_layers": "three"}))
-    save_file({"a.0.1.2": torch.ones(2), "7": torch.ones(()), "x.y": torch.ones(3, 4, 5)}, tmp_path / "model.safetensors")
+    save_file(
+        {"a.0.1.2": torch.ones(2), "7": torch.ones(()), "x.y": torch.ones(3, 4, 5)}, tmp_path / "model.safetensors"
+    )
     done = reshard("inspect", tmp_path, "--draft-table")
     assert done.code == 0 and "TODO" in done.out, done.err
 
 
 def test_what_one_family_does_not_read_is_no_buffer_of_another() -> None:
-    """gemma4_text keeps keys of borrowing layers aside, chatglm a head: a draft that did would convert, and leave weights out."""
+    """gemma4_text keeps keys of borrowing layers aside, chatglm a head: a draft that did would convert,
+    and leave weights out.
+    """
     kept = similar.buffers()
     assert "self_attn.rotary_emb.inv_freq" in kept
     assert {"self_attn.k_proj.weight", "lm_head.weight"} & kept == set()
@@ -144,7 +160,9 @@ def test_what_one_family_does_not_read_is_no_buffer_of_another() -> None:
 def test_whatever_stands_around_a_known_language_model_is_drafted_as_towers(tmp_path: Path) -> None:
     source, table = tmp_path / "model", tmp_path / "my.toml"
     tensors = {f"language_model.{name}": tensor for name, tensor in llama_tensors().items()}
-    tensors |= {f"eye.blocks.{at}.w": noise("BF16", 8, 6, seed=at) for at in range(3)} | {"bridge.weight": noise("BF16", 56, 6)}
+    tensors |= {f"eye.blocks.{at}.w": noise("BF16", 8, 6, seed=at) for at in range(3)} | {
+        "bridge.weight": noise("BF16", 56, 6)
+    }
     llama(source, tensors)
     (source / "config.json").write_text(json.dumps({"model_type": "odd_vl", "vision_config": {}, "text_config": LLAMA}))
     done = reshard("plan", source, "--tp", "2")

@@ -1,4 +1,6 @@
-"""The engine moves bytes as numpy would: any shapes, strides, dtypes and offsets, with tiles so small that every path is taken."""
+"""The engine moves bytes as numpy would: any shapes, strides, dtypes and offsets, with tiles so small that every path
+is taken.
+"""
 
 import math
 import os
@@ -38,7 +40,15 @@ class Store:
     entries: dict[Key, tuple[Path, Entry]] = field(default_factory=dict)
     storages: dict[Key, Array] = field(default_factory=dict)
 
-    def add(self, key: Key, dtype: str, shape: Sequence[int], storage: Array, offset: int, strides: tuple[int, ...] | None = None) -> None:
+    def add(
+        self,
+        key: Key,
+        dtype: str,
+        shape: Sequence[int],
+        storage: Array,
+        offset: int,
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
         path = self.folder / f"{key[0]}-{key[1]}"
         bits = BITS[dtype]
         path.write_bytes(b"\xa5" * offset + packed(storage, bits) + b"\x5a" * 5)
@@ -54,7 +64,9 @@ class Store:
         _, entry = self.entries[key]
         strides = entry.strides if entry.strides is not None else row_major(entry.shape)
         storage = self.storages[key]
-        return np.lib.stride_tricks.as_strided(storage, entry.shape, [s * storage.itemsize for s in strides], writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            storage, entry.shape, [s * storage.itemsize for s in strides], writeable=False
+        )
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -75,7 +87,9 @@ def drawn(rng: np.random.Generator, count: int, bits: int) -> Array:
 
 def as_plan(*jobs: Sequence[Copy]) -> Any:
     """What `run` needs of a plan: each of the jobs a component with a single point."""
-    return SimpleNamespace(components=[SimpleNamespace(points=lambda: [{}], copies=lambda at, job=job: iter(job)) for job in jobs])
+    return SimpleNamespace(
+        components=[SimpleNamespace(points=lambda: [{}], copies=lambda at, job=job: iter(job)) for job in jobs]
+    )
 
 
 def slot(rank: int) -> Any:
@@ -83,13 +97,21 @@ def slot(rank: int) -> Any:
 
 
 def copy_of(
-    src: Key, src_shape: Sequence[int], box: Sequence[slice], order: Sequence[int], dst: Key, dst_offset: int, dst_strides: Any
+    src: Key,
+    src_shape: Sequence[int],
+    box: Sequence[slice],
+    order: Sequence[int],
+    dst: Key,
+    dst_offset: int,
+    dst_strides: Any,
 ) -> Copy:
     """The copy of a box of a source, its axes in another order, to a place in the destination."""
     strides = row_major(src_shape)
     offset = sum(span.start * stride for span, stride in zip(box, strides, strict=True))
     dims = [(box[a].stop - box[a].start, strides[a], d) for a, d in zip(order, dst_strides, strict=True)]
-    return Copy(slot(src[0]), src[1], offset, slot(dst[0]), dst[1], dst_offset, collapse(dim for dim in dims if dim[0] > 1))
+    return Copy(
+        slot(src[0]), src[1], offset, slot(dst[0]), dst[1], dst_offset, collapse(dim for dim in dims if dim[0] > 1)
+    )
 
 
 @dataclass
@@ -102,8 +124,12 @@ class Case:
     wanted: dict[Key, Array]
 
 
-def strided(draw: Any, rng: np.random.Generator, shape: Sequence[int], bits: int) -> tuple[Array, tuple[int, ...] | None]:
-    """A storage and strides for it: row-major, axes in another order, with gaps, repeated (stride 0), or overlapping windows."""
+def strided(
+    draw: Any, rng: np.random.Generator, shape: Sequence[int], bits: int
+) -> tuple[Array, tuple[int, ...] | None]:
+    """A storage and strides for it: row-major, axes in another order, with gaps, repeated (stride 0),
+    or overlapping windows.
+    """
     kind = draw(st.sampled_from(["plain", "plain", "transposed", "gaps", "expanded", "windows"]))
     if kind == "plain" or not shape:
         return drawn(rng, math.prod(shape), bits), None
@@ -169,7 +195,12 @@ def carry_out(case: Case, workers: int, tile: int, block: int) -> dict[Key, list
         pool, reader = Pool(os.O_RDWR), Pool()
         try:
             engine.run(
-                as_plan(case.copies), case.source, case.target, lambda: Writer(case.target, pool, digests), workers=workers, pool=reader
+                as_plan(case.copies),
+                case.source,
+                case.target,
+                lambda: Writer(case.target, pool, digests),
+                workers=workers,
+                pool=reader,
             )
         finally:
             pool.close()
@@ -186,10 +217,17 @@ def check(case: Case, digests: dict[Key, list[bytes]], block: int) -> None:
         assert data[: entry.offset] == b"\xa5" * entry.offset and data[entry.offset + entry.nbytes :] == b"\x5a" * 5, (
             f"{key}: written beside"
         )
-        assert digests[key] == [xxhash.xxh3_128_digest(content[at : at + block]) for at in range(0, len(content), block)], key
+        assert digests[key] == [
+            xxhash.xxh3_128_digest(content[at : at + block]) for at in range(0, len(content), block)
+        ], key
 
 
-@given(data=st.data(), tile=st.sampled_from([64, 96, 256, 4096]), workers=st.integers(1, 3), block=st.sampled_from([16, 40, 1 << 20]))
+@given(
+    data=st.data(),
+    tile=st.sampled_from([64, 96, 256, 4096]),
+    workers=st.integers(1, 3),
+    block=st.sampled_from([16, 40, 1 << 20]),
+)
 @law(150)
 def test_strided_copies_give_what_numpy_gives_and_digests_are_those_of_the_bytes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, tile: int, workers: int, block: int
@@ -200,7 +238,9 @@ def test_strided_copies_give_what_numpy_gives_and_digests_are_those_of_the_bytes
 
 @given(data=st.data(), tile=st.sampled_from([64, 96, 256, 4096]))
 @law(150)
-def test_views_of_a_storage_are_read_as_numpy_reads_them(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, tile: int) -> None:
+def test_views_of_a_storage_are_read_as_numpy_reads_them(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, tile: int
+) -> None:
     """Transposed, with gaps, expanded (stride 0) and overlapping tensors, as `.bin` files hold them."""
     case = data.draw(cases(tmp_path_factory.mktemp("case"), ["U8", "F16", "F64"], views=True))
     check(case, carry_out(case, 1, tile, 1 << 20), 1 << 20)
@@ -227,7 +267,9 @@ def test_elements_of_less_than_a_byte_move_in_whole_bytes_or_are_refused(
     except ReshardError as error:
         event("refused")
         assert "tearing a byte" in error.message
-        assert any(torn(copy, BITS[case.source.locate((copy.src.rank, copy.src_name))[1].dtype]) for copy in case.copies)
+        assert any(
+            torn(copy, BITS[case.source.locate((copy.src.rank, copy.src_name))[1].dtype]) for copy in case.copies
+        )
     else:
         check(case, digests, 40)
 
@@ -252,7 +294,9 @@ def torn(copy: Copy, bits: int) -> bool:
 def test_a_strided_destination_gets_what_a_strided_source_has(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, tile: int
 ) -> None:
-    """Merging back into a `.bin` file: both sides are views, of the same shape but of other strides; gaps are left alone."""
+    """Merging back into a `.bin` file: both sides are views, of the same shape but of other strides;
+    gaps are left alone.
+    """
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     folder = tmp_path_factory.mktemp("case")
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
@@ -320,13 +364,17 @@ def move(source: Store, target: Store, copies: list[Copy]) -> tuple[Counted, Cou
 
 
 def test_a_matrix_cut_by_columns_among_ranks_is_read_once(tmp_path: Path) -> None:
-    """A row-parallel weight, far larger than a tile: eight ranks and two replicas of the first are fed from one pass over its rows."""
+    """A row-parallel weight, far larger than a tile: eight ranks and two replicas of the first are fed from one
+    pass over its rows.
+    """
     source, target, values = matrix(tmp_path, 96, 80)
     copies = []
     for rank in range(10):
         column = rank % 8 * 10
         target.add((rank, "d"), "BF16", (96, 10), np.zeros(960, np.uint64), 0)
-        copies.append(copy_of((0, "s"), (96, 80), [slice(0, 96), slice(column, column + 10)], (0, 1), (rank, "d"), 0, (10, 1)))
+        copies.append(
+            copy_of((0, "s"), (96, 80), [slice(0, 96), slice(column, column + 10)], (0, 1), (rank, "d"), 0, (10, 1))
+        )
     reader, writer = move(source, target, copies)
     assert reader.read_bytes == 96 * 80 * 2
     assert writer.written == 10 * 96 * 10 * 2
@@ -336,13 +384,17 @@ def test_a_matrix_cut_by_columns_among_ranks_is_read_once(tmp_path: Path) -> Non
 
 
 def test_columns_that_go_to_one_rank_each_are_laid_apart_by_the_read_itself(tmp_path: Path) -> None:
-    """No gathering; also where ranks are unequal, where a call fills fewer buffers than there are pieces, and where it reads too little."""
+    """No gathering; also where ranks are unequal, where a call fills fewer buffers than there are pieces,
+    and where it reads too little.
+    """
     source, target, values = matrix(tmp_path, 96, 80)
     copies, starts = [], [0, 30, 50, 70, 80]
     for rank, (a, b) in enumerate(pairwise(starts)):
         target.add((rank, "d"), "BF16", (96, b - a), np.zeros(96 * (b - a), np.uint64), 0)
         copies.append(copy_of((0, "s"), (96, 80), [slice(0, 96), slice(a, b)], (0, 1), (rank, "d"), 0, (b - a, 1)))
-    short = Mock(wraps=lambda descriptor, views, at, real=os.preadv: real(descriptor, [views[0][:7]] if at % 5 else views, at))
+    short = Mock(
+        wraps=lambda descriptor, views, at, real=os.preadv: real(descriptor, [views[0][:7]] if at % 5 else views, at)
+    )
     with (
         patch.object(engine.Worker, "_gather", side_effect=AssertionError("gathered")),
         patch.object(local, "VIEWS", 7),
@@ -360,7 +412,9 @@ def test_a_transposed_matrix_is_read_once_and_written_in_long_runs(tmp_path: Pat
     """Tile by tile: not one element per call on either side."""
     source, target, values = matrix(tmp_path, 96, 80)
     target.add((0, "d"), "BF16", (80, 96), np.zeros(96 * 80, np.uint64), 0)
-    reader, writer = move(source, target, [copy_of((0, "s"), (96, 80), [slice(0, 96), slice(0, 80)], (1, 0), (0, "d"), 0, (96, 1))])
+    reader, writer = move(
+        source, target, [copy_of((0, "s"), (96, 80), [slice(0, 96), slice(0, 80)], (1, 0), (0, "d"), 0, (96, 1))]
+    )
     assert reader.read_bytes == writer.written == 96 * 80 * 2
     assert reader.calls <= 96 * 80 / 8
     assert np.array_equal(np.frombuffer((tmp_path / "0-d").read_bytes()[:-5], "<u2").reshape(80, 96), values.T)
@@ -372,10 +426,21 @@ def test_a_truncated_source_ends_all_workers_with_an_error_that_names_the_file(t
     copies = []
     for rank in range(8):
         target.add((rank, "d"), "BF16", (12, 80), np.zeros(960, np.uint64), 0)
-        copies.append(copy_of((0, "s"), (96, 80), [slice(12 * rank, 12 * rank + 12), slice(0, 80)], (0, 1), (rank, "d"), 0, (80, 1)))
+        copies.append(
+            copy_of(
+                (0, "s"), (96, 80), [slice(12 * rank, 12 * rank + 12), slice(0, 80)], (0, 1), (rank, "d"), 0, (80, 1)
+            )
+        )
     pool, reader = Pool(os.O_RDWR), Pool()
     with pytest.raises(ReshardError, match=r"0-s: \d+ bytes wanted at offset \d+, the file ends at 9000"):
-        engine.run(as_plan(*[[copy] for copy in copies]), source, target, lambda: Writer(target, pool, {}), workers=3, pool=reader)
+        engine.run(
+            as_plan(*[[copy] for copy in copies]),
+            source,
+            target,
+            lambda: Writer(target, pool, {}),
+            workers=3,
+            pool=reader,
+        )
     for thread in threading.enumerate():  # a worker is done a moment before its thread has ended
         if thread.name.startswith("reshard-"):
             thread.join()
@@ -410,7 +475,15 @@ def test_progress_adds_up_to_the_bytes_read(tmp_path: Path) -> None:
     pool = Pool(os.O_RDWR)
     copy = copy_of((0, "s"), (96, 80), [slice(0, 96), slice(0, 80)], (0, 1), (0, "d"), 0, (80, 1))
     with patch.object(engine, "TILE", 1024):
-        engine.run(as_plan([copy]), source, target, lambda: Writer(target, pool, None), workers=1, pool=Pool(), progress=seen.append)
+        engine.run(
+            as_plan([copy]),
+            source,
+            target,
+            lambda: Writer(target, pool, None),
+            workers=1,
+            pool=Pool(),
+            progress=seen.append,
+        )
     assert sum(seen) == 96 * 80 * 2 and len(seen) > 8
 
 
@@ -437,7 +510,13 @@ def test_a_copy_between_tensors_of_different_dtypes_is_refused_by_name() -> None
 
 @pytest.mark.parametrize(
     ("dtype", "offset", "n", "items"),
-    [("F4", 2, 4, (1, 2, 1)), ("F4", 0, 2, (0, 1, 1)), ("F6_E2M3", 4, 4, (3, 3, 1)), ("BF16", 3, 5, (3, 5, 2)), ("C64", 1, 2, (1, 2, 8))],
+    [
+        ("F4", 2, 4, (1, 2, 1)),
+        ("F4", 0, 2, (0, 1, 1)),
+        ("F6_E2M3", 4, 4, (3, 3, 1)),
+        ("BF16", 3, 5, (3, 5, 2)),
+        ("C64", 1, 2, (1, 2, 8)),
+    ],
 )
 def test_items_are_elements_or_bytes(dtype: str, offset: int, n: int, items: tuple[int, int, int]) -> None:
     entry = Entry(dtype, (64,), 0, 64 * BITS[dtype] // 8)

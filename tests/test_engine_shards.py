@@ -1,6 +1,7 @@
 """Laws of reshard.checkpoints.engine_shards: directories that vLLM wrote itself are read exactly, or refused in words.
 
-The directories are written here in plain torch, from the text of the format alone; nothing of reshard takes part in that.
+The directories are written here in plain torch, from the text of the format alone; nothing of reshard takes part in
+that.
 """
 
 import json
@@ -86,7 +87,9 @@ def vocab_part(weight: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
 
 
 def layer_of(state: State, at: str, rank: int, tp: int, heads: int, kv: int) -> State:
-    """One layer on one rank: q, k and v fused after they were cut, KV heads shared by consecutive ranks where there are too few."""
+    """One layer on one rank: q, k and v fused after they were cut, KV heads shared by consecutive ranks where there are
+    too few.
+    """
     mine: State = {}
     attn, mlp = at + "self_attn.", at + "mlp."
     for kind in ("weight", "bias"):
@@ -117,7 +120,9 @@ def layer_of(state: State, at: str, rank: int, tp: int, heads: int, kv: int) -> 
     if mlp + "down_proj.weight" in state:
         mine[mlp + "down_proj.weight"] = state[mlp + "down_proj.weight"].chunk(tp, 1)[rank]
     mine |= experts_of(state, at, rank, tp)
-    return mine | {at + f"{norm}.weight": state[at + f"{norm}.weight"] for norm in ("input_layernorm", "post_attention_layernorm")}
+    return mine | {
+        at + f"{norm}.weight": state[at + f"{norm}.weight"] for norm in ("input_layernorm", "post_attention_layernorm")
+    }
 
 
 def experts_of(state: State, at: str, rank: int, tp: int) -> State:
@@ -125,7 +130,9 @@ def experts_of(state: State, at: str, rank: int, tp: int) -> State:
         ("block_sparse_moe", "gate", ("w1", "w3", "w2")),
         ("mlp", "experts.gate", ("gate_proj", "up_proj", "down_proj")),
     ):
-        numbers = range(sum(name.startswith(f"{at}{module}.experts.") and name.endswith(f".{gate}.weight") for name in state))
+        numbers = range(
+            sum(name.startswith(f"{at}{module}.experts.") and name.endswith(f".{gate}.weight") for name in state)
+        )
         if not numbers:
             continue
 
@@ -141,24 +148,34 @@ def experts_of(state: State, at: str, rank: int, tp: int) -> State:
 
 
 def shard_name(stage: int, rank: int, pp: int, part: int | str = 0) -> str:
-    return f"model-pp-{stage}-tp-{rank}-part-{part}.safetensors" if pp > 1 else f"model-rank-{rank}-part-{part}.safetensors"
+    return (
+        f"model-pp-{stage}-tp-{rank}-part-{part}.safetensors"
+        if pp > 1
+        else f"model-rank-{rank}-part-{part}.safetensors"
+    )
 
 
 def saved(directory: Path, name: str, tp: int, pp: int = 1, stages: list[range] | None = None) -> Path:
-    """What vLLM's save script leaves: each rank in several parts, and a copy of everything beside the weights, the index too."""
+    """What vLLM's save script leaves: each rank in several parts, and a copy of everything beside the weights,
+    the index too.
+    """
     source = fixtures.checkpoint(name)
     directory.mkdir()
     for path in source.iterdir():
         if path.suffix not in (".bin", ".pt", ".safetensors"):
             shutil.copy(path, directory)
-    for (stage, rank), state in held_by_vllm(name, tp, stages or stages_of(config_of(name)["num_hidden_layers"], pp)).items():
+    for (stage, rank), state in held_by_vllm(
+        name, tp, stages or stages_of(config_of(name)["num_hidden_layers"], pp)
+    ).items():
         parts: list[State] = [{}]
         for key, tensor in state.items():
             if sum(t.nbytes for t in parts[-1].values()) + tensor.nbytes > 40_000 and parts[-1]:
                 parts.append({})
             parts[-1][key] = tensor
         for number, part in enumerate(parts):
-            save_file(part, directory / shard_name(stage, rank, pp, number), metadata={"format": "pt"} if rank % 2 else None)
+            save_file(
+                part, directory / shard_name(stage, rank, pp, number), metadata={"format": "pt"} if rank % 2 else None
+            )
     return directory
 
 
@@ -176,7 +193,9 @@ def holding(directory: Path, key: str, rank: int = 0) -> Path:
 
 def configured(directory: Path, **changes: Any) -> None:
     """Set keys of config.json; those set to ... are removed."""
-    fixtures.configure(directory, *(k for k, v in changes.items() if v is ...), **{k: v for k, v in changes.items() if v is not ...})
+    fixtures.configure(
+        directory, *(k for k, v in changes.items() if v is ...), **{k: v for k, v in changes.items() if v is not ...}
+    )
 
 
 # What reshard makes of it
@@ -213,7 +232,9 @@ def anew(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_a_directory_of_vllm_becomes_what_transformers_would_write(
     name: str, tp: int, pp: int, tmp_path: Path, anew: Callable[[str], Path]
 ) -> None:
-    """Merged, it equals the original split anew, byte for byte; the mesh is found, and the copied index is not carried along."""
+    """Merged, it equals the original split anew, byte for byte; the mesh is found, and the copied index is not carried
+    along.
+    """
     source = open_source(saved(tmp_path / "vllm", name, tp, pp))
     assert (type(source), source.layout.mesh.tp, source.layout.mesh.pp) == (EngineSource, tp, pp)
     assert different(to(source, tmp_path / "hf"), anew(name)) == []
@@ -222,7 +243,9 @@ def test_a_directory_of_vllm_becomes_what_transformers_would_write(
 @pytest.mark.parametrize(("tp", "pp"), MESHES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converting_to_vllm_writes_what_vllm_holds(name: str, tp: int, pp: int, tmp_path: Path) -> None:
-    """Every rank's tensors are those written in plain torch, bit by bit, under the names for which vLLM looks, and no other."""
+    """Every rank's tensors are those written in plain torch, bit by bit, under the names for which vLLM looks,
+    and no other.
+    """
     stages = stages_of(config_of(name)["num_hidden_layers"], pp)
     mesh = Mesh(tp, pp, layers=tuple(map(len, stages)) if pp > 1 else None)
     out = to(fixtures.checkpoint(name), tmp_path / "out", "vllm", mesh)
@@ -239,7 +262,9 @@ def test_converting_to_vllm_writes_what_vllm_holds(name: str, tp: int, pp: int, 
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3_moe"])
-def test_a_conversion_stripped_of_everything_of_ours_is_read(name: str, tmp_path: Path, anew: Callable[[str], Path]) -> None:
+def test_a_conversion_stripped_of_everything_of_ours_is_read(
+    name: str, tmp_path: Path, anew: Callable[[str], Path]
+) -> None:
     """Without manifest, source and tensors.json, what `--to vllm` wrote is read all the same."""
     out = to(fixtures.checkpoint(name), tmp_path / "out", "vllm", Mesh(4))
     (out / "manifest.json").unlink()
@@ -259,9 +284,15 @@ def test_the_merge_is_what_transformers_writes(name: str, tmp_path: Path) -> Non
     assert {path.name: path.read_bytes() for path in ours.glob("*.safetensors")} == wanted
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), [("llama", 8, 1), ("llama_tied", 4, 1), ("llama_tied", 2, 2), ("qwen3_moe", 8, 1)])
-def test_native_shards_equal_those_of_the_original(name: str, tp: int, pp: int, tmp_path: Path, anew: Callable[[str], Path]) -> None:
-    """Converted to native TP 2, each weights file is that of the direct conversion; it verifies, and merges as the directory does."""
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [("llama", 8, 1), ("llama_tied", 4, 1), ("llama_tied", 2, 2), ("qwen3_moe", 8, 1)]
+)
+def test_native_shards_equal_those_of_the_original(
+    name: str, tp: int, pp: int, tmp_path: Path, anew: Callable[[str], Path]
+) -> None:
+    """Converted to native TP 2, each weights file is that of the direct conversion; it verifies, and merges as the
+    directory does.
+    """
     source = open_source(saved(tmp_path / "vllm", name, tp, pp))
     direct = to(fixtures.checkpoint(name), tmp_path / "direct", "native", Mesh(2))
     out = to(source, tmp_path / "out", "native", Mesh(2))
@@ -282,7 +313,9 @@ def test_the_merge_can_be_split_anew(tmp_path: Path) -> None:
 
 
 def test_more_than_50_gb_become_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers would split, so do the originals: with its limit lowered, the index and every file are as split directly."""
+    """Where transformers would split, so do the originals: with its limit lowered, the index and every file are as
+    split directly.
+    """
     monkeypatch.setattr("reshard.checkpoints.engine_shards.MAX_FILE_SIZE", 60_000)
     source = open_source(saved(tmp_path / "vllm", "mixtral", 4))
     direct = to(fixtures.checkpoint("mixtral"), tmp_path / "direct", limit=60_000)
@@ -290,9 +323,15 @@ def test_more_than_50_gb_become_several_files_with_an_index(tmp_path: Path, monk
     assert different(to(to(source, tmp_path / "native", "native", Mesh(2)), tmp_path / "back"), direct) == []
 
 
-@pytest.mark.parametrize(("name", "counts"), [("qwen3", (1, 4)), ("qwen3", (3, 2)), ("qwen3", (1, 1, 3)), ("mistral", (1, 1, 1))])
-def test_any_partition_of_the_layers_is_found(name: str, counts: tuple[int, ...], tmp_path: Path, anew: Callable[[str], Path]) -> None:
-    """VLLM_PP_LAYER_PARTITION may have dealt out the layers in any way: what each stage holds says how. Equal stages need no word."""
+@pytest.mark.parametrize(
+    ("name", "counts"), [("qwen3", (1, 4)), ("qwen3", (3, 2)), ("qwen3", (1, 1, 3)), ("mistral", (1, 1, 1))]
+)
+def test_any_partition_of_the_layers_is_found(
+    name: str, counts: tuple[int, ...], tmp_path: Path, anew: Callable[[str], Path]
+) -> None:
+    """VLLM_PP_LAYER_PARTITION may have dealt out the layers in any way: what each stage holds says how.
+    Equal stages need no word.
+    """
     stages = [range(sum(counts[:n]), sum(counts[: n + 1])) for n in range(len(counts))]
     source = open_source(saved(tmp_path / "vllm", name, 2, len(counts), stages))
     assert source.layout.mesh == Mesh(2, len(counts), layers=counts if len(set(counts)) > 1 else None)
@@ -311,9 +350,12 @@ def test_parts_may_be_called_anything(tmp_path: Path, anew: Callable[[str], Path
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "said"), [(name, tp, ...) for name in ("llama", "qwen3_moe", "phi3") for tp in (1, 4, 8)] + [("qwen3", 8, None)]
+    ("name", "tp", "said"),
+    [(name, tp, ...) for name in ("llama", "qwen3_moe", "phi3") for tp in (1, 4, 8)] + [("qwen3", 8, None)],
 )
-def test_a_head_dim_that_config_does_not_say_is_solved(name: str, tp: int, said: Any, tmp_path: Path, anew: Callable[[str], Path]) -> None:
+def test_a_head_dim_that_config_does_not_say_is_solved(
+    name: str, tp: int, said: Any, tmp_path: Path, anew: Callable[[str], Path]
+) -> None:
     """Missing or null, it follows from the shards, also where KV heads are repeated."""
     source = saved(tmp_path / "vllm", name, tp)
     configured(source, head_dim=said)
@@ -323,11 +365,16 @@ def test_a_head_dim_that_config_does_not_say_is_solved(name: str, tp: int, said:
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("qwen3_moe", "moe_intermediate_size"), ("phi3", "intermediate_size"), ("mixtral", "num_local_experts")]
+    ("name", "key"),
+    [("qwen3_moe", "moe_intermediate_size"), ("phi3", "intermediate_size"), ("mixtral", "num_local_experts")],
 )
 @pytest.mark.parametrize("tp", [1, 4])
-def test_other_sizes_that_config_does_not_say_are_solved(name: str, key: str, tp: int, tmp_path: Path, anew: Callable[[str], Path]) -> None:
-    """Axes that are cut, and one that the published checkpoint enumerates, follow from one dimension, together with head_dim."""
+def test_other_sizes_that_config_does_not_say_are_solved(
+    name: str, key: str, tp: int, tmp_path: Path, anew: Callable[[str], Path]
+) -> None:
+    """Axes that are cut, and one that the published checkpoint enumerates, follow from one dimension,
+    together with head_dim.
+    """
     source = saved(tmp_path / "vllm", name, tp)
     configured(source, head_dim=..., **{key: ...})
     assert different(to(source, tmp_path / "hf"), anew(name)) == ["config.json"]
@@ -385,7 +432,9 @@ def test_published_weights_and_manifests_come_first(tmp_path: Path) -> None:
         open_source(indexed)
 
 
-@pytest.mark.parametrize("stray", ["model-rank-01-part-0.safetensors", "model-rank-0-part-0.bin", "xmodel-rank-0-part-0.safetensors"])
+@pytest.mark.parametrize(
+    "stray", ["model-rank-01-part-0.safetensors", "model-rank-0-part-0.bin", "xmodel-rank-0-part-0.safetensors"]
+)
 def test_names_that_vllm_does_not_look_for(stray: str, tmp_path: Path) -> None:
     """Leading zeros, other endings and other beginnings make no shard directory."""
     (tmp_path / stray).touch()
@@ -393,7 +442,9 @@ def test_names_that_vllm_does_not_look_for(stray: str, tmp_path: Path) -> None:
 
 
 def test_inspect_and_plan_tell_what_it_is(tmp_path: Path) -> None:
-    """The report names format, mesh and the sizes of the files that are there, not of those that transformers would write."""
+    """The report names format, mesh and the sizes of the files that are there, not of those that transformers would
+    write.
+    """
     source = saved(tmp_path / "vllm", "llama", 4)
     files = list(source.glob("model-rank-*"))
     facts = inspect.describe(str(source)).facts
@@ -474,43 +525,101 @@ def expert_parallel(source: Path) -> None:
     for rank in range(4):
         for path in source.glob(f"model-rank-{rank}-part-*"):
             state = load_file(path)
-            save_file({k: whole[k].chunk(4)[rank].contiguous() if "routed_experts" in k else t for k, t in state.items()}, path)
+            save_file(
+                {k: whole[k].chunk(4)[rank].contiguous() if "routed_experts" in k else t for k, t in state.items()},
+                path,
+            )
 
 
 BF16 = torch.bfloat16
 DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
-    "a rank in the middle is missing": ("llama", 4, remove(1), r"model-rank-1-part-\*\.safetensors is missing.*TP 4, 3 of 4"),
-    "the last rank is missing": ("llama", 4, remove(3), "axis kv: 4 does not divide among 3.*the first rank fits TP 4.*files of TP 3"),
-    "half of the ranks are missing": ("llama", 4, remove(2, 3), r"embed_tokens\.weight: shape \[96, 56\].*TP 2.*\[192, 56\].*fits TP 4"),
+    "a rank in the middle is missing": (
+        "llama",
+        4,
+        remove(1),
+        r"model-rank-1-part-\*\.safetensors is missing.*TP 4, 3 of 4",
+    ),
+    "the last rank is missing": (
+        "llama",
+        4,
+        remove(3),
+        "axis kv: 4 does not divide among 3.*the first rank fits TP 4.*files of TP 3",
+    ),
+    "half of the ranks are missing": (
+        "llama",
+        4,
+        remove(2, 3),
+        r"embed_tokens\.weight: shape \[96, 56\].*TP 2.*\[192, 56\].*fits TP 4",
+    ),
     "ranks that repeat KV heads are missing": (
         "llama",
         8,
         remove(4, 5, 6, 7),
         r"qkv_proj\.weight: shape \[30, 56\].*the first rank fits TP 8",
     ),
-    "ranks of another save": ("llama", 4, add_ranks(4, 5, 6, 7), 'is no "vllm" directory.*TP 8.*fits TP 4.*files of another save'),
-    "one of many ranks": ("llama", 2, add_ranks(8, 10), r"model-rank-2-part-\*\.safetensors is missing.*TP 11, 4 of 11"),
+    "ranks of another save": (
+        "llama",
+        4,
+        add_ranks(4, 5, 6, 7),
+        'is no "vllm" directory.*TP 8.*fits TP 4.*files of another save',
+    ),
+    "one of many ranks": (
+        "llama",
+        2,
+        add_ranks(8, 10),
+        r"model-rank-2-part-\*\.safetensors is missing.*TP 11, 4 of 11",
+    ),
     "a part twice": (
         "llama",
         2,
         lambda d: shutil.copy(d / R.format(0), d / "model-rank-0-part-77.safetensors"),
         "stands both in .*-0.s.*-77.s",
     ),
-    "files of two kinds": ("llama", 2, lambda d: shutil.copy(d / R.format(0), d / shard_name(0, 0, 2)), "which are of two saves"),
+    "files of two kinds": (
+        "llama",
+        2,
+        lambda d: shutil.copy(d / R.format(0), d / shard_name(0, 0, 2)),
+        "which are of two saves",
+    ),
     "a truncated part": (
         "llama",
         2,
         lambda d: os.truncate(d / R.format(1), (d / R.format(1)).stat().st_size - 7),
         "-1-part-0.s.*truncated",
     ),
-    "a key is missing from one rank": ("llama", 2, drop(DOWN, 1), r"  missing model\.layers\.\{layer\}\.mlp\.down_proj\.weight .*rank 1"),
-    "a key is missing from all ranks": ("llama", 2, drop(DOWN, 0, 1), r"2 × missing model\.layers\.\{layer\}\.mlp\.down_proj\.weight"),
-    "a norm is missing from all ranks": ("llama", 2, drop("model.norm.weight", 0, 1), r"2 × missing model\.norm\.weight"),
+    "a key is missing from one rank": (
+        "llama",
+        2,
+        drop(DOWN, 1),
+        r"  missing model\.layers\.\{layer\}\.mlp\.down_proj\.weight .*rank 1",
+    ),
+    "a key is missing from all ranks": (
+        "llama",
+        2,
+        drop(DOWN, 0, 1),
+        r"2 × missing model\.layers\.\{layer\}\.mlp\.down_proj\.weight",
+    ),
+    "a norm is missing from all ranks": (
+        "llama",
+        2,
+        drop("model.norm.weight", 0, 1),
+        r"2 × missing model\.norm\.weight",
+    ),
     "a q_norm is missing": ("qwen3", 2, drop("model.layers.3.self_attn.q_norm.weight", 0, 1), r"2 × missing .*q_norm"),
-    "a bias is missing": ("qwen2", 2, drop("model.layers.3.self_attn.qkv_proj.bias", 0, 1), r"2 × missing .*qkv_proj\.bias"),
+    "a bias is missing": (
+        "qwen2",
+        2,
+        drop("model.layers.3.self_attn.qkv_proj.bias", 0, 1),
+        r"2 × missing .*qkv_proj\.bias",
+    ),
     "all biases are missing": ("qwen2", 2, drop_biases, "attention_bias.*q_proj.bias, .* are missing"),
     "a constant is missing": ("llama", 2, drop("model.layers.1.self_attn.attn._q_scale", 1), r"  missing .*_q_scale"),
-    "constants are missing, as in vLLM 0.11": ("llama", 2, drop_scales, r"10 × missing .*_k_scale.*vLLM 0\.33: other versions"),
+    "constants are missing, as in vLLM 0.11": (
+        "llama",
+        2,
+        drop_scales,
+        r"10 × missing .*_k_scale.*vLLM 0\.33: other versions",
+    ),
     "experts named as in vLLM 0.19": ("qwen3_moe", 2, rename_experts, r"a layer must be one of .*none found"),
     "expert parallel": ("qwen3_moe", 4, expert_parallel, r"w13_weight: shape \[1, 80, 72\].*expert parallelism"),
     "an unknown key": (
@@ -537,14 +646,24 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         put("model.norm.bias", torch.ones(56, dtype=BF16)),
         r"unexpected model\.norm\.bias",
     ),
-    "q_norm in a Llama": ("llama", 2, put("model.layers.2.self_attn.q_norm.weight", torch.ones(10, dtype=BF16)), "unexpected .*q_norm"),
+    "q_norm in a Llama": (
+        "llama",
+        2,
+        put("model.layers.2.self_attn.q_norm.weight", torch.ones(10, dtype=BF16)),
+        "unexpected .*q_norm",
+    ),
     "a wrong shape": (
         "llama",
         2,
         put(DOWN, torch.zeros(56, 43, dtype=BF16)),
         r"down_proj\.weight: shape \[56, 43\].*TP 2 make it \[56, 44\]",
     ),
-    "a dimension too many": ("llama", 2, put(DOWN, torch.zeros(1, 56, 44, dtype=BF16)), r"down_proj\.weight: shape \[1, 56, 44\]"),
+    "a dimension too many": (
+        "llama",
+        2,
+        put(DOWN, torch.zeros(1, 56, 44, dtype=BF16)),
+        r"down_proj\.weight: shape \[1, 56, 44\]",
+    ),
     "a constant with a dimension": (
         "llama",
         2,
@@ -561,22 +680,57 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         "no size of head_dim",
     ),
     "too few KV heads": ("llama", 2, says(num_key_value_heads=2), r"qkv_proj\.weight: shape \[80, 56\].*\[60, 56\]"),
-    "KV heads that do not divide": ("llama", 2, says(num_key_value_heads=3), "heads is 8, which is no multiple of kv = 3"),
-    "KV heads unsaid, that are not all heads": ("llama", 2, says(num_key_value_heads=...), r"qkv_proj\.weight: shape \[80, 56\]"),
+    "KV heads that do not divide": (
+        "llama",
+        2,
+        says(num_key_value_heads=3),
+        "heads is 8, which is no multiple of kv = 3",
+    ),
+    "KV heads unsaid, that are not all heads": (
+        "llama",
+        2,
+        says(num_key_value_heads=...),
+        r"qkv_proj\.weight: shape \[80, 56\]",
+    ),
     "another head_dim": ("llama", 8, says(head_dim=12), r"o_proj\.weight: shape \[56, 10\].*\[56, 12\]"),
     "another vocabulary": ("llama", 2, says(vocab_size=400), r"lm_head\.weight: shape \[192, 56\].*\[224, 56\]"),
     "no vocabulary": ("llama", 2, says(vocab_size=...), "has no vocab_size"),
     "another width": ("llama", 2, says(hidden_size=64), r"norm\.weight: shape \[56\].*\[64\]"),
-    "other experts": ("qwen3_moe", 2, says(moe_intermediate_size=48), r"w13_weight: shape \[4, 40, 72\].*\[4, 48, 72\]"),
-    "another feed-forward": ("llama", 2, says(intermediate_size=96), r"gate_up_proj\.weight: shape \[88, 56\].*\[96, 56\]"),
+    "other experts": (
+        "qwen3_moe",
+        2,
+        says(moe_intermediate_size=48),
+        r"w13_weight: shape \[4, 40, 72\].*\[4, 48, 72\]",
+    ),
+    "another feed-forward": (
+        "llama",
+        2,
+        says(intermediate_size=96),
+        r"gate_up_proj\.weight: shape \[88, 56\].*\[96, 56\]",
+    ),
     "more experts": ("qwen3_moe", 2, says(num_local_experts=8), r"experts\.gate\.weight: shape \[4, 72\].*\[8, 72\]"),
     "experts beyond reason": ("qwen3_moe", 2, says(num_local_experts=10**12), "promises 3000000000000 tensors"),
     "one layer more": ("llama", 2, says(num_hidden_layers=6), r"2 × missing .*e\.g\. model\.layers\.5\."),
     "one layer less": ("llama", 2, says(num_hidden_layers=4), r"2 × unexpected .*e\.g\. model\.layers\.4\."),
-    "layers beyond reason": ("llama", 2, says(num_hidden_layers=10**12), "says 1000000000000 layers, the shards hold 106 tensors"),
+    "layers beyond reason": (
+        "llama",
+        2,
+        says(num_hidden_layers=10**12),
+        "says 1000000000000 layers, the shards hold 106 tensors",
+    ),
     "a size that is no number": ("llama", 2, says(hidden_size="wide"), "hidden_size is 'wide'"),
-    "two tensors said to be tied": ("llama", 2, says(tie_word_embeddings=True), r"2 × unexpected model\.embed_tokens\.weight"),
-    "tied tensors said not to be": ("llama_tied", 2, says(tie_word_embeddings=False), r"missing model\.embed_tokens\.weight.*= False"),
+    "two tensors said to be tied": (
+        "llama",
+        2,
+        says(tie_word_embeddings=True),
+        r"2 × unexpected model\.embed_tokens\.weight",
+    ),
+    "tied tensors said not to be": (
+        "llama_tied",
+        2,
+        says(tie_word_embeddings=False),
+        r"missing model\.embed_tokens\.weight.*= False",
+    ),
     "tied tensors of which nothing is said": (
         "llama_tied",
         2,
@@ -584,8 +738,18 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         r"missing model\.embed_tokens\.weight.*= None",
     ),
     "a bias promised": ("llama", 2, says(attention_bias=True), "attention_bias = True, yet .* are missing"),
-    "another family": ("qwen3_moe", 2, says(model_type="mixtral"), r"a layer must be one of moe, moe_fused: none found"),
-    "a family without such names": ("llama", 2, says(model_type="gpt2"), 'format "vllm" has no names for family "gpt2"'),
+    "another family": (
+        "qwen3_moe",
+        2,
+        says(model_type="mixtral"),
+        r"a layer must be one of moe, moe_fused: none found",
+    ),
+    "a family without such names": (
+        "llama",
+        2,
+        says(model_type="gpt2"),
+        'format "vllm" has no names for family "gpt2"',
+    ),
     "no family": (
         "llama",
         2,
@@ -606,7 +770,9 @@ def test_what_does_not_fit_is_refused(damage: str, tmp_path: Path) -> None:
     with pytest.raises(ReshardError) as caught:
         open_source(source)
     assert re.search(words, str(caught.value), re.DOTALL), str(caught.value)
-    assert str(source) in caught.value.message or "config.json" in caught.value.message or "format" in caught.value.message
+    assert (
+        str(source) in caught.value.message or "config.json" in caught.value.message or "format" in caught.value.message
+    )
 
 
 @pytest.mark.parametrize(
@@ -668,7 +834,9 @@ def test_other_versions_of_the_engine_are_refused_by_name(version: str) -> None:
 
 @pytest.mark.parametrize("time", [2 * 10**18, 10**18])
 def test_the_same_job_again_is_recognised_until_a_shard_changes(tmp_path: Path, time: int) -> None:
-    """Also if another shard is newer. Nothing is written twice, and tonight's save with yesterday's shapes is not taken for yesterday's."""
+    """Also if another shard is newer. Nothing is written twice, and tonight's save with yesterday's shapes is not taken
+    for yesterday's.
+    """
     source = saved(tmp_path / "vllm", "llama", 2)
 
     def again() -> bool:
@@ -678,12 +846,16 @@ def test_the_same_job_again_is_recognised_until_a_shard_changes(tmp_path: Path, 
     assert again()
     edit(holding(source, DOWN), lambda state: state[DOWN].mul_(2))
     os.utime(holding(source, DOWN), ns=(time, time))
-    with pytest.raises(ReshardError, match=r"holds other weights than the source: model-rank-\d-part-\d+\.safetensors: .*down_proj"):
+    with pytest.raises(
+        ReshardError, match=r"holds other weights than the source: model-rank-\d-part-\d+\.safetensors: .*down_proj"
+    ):
         again()
 
 
 def test_a_shard_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
-    """A file replaced between the reading of its header and that of its tensors ends the conversion, and leaves nothing."""
+    """A file replaced between the reading of its header and that of its tensors ends the conversion,
+    and leaves nothing.
+    """
     directory = saved(tmp_path / "vllm", "llama", 2)
     job = prepare(open_source(directory), "native", Mesh(4), Options())
     os.utime(directory / R.format(1), ns=(1, 1))

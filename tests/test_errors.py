@@ -1,4 +1,6 @@
-"""What is wrong with a source is said before anything is written: which file, which tensor, both numbers, and what to do."""
+"""What is wrong with a source is said before anything is written: which file, which tensor, both numbers,
+and what to do.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ JUNK: list[Any] = [None, True, 0, -1, 3.5, 1e400, 10**30, "", "three", "\ud800",
 
 
 @pytest.mark.parametrize(
-    "key", [*LLAMA, "text_config", "quantization_config", "rope_scaling", "torch_dtype", "attention_bias", "num_experts"]
+    "key",
+    [*LLAMA, "text_config", "quantization_config", "rope_scaling", "torch_dtype", "attention_bias", "num_experts"],
 )
 def test_no_value_in_a_config_makes_a_traceback(key: str, source: Path) -> None:
     for value in JUNK:
@@ -107,7 +110,13 @@ def test_no_value_in_a_config_makes_a_traceback(key: str, source: Path) -> None:
 def test_no_weights(source: Path) -> None:
     """Neither one file nor an index; what lies there instead is named."""
     (source / "model.safetensors").rename(source / "weights.safetensors")
-    refuses(source, "no weights", "model.safetensors.index.json", "weights.safetensors", "single one is named model.safetensors")
+    refuses(
+        source,
+        "no weights",
+        "model.safetensors.index.json",
+        "weights.safetensors",
+        "single one is named model.safetensors",
+    )
     (source / "weights.safetensors").unlink()
     refuses(source, "no weights")
 
@@ -153,7 +162,9 @@ def test_files_that_may_not_be_read(source: Path) -> None:
 
 def test_an_unknown_family_is_described_and_how_to_bring_a_table_is_said(source: Path) -> None:
     """What it holds, folded, with counts and shapes."""
-    (source / "config.json").write_text(json.dumps(LLAMA | {"model_type": "lama3", "architectures": ["Lama3ForCausalLM"]}))
+    (source / "config.json").write_text(
+        json.dumps(LLAMA | {"model_type": "lama3", "architectures": ["Lama3ForCausalLM"]})
+    )
     refuses(
         source,
         'no table for model_type "lama3"',
@@ -165,13 +176,21 @@ def test_an_unknown_family_is_described_and_how_to_bring_a_table_is_said(source:
     )
     assert reshard("plan", source, "--tp", "2", "--family", "llama").code == 0
     told = reshard("inspect", source)
-    assert told.code == 0 and "unknown (model_type lama3)" in told.out and "3 × model.layers.{}.self_attn.q_proj.weight" in told.out
+    assert (
+        told.code == 0
+        and "unknown (model_type lama3)" in told.out
+        and "3 × model.layers.{}.self_attn.q_proj.weight" in told.out
+    )
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": "x" * 1000}, {"architectures": ["Unknown"]}])
+@pytest.mark.parametrize(
+    "config", [{}, {"model_type": None}, {"model_type": "x" * 1000}, {"architectures": ["Unknown"]}]
+)
 def test_a_config_that_names_no_family(config: dict[str, Any], source: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
-    refuses(source, "no table for model_type" if config.get("model_type") else "config.json has no model_type", "--family")
+    refuses(
+        source, "no table for model_type" if config.get("model_type") else "config.json has no model_type", "--family"
+    )
 
 
 def broken(tensors: Tensors, source: Path) -> Path:
@@ -180,18 +199,29 @@ def broken(tensors: Tensors, source: Path) -> Path:
 
 
 def test_a_tensor_that_no_row_claims(source: Path) -> None:
-    refuses(broken(llama_tensors() | {"model.layers.1.lora.weight": noise("BF16", 4, 5)}, source), "no row claims", "lora.weight", "[4, 5]")
+    refuses(
+        broken(llama_tensors() | {"model.layers.1.lora.weight": noise("BF16", 4, 5)}, source),
+        "no row claims",
+        "lora.weight",
+        "[4, 5]",
+    )
 
 
 def test_tensors_that_are_missing_are_told_together(source: Path) -> None:
-    tensors = {name: tensor for name, tensor in llama_tensors().items() if "up_proj" not in name and name != "model.norm.weight"}
+    tensors = {
+        name: tensor
+        for name, tensor in llama_tensors().items()
+        if "up_proj" not in name and name != "model.norm.weight"
+    }
     refuses(broken(tensors, source), "3 × missing model.layers.{layer}.mlp.up_proj.weight", "missing model.norm.weight")
 
 
 def test_a_layer_that_is_missing_or_too_many(source: Path) -> None:
     tensors = llama_tensors()
     refuses(
-        broken({name: tensor for name, tensor in tensors.items() if ".2." not in name}, source), "missing model.layers.{layer}", "layers.2"
+        broken({name: tensor for name, tensor in tensors.items() if ".2." not in name}, source),
+        "missing model.layers.{layer}",
+        "layers.2",
     )
     more = llama_tensors(LLAMA | {"num_hidden_layers": 4})
     refuses(broken(more, source), "unexpected model.layers.{layer}.self_attn.q_proj.weight", "model.layers.3")
@@ -225,7 +255,12 @@ def test_shapes_that_contradict_the_config(key: str, value: int, parts: tuple[st
 
 def test_one_tensor_of_another_shape_or_dtype(source: Path) -> None:
     tensors = llama_tensors()
-    refuses(broken(tensors | {Q: noise("BF16", 40, 56)}, source), "q_proj.weight", "shape [40, 56] here, [80, 56] elsewhere", Q)
+    refuses(
+        broken(tensors | {Q: noise("BF16", 40, 56)}, source),
+        "q_proj.weight",
+        "shape [40, 56] here, [80, 56] elsewhere",
+        Q,
+    )
     refuses(broken(tensors | {Q: noise("BF16", 80, 56, 1)}, source), "[80, 56, 1]")
     key = Q.replace("q_proj", "k_proj")
     refuses(broken(tensors | {key: noise("F32", 40, 56)}, source), "attn.qkv", "different dtypes", "F32", "BF16")
@@ -237,7 +272,13 @@ def test_all_problems_are_told_at_once_and_grouped(source: Path) -> None:
     tensors["odd"] = noise("BF16", 3)
     (source / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 60}))
     done = reshard("plan", broken(tensors, source), "--tp", "2")
-    refused(done, 2, "no row claims odd", "missing model.norm.weight", "10 × missing model.layers.{layer}.self_attn.q_proj.weight")
+    refused(
+        done,
+        2,
+        "no row claims odd",
+        "missing model.norm.weight",
+        "10 × missing model.layers.{layer}.self_attn.q_proj.weight",
+    )
     assert len(done.err.splitlines()) < 30
 
 
@@ -252,7 +293,10 @@ def test_a_config_that_promises_millions_of_tensors(source: Path) -> None:
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, ('"gptq"', "bits 4", "group_size 128")),
         ({"quant_method": "awq", "bits": 4}, ('"awq"',)),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ('"bitsandbytes"', "load_in_4bit")),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, ('"compressed-tensors"', "pack-quantized")),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            ('"compressed-tensors"', "pack-quantized"),
+        ),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, ('"fp8"', "[64, 64]")),
         ({"quant_method": "mxfp4"}, ('"mxfp4"',)),
         ({"quant_algo": "NVFP4"}, ('"NVFP4"',)),
@@ -278,12 +322,20 @@ MAP = dict.fromkeys(llama_shapes(LLAMA), "a.safetensors")
 
 
 def test_an_index_that_names_a_missing_file(source: Path) -> None:
-    refuses(indexed(source, MAP | {Q: "b.safetensors"}), "model.safetensors.index.json", "b.safetensors, which is not there", "download")
+    refuses(
+        indexed(source, MAP | {Q: "b.safetensors"}),
+        "model.safetensors.index.json",
+        "b.safetensors, which is not there",
+        "download",
+    )
 
 
 def test_an_index_that_names_a_tensor_which_its_file_lacks(source: Path) -> None:
     refuses(
-        indexed(source, MAP | {"model.extra": "a.safetensors"}), "model.extra", "a.safetensors, which does not hold it", "do not belong"
+        indexed(source, MAP | {"model.extra": "a.safetensors"}),
+        "model.extra",
+        "a.safetensors, which does not hold it",
+        "do not belong",
     )
 
 
@@ -370,17 +422,26 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     "unknown dtype": lambda _: raw(b'{"a": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
     "no shape": lambda _: raw(b'{"a": {"dtype": "F32", "data_offsets": [0, 4]}}') + bytes(4),
     "no offsets": lambda _: raw(b'{"a": {"dtype": "F32", "shape": [1]}}') + bytes(4),
-    "offsets do not fit the shape": lambda _: raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}') + bytes(4),
+    "offsets do not fit the shape": lambda _: (
+        raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}') + bytes(4)
+    ),
     "offsets backwards": lambda _: raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}') + bytes(4),
     "a hole": lambda _: raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}') + bytes(8),
     "an overlap": lambda _: (
-        raw(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}')
+        raw(
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": '
+            b'[1], "data_offsets": [2, 6]}}'
+        )
         + bytes(6)
     ),
-    "half a surrogate": lambda _: raw(b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+    "half a surrogate": lambda _: (
+        raw(b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4)
+    ),
     "a torn byte": lambda _: raw(b'{"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}') + bytes(2),
     "metadata of numbers": lambda _: raw(b'{"__metadata__": {"a": 1}}'),
-    "too large to be": lambda _: raw(b'{"a": {"dtype": "F32", "shape": [9999999999, 9999999999], "data_offsets": [0, 4]}}') + bytes(4),
+    "too large to be": lambda _: (
+        raw(b'{"a": {"dtype": "F32", "shape": [9999999999, 9999999999], "data_offsets": [0, 4]}}') + bytes(4)
+    ),
     "nested": lambda _: raw(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "a git-lfs pointer": lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
     "a page": lambda _: b"<!DOCTYPE html><html><body>Sign in</body></html>",
@@ -439,5 +500,7 @@ main(sys.argv[1:])
     line = [sys.executable, "-c", code, *command("convert", source, source.parent / "out", "--tp", "2")[3:]]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True)
     assert done.returncode == 3
-    assert done.stderr.startswith(f"error: reading {source / 'model.safetensors'} failed: Input/output error\n\nhint: the storage")
+    assert done.stderr.startswith(
+        f"error: reading {source / 'model.safetensors'} failed: Input/output error\n\nhint: the storage"
+    )
     assert names(source.parent) == ["model"]

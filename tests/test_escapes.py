@@ -1,4 +1,6 @@
-"""What strangers wrote into a checkpoint is shown and not obeyed, by every command, on stdout and stderr; JSON stays JSON."""
+"""What strangers wrote into a checkpoint is shown and not obeyed, by every command, on stdout and stderr;
+JSON stays JSON.
+"""
 
 import json
 import os
@@ -40,8 +42,14 @@ def test_names_of_tensors(evil: str, tmp_path: Path) -> None:
     for words in (("plan", model, "--tp", "2"), ("convert", model, tmp_path / "out", "--tp", "2"), ("inspect", model)):
         clean(*words, shown=shown)
     clean("inspect", model, "--json", shown=None)
-    unknown = llama(tmp_path / "unknown", llama_tensors() | {evil: noise("BF16", 3)}, model_type=evil, architectures=[evil])
-    for words in (("inspect", unknown), ("plan", unknown, "--tp", "2"), ("convert", unknown, tmp_path / "out", "--tp", "2")):
+    unknown = llama(
+        tmp_path / "unknown", llama_tensors() | {evil: noise("BF16", 3)}, model_type=evil, architectures=[evil]
+    )
+    for words in (
+        ("inspect", unknown),
+        ("plan", unknown, "--tp", "2"),
+        ("convert", unknown, tmp_path / "out", "--tp", "2"),
+    ):
         clean(*words, shown=shown)
     clean("inspect", unknown, "--draft-table", shown=None)
 
@@ -58,7 +66,9 @@ def test_indexes_and_the_files_that_they_name(tmp_path: Path) -> None:
             clean("plan", model, "--tp", "2", code=2, shown=None)
     two = {"a.safetensors": llama_tensors() | {EVIL: noise("BF16", 3)}, "b.safetensors": {EVIL: noise("BF16", 3)}}
     save_index(model, two)
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"] | {"b": "b.safetensors"}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index["weight_map"] | {"b": "b.safetensors"}})
+    )
     clean("plan", model, "--tp", "2", code=2)
 
 
@@ -70,7 +80,12 @@ def test_names_of_files(tmp_path: Path) -> None:
     out = tmp_path / f"out{EVIL}"
     clean("convert", model, out, "--tp", "2", code=0)
     assert r"\u001b" in clean("convert", model, out, "--tp", "2", "--json", code=0, shown=None)
-    for words in (("inspect", model), ("inspect", out), ("verify", out, "--against", model, "--no-numerics"), ("plan", model, "--tp", "4")):
+    for words in (
+        ("inspect", model),
+        ("inspect", out),
+        ("verify", out, "--against", model, "--no-numerics"),
+        ("plan", model, "--tp", "4"),
+    ):
         clean(*words, code=0)
         said = clean(*words, "--json", code=0, shown=None)
         assert r"\u001b" in said and r"\u202e" in said
@@ -108,9 +123,18 @@ def test_manifests(tmp_path: Path) -> None:
 
 def test_tables_and_options(tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
-    (tmp_path / "my.toml").write_text(f"name = {json.dumps(EVIL)}\nlike = {json.dumps(EVIL)}\n".replace("\x7f", "\\u007f"))
+    (tmp_path / "my.toml").write_text(
+        f"name = {json.dumps(EVIL)}\nlike = {json.dumps(EVIL)}\n".replace("\x7f", "\\u007f")
+    )
     clean("plan", model, "--tp", "2", "--family", tmp_path / "my.toml", code=2)
-    for words in (("--family", EVIL), ("--to", EVIL), ("--split", EVIL), ("--tp", EVIL), (f"--{EVIL}",), ("--device-memory", EVIL)):
+    for words in (
+        ("--family", EVIL),
+        ("--to", EVIL),
+        ("--split", EVIL),
+        ("--tp", EVIL),
+        (f"--{EVIL}",),
+        ("--device-memory", EVIL),
+    ):
         clean("plan", model, *words, code=2)
     clean("explain", model, EVIL)
 

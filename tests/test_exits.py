@@ -1,4 +1,6 @@
-"""How commands end where the machine, a signal or a defect ends them: the exit code, one error in words, and nothing left behind."""
+"""How commands end where the machine, a signal or a defect ends them: the exit code, one error in words,
+and nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_a_defect_exits_70_with_a_line_to_report(tmp_path: Path) -> None:
     """Which version, where, what; the traceback is in a file, or on stderr where it is asked for."""
     code = DEFECT.format(error='ValueError("one\\ntwo")')
     done = process("plan", "x", "--tp", "2", code=code, env=environment(TMPDIR=str(tmp_path)))
-    said = "internal error in reshard 0.1.0 at <string>:5: ValueError: one\n\nhint: please report this bug: the traceback is in "
+    said = (
+        "internal error in reshard 0.1.0 at <string>:5: ValueError: one\n\nhint: please report this bug: "
+        "the traceback is in "
+    )
     refused(done, 70, said)
     (file,) = tmp_path.iterdir()
     assert str(file) in done.err
@@ -54,7 +59,10 @@ def test_a_defect_exits_70_with_a_line_to_report(tmp_path: Path) -> None:
     [
         ("MemoryError", "out of memory"),
         ('RuntimeError("can\'t start new thread")', "cannot start another thread"),
-        ('ImportError("libx.so: failed to map segment", name="numpy")', "cannot load a module: libx.so: failed to map segment"),
+        (
+            'ImportError("libx.so: failed to map segment", name="numpy")',
+            "cannot load a module: libx.so: failed to map segment",
+        ),
         ('OSError(12, "Cannot allocate memory")', "Cannot allocate memory"),
     ],
 )
@@ -64,26 +72,43 @@ def test_a_machine_that_has_too_little_is_no_defect(error: str, said: str) -> No
 
 @pytest.mark.parametrize("megabytes", [70, 120, 400])
 def test_too_little_memory_is_said(megabytes: int, source: Path, tmp_path: Path) -> None:
-    """`ulimit -v`: whatever fails first of threads, modules and memory; numpy's BLAS would end the process with 1, and leave its work."""
+    """`ulimit -v`: whatever fails first of threads, modules and memory; numpy's BLAS would end the process with 1,
+    and leave its work.
+    """
     refused(limited(resource.RLIMIT_AS, megabytes << 20, "convert", source, tmp_path / "out", "--tp", "2"), 3, "hint: ")
     assert names(tmp_path) == []
 
 
 def test_few_descriptors_are_enough(tmp_path: Path) -> None:
     """`ulimit -n 30` and twice as many ranks, each with a file."""
-    source = llama(tmp_path / "model", num_attention_heads=64, num_key_value_heads=64, head_dim=2, hidden_size=64, intermediate_size=64)
+    source = llama(
+        tmp_path / "model",
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        head_dim=2,
+        hidden_size=64,
+        intermediate_size=64,
+    )
     out = tmp_path / "out"
     assert limited(resource.RLIMIT_NOFILE, 30, "convert", source, out, "--tp", "64", "--workers", "2").code == 0
-    assert limited(resource.RLIMIT_NOFILE, 30, "verify", out, "--against", source, "--no-numerics", "--workers", "2").code == 0
+    assert (
+        limited(resource.RLIMIT_NOFILE, 30, "verify", out, "--against", source, "--no-numerics", "--workers", "2").code
+        == 0
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("module", ["click", "numpy"])
-def test_a_signal_while_modules_load_is_a_quiet_end(number: signal.Signals, module: str, source: Path, tmp_path: Path) -> None:
-    """It arrives in the midst of an import: of one before the command line, and of one in a worker, which is waited for."""
+def test_a_signal_while_modules_load_is_a_quiet_end(
+    number: signal.Signals, module: str, source: Path, tmp_path: Path
+) -> None:
+    """It arrives in the midst of an import: of one before the command line, and of one in a worker,
+    which is waited for.
+    """
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(
-        f"import os, time\nos.kill(os.getpid(), {int(number)})\nfor _ in range(300):\n    time.sleep(0.01)\nraise ImportError('late')\n"
+        f"import os, time\nos.kill(os.getpid(), {int(number)})\nfor _ in range(300):\n    "
+        f"time.sleep(0.01)\nraise ImportError('late')\n"
     )
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     done = process("convert", source, tmp_path / "out", "--tp", "2", env=environment(PYTHONPATH=path))
@@ -96,7 +121,11 @@ def test_little_is_loaded_before_signals_are_caught() -> None:
     """Until then Python would print a traceback: `import reshard` must not bring in half of the standard library."""
     code = "import sys; before = {*sys.modules}; import reshard.__main__; print(*sorted({*sys.modules} - before))"
     done = process(code=code)
-    assert done.code == 0 and "signal" in done.out.split() and not {"re", "pathlib", "typing", "click"} & {*done.out.split()}, done
+    assert (
+        done.code == 0
+        and "signal" in done.out.split()
+        and not {"re", "pathlib", "typing", "click"} & {*done.out.split()}
+    ), done
 
 
 def test_a_signal_after_publishing_is_too_late(source: Path, tmp_path: Path) -> None:
@@ -119,7 +148,10 @@ main()
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_change_nothing_else(closed: str, source: Path, tmp_path: Path) -> None:
     """No file is opened in the place of a stream, and written to as such; exit codes are what they are."""
-    for words, code in ((("convert", source, tmp_path / "out", "--tp", "2"), 0), (("plan", tmp_path / "none", "--tp", "2"), 2)):
+    for words, code in (
+        (("convert", source, tmp_path / "out", "--tp", "2"), 0),
+        (("plan", tmp_path / "none", "--tp", "2"), 2),
+    ):
         line = ["bash", "-c", f'exec "$@" {closed}', "bash", *command(*words)]
         assert subprocess.run(line, capture_output=True, env=environment()).returncode == code
     assert reshard("verify", tmp_path / "out", "--against", source).code == 0
@@ -127,7 +159,10 @@ def test_closed_streams_change_nothing_else(closed: str, source: Path, tmp_path:
 
 def _alone(words: str, *line: str) -> subprocess.CompletedProcess[bytes]:
     """A command in name spaces of its own, after `words`; the test is skipped where none can be had."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "-n", "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-m", "-n", "true"], capture_output=True).returncode
+    ):
         pytest.skip("no name spaces can be made here")
     line = ("unshare", "-m", "-n", "bash", "-c", f'{words} && exec "$@"', "bash", *line)
     return subprocess.run(line, capture_output=True, env=environment(), timeout=120)
@@ -137,7 +172,9 @@ def test_ranks_without_a_loopback_interface_are_refused_at_once(source: Path, tm
     assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
     done = _alone("true", *command("generate", tmp_path / "out", "--tokens", "1", "--max-tokens", "2"))
     assert done.returncode == 3
-    assert re.match(rb"error: cannot connect to 127.0.0.1, where the ranks rendezvous: .+\n\nhint: .*--tp 1\n$", done.stderr), done.stderr
+    assert re.match(
+        rb"error: cannot connect to 127.0.0.1, where the ranks rendezvous: .+\n\nhint: .*--tp 1\n$", done.stderr
+    ), done.stderr
 
 
 def test_shared_memory_that_is_read_only_is_done_without(tmp_path: Path) -> None:

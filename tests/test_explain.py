@@ -1,4 +1,6 @@
-"""Explaining: every place that is named holds the element, bit by bit; there and back comes home; what is wrong is said in words."""
+"""Explaining: every place that is named holds the element, bit by bit; there and back comes home; what is wrong is said
+in words.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def asked(name: str, indices: tuple[int, ...], rank: int | None = None) -> str:
 def test_every_place_named_holds_the_bytes_of_the_element_and_there_and_back_comes_home(
     name: str, mesh: str, shards: Callable[..., Path]
 ) -> None:
-    """For random elements of every rank: the original's bytes at the place named, every replica's, and the way back finds them all."""
+    """For random elements of every rank: the original's bytes at the place named, every replica's, and the way back
+    finds them all.
+    """
     out, original = open_source(shards(name, mesh)), fixtures.checkpoint(name)
     random_ = random.Random(f"{name} {mesh}")
     state = fixtures.read(original)
@@ -130,14 +134,20 @@ def test_every_place_named_holds_the_bytes_of_the_element_and_there_and_back_com
                 value = state[source.tensor][source.first]
                 assert decode(entry.dtype, data)[0] == value.double().item() == found.here.value  # type: ignore[index]
                 back = explain(out, source.text)
-                assert {(other.rank, other.text) for other in back.parts[0].held} == {(other.rank, other.text) for other in part.held}
+                assert {(other.rank, other.text) for other in back.parts[0].held} == {
+                    (other.rank, other.text) for other in part.held
+                }
                 assert back.parts[0].box == part.box
                 assert explain(published(name), source.text).here.raw == data.hex(" ")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("name", "mesh"), list(cases()))
-def test_a_whole_tensor_of_the_original_is_held_in_boxes_that_make_it_up(name: str, mesh: str, shards: Callable[..., Path]) -> None:
-    """By name alone: every element that explaining an element finds lies in one of the boxes; and all boxes together are the tensor."""
+def test_a_whole_tensor_of_the_original_is_held_in_boxes_that_make_it_up(
+    name: str, mesh: str, shards: Callable[..., Path]
+) -> None:
+    """By name alone: every element that explaining an element finds lies in one of the boxes; and all boxes together
+    are the tensor.
+    """
     out = open_source(shards(name, mesh))
     random_ = random.Random(f"{name} {mesh}")
     keys = [key for key in out.tensors if key not in out.layout.model.aside]
@@ -160,8 +170,12 @@ def within(box: dict[str, tuple[int, int]], other: dict[str, tuple[int, int]]) -
     return all(other[axis][0] <= low and high <= other[axis][1] for axis, (low, high) in box.items())
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("llama", "tp8"), ("gpt_neox", "tp2"), ("gpt_oss", "ep2"), ("phi3", "uneven")])
-def test_rows_and_whole_tensors_of_a_rank_are_what_their_elements_are(name: str, mesh: str, shards: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("llama", "tp8"), ("gpt_neox", "tp2"), ("gpt_oss", "ep2"), ("phi3", "uneven")]
+)
+def test_rows_and_whole_tensors_of_a_rank_are_what_their_elements_are(
+    name: str, mesh: str, shards: Callable[..., Path]
+) -> None:
     """Fewer indices: the parts of a box have as many elements as single ones say, padding too, and no others."""
     out = open_source(shards(name, mesh))
     random_ = random.Random(name)
@@ -184,9 +198,11 @@ def test_rows_and_whole_tensors_of_a_rank_are_what_their_elements_are(name: str,
 @given(joint=joints(), data=st.data())
 @law(60)
 def test_each_element_of_any_layout_is_told_by_arithmetic(joint: Joint, data: st.DataObject) -> None:
-    """With numbers in place of elements, for random tables on random meshes: fused, nested, transposed, stacked, padded, repeated.
+    """With numbers in place of elements, for random tables on random meshes: fused, nested, transposed, stacked,
+    padded, repeated.
 
-    Each stored number is found in the one logical tensor that has it, at its indices; and rows hold as many as are in them.
+    Each stored number is found in the one logical tensor that has it, at its indices; and rows hold as many as are in
+    them.
     """
     model = joint.model()
     values = numbered(model)
@@ -195,19 +211,26 @@ def test_each_element_of_any_layout_is_told_by_arithmetic(joint: Joint, data: st
     for layout in layouts:
         stored = hold(layout, values)
         for slot in layout.slots:
-            pieces = [piece for leaf in slot.template.leaves for piece in layout.pieces.get(leaf, ()) if piece.slot is slot]  # type: ignore[union-attr]
+            pieces = [
+                piece for leaf in slot.template.leaves for piece in layout.pieces.get(leaf, ()) if piece.slot is slot
+            ]  # type: ignore[union-attr]
             for point in slot.points():
                 array = stored[slot.rank, slot.name(point)]
                 for at in np.linspace(0, array.size - 1, min(array.size, 50), dtype=int) if array.size else ():
                     told = [(piece, box) for piece in pieces if (box := inside(piece, int(at))) is not None]
                     indices = [(piece, box | whole(point)) for piece, box in told]
-                    numbers = [values[piece.tensor.name][tuple(box[axis][0] for axis in piece.tensor.axes)] for piece, box in indices]
+                    numbers = [
+                        values[piece.tensor.name][tuple(box[axis][0] for axis in piece.tensor.axes)]
+                        for piece, box in indices
+                    ]
                     assert numbers == [number for number in [array.flat[at]] if number]
                 for depth in range(array.ndim):
                     pitch = math.prod(array.shape[depth:])
                     for row, part in enumerate(array.reshape(-1, pitch)[:8] if pitch else ()):
                         boxes = [box for piece in pieces if (box := inside(piece, row * pitch, pitch)) is not None]
-                        assert sum(math.prod(high - low for low, high in box.values()) for box in boxes) == np.count_nonzero(part)
+                        assert sum(
+                            math.prod(high - low for low, high in box.values()) for box in boxes
+                        ) == np.count_nonzero(part)
 
 
 def whole(point: dict[str, int]) -> dict[str, tuple[int, int]]:
@@ -217,7 +240,9 @@ def whole(point: dict[str, int]) -> dict[str, tuple[int, int]]:
 # Directories of other kinds
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), [("llama", 8, 1), ("llama_tied", 2, 2), ("mixtral", 2, 1), ("phi3", 4, 1)])
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [("llama", 8, 1), ("llama_tied", 2, 2), ("mixtral", 2, 1), ("phi3", 4, 1)]
+)
 def test_a_directory_that_vllm_wrote_is_explained_bit_by_bit(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     out = open_source(saved(tmp_path / "v", name, tp, pp))
     state = fixtures.read(fixtures.checkpoint(name))
@@ -259,13 +284,16 @@ def test_padding_is_said_to_be_padding(shards: Callable[..., Path]) -> None:
     for row in range(37, 42):
         found = explain(out, f"7:embed[{row},3]")
         assert (found.padding, found.parts) == (1, ())
-        assert any("padding" in line for line in found.lines()) and any("331" in line and "336" in line for line in found.lines())
+        assert any("padding" in line for line in found.lines()) and any(
+            "331" in line and "336" in line for line in found.lines()
+        )
     assert explain(out, "7:embed[36,3]").parts[0].box["vocab"] == (330, 331)
     assert explain(out, "7:embed").padding == 5 * 56
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("llama_inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq"), ("gpt2_bare", "h.1.attn.bias")]
+    ("name", "key"),
+    [("llama_inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq"), ("gpt2_bare", "h.1.attn.bias")],
 )
 def test_buffers_kept_aside_are_bytes_of_the_residue(name: str, key: str, shards: Callable[..., Path]) -> None:
     value = fixtures.read(fixtures.checkpoint(name))[key]
@@ -333,7 +361,9 @@ def test_a_logical_element_is_found_by_its_axes(shards: Callable[..., Path]) -> 
 def test_a_published_checkpoint_says_where_a_logical_element_is(question: str, place: str) -> None:
     found = explain(published("llama"), question)
     (held,) = found.parts[0].held
-    assert f"held by\n  {place}" in (lines := "\n".join(found.lines())) and f"    byte {held.byte} of {held.file}" in lines
+    assert (
+        f"held by\n  {place}" in (lines := "\n".join(found.lines())) and f"    byte {held.byte} of {held.file}" in lines
+    )
     assert found.to_json()["parts"][0]["held"] == [held.to_json()]
     here = explain(published("llama"), held.text).here
     assert here is not None and (here.file, here.bits) == (held.file, held.bits)
@@ -348,7 +378,9 @@ def test_a_published_checkpoint_says_where_a_logical_element_is(question: str, p
         ("F8_E4M3", "byte {}", None),
     ],
 )
-def test_every_byte_that_an_element_touches_is_told_and_which_bits(dtype: str, words: str, bits: list[int] | None, tmp_path: Path) -> None:
+def test_every_byte_that_an_element_touches_is_told_and_which_bits(
+    dtype: str, words: str, bits: list[int] | None, tmp_path: Path
+) -> None:
     """The bits told make up the row, in order; and a neighbour's damage is not the element's."""
     source, option = mine(tmp_path, dtype)
     api.convert(source, tmp_path / "out", tp=8, family=option.removeprefix("--family="))
@@ -366,13 +398,19 @@ def test_every_byte_that_an_element_touches_is_told_and_which_bits(dtype: str, w
         told = words.format(holding.byte, holding.byte + 1)
         assert f" {told} of {holding.file}" in " ".join(" ".join(found[1].lines()).split())
         assert holding.to_json().get("bits") == bits
-    assert f", byte {first.byte} of {first.file}" in " ".join(" ".join(explain(out, "blocks.1.k.weight[5]").lines()).split())
+    assert f", byte {first.byte} of {first.file}" in " ".join(
+        " ".join(explain(out, "blocks.1.k.weight[5]").lines()).split()
+    )
 
     path, low = tmp_path / "out" / held[1].file, held[1].bits[0]
     data = bytearray(path.read_bytes())  # one of the two ranks that have this KV head
     data[low // 8] ^= 1 << low % 8
     path.write_bytes(data)
-    assert [bool(explain(open_source(tmp_path / "out"), row.format(at)).notes) for at in range(3)] == [False, True, False]
+    assert [bool(explain(open_source(tmp_path / "out"), row.format(at)).notes) for at in range(3)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 # Words
@@ -384,7 +422,8 @@ def test_lines_fit_80_columns_and_json_is_json(name: str, mesh: str, shards: Cal
     random_ = random.Random(name)
     questions = [asked(key, (), rank) for rank, key in random_.sample(sorted(out.places), 10)]
     questions += [
-        asked(key, random_element(random_, out.places[rank, key][1].shape), rank) for rank, key in random_.sample(sorted(out.places), 10)
+        asked(key, random_element(random_, out.places[rank, key][1].shape), rank)
+        for rank, key in random_.sample(sorted(out.places), 10)
     ]
     questions += random_.sample(sorted(out.tensors), 5) + sorted(out.layout.model.tensors)
     for question in questions:
@@ -421,7 +460,9 @@ def test_lines_fit_80_columns_and_json_is_json(name: str, mesh: str, shards: Cal
         ("embed[" + "9" * 5000 + "]", ("is not an element",)),
     ],
 )
-def test_what_there_is_not_is_said_with_what_there_is(text: str, words: tuple[str, ...], shards: Callable[..., Path]) -> None:
+def test_what_there_is_not_is_said_with_what_there_is(
+    text: str, words: tuple[str, ...], shards: Callable[..., Path]
+) -> None:
     with pytest.raises(ReshardError) as caught:
         explain(open_source(shards("llama")), text)
     assert all(word in str(caught.value) for word in words), str(caught.value)

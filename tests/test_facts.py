@@ -1,4 +1,6 @@
-"""Whatever a table's `[model]` or config.json says, it is run or refused: no value of any fact or key ends in a traceback."""
+"""Whatever a table's `[model]` or config.json says, it is run or refused: no value of any fact or key ends in a
+traceback.
+"""
 
 import math
 import re
@@ -28,11 +30,62 @@ from reshard.tables.config import Config
 RUN: set[str] = set()  # what has run needs not run again
 IDS = torch.arange(3, 27)[None]
 NUMBERS = (0, 1, -1, 3, 0.5, 1e-40, 1e40, 2**40, 10**400, math.nan, math.inf)
-ODD = (None, True, False, "", "x", "1", [], [1], [None], ["x", 1], {}, {"a": 1}, [[1, 2]], [[["x"], 2]], [["x"]], {"rope_type": 3})
+ODD = (
+    None,
+    True,
+    False,
+    "",
+    "x",
+    "1",
+    [],
+    [1],
+    [None],
+    ["x", 1],
+    {},
+    {"a": 1},
+    [[1, 2]],
+    [[["x"], 2]],
+    [["x"]],
+    {"rope_type": 3},
+)
 TEXTS = (
-    *("all", "even", "last 2", "each 0", "but x", "from 1", "windowed", "rms_norm_eps", "hidden_size", "model_type", "absent"),
-    *("hidden_size / 0", "hidden_size / model_type", "hidden_size * 1e300", "1 if", "a b", "| 1", "=gelu", "=x", "rms", "batch", "layer"),
-    *("sigmoid", "count model_type", "count hidden_size", "!x == 1", "all before x", "each -1", "hidden_size +", "9" * 400, "nan"),
+    *(
+        "all",
+        "even",
+        "last 2",
+        "each 0",
+        "but x",
+        "from 1",
+        "windowed",
+        "rms_norm_eps",
+        "hidden_size",
+        "model_type",
+        "absent",
+    ),
+    *(
+        "hidden_size / 0",
+        "hidden_size / model_type",
+        "hidden_size * 1e300",
+        "1 if",
+        "a b",
+        "| 1",
+        "=gelu",
+        "=x",
+        "rms",
+        "batch",
+        "layer",
+    ),
+    *(
+        "sigmoid",
+        "count model_type",
+        "count hidden_size",
+        "!x == 1",
+        "all before x",
+        "each -1",
+        "hidden_size +",
+        "9" * 400,
+        "nan",
+    ),
 )
 
 
@@ -60,8 +113,12 @@ def plain(name: str) -> Layout:
     return laid_out(table_of(name), Config(config), stored)
 
 
-def outcome(name: str, model: dict[str, Any] | None = None, config: dict[str, Any] | None = None, angles: bool = False) -> str:
-    """Runs a checkpoint with another `[model]` or config.json, perhaps in its angles alone: "runs", or what is said instead."""
+def outcome(
+    name: str, model: dict[str, Any] | None = None, config: dict[str, Any] | None = None, angles: bool = False
+) -> str:
+    """Runs a checkpoint with another `[model]` or config.json, perhaps in its angles alone: "runs",
+    or what is said instead.
+    """
     run, (said, stored) = decoder(name), headers(name)
     try:
         table = table_of(name)
@@ -113,9 +170,27 @@ def test_no_value_of_any_fact_ends_otherwise_than_in_running_or_refusing(name: s
 
 
 ROPE_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-ROPE: dict[str, Any] = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-ROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-ROPE |= {"beta_fast": 32, "beta_slow": 1, "partial_rotary_factor": 1.0, "rope_theta": 10000.0, "alpha": 2.0, "truncate": True}
+ROPE: dict[str, Any] = {
+    "factor": 2.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ROPE |= {
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "attention_factor": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+ROPE |= {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "partial_rotary_factor": 1.0,
+    "rope_theta": 10000.0,
+    "alpha": 2.0,
+    "truncate": True,
+}
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma2", "gpt2"])
@@ -147,7 +222,11 @@ def test_no_parameter_of_rotary_positions_ends_otherwise(kind: str) -> None:
         left = {name: value for name, value in whole.items() if name != key}
         for said in (left, *(left | {key: value} for value in (*NUMBERS, *ODD))):
             outcome("llama", config=config | {"rope_scaling": said}, angles=True)
-            outcome("llama", config=config | {"rope_parameters": {"full_attention": said, "sliding_attention": {}}}, angles=True)
+            outcome(
+                "llama",
+                config=config | {"rope_parameters": {"full_attention": said, "sliding_attention": {}}},
+                angles=True,
+            )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +286,26 @@ def test_an_expression_is_what_config_json_answers(text: str, value: Any) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    ["", "|", "a |", "a b", "a +", "* a", "a if", "if a", "! 3", "count 3", "1x", "0x1", "1e", "a ==", "(a)", "a == =", "-1", "9" * 19],
+    [
+        "",
+        "|",
+        "a |",
+        "a b",
+        "a +",
+        "* a",
+        "a if",
+        "if a",
+        "! 3",
+        "count 3",
+        "1x",
+        "0x1",
+        "1e",
+        "a ==",
+        "(a)",
+        "a == =",
+        "-1",
+        "9" * 19,
+    ],
 )
 def test_what_is_no_expression_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(ReshardError, match=r"is no expression: .* is needed"):

@@ -32,7 +32,13 @@ def test_the_table_of_faults_has_all_of_them() -> None:
 def test_every_rung_finds_what_it_must(name: str, tmp_path: Path) -> None:
     results = list(planted(name, tmp_path, SAMPLE[name]))
     assert {fault for fault, _, _, _ in results} == set(SAMPLE[name])
-    missed = [(fault, signed, rung) for fault, signed, rung, caught in results if rung in ADD[fault, signed] and not caught]
+    missed = [
+        (fault, signed, rung) for fault, signed, rung, caught in results if rung in ADD[fault, signed] and not caught
+    ]
     assert missed == []
-    consistent = {signed: caught for fault, signed, rung, caught in results if (fault, rung) == ("one bit flipped", "integrity")}
-    assert consistent in ({}, {False: True, True: False}), "digests made right hide a fault from rung 1: what the other rungs are for"
+    consistent = {
+        signed: caught for fault, signed, rung, caught in results if (fault, rung) == ("one bit flipped", "integrity")
+    }
+    assert consistent in ({}, {False: True, True: False}), (
+        "digests made right hide a fault from rung 1: what the other rungs are for"
+    )

@@ -1,4 +1,6 @@
-"""Fingerprints: equal in every layout of the same weights, different for every other content, and the sum of what the ranks have."""
+"""Fingerprints: equal in every layout of the same weights, different for every other content, and the sum of what the
+ranks have.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,16 @@ def test_golden_fingerprint(tmp_path: Path) -> None:
 # Layouts
 
 ROUTES: list[tuple[str, list[dict[str, Any]]]] = [
-    ("llama", [{"tp": 8}, {"tp": 4, "pp": 2}, {"tp": 3, "split": (2, 1, 1)}, {"tp": 2, "to": "vllm"}, {"tp": 8, "to": "vllm"}]),
+    (
+        "llama",
+        [
+            {"tp": 8},
+            {"tp": 4, "pp": 2},
+            {"tp": 3, "split": (2, 1, 1)},
+            {"tp": 2, "to": "vllm"},
+            {"tp": 8, "to": "vllm"},
+        ],
+    ),
     ("llama_bin", [{"tp": 2}, {"tp": 4, "to": "vllm"}]),
     ("qwen3_tied", [{"tp": 2, "pp": 3}, {"tp": 2, "to": "vllm"}]),
     ("qwen3_tied_stored", [{"tp": 2, "pp": 3}, {"tp": 2, "to": "vllm"}]),
@@ -172,7 +183,9 @@ def test_a_tensor_stored_once_or_twice_under_two_names_has_the_same_lines(tmp_pa
     one = of(llama(tmp_path / "once", once, tie_word_embeddings=True))
     two = of(llama(tmp_path / "twice", twice, tie_word_embeddings=True))
     assert one == two and one.model == two.model
-    assert {line.value for line in one.lines if line.name == "head"} == {line.value for line in one.lines if line.name == "embed"}
+    assert {line.value for line in one.lines if line.name == "head"} == {
+        line.value for line in one.lines if line.name == "embed"
+    }
     other = twice | {"lm_head.weight": noise("BF16", 331, 56, seed=99)}
     assert changed(one, of(llama(tmp_path / "other", other, tie_word_embeddings=True))) == {"head"}
 
@@ -232,7 +245,11 @@ def test_a_rank_needs_no_other_rank_s_files(shards: Path, tmp_path: Path) -> Non
     found = []
     for rank in range(8):
         node = tmp_path / f"node{rank}"
-        shutil.copytree(shards, node, ignore=lambda _, names, rank=rank: {n for n in names if n[:5] == "rank-"} - {f"rank-{rank:05}"})
+        shutil.copytree(
+            shards,
+            node,
+            ignore=lambda _, names, rank=rank: {n for n in names if n[:5] == "rank-"} - {f"rank-{rank:05}"},
+        )
         (tmp_path / f"{rank}.json").write_text(json.dumps(fingerprint.of_rank(node, rank).to_json()))
         found.append(fingerprint.read_share(tmp_path / f"{rank}.json"))
     assert fingerprint.combine(found) == wanted
@@ -254,7 +271,8 @@ class Stored:
 def published(layers: int, inter: int, hidden: int, *dtypes: str) -> Layout:
     """The layout of a model of one tensor per layer, `blocks.{layer}.up.weight`."""
     text = (
-        'name = "tiny"\nrows = [["blocks.{layer}.up.weight", "inter hidden", "mlp.up"]]\n[sizes]\nlayer = "l"\ninter = "i"\nhidden = "h"\n'
+        'name = "tiny"\nrows = [["blocks.{layer}.up.weight", "inter hidden", "mlp.up"]]\n[sizes]\nlayer = '
+        '"l"\ninter = "i"\nhidden = "h"\n'
     )
     kinds = dtypes if len(dtypes) == layers else dtypes * layers
     stored = {f"blocks.{i}.up.weight": Stored(kinds[i], (inter, hidden)) for i in range(layers)}
@@ -310,7 +328,10 @@ SEEN: dict[str, tuple[Edit, set[str]]] = {
     "the sign of the last element": (at(f"{L}2.mlp.down_proj.weight", flipped((-1, -1), 15)), {"mlp.down"}),
     "two neighbours": (at(f"{L}1.mlp.up_proj.weight", swap((7, 8), (7, 9))), {"mlp.up"}),
     "two elements far apart": (at("lm_head.weight", swap((0, 3), (330, 50))), {"head"}),
-    "two signs": (lambda a: (flipped((1, 2), 15)(a["lm_head.weight"]), flipped((2, 1), 15)(a["lm_head.weight"]))[0], {"head"}),
+    "two signs": (
+        lambda a: (flipped((1, 2), 15)(a["lm_head.weight"]), flipped((2, 1), 15)(a["lm_head.weight"]))[0],
+        {"head"},
+    ),
     "a square of four": (lambda a: square(a["lm_head.weight"]), {"head"}),
     "two rows": (at("model.embed_tokens.weight", swap(17, 18)), {"embed"}),
     "two columns": (at("model.embed_tokens.weight", swap(np.s_[:, 0], np.s_[:, 55])), {"embed"}),
@@ -403,7 +424,9 @@ def test_a_layer_of_another_dtype_is_seen_although_its_bits_are_zero() -> None:
     found = set()
     for dtypes in (("BF16", "F16", "F16"), ("F16", "BF16", "F16")):
         layout = published(3, 4, 6, *dtypes)
-        share = fingerprint.of_tensors(layout, 0, {f"blocks.{i}.up.weight": zero[dtype] for i, dtype in enumerate(dtypes)})
+        share = fingerprint.of_tensors(
+            layout, 0, {f"blocks.{i}.up.weight": zero[dtype] for i, dtype in enumerate(dtypes)}
+        )
         found.add(share.lines[0].sums)
     assert len(found) == 2
 
@@ -414,7 +437,9 @@ def test_another_seed_gives_other_lines(tmp_path: Path) -> None:
 
 
 def test_two_contents_collide_as_rarely_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a small prime the bound can be seen: of 4,000 seeds not many more than d / (p - 1) have a lane that collides."""
+    """With a small prime the bound can be seen: of 4,000 seeds not many more than d / (p - 1) have a lane that
+    collides.
+    """
     p = 251
     monkeypatch.setattr(fingerprint, "P", p)
     delta = np.zeros((4, 6), np.int16)
@@ -452,8 +477,20 @@ def test_live_tensors_of_torch_have_the_sum_of_their_bytes(device: str) -> None:
     """Of any dtype that torch has, on any device, in any order of memory, also as parameters."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    types = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "C64": "complex64"}
-    types |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz"}
+    types = {
+        "BF16": "bfloat16",
+        "F16": "float16",
+        "F32": "float32",
+        "F64": "float64",
+        "BOOL": "bool",
+        "C64": "complex64",
+    }
+    types |= {
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    }
     types |= {"I8": "int8", "U8": "uint8", "U16": "uint16", "I64": "int64", "F4": "float4_e2m1fn_x2"}
     for dtype, name in types.items():
         data = bytes(range(24)) * 8 if dtype != "BOOL" else bytes(at % 2 for at in range(24))

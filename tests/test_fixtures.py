@@ -1,4 +1,6 @@
-"""The fixtures hide no mistake, and the reference says what the architectures do: both are measured against `transformers` and by hand."""
+"""The fixtures hide no mistake, and the reference says what the architectures do: both are measured against
+`transformers` and by hand.
+"""
 
 import re
 import tomllib
@@ -56,7 +58,9 @@ def test_a_single_rank_holds_each_element_of_the_checkpoint_once_but_no_buffer(n
 def test_every_name_of_the_reference_is_a_row_of_the_native_table(name: str) -> None:
     rows = {row[0] for row in tomllib.loads(NATIVE.read_text())["rows"]}
     names = {
-        re.sub(r"^layers\.\d+\.", "layers.{layer}.", key) for rank in expected(checkpoint(name), FIXTURES[name].family) for key in rank
+        re.sub(r"^layers\.\d+\.", "layers.{layer}.", key)
+        for rank in expected(checkpoint(name), FIXTURES[name].family)
+        for key in rank
     }
     assert names <= rows, names - rows
 
@@ -159,15 +163,25 @@ def dequantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2, "pp": 2}, {"tp": 4}, {"tp": 4, "ep": 2}, {"tp": 3, "weights": (2, 1, 1)}], ids=str)
-def test_an_fp8_rank_dequantized_is_the_rank_of_the_dequantized_checkpoint(mesh: dict[str, Any], dequantized: Path) -> None:
+@pytest.mark.parametrize(
+    "mesh", [{"tp": 2, "pp": 2}, {"tp": 4}, {"tp": 4, "ep": 2}, {"tp": 3, "weights": (2, 1, 1)}], ids=str
+)
+def test_an_fp8_rank_dequantized_is_the_rank_of_the_dequantized_checkpoint(
+    mesh: dict[str, Any], dequantized: Path
+) -> None:
     ranks = expected(checkpoint("deepseek_v3_fp8"), "deepseek_v3", **mesh)
     assert sum(name.endswith("_scale") for name in ranks[0]) >= 6
-    assert differences(expected(dequantized, "deepseek_v3", **mesh), [dequantize(rank, "_scale") for rank in ranks]) == []
+    assert (
+        differences(expected(dequantized, "deepseek_v3", **mesh), [dequantize(rank, "_scale") for rank in ranks]) == []
+    )
 
 
-def attention_of_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
-    """Configuration, what goes into layer 0's attention, and its query, key and value [heads, head_dim], for one token at position 0."""
+def attention_of_transformers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+    """Configuration, what goes into layer 0's attention, and its query, key and value [heads, head_dim],
+    for one token at position 0.
+    """
     import transformers
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.falcon.modeling_falcon import FalconAttention
@@ -176,7 +190,11 @@ def attention_of_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     inputs: list[torch.Tensor] = []
     found: list[list[torch.Tensor]] = []
-    at = next(module for name, module in model.named_modules() if re.fullmatch(r".*\.0\.(self_attn|self_attention|attention|attn)", name))
+    at = next(
+        module
+        for name, module in model.named_modules()
+        if re.fullmatch(r".*\.0\.(self_attn|self_attention|attention|attn)", name)
+    )
 
     def spy(module, query, key, value, *args, **kwargs):  # [batch, heads, tokens, head_dim]
         found.append([part[0, :, 0] for part in (query, key, value)])
@@ -198,13 +216,16 @@ def attention_of_transformers(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     at.register_forward_pre_hook(enter, with_kwargs=True)
     with torch.no_grad():
         model(torch.tensor([[7]]))
-    scaling = getattr(getattr(model.base_model, "rotary_emb", None), "attention_scaling", 1.0)  # YaRN's; all that rotation does at 0
+    # YaRN's; all that rotation does at 0
+    scaling = getattr(getattr(model.base_model, "rotary_emb", None), "attention_scaling", 1.0)
     query, key, value = found[0]
     return model.config, inputs[0], [query / scaling, key / scaling, value]
 
 
 @pytest.mark.parametrize("name", [name for name, fixture in FIXTURES.items() if fixture.family != "deepseek_v3"])
-def test_query_key_and_value_of_the_reference_are_those_that_transformers_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_key_and_value_of_the_reference_are_those_that_transformers_computes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fixture = FIXTURES[name]
     config, x, found = attention_of_transformers(checkpoint(name), monkeypatch)
     (rank,) = expected(checkpoint(name), fixture.family)
@@ -215,5 +236,6 @@ def test_query_key_and_value_of_the_reference_are_those_that_transformers_comput
             if (weight := rank.get(f"layers.0.attn.{norm}")) is not None:
                 root = (over.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
                 want = (over * root * weight.float()).view_as(want)
-        want = want.repeat_interleave(have.shape[0] // want.shape[0], 0)  # new Falcon code returns keys already repeated
+        # new Falcon code returns keys already repeated
+        want = want.repeat_interleave(have.shape[0] // want.shape[0], 0)
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,6 @@
-"""A short run of every fuzz target, always of the same seeds, and what longer runs have found; fuzz.py runs them for longer."""
+"""A short run of every fuzz target, always of the same seeds, and what longer runs have found; fuzz.py runs them for
+longer.
+"""
 
 from __future__ import annotations
 

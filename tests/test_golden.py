@@ -1,9 +1,11 @@
-"""Golden digests: what every plan copies where, and what every rank of a vLLM directory holds. A refactor changes none of them.
+"""Golden digests: what every plan copies where, and what every rank of a vLLM directory holds. A refactor changes none
+of them.
 
     python tests/test_golden.py --write     writes tests/golden/ anew; read the difference before committing it
 
-The plans are of invented headers, so that no library can change them. The vLLM lists are of fixtures whose values are replaced by bytes
-that follow from their names; they are also computed here a second time in plain torch, from vLLM's own rules.
+The plans are of invented headers, so that no library can change them. The vLLM lists are of fixtures whose values are
+replaced by bytes that follow from their names; they are also computed here a second time in plain torch, from vLLM's
+own rules.
 """
 
 import hashlib
@@ -75,7 +77,13 @@ DENSE, MOE, MTP = ("dense", "plain"), ("moe", "plain"), ("moe", "mtp")
 CHECKPOINTS: dict[str, tuple[str, dict[str, int], list[Any], list[str], dict[str, Any]]] = {
     "llama": ("llama", GROUPED, [], [], {}),
     "llama_tied": ("llama", GROUPED, [], [], {"tie_word_embeddings": True}),
-    "llama_bias": ("llama", GROUPED, [], ["qkv_bias?", "o_bias?", "mlp_bias?"], {"attention_bias": True, "mlp_bias": True}),
+    "llama_bias": (
+        "llama",
+        GROUPED,
+        [],
+        ["qkv_bias?", "o_bias?", "mlp_bias?"],
+        {"attention_bias": True, "mlp_bias": True},
+    ),
     "mistral": ("mistral", GROUPED, [], [], {}),
     "qwen2": ("qwen2", GROUPED, [], ["qkv_bias?"], {}),
     "qwen3": ("qwen3", GROUPED, [], [], {}),
@@ -97,7 +105,13 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, int], list[Any], list[str], dict[str
         ["q_lora?"],
         {"n_shared_experts": 2} | ONE_MORE,
     ),
-    "deepseek_v3_whole": ("deepseek_v3", LATENT, [DENSE, DENSE, MOE], ["q_whole?"], {"n_shared_experts": 1, "q_lora_rank": None}),
+    "deepseek_v3_whole": (
+        "deepseek_v3",
+        LATENT,
+        [DENSE, DENSE, MOE],
+        ["q_whole?"],
+        {"n_shared_experts": 1, "q_lora_rank": None},
+    ),
     "deepseek_v3_fp8": (
         "deepseek_v3",
         BLOCKS,
@@ -122,7 +136,8 @@ MESHES = {
 def digest(joined: Plan) -> str:
     """A digest of the set of (box of a stored tensor, box of a stored tensor), in no order."""
     lines = sorted(
-        f"{c.src.rank} {c.src_name} {c.src_offset} {c.dst.rank} {c.dst_name} {c.dst_offset} {sorted(c.dims)}" for c in joined.copies()
+        f"{c.src.rank} {c.src_name} {c.src_offset} {c.dst.rank} {c.dst_name} {c.dst_offset} {sorted(c.dims)}"
+        for c in joined.copies()
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
@@ -207,7 +222,9 @@ def vllm(directory: Path, tp: int, stages: list[int]) -> dict[str, State]:
                 out["model.embed_tokens.weight"] = vocabulary(state["model.embed_tokens.weight"], tp, rank)
             if stage == len(stages) - 1:
                 out["model.norm.weight"] = state["model.norm.weight"]
-                out["lm_head.weight"] = vocabulary(state["model.embed_tokens.weight" if tied else "lm_head.weight"], tp, rank)
+                out["lm_head.weight"] = vocabulary(
+                    state["model.embed_tokens.weight" if tied else "lm_head.weight"], tp, rank
+                )
             one = f"model-rank-{rank}-part-0.safetensors"
             files[one if len(stages) == 1 else f"model-pp-{stage}-tp-{rank}-part-0.safetensors"] = out
     return files
@@ -226,7 +243,9 @@ def vllm_layer(state: State, at: str, heads: int, kv: int, tp: int, rank: int) -
     def shared(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.chunk(kv)[rank // (tp // kv)] if tp >= kv else part(tensor)
 
-    out = {f"{at}{name}.weight": state[f"{at}{name}.weight"] for name in ("input_layernorm", "post_attention_layernorm")}
+    out = {
+        f"{at}{name}.weight": state[f"{at}{name}.weight"] for name in ("input_layernorm", "post_attention_layernorm")
+    }
     for ending in ("weight", "bias"):
         if f"{at}self_attn.qkv_proj.{ending}" in state:
             fused = state[f"{at}self_attn.qkv_proj.{ending}"]
@@ -265,7 +284,9 @@ def vllm_layer(state: State, at: str, heads: int, kv: int, tp: int, rank: int) -
         router = "block_sparse_moe.gate.weight" if "sparse" in block else "mlp.experts.gate.weight"
         out[f"{at}{router}"] = state[f"{block}gate.weight"]
         gates, downs, ups = ([state[f"{experts}{e}.{name}.weight"] for e in range(count)] for name in (one, two, three))
-        out[f"{experts}routed_experts.w13_weight"] = torch.stack([torch.cat([part(g), part(u)]) for g, u in zip(gates, ups, strict=True)])
+        out[f"{experts}routed_experts.w13_weight"] = torch.stack(
+            [torch.cat([part(g), part(u)]) for g, u in zip(gates, ups, strict=True)]
+        )
         out[f"{experts}routed_experts.w2_weight"] = torch.stack([part(down, 1) for down in downs])
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
@@ -276,7 +297,9 @@ def to_vllm(directory: Path, out: Path, mesh: Mesh) -> dict[str, State]:
 
 
 def listed(files: dict[str, State]) -> dict[str, list[Any]]:
-    """Name → dtype, shape and one digest over all ranks, in their order; every rank of a stage has the same names and shapes."""
+    """Name → dtype, shape and one digest over all ranks, in their order; every rank of a stage has the same names and
+    shapes.
+    """
     found: dict[str, list[Any]] = {}
     hashes: dict[str, Any] = {}
     for file in sorted(files):
@@ -288,7 +311,9 @@ def listed(files: dict[str, State]) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_vllm_directory_is_what_vllms_rules_say_and_what_it_always_was(name: str, tmp_path: Path) -> None:
-    """File names, tensor names, shapes, dtypes, every bit: fused, padded to 64, heads repeated, tied, with four constants a layer."""
+    """File names, tensor names, shapes, dtypes, every bit: fused, padded to 64, heads repeated, tied,
+    with four constants a layer.
+    """
     directory = patterned(name, tmp_path / "model")
     known = json.loads((GOLDEN / "vllm.json").read_text())[name]
     for tp in WAYS:
@@ -301,13 +326,19 @@ def test_a_vllm_directory_is_what_vllms_rules_say_and_what_it_always_was(name: s
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral"])
 def test_a_vllm_directory_with_stages_names_its_files_by_both_ranks(name: str, tmp_path: Path) -> None:
-    """Layers keep their numbers; embed on the first stage, norm and head on the last, also where both are one tensor."""
+    """Layers keep their numbers; embed on the first stage, norm and head on the last,
+    also where both are one tensor.
+    """
     directory = patterned(name, tmp_path / "model")
     layers = FIXTURES[name].layers
     stages = [layers - layers // 2, layers // 2]
     files = to_vllm(directory, tmp_path / "out", Mesh(tp=2, pp=2, layers=tuple(stages)))
     wanted = vllm(directory, 2, stages)
-    assert sorted(files) == sorted(wanted) == [f"model-pp-{pp}-tp-{tp}-part-0.safetensors" for pp in (0, 1) for tp in (0, 1)]
+    assert (
+        sorted(files)
+        == sorted(wanted)
+        == [f"model-pp-{pp}-tp-{tp}-part-0.safetensors" for pp in (0, 1) for tp in (0, 1)]
+    )
     assert differences([wanted[file] for file in sorted(wanted)], [files[file] for file in sorted(files)]) == []
     assert "model.embed_tokens.weight" in files["model-pp-0-tp-0-part-0.safetensors"]
     assert "lm_head.weight" in files["model-pp-1-tp-0-part-0.safetensors"]
@@ -319,7 +350,9 @@ def test_stages_of_unequal_length_must_be_given_for_vllm(tmp_path: Path) -> None
         prepare(open_source(copy("llama", tmp_path / "model")), "vllm", Mesh(pp=2), Options())
 
 
-@pytest.mark.parametrize(("mesh", "words"), [(Mesh(tp=4, ep=2), "--ep 2 cuts nothing"), (Mesh(tp=2, weights=(2, 1)), "wants equal ranks")])
+@pytest.mark.parametrize(
+    ("mesh", "words"), [(Mesh(tp=4, ep=2), "--ep 2 cuts nothing"), (Mesh(tp=2, weights=(2, 1)), "wants equal ranks")]
+)
 def test_what_vllm_cannot_load_is_refused(mesh: Mesh, words: str, tmp_path: Path) -> None:
     with pytest.raises(ReshardError, match=words):
         prepare(open_source(copy("mixtral", tmp_path / "model")), "vllm", mesh, Options())
@@ -356,7 +389,9 @@ def text(data: Any) -> str:
         lines = ",\n".join(
             f"  {json.dumps(key)}: {json.dumps(value)}"
             if isinstance(value, str)
-            else f"  {json.dumps(key)}: {{\n" + ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
+            else f"  {json.dumps(key)}: {{\n"
+            + ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            + "\n  }"
             for key, value in groups.items()
         )
         parts.append(f" {json.dumps(name)}: {{\n{lines}\n }}")

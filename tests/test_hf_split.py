@@ -23,7 +23,8 @@ transformers = pytest.importorskip("transformers", minversion="5.23")  # version
 INDEX = "model.safetensors.index.json"
 Described = list[tuple[str, str, tuple[int, ...]]]
 
-# No two axes of one size, no heads that divide evenly into everything, more than ten layers or experts where numbers could sort as text.
+# No two axes of one size, no heads that divide evenly into everything, more than ten layers or experts where numbers
+# could sort as text.
 DENSE = {
     "vocab_size": 131,
     "hidden_size": 42,
@@ -35,7 +36,13 @@ DENSE = {
     "max_position_embeddings": 64,
 }
 FUSED = {**DENSE, "hidden_size": 48, "head_dim": 8, "pad_token_id": 0}
-NEOX = {"vocab_size": 131, "hidden_size": 45, "intermediate_size": 60, "num_hidden_layers": 11, "num_attention_heads": 5}
+NEOX = {
+    "vocab_size": 131,
+    "hidden_size": 45,
+    "intermediate_size": 60,
+    "num_hidden_layers": 11,
+    "num_attention_heads": 5,
+}
 FALCON = {"vocab_size": 131, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
 MOE = {**DENSE, "num_experts_per_tok": 2}
 LATENT = {
@@ -71,7 +78,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt_neox, tied": ("gpt_neox", {**NEOX, "tie_word_embeddings": True}),
     "falcon 40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon 11b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon 11b": (
+        "falcon",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
     "falcon 7b": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True}),
     "falcon rw": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}),
     "gemma2": ("gemma2", DENSE),
@@ -86,7 +96,9 @@ def model_of(name: str) -> Any:
     """A seeded random bf16 model; routing biases in fp32, as published and as transformers loads them."""
     torch.manual_seed(0)
     family, words = MODELS[name]
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **words), dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **words), dtype=torch.bfloat16
+    )
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
             buffer.data = torch.rand(buffer.shape)
@@ -117,7 +129,9 @@ def described(file: Path) -> Described:
 
 
 def compare(model: Any, folder: Path) -> None:
-    """Save `model` under limits that give one file, a file per tensor, and everything between; resplit must give the same each time."""
+    """Save `model` under limits that give one file, a file per tensor, and everything between; resplit must give the
+    same each time.
+    """
     model.save_pretrained(folder / "whole", max_shard_size="1GB")
     tensors = {name: (dtype, shape) for name, dtype, shape in described(folder / "whole" / "model.safetensors")}
     ordered = [(name, *tensors[name]) for name in loaded_order(sorted(tensors, reverse=True))]
@@ -159,7 +173,11 @@ def test_fp8_with_block_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source.mkdir()
     save_file(packed, source / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "bf16" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [16, 16],
+    }
     (source / "config.json").write_text(json.dumps(config))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source)
     compare(loaded, tmp_path)
@@ -213,7 +231,9 @@ def test_an_oversized_tensor_is_numbered_before_the_open_file() -> None:
 
 
 def test_experts_of_one_stack_stay_together() -> None:
-    """All w1 of a layer count as one tensor: they go to one file, a file of their own if together they pass the limit."""
+    """All w1 of a layer count as one tensor: they go to one file,
+    a file of their own if together they pass the limit.
+    """
     stack = [(f"model.layers.0.block_sparse_moe.experts.{n}.w1.weight", "U8", (4,)) for n in range(3)]
     files, _ = resplit([("a", "U8", (2,)), *stack, ("b", "U8", (8,))], 11)
     assert [len(file.tensors) for file in files] == [3, 2]
@@ -223,7 +243,10 @@ def test_buffers_are_no_parameters() -> None:
     """total_parameters leaves buffers out, total_size does not."""
     tensors = [("a.weight", "F32", (3,)), ("a.e_score_correction_bias", "F32", (2,)), ("a.scale", "F32", (7,))]
     assert json.loads(resplit(tensors, 1)[1] or b"")["metadata"] == {"total_parameters": 10, "total_size": 48}
-    assert json.loads(resplit(tensors, 1, buffers=("scale",))[1] or b"")["metadata"] == {"total_parameters": 5, "total_size": 48}
+    assert json.loads(resplit(tensors, 1, buffers=("scale",))[1] or b"")["metadata"] == {
+        "total_parameters": 5,
+        "total_size": 48,
+    }
 
 
 @pytest.mark.parametrize(
@@ -241,7 +264,12 @@ def test_refusals(tensors: Described, words: str) -> None:
 
 
 @given(
-    st.lists(st.lists(st.sampled_from(["w", "w1", "w10", "w2", "7", "10", "ln_f", "ln_1", "a_b", "a"]), min_size=1, max_size=4), max_size=8)
+    st.lists(
+        st.lists(
+            st.sampled_from(["w", "w1", "w10", "w2", "7", "10", "ln_f", "ln_1", "a_b", "a"]), min_size=1, max_size=4
+        ),
+        max_size=8,
+    )
 )
 def test_plain_names_are_sorted_as_transformers_sorts_them(words: list[list[str]]) -> None:
     """The loaded order of names that no conversion touches is transformers' natural order."""
@@ -250,7 +278,9 @@ def test_plain_names_are_sorted_as_transformers_sorts_them(words: list[list[str]
 
 
 @given(
-    st.decimals(min_value=1, max_value=99_999, places=3), st.sampled_from(["KB", "MB", "GB", "TB", "kb", "Gb"]), st.sampled_from(["", " "])
+    st.decimals(min_value=1, max_value=99_999, places=3),
+    st.sampled_from(["KB", "MB", "GB", "TB", "kb", "Gb"]),
+    st.sampled_from(["", " "]),
 )
 def test_decimal_sizes_are_read_as_transformers_reads_them(value: Any, unit: str, space: str) -> None:
     """A size with a decimal unit means the same number of bytes to both."""
@@ -259,7 +289,15 @@ def test_decimal_sizes_are_read_as_transformers_reads_them(value: Any, unit: str
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("5GiB", 5 * 2**30), (" 1.5 MiB ", 3 * 2**19), ("500", 500), ("7B", 7), ("2k", 2000), ("1TB", 10**12)],
+    [
+        ("5GB", 5 * 10**9),
+        ("5GiB", 5 * 2**30),
+        (" 1.5 MiB ", 3 * 2**19),
+        ("500", 500),
+        ("7B", 7),
+        ("2k", 2000),
+        ("1TB", 10**12),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     """GB is decimal, GiB binary, plain digits are bytes."""
@@ -267,7 +305,24 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "0", "0.0001KB", "-5GB", "5PB", "1e9", "inf", "nanGB", "5GBs", "5,5GB", "5 G B", "5iB", "٥GB", "9" * 5000]
+    "text",
+    [
+        "",
+        "GB",
+        "0",
+        "0.0001KB",
+        "-5GB",
+        "5PB",
+        "1e9",
+        "inf",
+        "nanGB",
+        "5GBs",
+        "5,5GB",
+        "5 G B",
+        "5iB",
+        "٥GB",
+        "9" * 5000,
+    ],
 )
 def test_no_sizes(text: str) -> None:
     """Nonsense is refused, naming it."""

@@ -37,7 +37,8 @@ def cases(name: str) -> list[tuple[str, ...]]:
     """The words of a command with each option, and each argument, of each value."""
     found: list[tuple[str, ...]] = []
     before = list(WITH)[: list(WITH).index(name)]
-    seen = {parameter.opts[0] for other in before for parameter in cli.commands[other].params}  # options that are the same everywhere
+    # options that are the same everywhere
+    seen = {parameter.opts[0] for other in before for parameter in cli.commands[other].params}
     usual = WITH[name]
     arguments = 0
     for parameter in cli.commands[name].params:
@@ -50,7 +51,9 @@ def cases(name: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("name", list(WITH))
-def test_no_value_of_an_option_makes_a_traceback(name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_value_of_an_option_makes_a_traceback(
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = {"SRC": str(place / "model"), "SHARDS": str(place / "shards")}
@@ -66,16 +69,24 @@ NUMBERS = [
     *(("plan", "SRC", "--tp", "2", option) for option in ("--pp", "--ep", "--context", "--batch", "--workers")),
     ("plan", "SRC", "--tp"),
     ("fingerprint", "SHARDS", "--rank"),
-    *(("generate", "nowhere", "--tokens", "1", option) for option in ("--tp", "--pp", "--ep", "--max-tokens", "--top-k", "--seed")),
+    *(
+        ("generate", "nowhere", "--tokens", "1", option)
+        for option in ("--tp", "--pp", "--ep", "--max-tokens", "--top-k", "--seed")
+    ),
     *(("generate", "nowhere", "--tokens", "1", option) for option in ("--temperature", "--top-p", "--timeout")),
 ]
 
 
 @pytest.mark.parametrize("words", NUMBERS, ids=lambda words: f"{words[0]} {words[-1]}")
-def test_numbers_are_spelled_in_plain_digits(words: tuple[str, ...], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_spelled_in_plain_digits(
+    words: tuple[str, ...], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = {"SRC": str(place / "model"), "SHARDS": str(place / "shards")}
     real = words[-1] in ("--temperature", "--top-p", "--timeout")
     for value in ("1_0", "\u0661", " 1", "\uff11", "\u00b2", "0x1", "nan", "inf", *([] if real else ["9" * 19])):
         done = reshard(*(names.get(word, word) for word in words), value)
-        assert done.code == 2 and words[-1] in done.err and ("is not a valid" in done.err or words[0] == "plan"), (value, done)
+        assert done.code == 2 and words[-1] in done.err and ("is not a valid" in done.err or words[0] == "plan"), (
+            value,
+            done,
+        )

@@ -1,4 +1,6 @@
-"""Hub ids, against a small Hub on loopback that speaks as the real one does. Each client is a process of its own, as users start it."""
+"""Hub ids, against a small Hub on loopback that speaks as the real one does. Each client is a process of its own,
+as users start it.
+"""
 
 import json
 import os
@@ -26,7 +28,13 @@ CARD = "---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n"
 WEIGHTS = {f"model-{n:05}-of-00007.safetensors" for n in range(1, 8)}
 INDEX = "model.safetensors.index.json"
 SMALL = {".gitattributes", "README.md", "config.json", "generation_config.json", "tokenizer.json"}
-OTHERS = {"consolidated.safetensors", "model.gguf", "original/consolidated.00.pth", "pytorch_model.bin", "onnx/model.onnx"}
+OTHERS = {
+    "consolidated.safetensors",
+    "model.gguf",
+    "original/consolidated.00.pth",
+    "pytorch_model.bin",
+    "onnx/model.onnx",
+}
 
 # Run in the client; `run` gives expressions. Pauses between attempts are shortened, nothing else is.
 CLIENT = """
@@ -39,7 +47,8 @@ from reshard.store.store import Ahead
 
 def facts(source):
     originals = [(o.name, o.size, o.sha256) for o in source.originals]
-    tensors = {name: (originals[at][0], e.dtype, list(e.shape), e.offset, e.nbytes) for name, (at, e) in source.tensors.items()}
+    tensors = {name: (originals[at][0], e.dtype, list(e.shape), e.offset, e.nbytes) for name, (at,
+    e) in source.tensors.items()}
     carried, left = [(c.name, c.size) for c in source.carried], list(source.left)
     origin = source.origin.id, source.origin.commit, source.origin.license
     where, root = source.where, source.root and str(source.root)
@@ -79,13 +88,19 @@ def tiny(tmp_path: Path, hub: Hub) -> Path:
 @pytest.fixture
 def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
     """A user with an empty cache and no token, whose Hub is the one on loopback."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING")) and "proxy" not in name.lower()
+    }
     return ours | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 @pytest.fixture
 def run(environment: dict[str, str], tmp_path: Path) -> Client:
-    """Evaluate expressions in a fresh process: what each gives, or the ReshardError that it raises as a dictionary; a list if several."""
+    """Evaluate expressions in a fresh process: what each gives, or the ReshardError that it raises as a dictionary;
+    a list if several.
+    """
 
     def evaluate(*expressions: str, **variables: str) -> Any:
         command = [sys.executable, "-c", CLIENT, *expressions]
@@ -123,14 +138,27 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-# --- ids ---------------------------------------------------------------------------------------------------------------------
+# --- ids --------------------------------------------------------------------------------------------------------------
 
 
 def test_ids_are_told_by_their_form() -> None:
     """org/name and hf://org/name are ids, paths of any other form are not."""
     assert all(map(is_id, ("org/name", "Qwen/Qwen3-0.6B", "hf://org/name", "hf://org/name@refs/pr/1")))
     assert not any(
-        map(is_id, ("name", "./name", "../name", "/org/name", "org/name/", "a/b/c", "hf://name", "https://hub/org/name", "org/na me"))
+        map(
+            is_id,
+            (
+                "name",
+                "./name",
+                "../name",
+                "/org/name",
+                "org/name/",
+                "a/b/c",
+                "hf://name",
+                "https://hub/org/name",
+                "org/na me",
+            ),
+        )
     )
 
 
@@ -164,15 +192,21 @@ def test_what_is_neither_names_both_readings(run: Client, hub: Hub) -> None:
         assert "HF_TOKEN" in found["hint"]
 
 
-# --- plan and inspect: headers only ------------------------------------------------------------------------------------------
+# --- plan and inspect: headers only -----------------------------------------------------------------------------------
 
 
 def test_a_remote_checkpoint_reads_as_the_local_one(run: Client, hub: Hub, tiny: Path) -> None:
-    """Sizes, tensors, SHA-256, carried files and files left are those of the directory; commit and licence are known."""
+    """Sizes, tensors, SHA-256, carried files and files left are those of the directory;
+    commit and licence are known.
+    """
     found, here = run(remote(), local(str(tiny)))
     assert found["tensors"] == here["tensors"] and len(found["tensors"]) > 20
-    assert [(name, size) for name, size, _ in found["originals"]] == [(name, size) for name, size, _ in here["originals"]]
-    assert {name: digest for name, _, digest in found["originals"]} == {name: sha256(tiny / name) for name in WEIGHTS} | {INDEX: None}
+    assert [(name, size) for name, size, _ in found["originals"]] == [
+        (name, size) for name, size, _ in here["originals"]
+    ]
+    assert {name: digest for name, _, digest in found["originals"]} == {
+        name: sha256(tiny / name) for name in WEIGHTS
+    } | {INDEX: None}
     assert found["carried"] == here["carried"] and {name for name, _ in found["carried"]} == SMALL
     assert found["left"] == here["left"] and ["original/", 0, "other weights"] in found["left"]
     assert found["origin"] == [ID, hub.repos[ID].revisions["main"], "apache-2.0"]
@@ -250,14 +284,19 @@ def test_bin_files_are_read_without_their_weights(run: Client, hub: Hub, tmp_pat
     torch.save(tensors, root / "pytorch_model.bin")
     (root / "config.json").write_text("{}")
     hub.add("org/bin", root)
-    found = run("{name: e.offset for name, (_, e) in remote.published(hub.opened('org/bin', None, keep=False), '').tensors.items()}")
+    found = run(
+        "{name: e.offset for name, (_, e) in remote.published(hub.opened('org/bin', None, keep=False), "
+        "'').tensors.items()}"
+    )
     whole = (root / "pytorch_model.bin").read_bytes()
     for name, tensor in tensors.items():
         assert whole[found[name] : found[name] + tensor.nbytes] == tensor.numpy().tobytes()
     assert hub.sent("pytorch_model.bin") < 0x10000 + 24 * 4096 < len(whole) // 50
 
 
-def test_a_bin_checkpoint_plans_and_converts_from_the_hub(run: Client, reshard: Client, hub: Hub, tmp_path: Path) -> None:
+def test_a_bin_checkpoint_plans_and_converts_from_the_hub(
+    run: Client, reshard: Client, hub: Hub, tmp_path: Path
+) -> None:
     """A checkpoint of .bin files from the Hub is the one of its directory."""
     root = copy("llama_bin", tmp_path / "published")
     hub.add("org/bin", root)
@@ -273,11 +312,13 @@ def test_sizes_that_a_mirror_leaves_out_are_asked_for(run: Client, hub: Hub, tin
     assert found["tensors"] == here["tensors"] and found["carried"] == here["carried"]
 
 
-# --- convert: just what is needed --------------------------------------------------------------------------------------------
+# --- convert: just what is needed -------------------------------------------------------------------------------------
 
 
 def test_convert_of_an_id_is_convert_of_its_directory(reshard: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
-    """Exactly the files needed are downloaded; the output differs from the directory's in provenance alone; a plan adds nothing."""
+    """Exactly the files needed are downloaded; the output differs from the directory's in provenance alone;
+    a plan adds nothing.
+    """
     with (tiny / "huge.dat").open("wb") as file:
         file.truncate((64 << 20) + 1)  # over the limit for files that go along
     code, _, told = reshard("convert", ID, "hub", "--tp", "2")
@@ -287,7 +328,10 @@ def test_convert_of_an_id_is_convert_of_its_directory(reshard: Client, hub: Hub,
     assert reshard("convert", tiny, "directory", "--tp", "2")[0] == 0
 
     ours, theirs = tree(tmp_path / "directory"), tree(tmp_path / "hub")
-    assert {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} == {"manifest.json", "source/files.json"}
+    assert {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} == {
+        "manifest.json",
+        "source/files.json",
+    }
     manifest = json.loads(theirs["manifest.json"])
     assert manifest["model"] == {"id": ID, "commit": hub.repos[ID].revisions["main"], "license": "apache-2.0"}
     recorded = theirs["source/files.json"].decode()
@@ -305,13 +349,23 @@ def test_what_stays_on_the_hub_is_said(run: Client, hub: Hub, tiny: Path) -> Non
     assert fetched["left"] == listed["left"] == here["left"]
 
 
-def test_folders_beside_the_weights_come_along_from_the_hub(reshard: Client, run: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
-    """As from a directory: small ones with all that is in them, those with weights if modules.json names them; hidden ones never.
+def test_folders_beside_the_weights_come_along_from_the_hub(
+    reshard: Client, run: Client, hub: Hub, tiny: Path, tmp_path: Path
+) -> None:
+    """As from a directory: small ones with all that is in them, those with weights if modules.json names them; hidden
+    ones never.
 
     What of a folder that is left out lies in the cache already does not come along either.
     """
-    modules = [{"idx": n, "name": str(n), "path": path, "type": "m"} for n, path in enumerate(["", "1_Pooling", "2_Dense"])]
-    folders = {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tool_use.jinja"}
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": "m"} for n, path in enumerate(["", "1_Pooling", "2_Dense"])
+    ]
+    folders = {
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "additional_chat_templates/tool_use.jinja",
+    }
     others = {
         "original/params.json",
         "original/tokenizer.model",
@@ -342,7 +396,9 @@ def test_folders_beside_the_weights_come_along_from_the_hub(reshard: Client, run
 
 
 def test_the_cache_is_used_and_filled_in(run: Client, hub: Hub, tiny: Path) -> None:
-    """A download that failed goes on with the files that are missing; a complete one sends nothing. The cache is huggingface_hub's own."""
+    """A download that failed goes on with the files that are missing; a complete one sends nothing.
+    The cache is huggingface_hub's own.
+    """
     gone = "model-00005-of-00007.safetensors"
     denied = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
     hub.fault = lambda method, path: Fault(404, denied) if path.endswith(gone) and "/resolve/" in path else None
@@ -357,7 +413,9 @@ def test_the_cache_is_used_and_filled_in(run: Client, hub: Hub, tiny: Path) -> N
     assert before | hub.files() == WEIGHTS | SMALL | {INDEX}
     root = Path(found["root"])
     assert root.parts[-3:] == ("models--org--tiny", "snapshots", hub.repos[ID].revisions["main"])
-    assert (root / gone).readlink().name == sha256(tiny / gone) and (root / "config.json").readlink().name == git_sha1(tiny / "config.json")
+    assert (root / gone).readlink().name == sha256(tiny / gone) and (root / "config.json").readlink().name == git_sha1(
+        tiny / "config.json"
+    )
 
     hub.clear()
     assert run(local())["root"] == str(root)
@@ -368,7 +426,9 @@ def test_a_dropped_download_is_survived(run: Client, hub: Hub, tiny: Path) -> No
     """A connection that breaks in the middle of a file is made again, and the file is the right one."""
     name = "model-00003-of-00007.safetensors"
     fault = Fault(drop_after=20_000, times=1)
-    hub.fault = lambda method, path: fault if path.startswith("/storage") and path.endswith(name) and method == "GET" else None
+    hub.fault = lambda method, path: (
+        fault if path.startswith("/storage") and path.endswith(name) and method == "GET" else None
+    )
     found = run(local())
     assert (Path(found["root"]) / name).read_bytes() == (tiny / name).read_bytes()
     assert fault.times == 0
@@ -377,10 +437,15 @@ def test_a_dropped_download_is_survived(run: Client, hub: Hub, tiny: Path) -> No
 def test_progress_tells_every_byte(run: Client, hub: Hub, tiny: Path) -> None:
     """The bytes that progress is told are the bytes of the files downloaded."""
     counting = (
-        "type('P', (), dict(told=[], start=lambda s, w, n: s.told.append(n), advance=lambda s, n: s.told.append(n), finish=lambda s: 0))()"
+        "type('P', (), dict(told=[], start=lambda s, w, n: s.told.append(n), advance=lambda s, n: "
+        "s.told.append(n), finish=lambda s: 0))()"
     )
     total, *told = run(f"[p := {counting}, open_any({ID!r}, headers_only=False, progress=p), p.told][-1]")
-    assert total == sum(told) == sum((tiny / name).stat().st_size for name in WEIGHTS | SMALL) - (tiny / "config.json").stat().st_size
+    assert (
+        total
+        == sum(told)
+        == sum((tiny / name).stat().st_size for name in WEIGHTS | SMALL) - (tiny / "config.json").stat().st_size
+    )
 
 
 def test_the_commit_is_fixed_at_the_start(run: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
@@ -398,7 +463,11 @@ def test_the_commit_is_fixed_at_the_start(run: Client, hub: Hub, tiny: Path, tmp
     root = Path(run(local())["root"])
     assert root.name == hub.repos[ID].revisions["main"] != old
     assert all((root / name).read_bytes() == (other / name).read_bytes() for name in WEIGHTS)
-    assert all(old not in asked.path for asked in hub.asked if asked.path.startswith("/storage") or asked.path.endswith(".safetensors"))
+    assert all(
+        old not in asked.path
+        for asked in hub.asked
+        if asked.path.startswith("/storage") or asked.path.endswith(".safetensors")
+    )
 
 
 def test_revisions(run: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
@@ -406,13 +475,15 @@ def test_revisions(run: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny, tmp_path / "other")
     (other / "config.json").write_text((tiny / "config.json").read_text() + "\n")
     commit = hub.add(ID, other, "refs/pr/1")
-    found = run(remote(ID, "refs/pr/1"), remote(ID, commit), remote(f"hf://{ID}@refs/pr/1"), local(ID, "refs/pr/1"), remote())
+    found = run(
+        remote(ID, "refs/pr/1"), remote(ID, commit), remote(f"hf://{ID}@refs/pr/1"), local(ID, "refs/pr/1"), remote()
+    )
     assert [one["origin"][1] for one in found] == [commit] * 4 + [hub.repos[ID].revisions["main"]]
     for found in run(remote(ID, "v9"), local(ID, "v9")):
         assert found["code"] == 2 and "has no revision 'v9'" in found["error"]
 
 
-# --- offline -----------------------------------------------------------------------------------------------------------------
+# --- offline ----------------------------------------------------------------------------------------------------------
 
 
 def test_offline_works_from_the_cache(run: Client, reshard: Client, hub: Hub, tiny: Path) -> None:
@@ -420,7 +491,11 @@ def test_offline_works_from_the_cache(run: Client, reshard: Client, hub: Hub, ti
     online = run(local())
     hub.clear()
     for found in run(remote(), local(), HF_HUB_OFFLINE="1"):
-        assert found["tensors"] == online["tensors"] and found["origin"] == online["origin"] and found["root"] == online["root"]
+        assert (
+            found["tensors"] == online["tensors"]
+            and found["origin"] == online["origin"]
+            and found["root"] == online["root"]
+        )
     assert reshard("convert", ID, "out", "--tp", "2", HF_HUB_OFFLINE="1")[0] == 0
     assert hub.asked == []
 
@@ -437,11 +512,13 @@ def test_offline_without_the_files_is_refused(run: Client, hub: Hub, tiny: Path)
     assert found["code"] == 3 and "does not hold model-00002-of-00007.safetensors of 7 files" in found["error"]
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------------
+# --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
 def test_a_token_opens_a_private_model_and_goes_nowhere_else(run: Client, hub: Hub, tiny: Path) -> None:
-    """A private model reads as missing without a token; with it it opens, and the storage that files are kept in never sees it."""
+    """A private model reads as missing without a token; with it it opens, and the storage that files are kept in never
+    sees it.
+    """
     hub.repos[ID].private = True
     assert "no such model" in run(remote())["error"]
     assert "no such model" in run(remote(), HF_TOKEN="hf_another")["error"]
@@ -466,7 +543,11 @@ FAULTS = {
     "500": (Fault(500), 3, r"failed to give .* \(500\)"),
     "503": (Fault(503), 3, r"failed to give .* \(503\)"),
     "429": (Fault(429), 3, r"refuses .*: too many requests .* \(429\)"),
-    "401": (Fault(401, {"X-Error-Message": "Invalid credentials in Authorization header"}), 2, r"refuses .* \(401\): Invalid credentials"),
+    "401": (
+        Fault(401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+        2,
+        r"refuses .* \(401\): Invalid credentials",
+    ),
     "403": (Fault(403, {"X-Error-Message": "Access to this resource is disabled."}), 2, r"refuses .* \(403\)"),
     "404": (Fault(404, {"X-Error-Code": "EntryNotFound"}), 2, r"is not there at revision"),
     "dropped": (Fault(drop_after=10), 3, r"cannot be reached"),
@@ -476,11 +557,15 @@ FAULTS = {
 
 
 def test_failures_while_reading_headers(run: Client, hub: Hub, tiny: Path) -> None:
-    """Each way in which a file cannot be had is told apart: the model, the file, what happened, and whether trying again may help."""
+    """Each way in which a file cannot be had is told apart: the model, the file, what happened, and whether trying
+    again may help.
+    """
     name = "model-00001-of-00007.safetensors"
     for kind in FAULTS:
         hub.add(f"org/{kind}", tiny)
-    hub.fault = lambda method, path: next((f for kind, (f, _, _) in FAULTS.items() if f"org/{kind}/" in path and path.endswith(name)), None)
+    hub.fault = lambda method, path: next(
+        (f for kind, (f, _, _) in FAULTS.items() if f"org/{kind}/" in path and path.endswith(name)), None
+    )
     results = run(*(remote(f"org/{kind}") for kind in FAULTS), HF_HUB_DOWNLOAD_TIMEOUT="1")
     for found, (kind, (_, code, words)) in zip(results, FAULTS.items(), strict=True):
         assert f"org/{kind}" in found["error"] and name in found["error"]
@@ -527,7 +612,11 @@ def test_a_cache_that_cannot_be_written(run: Client, hub: Hub, tiny: Path, tmp_p
 def test_the_command_line_tells_errors(reshard: Client, hub: Hub, tiny: Path, tmp_path: Path) -> None:
     """Errors of the Hub come as `error:` and `hint:` with their exit codes, and nothing is written."""
     code, _, told = reshard("plan", "org/none", "--tp", "2")
-    assert code == 2 and told.startswith("error: org/none: there is no such path here, and no such model") and "\n\nhint: " in told
+    assert (
+        code == 2
+        and told.startswith("error: org/none: there is no such path here, and no such model")
+        and "\n\nhint: " in told
+    )
     hub.fault = lambda method, path: Fault(403) if path.endswith("tokenizer.json") else None
     code, _, told = reshard("convert", ID, "out", "--tp", "2")
     assert code == 2 and "tokenizer.json" in told
@@ -538,7 +627,10 @@ ODD: list[tuple[dict[str, str], str]] = [
     ({}, "has no config.json; it holds nothing"),
     ({"model.gguf": "x", "README.md": "x"}, "has no config.json; it holds README.md, model.gguf"),
     ({"config.json": "{}", "model.gguf": "x"}, "no weights: none of model.safetensors, .*there are model.gguf"),
-    ({"config.json": "{}", INDEX: '{"weight_map": {"a": "gone.safetensors"}}'}, "names gone.safetensors, which is not in the repository"),
+    (
+        {"config.json": "{}", INDEX: '{"weight_map": {"a": "gone.safetensors"}}'},
+        "names gone.safetensors, which is not in the repository",
+    ),
     ({"config.json": "{}", INDEX: '{"weight_map": {"a": "../../x"}}'}, "outside of the directory"),
     ({"config.json": "{}", INDEX: "<html>"}, "not JSON"),
     ({"config.json": "{}", "manifest.json": "{}", "rank-00000/tensors.json": "{}"}, "holds shards that reshard wrote"),
@@ -546,7 +638,9 @@ ODD: list[tuple[dict[str, str], str]] = [
 
 
 def test_repositories_that_are_no_checkpoints(run: Client, hub: Hub, tmp_path: Path) -> None:
-    """What a repository lacks is told from its list of files, alike for plan and convert, before any weights are fetched."""
+    """What a repository lacks is told from its list of files, alike for plan and convert, before any weights are
+    fetched.
+    """
     for n, (files, _) in enumerate(ODD):
         for name, text in files.items():
             path = tmp_path / f"odd{n}" / name

@@ -1,4 +1,6 @@
-"""The join of two layouts: every box meets its counterpart, the inverse is the arguments swapped, what lacks a source is refused."""
+"""The join of two layouts: every box meets its counterpart, the inverse is the arguments swapped, what lacks a source
+is refused.
+"""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -60,30 +62,43 @@ def test_the_copies_of_one_layer_of_llama_at_tp_2_are_those_made_by_hand() -> No
 
 def test_a_transposition_is_one_copy_per_expert_and_half() -> None:
     """gpt-oss, expert 5 of 8 on one rank: [hidden 56, 2 × 88 in turns] becomes two halves [88, 56]."""
-    copies = [told(c) for c in plan(published("gpt_oss"), native("gpt_oss")).copies() if c.src_name.endswith("1.mlp.experts.gate_up_proj")]
+    copies = [
+        told(c)
+        for c in plan(published("gpt_oss"), native("gpt_oss")).copies()
+        if c.src_name.endswith("1.mlp.experts.gate_up_proj")
+    ]
     name, to = "model.layers.1.mlp.experts.gate_up_proj", "layers.1.moe.gate_up"
     stacked = 2 * 88 * 56
-    assert sorted(copies) == [(0, name, half, 0, to, half * 88 * 56, ((8, stacked, stacked), (88, 2, 56), (56, 176, 1))) for half in (0, 1)]
+    assert sorted(copies) == [
+        (0, name, half, 0, to, half * 88 * 56, ((8, stacked, stacked), (88, 2, 56), (56, 176, 1))) for half in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon_40b", "qwen3_moe", "deepseek_v3"])
 def test_the_inverse_is_the_arguments_swapped(name: str) -> None:
     """The same set of copies with the sides exchanged, where nothing is replicated."""
-    layouts = (published(name), native(name, pp=1 if name == "gpt2" else 2))  # GPT-2 is tied: each stage would have the embedding
+    # GPT-2 is tied: each stage would have the embedding
+    layouts = (published(name), native(name, pp=1 if name == "gpt2" else 2))
     there, back = ([told(copy) for copy in plan(*pair).copies()] for pair in (layouts, layouts[::-1]))
     turned = [(*copy[3:6], *copy[:3], tuple((n, b, a) for n, a, b in copy[6])) for copy in back]
-    assert sorted((*copy[:6], sorted(copy[6])) for copy in there) == sorted((*copy[:6], sorted(copy[6])) for copy in turned)
+    assert sorted((*copy[:6], sorted(copy[6])) for copy in there) == sorted(
+        (*copy[:6], sorted(copy[6])) for copy in turned
+    )
 
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_replicas_are_read_from_the_lowest_rank_that_holds_them(name: str) -> None:
-    """Merging from the largest mesh: every element of the checkpoint is read once, and norms from tensor parallel rank 0 alone."""
+    """Merging from the largest mesh: every element of the checkpoint is read once, and norms from tensor parallel rank
+    0 alone.
+    """
     tp = max(FIXTURES[name].tp)
     model = model_of(name)
     joined = plan(native(name, tp=tp), published(name))
     stored = sum(tensor.elements for logical, tensor in model.tensors.items() if logical not in model.alias)
     assert sum(copy.elements for copy in joined.copies()) == stored
-    assert {copy.src.rank for copy in joined.copies() if "norm" in copy.dst_name and copy.src_name.endswith("attn_norm")} <= {0}
+    assert {
+        copy.src.rank for copy in joined.copies() if "norm" in copy.dst_name and copy.src_name.endswith("attn_norm")
+    } <= {0}
 
 
 def test_the_destination_can_be_restricted_to_some_ranks() -> None:
@@ -121,17 +136,26 @@ def test_a_logical_tensor_that_two_rows_hold_in_different_layers_is_joined_layer
     sizes = {"layer": 3, "kv": 2, "group": 2, "head_dim": 3, "hidden": 5, "inter": 8, "vocab": 9}
     config, stored = invented("falcon", sizes, [["new"], ["old"], ["new"]], parallel_attn=True)
     found = understand(families.load("falcon"), Config(config), stored)
-    src, dst = lay_out(found.family.published, found, Mesh(), found.active), lay_out(formats.load("native"), found, Mesh(tp=2))
+    src, dst = (
+        lay_out(found.family.published, found, Mesh(), found.active),
+        lay_out(formats.load("native"), found, Mesh(tp=2)),
+    )
     for a, b in ((src, dst), (dst, src)):
         copies = [copy for copy in plan(a, b).copies() if "attn_norm" in copy.src_name + copy.dst_name]
         held = {0: "ln_attn", 1: "input_layernorm", 2: "ln_attn"}
         norms = {
-            True: {f"transformer.h.{layer}.{norm}.{part}" for layer, norm in held.items() for part in ("weight", "bias")},
+            True: {
+                f"transformer.h.{layer}.{norm}.{part}" for layer, norm in held.items() for part in ("weight", "bias")
+            },
             False: {f"layers.{layer}.attn_norm{ending}" for layer in held for ending in ("", "_bias")},
         }
         assert sorted(copy.src_name for copy in copies if copy.dst.rank == 0) == sorted(norms[a is src])
-        assert {copy.src_name for copy in plan(a, b).copies()} <= {slot.name(p) for slot in a.slots for p in slot.points()}
-        assert {copy.dst_name for copy in plan(a, b).copies()} == {slot.name(p) for slot in b.slots for p in slot.points()}
+        assert {copy.src_name for copy in plan(a, b).copies()} <= {
+            slot.name(p) for slot in a.slots for p in slot.points()
+        }
+        assert {copy.dst_name for copy in plan(a, b).copies()} == {
+            slot.name(p) for slot in b.slots for p in slot.points()
+        }
 
 
 # What is refused
@@ -153,7 +177,9 @@ def test_a_source_that_lacks_a_piece_is_refused_with_both_counts(tp: int) -> Non
         if "norm" in name and tp > 1:
             plan(lacking, published("llama"))  # a replica is left
             continue
-        with pytest.raises(ReshardError, match=rf"{name}: the layout holds \d+ of {model_of('llama').tensors[name].elements} elements"):
+        with pytest.raises(
+            ReshardError, match=rf"{name}: the layout holds \d+ of {model_of('llama').tensors[name].elements} elements"
+        ):
             plan(lacking, published("llama"))
 
 
@@ -173,7 +199,9 @@ def test_pieces_that_overlap_are_refused() -> None:
 
 def test_a_tied_name_without_pieces_is_read_from_the_other() -> None:
     """PP 2: the head on the last stage comes from the only embedding there is."""
-    copies = {copy.dst_name: copy.src_name for copy in plan(published("llama_tied"), native("llama_tied", pp=2)).copies()}
+    copies = {
+        copy.dst_name: copy.src_name for copy in plan(published("llama_tied"), native("llama_tied", pp=2)).copies()
+    }
     assert copies["head"] == copies["embed"] == "model.embed_tokens.weight"
 
 
@@ -209,7 +237,9 @@ def pairs(dims: Any) -> list[tuple[int, int]]:
         ([], ()),
     ],
 )
-def test_dimensions_that_run_on_become_one(dims: list[tuple[int, int, int]], merged: tuple[tuple[int, int, int], ...]) -> None:
+def test_dimensions_that_run_on_become_one(
+    dims: list[tuple[int, int, int]], merged: tuple[tuple[int, int, int], ...]
+) -> None:
     assert collapse(dims) == merged
 
 

@@ -1,4 +1,5 @@
-"""The laws that make one function enough: merge(split(x)) = x, every route ends in the same bytes, a plan covers each element once.
+"""The laws that make one function enough: merge(split(x)) = x, every route ends in the same bytes, a plan covers each
+element once.
 
 First with numbers in place of elements, for layouts that nobody would write down; then with files.
 """
@@ -56,7 +57,9 @@ def check(src: Layout, dst: Layout, values: dict[str, np.ndarray]) -> None:
 @given(joint=joints(), data=st.data())
 @law(100)
 def test_any_two_layouts_of_a_model_are_joined_exactly(joint: Joint, data: st.DataObject) -> None:
-    """Split, reshape and merge between random tables on random meshes: fused, nested, transposed, stacked, padded, repeated."""
+    """Split, reshape and merge between random tables on random meshes: fused, nested, transposed, stacked, padded,
+    repeated.
+    """
     model = joint.model()
     values = numbered(model)
     source = published(model)
@@ -68,7 +71,9 @@ def test_any_two_layouts_of_a_model_are_joined_exactly(joint: Joint, data: st.Da
 
 @given(invention=inventions(), data=st.data())
 @law(60)
-def test_every_family_at_any_size_is_split_reshaped_and_merged_exactly(invention: Invention, data: st.DataObject) -> None:
+def test_every_family_at_any_size_is_split_reshaped_and_merged_exactly(
+    invention: Invention, data: st.DataObject
+) -> None:
     model = invention.model()
     values = numbered(model)
     layouts = []
@@ -96,7 +101,9 @@ def test_a_checkpoint_of_any_size_is_understood_as_it_was_made(invention: Invent
     )
     (whole,) = {slot.rank for slot in published(model).slots}
     assert whole == 0
-    assert Counter(slot.name(point) for slot in published(model).slots for point in slot.points()) == Counter(invention.stored.keys())
+    assert Counter(slot.name(point) for slot in published(model).slots for point in slot.points()) == Counter(
+        invention.stored.keys()
+    )
 
 
 # Files
@@ -122,7 +129,9 @@ def routes(draw: st.DrawFn) -> tuple[str, list[Mesh]]:
 def test_any_route_ends_in_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, route: tuple[str, list[Mesh]], data: st.DataObject
 ) -> None:
-    """By way of other meshes or directly, with any number of workers and any tile: `diff -r` finds nothing, the manifest included."""
+    """By way of other meshes or directly, with any number of workers and any tile: `diff -r` finds nothing,
+    the manifest included.
+    """
     name, stops = route
     event(name)
     folder = tmp_path_factory.mktemp("route")

@@ -1,4 +1,6 @@
-"""Layouts put every box of every tensor where the format says: by tensor and never by row, padded, repeated, staged, or refused."""
+"""Layouts put every box of every tensor where the format says: by tensor and never by row, padded, repeated,
+staged, or refused.
+"""
 
 import json
 import re
@@ -159,7 +161,9 @@ def test_blocks_are_cut_where_their_weights_are() -> None:
     assert box(layout, "attn.q_b_scale", 1)["heads qk_dim/128"] == (6, 12)
 
 
-@pytest.mark.parametrize(("mesh", "words"), [({"tp": 8}, "tears a block of 128"), ({"tp": 8, "ep": 2}, "tears a block of 128")])
+@pytest.mark.parametrize(
+    ("mesh", "words"), [({"tp": 8}, "tears a block of 128"), ({"tp": 8, "ep": 2}, "tears a block of 128")]
+)
 def test_a_cut_that_tears_a_block_is_refused(mesh: dict[str, int], words: str) -> None:
     with pytest.raises(ReshardError, match=words):
         native("deepseek_v3_fp8", **mesh)
@@ -206,7 +210,11 @@ def test_names_count_from_zero_inside_the_rank_where_the_table_says_so() -> None
     rows = {"up gate": ["l.{layer:local}.gu", *ROWS["up gate"][1:]]}
     layout = laid(Mesh(pp=3), rows)
     assert [sorted(name for name in names(layout, rank) if "gu" in name) for rank in range(3)] == [["l.0.gu"]] * 3
-    assert [sorted(name for name in names(layout, rank) if "qk" in name) for rank in range(3)] == [["l.0.qk"], ["l.1.qk"], ["l.2.qk"]]
+    assert [sorted(name for name in names(layout, rank) if "qk" in name) for rank in range(3)] == [
+        ["l.0.qk"],
+        ["l.1.qk"],
+        ["l.2.qk"],
+    ]
 
 
 # Stages
@@ -222,11 +230,15 @@ def test_names_count_from_zero_inside_the_rank_where_the_table_says_so() -> None
         (Mesh(), ((0, 5),)),
     ],
 )
-def test_earlier_stages_get_the_layers_that_are_left_over_unless_told(mesh: Mesh, stages: tuple[tuple[int, int], ...]) -> None:
+def test_earlier_stages_get_the_layers_that_are_left_over_unless_told(
+    mesh: Mesh, stages: tuple[tuple[int, int], ...]
+) -> None:
     layout = lay_out(formats.load("native"), model_of("llama"), mesh)
     assert layout.stages == stages
     for rank, (low, high) in enumerate(stages):
-        assert {name.split(".")[1] for name in names(layout, rank) if "layers" in name} == {str(layer) for layer in range(low, high)}
+        assert {name.split(".")[1] for name in names(layout, rank) if "layers" in name} == {
+            str(layer) for layer in range(low, high)
+        }
 
 
 def test_the_layer_of_multi_token_prediction_is_on_the_last_stage() -> None:
@@ -253,7 +265,11 @@ def test_layers_of_another_kind_are_only_where_they_are() -> None:
         ("llama", {"tp": 3}, "axis kv: 4 does not divide among 3"),
         ("mixtral", {"tp": 3, "ep": 3}, "axis experts: 8 does not divide among 3"),
         ("llama", {"tp": 5, "weights": (1, 1, 1, 1, 1)}, "axis kv: 5 ranks are no multiple of 4"),
-        ("llama", {"tp": 4, "weights": (97, 1, 1, 1)}, "axis kv: 4 in units of 1 leaves rank 1 of --split with nothing"),
+        (
+            "llama",
+            {"tp": 4, "weights": (97, 1, 1, 1)},
+            "axis kv: 4 in units of 1 leaves rank 1 of --split with nothing",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(name: str, mesh: dict[str, Any], words: str) -> None:
@@ -269,7 +285,9 @@ def test_all_that_does_not_fit_is_told_at_once() -> None:
     assert len(lines) >= 4 and all(any(axis in line for line in lines) for axis in ("stage", "kv", "inter", "vocab"))
 
 
-@pytest.mark.parametrize(("mesh", "axis"), [(Mesh(tp=2), "--tp 2"), (Mesh(pp=3), "--pp 3"), (Mesh(tp=2, ep=2), "--ep 2")])
+@pytest.mark.parametrize(
+    ("mesh", "axis"), [(Mesh(tp=2), "--tp 2"), (Mesh(pp=3), "--pp 3"), (Mesh(tp=2, ep=2), "--ep 2")]
+)
 def test_a_mesh_axis_that_cuts_nothing_is_refused(mesh: Mesh, axis: str) -> None:
     """Else every rank would hold everything, and nobody would be told."""
     cut = {"--tp 2": 'pp = ["layer"]', "--pp 3": 'tp = ["vocab"]', "--ep 2": 'tp = ["vocab"]'}[axis]
@@ -280,7 +298,10 @@ def test_a_mesh_axis_that_cuts_nothing_is_refused(mesh: Mesh, axis: str) -> None
 def test_unequal_ranks_and_stages_are_refused_where_the_format_has_none() -> None:
     with pytest.raises(ReshardError, match=r'format "x" wants equal ranks: --split cannot be used'):
         laid(Mesh(tp=2, weights=(3, 1)))
-    with pytest.raises(ReshardError, match=r"3 layers do not divide among 2 stages, and format \"x\" wants --pp-layers then, e\.g\. 2,1"):
+    with pytest.raises(
+        ReshardError,
+        match=r"3 layers do not divide among 2 stages, and format \"x\" wants --pp-layers then, e\.g\. 2,1",
+    ):
         laid(Mesh(pp=2), head='replicate = ["kv"]')
     assert laid(Mesh(pp=2, layers=(1, 2)), head="").stages == ((0, 1), (1, 3))
 
@@ -317,7 +338,9 @@ def test_a_logical_tensor_without_a_row_is_refused_with_its_axes() -> None:
 
 def test_tensors_of_different_dtypes_or_layers_are_not_fused() -> None:
     other = Tensor("gate", TENSORS["gate"], (3, 8, 6), ("F32",), (0, 1, 2))
-    with pytest.raises(ReshardError, match=r"\.gu cannot hold tensors of different dtypes, cast them to one before: up BF16, gate F32"):
+    with pytest.raises(
+        ReshardError, match=r"\.gu cannot hold tensors of different dtypes, cast them to one before: up BF16, gate F32"
+    ):
         laid(model=model(gate=other))
     fewer = Tensor("gate", TENSORS["gate"], (3, 8, 6), ("BF16",), (0, 2))
     with pytest.raises(ReshardError, match=r"no row for the logical tensor up .* in layers 1"):
@@ -350,7 +373,9 @@ def test_a_dtype_of_its_own_in_one_layer_is_kept() -> None:
         ("qwen3_tied_stored", "native", 1, {"embed", "head"}, {"embed", "head"}),
     ],
 )
-def test_of_two_tied_tensors_on_one_rank_one_is_stored(name: str, format: str, pp: int, first: set[str], last: set[str]) -> None:
+def test_of_two_tied_tensors_on_one_rank_one_is_stored(
+    name: str, format: str, pp: int, first: set[str], last: set[str]
+) -> None:
     """On different stages both are; where both were published they are two, whatever config says."""
     layout = lay_out(formats.load(format).for_family("llama" if format == "vllm" else ""), model_of(name), Mesh(pp=pp))
     ends = {"embed", "head", "lm_head.weight", "model.embed_tokens.weight"}
@@ -358,7 +383,9 @@ def test_of_two_tied_tensors_on_one_rank_one_is_stored(name: str, format: str, p
 
 
 def test_a_head_that_is_stored_alone_serves_as_embedding() -> None:
-    config, stored = invented("llama", {"layer": 2, "kv": 2, "group": 2, "head_dim": 3, "hidden": 5, "inter": 8, "vocab": 9})
+    config, stored = invented(
+        "llama", {"layer": 2, "kv": 2, "group": 2, "head_dim": 3, "hidden": 5, "inter": 8, "vocab": 9}
+    )
     only = {key: value for key, value in stored.items() if "embed" not in key}
     found = understand(families.load("llama"), Config(config | {"tie_word_embeddings": True}), only)
     assert found.alias == {"embed": "head"}
@@ -373,7 +400,11 @@ def test_constants_stand_beside_their_tensor_in_every_layer_of_every_rank() -> N
     layout = lay_out(formats.load("vllm").for_family("llama"), model_of("llama"), Mesh(tp=2))
     for rank in range(2):
         mine = {name for name in names(layout, rank) if "attn.attn._" in name}
-        assert mine == {f"model.layers.{layer}.self_attn.attn._{part}_scale" for layer in range(5) for part in ("q", "k", "v", "prob")}
+        assert mine == {
+            f"model.layers.{layer}.self_attn.attn._{part}_scale"
+            for layer in range(5)
+            for part in ("q", "k", "v", "prob")
+        }
     assert {slot.shape for slot in layout.constants} == {()}
     assert {layout.dtype(slot, point) for slot in layout.constants for point in slot.points()} == {"F32"}
 
@@ -386,7 +417,9 @@ def test_the_ranks_together_hold_each_tensor_once_but_for_replicas(name: str) ->
         assert sum(piece.elements for piece in layout.distinct(logical)) == tensor.elements, logical
     for slot in layout.slots:
         assert slot.count() == len(list(slot.points())) > 0
-        assert slot.elements >= sum(count(piece) for leaf in slot.template.leaves for piece in layout.pieces[leaf] if piece.slot is slot)
+        assert slot.elements >= sum(
+            count(piece) for leaf in slot.template.leaves for piece in layout.pieces[leaf] if piece.slot is slot
+        )
 
 
 def count(piece: Piece) -> int:

@@ -1,4 +1,6 @@
-"""Files from strangers: what is read whole is bounded, what is nested or expands is bounded, and what is wrong is named with its path."""
+"""Files from strangers: what is read whole is bounded, what is nested or expands is bounded, and what is wrong is named
+with its path.
+"""
 
 import json
 import os
@@ -89,14 +91,18 @@ def test_a_file_of_shards_that_is_too_large_is_refused(name: str, limit: int, sh
 
 
 @pytest.mark.parametrize(("place", "key"), [("carried", None), ("ranks", "tensors"), ("source", None)])
-def test_a_manifest_that_lists_a_small_file_of_50_gb_is_refused(place: str, key: str | None, shards: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_lists_a_small_file_of_50_gb_is_refused(
+    place: str, key: str | None, shards: Path, tmp_path: Path
+) -> None:
     out = copy(shards, tmp_path / "out")
     data = json.loads((out / "manifest.json").read_text())
     entry = data[place][0] if key is None else data[place][0][key]
     entry["size"] = 50 * GIB
     grown(out / entry["file"])
     (out / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(MismatchError, match=rf"{re.escape(entry['file'])}: has {50 * GIB} bytes, at most [0-9]+ are read"):
+    with pytest.raises(
+        MismatchError, match=rf"{re.escape(entry['file'])}: has {50 * GIB} bytes, at most [0-9]+ are read"
+    ):
         manifest.load(out)
 
 
@@ -105,23 +111,31 @@ def test_an_index_of_a_petabyte_among_the_originals_is_refused(shards: Path, tmp
     big = {"name": "a.index.json", "size": 10**15, "container": "plain", "holes": [[0, 10**15]]}
     edit(out / "source" / "files.json", lambda files: [*files, big])
     (out / "source" / "a.index.json.residue").touch()
-    edit(out / "manifest.json", lambda data: data["source"].append({"file": "source/a.index.json.residue", "size": 0, "digest": "0" * 32}))
+    edit(
+        out / "manifest.json",
+        lambda data: data["source"].append({"file": "source/a.index.json.residue", "size": 0, "digest": "0" * 32}),
+    )
     sign(out)
-    refused(reshard("convert", out, tmp_path / "back", "--to", "hf"), 1, "a.index.json: has 1000000000000000 bytes, at most")
+    refused(
+        reshard("convert", out, tmp_path / "back", "--to", "hf"), 1, "a.index.json: has 1000000000000000 bytes, at most"
+    )
 
 
 def test_a_share_and_a_table_that_are_too_large_are_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     grown(tmp_path / "a.json")
     refused(reshard("fingerprint", "--combine", tmp_path / "a.json"), 2, "a.json", f"at most {limits.SHARE} are read")
-    refused(reshard("plan", source, "--tp", "2", "--family", tmp_path / "a.json"), 2, f"at most {limits.TABLE} are read")
+    refused(
+        reshard("plan", source, "--tp", "2", "--family", tmp_path / "a.json"), 2, f"at most {limits.TABLE} are read"
+    )
 
 
 # Nesting
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * DEEP, '{"a":' * DEEP, "[" * DEEP + "]" * DEEP, "[" * 300 + "]" * 300, '{"a":' * 300 + "1" + "}" * 300]
+    "text",
+    ["[" * DEEP, '{"a":' * DEEP, "[" * DEEP + "]" * DEEP, "[" * 300 + "]" * 300, '{"a":' * 300 + "1" + "}" * 300],
 )
 def test_deep_json_is_refused_wherever_json_is_read(text: str, shards: Path, tmp_path: Path) -> None:
     """Also where it stands below a key that nobody asks for."""
@@ -182,7 +196,9 @@ def table(**keys: str) -> str:
 
 def test_compound_axes_that_double_forty_times_are_refused_with_their_number() -> None:
     axes = "\n".join(f'a{at} = "a{at + 1} a{at + 1}"' for at in range(40))
-    with pytest.raises(ReshardError, match=f"compound axis a0 stands for {2**40} axes, at most {limits.ATOMS} are allowed"):
+    with pytest.raises(
+        ReshardError, match=f"compound axis a0 stands for {2**40} axes, at most {limits.ATOMS} are allowed"
+    ):
         families.parse(table(axes=axes), "t.toml")
     chain = "\n".join(f'a{at} = "a{at + 1}"' for at in range(5000))
     with pytest.raises(ReshardError, match="5000 compound axes"):
@@ -210,7 +226,9 @@ def test_a_table_of_too_many_rows_is_refused() -> None:
         families.parse(f'name = "t"\nrows = [{rows}]', "t.toml")
 
 
-@pytest.mark.parametrize("text", ["{rank:>999999999}", "{rank:099999999}", "{rank!r}", "{rank.__class__}", "{rank:{tp}}", "{{rank}}"])
+@pytest.mark.parametrize(
+    "text", ["{rank:>999999999}", "{rank:099999999}", "{rank!r}", "{rank.__class__}", "{rank:{tp}}", "{{rank}}"]
+)
 def test_a_file_name_that_expands_is_refused_in_tables_of_shards_too(text: str) -> None:
     for leaves in (None, frozenset({"x"})):
         with pytest.raises(ReshardError, match="does not name a file for every rank"):
@@ -220,7 +238,9 @@ def test_a_file_name_that_expands_is_refused_in_tables_of_shards_too(text: str) 
 # Headers
 
 
-def test_headers_and_tensors_of_a_checkpoint_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_and_tensors_of_a_checkpoint_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One file behind three names counts three times, and is refused before a third is read."""
     directory = llama(tmp_path / "source")
     (directory / "model.safetensors").rename(directory / "a.safetensors")
@@ -232,14 +252,21 @@ def test_headers_and_tensors_of_a_checkpoint_are_bounded_together(tmp_path: Path
     count = len(llama_tensors())
     monkeypatch.setattr(limits, "TENSORS", 2 * count - 1)
     refused(
-        reshard("plan", directory, "--tp", "2"), 2, "b.safetensors", f"{2 * count} tensors", f"at most {2 * count - 1}", "several names"
+        reshard("plan", directory, "--tp", "2"),
+        2,
+        "b.safetensors",
+        f"{2 * count} tensors",
+        f"at most {2 * count - 1}",
+        "several names",
     )
     monkeypatch.setattr(limits, "TENSORS", 10 * count)
     monkeypatch.setattr(limits, "NAMES", 1000)
     refused(reshard("plan", directory, "--tp", "2"), 2, "a.safetensors", "characters", "at most 1000")
 
 
-def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = llama(tmp_path / "source", {"a": ("U8", (1,), b"x")})
     (directory / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b'"data_offsets"' + b" " * 6)
     refused(reshard("plan", directory, "--tp", "2"), 2, "not a safetensors header")
@@ -353,7 +380,9 @@ def test_a_key_that_a_type_forbids_is_named() -> None:
         lambda t: t.pop("tensors"),
     ],
 )
-def test_a_tensors_json_of_another_form_is_a_failure_with_a_path(change: Callable[[Any], Any], shards: Path, tmp_path: Path) -> None:
+def test_a_tensors_json_of_another_form_is_a_failure_with_a_path(
+    change: Callable[[Any], Any], shards: Path, tmp_path: Path
+) -> None:
     """verify, and load_shard with hash: no error of Python's, and exit 1."""
     out = copy(shards, tmp_path / "out")
     path = out / "rank-00000" / "tensors.json"
@@ -382,7 +411,8 @@ def test_the_memory_of_a_refusal_is_small(tmp_path: Path) -> None:
     directory = llama(tmp_path / "source")
     grown(directory / "config.json", 20 * GIB)
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); from reshard import cli; cli.main(sys.argv[1:])"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)); from reshard "
+        "import cli; cli.main(sys.argv[1:])"
     )
     refused(process("plan", directory, "--tp", "2", code=code), 2, "config.json", f"{20 * GIB}")
 
@@ -408,8 +438,12 @@ def test_a_manifest_that_says_more_of_the_model_than_there_is_fails(key: str, sh
     assert done.code == 1 and "manifest.json: contradicts the tables" in done.out, done
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2.0}, {"tp": True}, {"split": [float("inf"), 1]}, {"split": [float("nan"), 1]}, {"pp": [2]}])
-def test_a_mesh_of_other_numbers_in_a_signed_manifest_is_a_mismatch(mesh: dict[str, Any], shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mesh", [{"tp": 2.0}, {"tp": True}, {"split": [float("inf"), 1]}, {"split": [float("nan"), 1]}, {"pp": [2]}]
+)
+def test_a_mesh_of_other_numbers_in_a_signed_manifest_is_a_mismatch(
+    mesh: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
     out = copy(shards, tmp_path / "out")
     edit(out / "manifest.json", lambda data: data["mesh"].update(mesh))
     sign(out)

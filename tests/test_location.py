@@ -10,7 +10,15 @@ from running import llama, names, refused, reshard
 import reshard as api
 from reshard.errors import ReshardError
 
-URLS = ["s3://bucket/out", "gs://bucket/out", "az://container/out", "hf://org/name", "https://host/out", "file:///data/out", "S3://b"]
+URLS = [
+    "s3://bucket/out",
+    "gs://bucket/out",
+    "az://container/out",
+    "hf://org/name",
+    "https://host/out",
+    "file:///data/out",
+    "S3://b",
+]
 COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "destination": (("convert", "model", "URL", "--tp", "2"), ("convert", "model", "URL", "--to", "hf")),
     "directory": (
@@ -48,7 +56,14 @@ def test_every_command_refuses_urls_by_name(words: tuple[str, ...], url: str, he
     if url.startswith("hf://") and words in COMMANDS["source"]:
         return  # what hf:// means there is a matter of the Hub
     scheme = url.partition(":")[0]
-    done = refused(reshard(*(word.replace("URL", url) for word in words)), 2, url, f"{scheme.lower()}:// locations", "local", "hint: ")
+    done = refused(
+        reshard(*(word.replace("URL", url) for word in words)),
+        2,
+        url,
+        f"{scheme.lower()}:// locations",
+        "local",
+        "hint: ",
+    )
     assert f"./{scheme}:/" in done.err
     assert names(here) == ["model"]
 

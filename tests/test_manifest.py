@@ -99,7 +99,11 @@ def test_a_malformed_manifest_is_refused_in_words(shards: Path, out: Path) -> No
     data = read(shards)
     for key in data:
         for value in ["missing", *JUNK]:
-            changed = {name: item for name, item in data.items() if name != key} if value == "missing" else data | {key: value}
+            changed = (
+                {name: item for name, item in data.items() if name != key}
+                if value == "missing"
+                else data | {key: value}
+            )
             (out / "manifest.json").write_text(json.dumps(changed))
             try:
                 manifest.load(out)
@@ -109,7 +113,9 @@ def test_a_malformed_manifest_is_refused_in_words(shards: Path, out: Path) -> No
             assert command("verify", out).code in (1, 2)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", ".", "..", "a\\b", "a\0b", "a\nb", "\ud800", "./a", "a/", "a//b"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "", ".", "..", "a\\b", "a\0b", "a\nb", "\ud800", "./a", "a/", "a//b"]
+)
 def test_a_name_that_leads_elsewhere_is_refused(name: str, shards: Path, out: Path) -> None:
     """In each list of the manifest, and in files.json, whose names merging writes to."""
     for place in ("carried", "source", "ranks"):
@@ -159,7 +165,11 @@ def test_files_json_that_cannot_be_is_refused(change: dict[str, Any], shards: Pa
 def test_originals_are_read_as_they_were_written(shards: Path) -> None:
     (original,) = manifest.load_originals(shards)
     source = shards.parent / "model" / "model.safetensors"
-    assert (original.name, original.size, original.container) == ("model.safetensors", source.stat().st_size, "safetensors")
+    assert (original.name, original.size, original.container) == (
+        "model.safetensors",
+        source.stat().st_size,
+        "safetensors",
+    )
     assert original.mtime_ns == source.stat().st_mtime_ns
     assert manifest.dump_originals([original]) == (shards / "source" / "files.json").read_bytes()
     residue = manifest.residue_path(shards, original.name).read_bytes()

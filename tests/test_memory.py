@@ -1,4 +1,6 @@
-"""Memory: what a conversion keeps does not depend on the size of the model, stays within what `plan` says, and no source is ever mapped."""
+"""Memory: what a conversion keeps does not depend on the size of the model, stays within what `plan` says,
+and no source is ever mapped.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,15 @@ def test_a_plan_states_the_bound(sparse: Path) -> None:
 def test_ten_times_the_model_takes_no_more(tmp_path: Path) -> None:
     """By one worker: of two, one may do so much of a small model that the other's buffers are hardly used."""
     used = [
-        peak("convert", big_llama(tmp_path / f"model{size}", size, sparse=True), tmp_path / f"out{size}", "--tp", "4", "--workers", "1")
+        peak(
+            "convert",
+            big_llama(tmp_path / f"model{size}", size, sparse=True),
+            tmp_path / f"out{size}",
+            "--tp",
+            "4",
+            "--workers",
+            "1",
+        )
         for size in (100, 1000)
     ]
     assert abs(used[1] - used[0]) < 4 * MIB, [number / MIB for number in used]
@@ -69,7 +79,10 @@ def test_merging_and_reshaping_keep_within_the_bound(sparse: Path, tmp_path: Pat
 
 def gpt2(directory: Path, layers: int, hidden: int) -> Path:
     """A GPT-2 of holes: every matrix is stored transposed, so that each is turned tile by tile."""
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (5003, hidden), "transformer.wpe.weight": (512, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (5003, hidden),
+        "transformer.wpe.weight": (512, hidden),
+    }
     for layer in range(layers):
         at = f"transformer.h.{layer}."
         for name, matrix in {
@@ -82,7 +95,14 @@ def gpt2(directory: Path, layers: int, hidden: int) -> Path:
         shapes |= {f"{at}{norm}.{kind}": (hidden,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
     shapes |= {f"transformer.ln_f.{kind}": (hidden,) for kind in ("weight", "bias")}
     directory.mkdir()
-    config = {"model_type": "gpt2", "n_embd": hidden, "n_head": 16, "n_layer": layers, "n_positions": 512, "vocab_size": 5003}
+    config = {
+        "model_type": "gpt2",
+        "n_embd": hidden,
+        "n_head": 16,
+        "n_layer": layers,
+        "n_positions": 512,
+        "vocab_size": 5003,
+    }
     (directory / "config.json").write_text(json.dumps(config | {"n_inner": None, "tie_word_embeddings": True}))
     sizes = {name: ("F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()}
     with (directory / "model.safetensors").open("wb") as file:
@@ -95,11 +115,15 @@ def test_transpositions_keep_within_the_bound(tmp_path: Path) -> None:
     source = gpt2(tmp_path / "model", 3, 1536)
     assert sum(path.stat().st_size for path in source.iterdir()) > 300e6
     assert peak("convert", source, tmp_path / "out", "--tp", "4", "--workers", "2") <= bound(2, tensors(source))
-    assert peak("convert", tmp_path / "out", tmp_path / "back", "--to", "hf", "--workers", "2") <= bound(2, tensors(tmp_path / "out"))
+    assert peak("convert", tmp_path / "out", tmp_path / "back", "--to", "hf", "--workers", "2") <= bound(
+        2, tensors(tmp_path / "out")
+    )
 
 
 def test_bytes_moved_are_the_model_s_own(sparse: Path, tmp_path: Path) -> None:
-    """Each source byte is read once, each byte of the output written once, by the kernel's own count of this process."""
+    """Each source byte is read once, each byte of the output written once,
+    by the kernel's own count of this process.
+    """
     done = process("convert", sparse, tmp_path / "out", "--tp", "4", "--json")
     size = sum(path.stat().st_size for path in sparse.glob("*.safetensors"))
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
@@ -125,7 +149,10 @@ def test_no_source_is_mapped(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_no_file_of_the_source_or_the_output_is_ever_given_to_mmap(tmp_path: Path) -> None:
     source, log = big_llama(tmp_path / "model", 40), tmp_path / "log"
-    for words in (("convert", source, tmp_path / "out", "--tp", "8"), ("verify", tmp_path / "out", "--against", source, "--no-numerics")):
+    for words in (
+        ("convert", source, tmp_path / "out", "--tp", "8"),
+        ("verify", tmp_path / "out", "--against", source, "--no-numerics"),
+    ):
         line = ["strace", "-f", "-y", "-e", "trace=mmap,openat,pread64,preadv", "-o", str(log), *command(*words)]
         ran = subprocess.run(line, capture_output=True, env=environment())
         if b"ptrace" in ran.stderr.lower():

@@ -1,4 +1,6 @@
-"""The mesh numbers ranks as it says, and cuts axes without loss: exactly, by weight, with repetition or with padding."""
+"""The mesh numbers ranks as it says, and cuts axes without loss: exactly, by weight,
+with repetition or with padding.
+"""
 
 import math
 import re
@@ -84,7 +86,9 @@ def test_a_mesh_is_written_as_people_write_it(mesh: Mesh, text: str) -> None:
 
 @given(st.integers(0, 200), WEIGHTS, st.integers(1, 8))
 @law(200)
-def test_shares_are_consecutive_and_within_one_unit_of_proportion(size: int, weights: tuple[int, ...], unit: int) -> None:
+def test_shares_are_consecutive_and_within_one_unit_of_proportion(
+    size: int, weights: tuple[int, ...], unit: int
+) -> None:
     found = shares(size, weights, unit)
     assert [low for low, _ in found] == [0, *(high for _, high in found[:-1])]
     assert found[-1][1] == size
@@ -152,7 +156,9 @@ def test_a_padded_cut_is_equal_and_covers_the_axis(size: int, n: int, pad: int) 
 
 @given(st.integers(1, 60), WEIGHTS, st.sampled_from([1, 2, 5]))
 @law(200)
-def test_a_weighted_cut_is_that_of_shares_and_leaves_no_rank_without(size: int, weights: tuple[int, ...], unit: int) -> None:
+def test_a_weighted_cut_is_that_of_shares_and_leaves_no_rank_without(
+    size: int, weights: tuple[int, ...], unit: int
+) -> None:
     if len(weights) == 1:
         return
     wanted = shares(size, weights, unit)
@@ -175,7 +181,9 @@ def test_an_uneven_axis_gives_its_remainder_to_the_first_coordinates() -> None:
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 24))
 @law(300)
 def test_a_compound_is_cut_by_whole_groups_and_then_inside_them(kv: int, group: int, n: int) -> None:
-    """Each coordinate has as many heads as any other, they follow one another, and no group is shared while there are enough."""
+    """Each coordinate has as many heads as any other, they follow one another, and no group is shared while there are
+    enough.
+    """
     possible = kv % n == 0 if n <= kv else n % kv == 0 and group % (n // kv) == 0
     try:
         found = [cut_compound(("kv", "group"), (kv, group), Coordinate(k, n), Rule()) for k in range(n)]

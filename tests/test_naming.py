@@ -1,4 +1,6 @@
-"""What one checkpoint spells otherwise than another of its family: names, prefixes, layers beyond the main ones, towers, other sizes."""
+"""What one checkpoint spells otherwise than another of its family: names, prefixes, layers beyond the main ones,
+towers, other sizes.
+"""
 
 import json
 from pathlib import Path
@@ -25,28 +27,28 @@ one_of = [["dense", "each", "fused"], ["near", "far"], ["plain", "mtp"]]
 extra = { mtp = "extra_layers" }
 rows = [
  ["~embed.weight",                                           "vocab hidden",                 "embed"],
- ["~layers.{layer}.q.weight",                                "(heads head_dim) hidden",      "attn.q",               "near"],
- ["~layers.{layer}.k.weight",                                "(kv head_dim) hidden",         "attn.k",               "near"],
- ["~layers.{layer}.v.weight",                                "(kv head_dim) hidden",         "attn.v",               "near"],
- ["~layers.{layer}.o.weight",                                "hidden (heads head_dim)",      "attn.o",               "near"],
- ["~layers.{layer}.wide_q.weight",                           "(heads@far head_dim@far) hidden", "attn.q@far",        "far"],
- ["~layers.{layer}.wide_k.weight",                           "(kv@far head_dim@far) hidden", "attn.k@far",           "far"],
- ["~layers.{layer}.wide_v.weight",                           "(kv@far head_dim@far) hidden", "attn.v@far",           "far"],
- ["~layers.{layer}.wide_o.weight",                           "hidden (heads@far head_dim@far)", "attn.o@far",        "far"],
- ["~layers.{layer}.up.weight",                               "inter hidden",                 "mlp.up",               "dense"],
- ["~layers.{layer}.down.weight",                             "hidden inter",                 "mlp.down",             "dense"],
- ["~layers.{layer}.router.weight | ~layers.{layer}.gate.weight", "routes hidden",            "moe.router",           "each|fused"],
- ["~layers.{layer}.experts.{experts}.gate.weight",           "moe_inter hidden",             "moe.gate",             "each"],
- ["~layers.{layer}.experts.{experts}.up.weight",             "moe_inter hidden",             "moe.up",               "each"],
- ["~layers.{layer}.experts.{experts}.down.weight",           "hidden moe_inter",             "moe.down",             "each"],
- ["~layers.{layer}.experts.gate_up",                         "experts (moe_inter + moe_inter) hidden", "moe.gate moe.up", "fused"],
- ["~layers.{layer}.experts.down",        "experts hidden moe_inter | experts moe_inter hidden", "moe.down",             "fused"],
- ["mtp.{layer:extra}.q.weight",                              "(heads head_dim) hidden",      "attn.q",               "near mtp"],
- ["mtp.{layer:extra}.k.weight",                              "(kv head_dim) hidden",         "attn.k",               "near mtp"],
- ["mtp.{layer:extra}.v.weight",                              "(kv head_dim) hidden",         "attn.v",               "near mtp"],
- ["mtp.{layer:extra}.o.weight",                              "hidden (heads head_dim)",      "attn.o",               "near mtp"],
- ["mtp.{layer:extra}.up.weight",                             "inter hidden",                 "mlp.up",               "dense mtp"],
- ["mtp.{layer:extra}.down.weight",                           "hidden inter",                 "mlp.down",             "dense mtp"],
+ ["~layers.{layer}.q.weight",  "(heads head_dim) hidden",  "attn.q",  "near"],
+ ["~layers.{layer}.k.weight",  "(kv head_dim) hidden",  "attn.k",  "near"],
+ ["~layers.{layer}.v.weight",  "(kv head_dim) hidden",  "attn.v",  "near"],
+ ["~layers.{layer}.o.weight",  "hidden (heads head_dim)",  "attn.o",  "near"],
+ ["~layers.{layer}.wide_q.weight",  "(heads@far head_dim@far) hidden", "attn.q@far",  "far"],
+ ["~layers.{layer}.wide_k.weight",  "(kv@far head_dim@far) hidden", "attn.k@far",  "far"],
+ ["~layers.{layer}.wide_v.weight",  "(kv@far head_dim@far) hidden", "attn.v@far",  "far"],
+ ["~layers.{layer}.wide_o.weight",  "hidden (heads@far head_dim@far)", "attn.o@far",  "far"],
+ ["~layers.{layer}.up.weight",  "inter hidden",  "mlp.up",  "dense"],
+ ["~layers.{layer}.down.weight",  "hidden inter",  "mlp.down",  "dense"],
+ ["~layers.{layer}.router.weight | ~layers.{layer}.gate.weight", "routes hidden",  "moe.router",  "each|fused"],
+ ["~layers.{layer}.experts.{experts}.gate.weight",  "moe_inter hidden",  "moe.gate",  "each"],
+ ["~layers.{layer}.experts.{experts}.up.weight",  "moe_inter hidden",  "moe.up",  "each"],
+ ["~layers.{layer}.experts.{experts}.down.weight",  "hidden moe_inter",  "moe.down",  "each"],
+ ["~layers.{layer}.experts.gate_up",  "experts (moe_inter + moe_inter) hidden", "moe.gate moe.up", "fused"],
+ ["~layers.{layer}.experts.down",  "experts hidden moe_inter | experts moe_inter hidden", "moe.down",  "fused"],
+ ["mtp.{layer:extra}.q.weight",  "(heads head_dim) hidden",  "attn.q",  "near mtp"],
+ ["mtp.{layer:extra}.k.weight",  "(kv head_dim) hidden",  "attn.k",  "near mtp"],
+ ["mtp.{layer:extra}.v.weight",  "(kv head_dim) hidden",  "attn.v",  "near mtp"],
+ ["mtp.{layer:extra}.o.weight",  "hidden (heads head_dim)",  "attn.o",  "near mtp"],
+ ["mtp.{layer:extra}.up.weight",  "inter hidden",  "mlp.up",  "dense mtp"],
+ ["mtp.{layer:extra}.down.weight",  "hidden inter",  "mlp.down",  "dense mtp"],
 ]
 [axes]
 heads = "kv group"
@@ -77,7 +79,9 @@ def checkpoint(
     towers: bool = True,
     **other: Any,
 ) -> Path:
-    """Layer 0 is dense and narrow, 1 has experts and is wide, 2 (beyond) is dense; 4 experts; KV heads 2 and 4, of 6 and 10 features."""
+    """Layer 0 is dense and narrow, 1 has experts and is wide, 2 (beyond) is dense; 4 experts; KV heads 2 and 4,
+    of 6 and 10 features.
+    """
     draw = np.random.default_rng(0)
 
     def noise(*shape: int) -> np.ndarray[Any, Any]:
@@ -89,7 +93,10 @@ def checkpoint(
         (f"{prefix}layers.1.", "wide_", (4, 2, 10)),
         ("mtp.0.", "", (2, 4, 6)),
     ):
-        state |= {f"{start}{wide}q.weight": noise(kv * group * dim, 20), f"{start}{wide}o.weight": noise(20, kv * group * dim)}
+        state |= {
+            f"{start}{wide}q.weight": noise(kv * group * dim, 20),
+            f"{start}{wide}o.weight": noise(20, kv * group * dim),
+        }
         state |= {f"{start}{wide}{name}.weight": noise(kv * dim, 20) for name in "kv"}
         if wide:
             state[f"{start}{router}.weight"] = noise(4, 20)
@@ -134,9 +141,17 @@ MESHES = [("--tp", "2"), ("--tp", "8"), ("--tp", "4", "--ep", "2", "--pp", "2"),
 
 @pytest.mark.parametrize("mesh", MESHES, ids=" ".join)
 @pytest.mark.parametrize(
-    "spelling", [{}, {"prefix": "text.model.", "router": "gate"}, {"prefix": "", "fused": False}, {"towers": False, "turned": True}]
+    "spelling",
+    [
+        {},
+        {"prefix": "text.model.", "router": "gate"},
+        {"prefix": "", "fused": False},
+        {"towers": False, "turned": True},
+    ],
 )
-def test_every_spelling_comes_back_byte_for_byte(spelling: dict[str, Any], mesh: tuple[str, ...], table: Path, tmp_path: Path) -> None:
+def test_every_spelling_comes_back_byte_for_byte(
+    spelling: dict[str, Any], mesh: tuple[str, ...], table: Path, tmp_path: Path
+) -> None:
     source = checkpoint(tmp_path / "source", **spelling)
     assert reshard("convert", source, tmp_path / "out", *mesh, "--family", table).code == 0
     assert reshard("verify", tmp_path / "out", "--against", source, "--family", table).code in (0, 1)
@@ -146,7 +161,11 @@ def test_every_spelling_comes_back_byte_for_byte(spelling: dict[str, Any], mesh:
 
 def test_spellings_of_one_model_become_the_same_shards(table: Path, tmp_path: Path) -> None:
     """Fused or one by one, with one prefix or another: logical tensors are the same."""
-    for name, spelling in {"a": {}, "b": {"prefix": "", "router": "gate", "fused": False}, "c": {"turned": True}}.items():
+    for name, spelling in {
+        "a": {},
+        "b": {"prefix": "", "router": "gate", "fused": False},
+        "c": {"turned": True},
+    }.items():
         checkpoint(tmp_path / name, **spelling)
         assert reshard("convert", tmp_path / name, tmp_path / f"{name}-out", "--tp", "2", "--family", table).code == 0
     one, *others = (load_file(tmp_path / f"{name}-out" / "rank-00001" / "model.safetensors") for name in "abc")
@@ -162,7 +181,10 @@ def test_layers_of_other_sizes_are_cut_by_their_own_heads(table: Path, tmp_path:
     state = load_file(source / "model.safetensors")
     for rank in range(4):
         mine = load_file(tmp_path / "out" / f"rank-{rank:05}" / "model.safetensors")
-        narrow, wide = state["model.layers.0.k.weight"].reshape(2, 6, 20), state["model.layers.1.wide_k.weight"].reshape(4, 10, 20)
+        narrow, wide = (
+            state["model.layers.0.k.weight"].reshape(2, 6, 20),
+            state["model.layers.1.wide_k.weight"].reshape(4, 10, 20),
+        )
         assert np.array_equal(mine["layers.0.attn.qkv"][12:18], narrow[rank // 2])
         assert np.array_equal(mine["layers.1.attn.qkv"][20:30], wide[rank])
         assert np.array_equal(mine["layers.2.attn.qkv"][12:18], state["mtp.0.k.weight"].reshape(2, 6, 20)[rank // 2])
@@ -231,10 +253,21 @@ heads = "heads"
 def test_config_json_may_say_which_of_two_rows_of_one_name_a_layer_has() -> None:
     """What is read together in one layer stands alone in another; what a layer does not use is laid aside."""
     table = families.parse(RULED, "ruled.toml")
-    shapes = {"layers.0.q": (8, 5), "layers.0.k": (4, 5), "layers.0.v": (4, 5), "layers.1.q": (12, 5), "layers.1.k": (3, 5)}
+    shapes = {
+        "layers.0.q": (8, 5),
+        "layers.0.k": (4, 5),
+        "layers.0.v": (4, 5),
+        "layers.1.q": (12, 5),
+        "layers.1.k": (3, 5),
+    }
     shapes |= {"layers.2.q": (8, 5), "layers.2.k": (4, 5)}
     stored = {f"{name}.weight": Stored("BF16", shape) for name, shape in shapes.items()}
-    config = {"heads": 4, "layers": 3, "borrowing": 1, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    config = {
+        "heads": 4,
+        "layers": 3,
+        "borrowing": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
     model = understand(table, Config(config), stored)
     assert {name: (tensor.layers, tensor.sizes[1:-1]) for name, tensor in model.tensors.items()} == {
         "attn.q": ((0, 2), (4, 2)),
@@ -250,7 +283,11 @@ def test_config_json_may_say_which_of_two_rows_of_one_name_a_layer_has() -> None
     with pytest.raises(ReshardError, match=r"no row claims layers\.\{\}\.v\.weight.*layers\.1\.v"):
         understand(table, Config(config), stored | {"layers.1.v.weight": Stored("BF16", (3, 5))})
     with pytest.raises(ReshardError, match=r"missing layers\.\{layer\}\.k\.weight"):
-        understand(table, Config(config | {"borrowing": 0}), {name: each for name, each in stored.items() if name != "layers.2.k.weight"})
+        understand(
+            table,
+            Config(config | {"borrowing": 0}),
+            {name: each for name, each in stored.items() if name != "layers.2.k.weight"},
+        )
 
 
 TOLD = """
@@ -270,8 +307,16 @@ layer = "layers | count kinds"
 
 def test_of_two_rows_of_one_name_the_other_tensors_of_a_layer_tell_which_it_is() -> None:
     table = families.parse(TOLD, "told.toml")
-    stored = {"layers.0.norm": Stored("BF16", (10,)), "layers.0.q": Stored("BF16", (24, 10)), "layers.1.norm": Stored("BF16", (10,))}
-    stored |= {"layers.1.up": Stored("BF16", (34, 10)), "layers.2.norm": Stored("BF16", (10,)), "layers.2.q": Stored("BF16", (24, 10))}
+    stored = {
+        "layers.0.norm": Stored("BF16", (10,)),
+        "layers.0.q": Stored("BF16", (24, 10)),
+        "layers.1.norm": Stored("BF16", (10,)),
+    }
+    stored |= {
+        "layers.1.up": Stored("BF16", (34, 10)),
+        "layers.2.norm": Stored("BF16", (10,)),
+        "layers.2.q": Stored("BF16", (24, 10)),
+    }
     for kinds in (["a", "f", "a"], "afa"):
         model = understand(table, Config({"heads": 4, "kinds": kinds}), stored)
         assert {name: tensor.layers for name, tensor in model.tensors.items()} == {
@@ -311,7 +356,10 @@ kv = "kv"
 
 def test_a_placeholder_counts_the_parts_of_a_compound_row_major() -> None:
     """Head 5 of two for each KV head is the second of KV head 2; what is beyond, or missing, is told by its name."""
-    shapes = {f"layers.0.q.{head}.norm": (3,) for head in range(6)} | {"layers.0.q.weight": (18, 7), "layers.0.k.weight": (9, 7)}
+    shapes = {f"layers.0.q.{head}.norm": (3,) for head in range(6)} | {
+        "layers.0.q.weight": (18, 7),
+        "layers.0.k.weight": (9, 7),
+    }
     stored = {name: Stored("BF16", shape) for name, shape in shapes.items()}
     table, config = families.parse(HEADS, "headed.toml"), Config({"heads": 6, "kv": 3})
     model = understand(table, config, stored)

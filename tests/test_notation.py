@@ -1,4 +1,6 @@
-"""The notation says what docs/notation.md says: patterns measured by hand, names folded, sizes evaluated; the rest is refused."""
+"""The notation says what docs/notation.md says: patterns measured by hand, names folded, sizes evaluated;
+the rest is refused.
+"""
 
 import math
 import re
@@ -14,7 +16,17 @@ from reshard.tables.expression import parse
 from reshard.tables.notation import LONGEST, Pattern, block_of, derived, fold, parse_pattern, parse_template
 
 HEADS = {"heads": ("kv", "group")}
-SIZES = {"layer": 3, "kv": 2, "group": 3, "head_dim": 5, "hidden": 7, "inter": 11, "experts": 4, "nope_dim": 13, "moe_inter": 6}
+SIZES = {
+    "layer": 3,
+    "kv": 2,
+    "group": 3,
+    "head_dim": 5,
+    "hidden": 7,
+    "inter": 11,
+    "experts": 4,
+    "nope_dim": 13,
+    "moe_inter": 6,
+}
 
 
 def measured(text: str) -> tuple[tuple[int, ...], list[tuple[int, dict[str, int]]]]:
@@ -144,7 +156,12 @@ def test_a_malformed_pattern_is_refused_with_the_place(text: str, words: str) ->
         parse_pattern(text, HEADS)
 
 
-@given(st.lists(st.sampled_from(["(", ")", "+", "/", "1", "2", "128", "a", "b", "c", "heads", " ", "²", "٣", "é", "\n"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from(["(", ")", "+", "/", "1", "2", "128", "a", "b", "c", "heads", " ", "²", "٣", "é", "\n"]),
+        max_size=30,
+    )
+)
 @law(300)
 def test_any_text_is_a_pattern_or_is_refused(tokens: list[str]) -> None:
     for text in ("".join(tokens), " ".join(tokens)):
@@ -186,17 +203,30 @@ def test_a_template_names_a_tensor_at_a_point() -> None:
 
 
 def test_names_may_count_in_steps() -> None:
-    both, first = parse_template("blocks.{layer//2}.attn.{layer%2}.w"), parse_template("blocks.{layer//2}.experts.{experts}.w")
+    both, first = (
+        parse_template("blocks.{layer//2}.attn.{layer%2}.w"),
+        parse_template("blocks.{layer//2}.experts.{experts}.w"),
+    )
     assert both.axes == ("layer",) and first.axes == ("layer", "experts")
-    assert [both.name({"layer": layer}) for layer in (0, 1, 5)] == ["blocks.0.attn.0.w", "blocks.0.attn.1.w", "blocks.2.attn.1.w"]
+    assert [both.name({"layer": layer}) for layer in (0, 1, 5)] == [
+        "blocks.0.attn.0.w",
+        "blocks.0.attn.1.w",
+        "blocks.2.attn.1.w",
+    ]
     assert [both.numbers(holes) for holes in ((0, 0), (0, 1), (2, 1), (2, 2), (1,))] == [(0,), (1,), (5,), None, None]
     assert first.name({"layer": 4, "experts": 7}) == "blocks.2.experts.7.w" and first.numbers((2, 7)) == (4, 7)
     assert both.folded == first.folded.replace("experts", "attn") == "blocks.{}.attn.{}.w"
-    assert [both.counts("layer", 3), first.counts("layer", 3), first.counts("layer", 2), first.counts("experts", 3)] == [1, 0, 1, 1]
+    assert [
+        both.counts("layer", 3),
+        first.counts("layer", 3),
+        first.counts("layer", 2),
+        first.counts("experts", 3),
+    ] == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "~", "x.{layer", "x.layer}", "x.{}", "x.{Layer}", "x.{layer!r}", "x.{0}", "x.{layer:03}", "{layer}.{layer}",
+    "text", ["", "~", "x.{layer", "x.layer}", "x.{}", "x.{Layer}", "x.{layer!r}", "x.{0}", "x.{layer:03}",
+    "{layer}.{layer}",
      "x.{layer%2}", "x.{layer//2}.{layer}", "x.{layer//2}.{layer%3}", "x.{layer//0}", "x.{layer//2}.{layer//2}"]
 )  # fmt: skip
 def test_a_malformed_template_is_refused(text: str) -> None:
@@ -224,7 +254,10 @@ def test_whole_numbers_between_dots_are_folded_and_nothing_else(name: str, kind:
     assert fold(name) == (kind, numbers)
 
 
-@given(st.lists(st.sampled_from(["a", "w1", "{layer}", "{experts}", "{kv}", "x_2"]), min_size=1, max_size=6), st.integers(0, 999999999))
+@given(
+    st.lists(st.sampled_from(["a", "w1", "{layer}", "{experts}", "{kv}", "x_2"]), min_size=1, max_size=6),
+    st.integers(0, 999999999),
+)
 @law(100)
 def test_folding_undoes_naming(parts: list[str], number: int) -> None:
     holes = [part for part in parts if part[0] == "{"]

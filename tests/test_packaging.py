@@ -1,4 +1,6 @@
-"""What gets installed: a wheel with every module and table, a command that starts at once, and no torch where only conversion is wanted."""
+"""What gets installed: a wheel with every module and table, a command that starts at once, and no torch where only
+conversion is wanted.
+"""
 
 import importlib.metadata as metadata
 import json
@@ -20,7 +22,8 @@ import reshard
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HEAVY = ("numpy", "torch", "huggingface_hub", "transformers", "tqdm", "xxhash")
-EXTRAS = ("torch", "transformers", "tokenizers", "jinja2", "safetensors", "pytest", "hypothesis", "jsonschema")  # what the base has not
+# what the base has not
+EXTRAS = ("torch", "transformers", "tokenizers", "jinja2", "safetensors", "pytest", "hypothesis", "jsonschema")
 
 
 def _run(*command: object, directory: object = "/", fails: bool = False) -> str:
@@ -56,7 +59,9 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel and what the base requires, but nothing of the extras: they cannot be imported."""
+    """A virtual environment with the wheel and what the base requires, but nothing of the extras: they cannot be
+    imported.
+    """
     home = _environment(tmp_path_factory.mktemp("installed") / "with a space")
     _run(*PIP, "--python", home / "bin/python", "install", "--no-deps", "--no-index", wheel)
     return home
@@ -78,7 +83,17 @@ def _environment(home: Path, *more: str) -> Path:
 def editable(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with an editable install of the copy."""
     home = _environment(tmp_path_factory.mktemp("editable") / "venv", "setuptools")
-    _run(*PIP, "--python", home / "bin/python", "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", checkout)
+    _run(
+        *PIP,
+        "--python",
+        home / "bin/python",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--editable",
+        checkout,
+    )
     return home
 
 
@@ -110,7 +125,7 @@ def test_wheel_is_complete(wheel: Path) -> None:
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "reshard").rglob("*")
-        if path.suffix in (".py", ".toml", ".typed") and path.name != "ruff.toml"
+        if path.suffix in (".py", ".toml", ".typed")
     }
     sources |= {f"reshard/runtime/{path.name}" for path in (ROOT / "runtime").glob("*.py")}
     assert len([name for name in sources if name.endswith(".toml")]) > 10
@@ -124,7 +139,9 @@ def test_wheel_requires_no_torch(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         text = archive.read(name).decode()
-    required = [Requirement(line.partition(": ")[2]) for line in text.splitlines() if line.startswith("Requires-Dist: ")]
+    required = [
+        Requirement(line.partition(": ")[2]) for line in text.splitlines() if line.startswith("Requires-Dist: ")
+    ]
     base = {r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
     assert base and not base & set(EXTRAS)
     for extra, wanted in {"runtime": {"torch", "tokenizers", "jinja2"}, "reference": {"transformers"}}.items():
@@ -133,10 +150,14 @@ def test_wheel_requires_no_torch(wheel: Path) -> None:
 
 
 def test_command_works_without_extras(installed: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """The installed command converts, verifies and merges in an environment that has the base requirements and nothing else."""
+    """The installed command converts, verifies and merges in an environment that has the base requirements and
+    nothing else.
+    """
     command, source = installed / "bin/reshard", checkpoint("llama")
     for name in EXTRAS:
-        assert subprocess.run([installed / "bin/python", "-c", f"import {name}"], capture_output=True, cwd="/").returncode
+        assert subprocess.run(
+            [installed / "bin/python", "-c", f"import {name}"], capture_output=True, cwd="/"
+        ).returncode
     assert f"version {reshard.__version__}" in _run(command, "--version")
     _run(command, "convert", source, tmp_path / "out", "--tp", "4")
     assert json.loads(_run(command, "verify", tmp_path / "out", "--against", source, "--json"))["ok"]
@@ -149,8 +170,12 @@ def test_command_works_without_extras(installed: Path, checkpoint: Callable[[str
 def test_the_runtime_is_found_wherever_reshard_is(
     way: str, checkout: Path, installed: Path, editable: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Python and mypy find `reshard.runtime` in each kind of install, and in a checkout with or without one; as one module, not two."""
-    home = {"editable": editable, "checkout": _environment(tmp_path_factory.mktemp("bare") / "venv")}.get(way, installed)
+    """Python and mypy find `reshard.runtime` in each kind of install, and in a checkout with or without one;
+    as one module, not two.
+    """
+    home = {"editable": editable, "checkout": _environment(tmp_path_factory.mktemp("bare") / "venv")}.get(
+        way, installed
+    )
     project = checkout if "checkout" in way else tmp_path_factory.mktemp("project")
     found = _run(home / "bin/python", "-c", "from reshard.runtime import load_model", directory=project, fails=True)
     assert "torch" in found  # which is not there: the module that needs it was
@@ -158,14 +183,24 @@ def test_the_runtime_is_found_wherever_reshard_is(
         (project / "uses.py").write_text(
             "from reshard.runtime import load_model, load_shard\nload_shard('out', 0).keys()\nload_model(1.5)\n"
         )
-        mypy = ("mypy", "--strict", "--python-executable", home / "bin/python", "--cache-dir", checkout.parent / "mypy", "uses.py")
+        mypy = (
+            "mypy",
+            "--strict",
+            "--python-executable",
+            home / "bin/python",
+            "--cache-dir",
+            checkout.parent / "mypy",
+            "uses.py",
+        )
         found = _run(sys.executable, "-m", *mypy, directory=project, fails=True)
         assert 'Argument 1 to "load_model" has incompatible type "float"' in found
         assert found.endswith("Found 1 error in 1 file (checked 1 source file)\n"), found
         return
     found = _run(home / "bin/python", "-c", "import runtime.launch", directory=project, fails=True)
     assert "this package is reshard.runtime" in found
-    done = subprocess.run([home / "bin/python", "-m", "reshard.runtime", "generate", "no"], cwd=project, capture_output=True, text=True)
+    done = subprocess.run(
+        [home / "bin/python", "-m", "reshard.runtime", "generate", "no"], cwd=project, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.partition("\n")[0]) == (2, "error: no prompt was given")
 
 
@@ -174,7 +209,9 @@ def test_module_works_like_the_command(installed: Path) -> None:
     assert _run(installed / "bin/python", "-m", "reshard", "--help") == _run(installed / "bin/reshard", "--help")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"], ["plan", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["plan", "--help"], ["verify", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     """Help and version need no numpy, torch or huggingface_hub, nor anything else that takes time."""
     script = f"""
@@ -193,7 +230,8 @@ finally:
 def test_import_is_light() -> None:
     """`import reshard` imports nothing heavy, and its functions are there when they are used."""
     script = (
-        f"import sys, reshard; print([n for n in {HEAVY!r} if n in sys.modules]); print(callable(reshard.plan), callable(reshard.verify))"
+        f"import sys, reshard; print([n for n in {HEAVY!r} if n in sys.modules]); "
+        f"print(callable(reshard.plan), callable(reshard.verify))"
     )
     assert _run(sys.executable, "-c", script).split("\n")[:2] == ["[]", "True True"]
 
@@ -209,12 +247,15 @@ print([name for name in {EXTRAS!r} if name in sys.modules])
 
 
 def test_constraints_pin_everything() -> None:
-    """Every requirement, of every extra and of what they bring, is pinned in constraints.txt, at a version in its range."""
+    """Every requirement, of every extra and of what they bring, is pinned in constraints.txt,
+    at a version in its range.
+    """
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines)}
     if metadata.version("torch").partition("+")[0] != pins["torch"]:
         pytest.skip("other versions are installed, which bring other packages")
-    extras = {name: texts for name, texts in PROJECT["optional-dependencies"].items() if name != "docs"}  # which build pages, not tests
+    # which build pages, not tests
+    extras = {name: texts for name, texts in PROJECT["optional-dependencies"].items() if name != "docs"}
     wanted = [*PROJECT["dependencies"], *(text for texts in extras.values() for text in texts)]
     for text in wanted:
         requirement = Requirement(text)
@@ -228,7 +269,8 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     """constraints-oldest.txt pins what pyproject.toml admits at least, so that trying it tries the bounds."""
     lines = [line for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if not line.startswith("#")]
     pins = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines)}
-    extras = {name: texts for name, texts in PROJECT["optional-dependencies"].items() if name != "docs"}  # which build pages, not tests
+    # which build pages, not tests
+    extras = {name: texts for name, texts in PROJECT["optional-dependencies"].items() if name != "docs"}
     wanted = [*PROJECT["dependencies"], *(text for texts in extras.values() for text in texts)]
     bounds = {
         requirement.name.lower().replace("_", "-"): next(iter(requirement.specifier)).version
@@ -243,7 +285,9 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
 
 
 def test_setup_does_nothing_twice(tmp_path: Path) -> None:
-    """scripts/setup leaves an environment alone that was installed from the same files, and asks no registry; it refuses an old Python."""
+    """scripts/setup leaves an environment alone that was installed from the same files, and asks no registry;
+    it refuses an old Python.
+    """
     home = tmp_path / "check out"
     (home / "scripts").mkdir(parents=True)
     for name in ("pyproject.toml", "constraints.txt", "scripts/setup"):
@@ -267,6 +311,8 @@ def test_setup_does_nothing_twice(tmp_path: Path) -> None:
     old = tmp_path / "old python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
     old.chmod(0o755)
-    done = subprocess.run([home / "scripts/setup"], env={**os.environ, "PYTHON": str(old)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [home / "scripts/setup"], env={**os.environ, "PYTHON": str(old)}, capture_output=True, text=True
+    )
     assert done.returncode == 3
     assert "3.9.2" in done.stderr and "hint: " in done.stderr

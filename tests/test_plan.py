@@ -22,14 +22,18 @@ WIDTHS = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 def facts(headers: shapes.Headers, name: str = "org/model", **more: Any) -> plan.SourceFacts:
     dtypes = [stored.dtype for stored in headers.values()]
     nbytes = sum(math.prod(stored.shape) * WIDTHS[stored.dtype] for stored in headers.values())
-    return plan.SourceFacts(name, 2, nbytes + 1000, len(headers), {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}, **more)
+    return plan.SourceFacts(
+        name, 2, nbytes + 1000, len(headers), {dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))}, **more
+    )
 
 
 def published(model: Model) -> Layout:
     return lay_out(model.family.published, model, Mesh(), model.active)
 
 
-def reported(model: Model, config: dict[str, Any], headers: shapes.Headers, format: str = "native", **mesh: Any) -> plan.Report:
+def reported(
+    model: Model, config: dict[str, Any], headers: shapes.Headers, format: str = "native", **mesh: Any
+) -> plan.Report:
     table = formats.load(format)
     options = {key: mesh.pop(key) for key in ("device_memory", "context", "batch", "out", "disk") if key in mesh}
     layout = lay_out(table, model, Mesh(**mesh))
@@ -99,7 +103,7 @@ def test_the_text_for_people_is_this() -> None:
     assert of_llama(tp=16, device_memory=24 * GIB, context=8192, batch=4).text(80) == GOLDEN
 
 
-# --- the numbers -------------------------------------------------------------------------------------------------------------
+# --- the numbers ------------------------------------------------------------------------------------------------------
 
 
 def test_llama_s_totals_are_those_of_a_hand() -> None:
@@ -108,7 +112,13 @@ def test_llama_s_totals_are_those_of_a_hand() -> None:
     layer = 2 * 8192 + (64 + 8 + 8) * 128 * 8192 + 8192 * 64 * 128 + 3 * 28672 * 8192
     assert told.logical == 2 * (80 * layer + 2 * 128256 * 8192 + 8192) == 141_107_412_992
     norms, heads = 2 * 80 * 8192, 2 * 80 * 1024 * 8192
-    assert told.repeated_bytes == {"attn_norm": norms * 15, "mlp_norm": norms * 15, "norm": 2 * 8192 * 15, "attn.k": heads, "attn.v": heads}
+    assert told.repeated_bytes == {
+        "attn_norm": norms * 15,
+        "mlp_norm": norms * 15,
+        "norm": 2 * 8192 * 15,
+        "attn.k": heads,
+        "attn.v": heads,
+    }
     assert told.repeats == {"kv": (8, 2)}
     assert told.padding == told.constants == 0
     assert told.stored == told.logical + told.replicated == 16 * 8_989_458_432
@@ -154,12 +164,21 @@ def test_layers_are_grouped_by_kind() -> None:
     per_rank = told.kinds[0].nbytes + sum(kind.count * kind.nbytes for kind in told.kinds)
     assert [group.nbytes for group in told.ranks] == [per_rank]
     rows = {row.name.removeprefix("layers.{layer}."): row for row in told.kinds[2].rows}
-    assert (rows["moe.gate_up"].shape, rows["moe.gate_up"].dtype, rows["moe.gate_up"].cut) == ((16, 4096, 7168), "F8_E4M3", ("by experts",))
-    assert (rows["attn.o_scale"].shape, rows["attn.o_scale"].dtype, rows["attn.o_scale"].cut) == ((56, 8), "F32", ("row by heads",))
+    assert (rows["moe.gate_up"].shape, rows["moe.gate_up"].dtype, rows["moe.gate_up"].cut) == (
+        (16, 4096, 7168),
+        "F8_E4M3",
+        ("by experts",),
+    )
+    assert (rows["attn.o_scale"].shape, rows["attn.o_scale"].dtype, rows["attn.o_scale"].cut) == (
+        (56, 8),
+        "F32",
+        ("row by heads",),
+    )
     assert rows["shared.gate_up"].cut == ("column by shared_inter",)
     assert rows["moe.router"].cut == rows["attn.qkv_a"].cut == ()
     assert "layer 61 (moe, mtp), 1.17 GB: as layers 3-60, and layers.{layer}.…" in told.text()
-    assert not any(row.gathered for kind in told.kinds for row in kind.rows)  # also not shared.down_scale, one column of 16
+    # also not shared.down_scale, one column of 16
+    assert not any(row.gathered for kind in told.kinds for row in kind.rows)
     assert rows["attn.kv_b"].logical == ("attn.k_b", "attn.v_b")
 
 
@@ -182,7 +201,8 @@ def test_transposed_and_interleaved_tensors_are_stated() -> None:
         "ln_1.weight": (hidden,), "ln_1.bias": (hidden,), "ln_2.weight": (hidden,), "ln_2.bias": (hidden,),
         "attn.c_attn.weight": (hidden, 3 * hidden), "attn.c_attn.bias": (3 * hidden,),
         "attn.c_proj.weight": (hidden, hidden), "attn.c_proj.bias": (hidden,),
-        "mlp.c_fc.weight": (hidden, inter), "mlp.c_fc.bias": (inter,), "mlp.c_proj.weight": (inter, hidden), "mlp.c_proj.bias": (hidden,),
+        "mlp.c_fc.weight": (hidden, inter), "mlp.c_fc.bias": (inter,), "mlp.c_proj.weight": (inter, hidden),
+        "mlp.c_proj.bias": (hidden,),
     }  # fmt: skip
     sizes: dict[str, tuple[int, ...]] = {"wte.weight": (99, hidden), "wpe.weight": (24, hidden)}
     sizes |= {"ln_f.weight": (hidden,), "ln_f.bias": (hidden,)}
@@ -202,7 +222,7 @@ def test_experts_that_are_cut_inside_too_say_both() -> None:
     assert rows["layers.{layer}.moe.down"].cut == ("by experts", "row by moe_inter")
 
 
-# --- the device --------------------------------------------------------------------------------------------------------------
+# --- the device -------------------------------------------------------------------------------------------------------
 
 
 def test_a_device_that_is_too_small_is_told_by_how_much_and_what_would_do() -> None:
@@ -224,7 +244,7 @@ def test_without_a_context_no_cache_is_counted_and_the_text_says_so() -> None:
     assert "At run time" not in of_llama(tp=8).text()
 
 
-# --- form --------------------------------------------------------------------------------------------------------------------
+# --- form -------------------------------------------------------------------------------------------------------------
 
 
 def variants() -> list[plan.Report]:
@@ -252,7 +272,9 @@ def test_files_are_decimal_memory_is_binary_and_no_row_mixes_them() -> None:
     """GB beside GiB would be misread."""
     for told in variants():
         for line in told.text().splitlines():
-            assert not (any(unit in line for unit in (" GB", " MB", " kB")) and any(unit in line for unit in ("GiB", "MiB"))), line
+            assert not (
+                any(unit in line for unit in (" GB", " MB", " kB")) and any(unit in line for unit in ("GiB", "MiB"))
+            ), line
 
 
 def test_the_report_is_json() -> None:
@@ -269,7 +291,10 @@ def test_the_next_command_says_the_whole_mesh() -> None:
     """And quotes what a shell would take apart."""
     told = of_llama(tp=3, pp=3, weights=(3, 3, 2), layers=(20, 30, 30), out="my shards")
     assert told.command[:4] == ("reshard", "convert", "org/model", "my shards")
-    assert told.text(100).splitlines()[-1] == "reshard convert org/model 'my shards' --tp 3 --pp 3 --split 3:3:2 --pp-layers 20,30,30"
+    assert (
+        told.text(100).splitlines()[-1]
+        == "reshard convert org/model 'my shards' --tp 3 --pp 3 --split 3:3:2 --pp-layers 20,30,30"
+    )
     assert told.text(80).splitlines()[-2:] == [
         "reshard convert org/model 'my shards' --tp 3 --pp 3 --split 3:3:2 \\",
         "    --pp-layers 20,30,30",
@@ -288,7 +313,9 @@ def test_a_merge_is_reported_as_the_published_files() -> None:
 
 
 def test_disk_is_what_the_caller_knows_or_more_than_the_tensors() -> None:
-    """The estimate holds the weights, the residue of the published files, carried files and books, and says that it is one."""
+    """The estimate holds the weights, the residue of the published files, carried files and books, and says that it is
+    one.
+    """
     exact, guessed = of_llama(tp=8, disk=12345), of_llama(tp=8)
     assert (exact.disk, exact.disk_exact) == (12345, True) and "disk needed 12.35 kB" in exact.text()
     assert guessed.stored + 1000 < guessed.disk < guessed.stored * 1.001 and "disk needed about" in guessed.text()

@@ -1,4 +1,6 @@
-"""What counts as a proof: only a reference that is not this runtime, and that has read every tensor of the checkpoint as it is stored."""
+"""What counts as a proof: only a reference that is not this runtime, and that has read every tensor of the checkpoint
+as it is stored.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def swapped(path: Path) -> Path:
     return respelled(path, {}, EXCHANGED)
 
 
-# --- without transformers -----------------------------------------------------------------------------------------------------------
+# --- without transformers ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +50,19 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return without_transformers(tmp_path_factory.mktemp("bare"))
 
 
-def test_names_exchanged_in_a_table_are_not_proven_where_transformers_is_missing(tmp_path: Path, bare: dict[str, str]) -> None:
+def test_names_exchanged_in_a_table_are_not_proven_where_transformers_is_missing(
+    tmp_path: Path, bare: dict[str, str]
+) -> None:
     """Shards and their reference would be cut by the same wrong table: they agree, which proves nothing."""
     source, out, mine = checkpoint("llama"), tmp_path / "out", swapped(tmp_path / "mine.toml")
     assert reshard("convert", source, out, "--tp", "2", "--sha256", "--family", mine).code == 0
     done = process("verify", out, "--against", source, "--family", mine, env=bare)
     assert done.code == 0, done.err
     words = " ".join(done.out.split())
-    assert "numerics self-consistent agrees with this runtime at TP 1 (transformers is not installed), not independent;" in words
+    assert (
+        "numerics self-consistent agrees with this runtime at TP 1 (transformers is not installed), not independent;"
+        in words
+    )
     assert "hint: pip install 'reshard[reference]'" in words
     assert words.endswith(
         "3 of 4 checks passed: the files are intact; every element equals the original's, bit by bit;"
@@ -66,10 +73,20 @@ def test_names_exchanged_in_a_table_are_not_proven_where_transformers_is_missing
     said = process("verify", out, "--against", source, "--family", mine, "--json", "--require", "proven", env=bare)
     assert said.code == 1
     found = json.loads(said.out)
-    assert (found["ok"], found["proven"], found["passed"], found["unmet"]) == (False, False, 3, ["numerics: self-consistent"])
+    assert (found["ok"], found["proven"], found["passed"], found["unmet"]) == (
+        False,
+        False,
+        3,
+        ["numerics: self-consistent"],
+    )
     assert (found["rungs"][3]["status"], found["rungs"][3]["ok"]) == ("self-consistent", None)
     assert found["rungs"][3]["hint"] == "pip install 'reshard[reference]'"
-    assert process("verify", out, "--against", source, "--family", mine, "--require", "integrity,weights,sha256", env=bare).code == 0
+    assert (
+        process(
+            "verify", out, "--against", source, "--family", mine, "--require", "integrity,weights,sha256", env=bare
+        ).code
+        == 0
+    )
 
 
 def test_the_same_table_fails_where_transformers_is_there(tmp_path: Path) -> None:
@@ -81,23 +98,28 @@ def test_the_same_table_fails_where_transformers_is_there(tmp_path: Path) -> Non
 
 def test_disagreeing_with_oneself_is_a_failure(tmp_path: Path, bare: dict[str, str]) -> None:
     api.convert(checkpoint("llama"), tmp_path / "out", tp=2)
-    rewrite(source := copy("llama", tmp_path / "other"), lambda state: {name: tensor * 1.5 for name, tensor in state.items()})
+    rewrite(
+        source := copy("llama", tmp_path / "other"),
+        lambda state: {name: tensor * 1.5 for name, tensor in state.items()},
+    )
     done = process("verify", tmp_path / "out", "--against", source, "--only", "numerics", env=bare)
     assert done.code == 1 and re.search(r"numerics +\d FAILED", done.out), done.out
 
 
-def test_a_table_is_not_called_caught_by_a_reference_that_is_not_independent(tmp_path: Path, bare: dict[str, str]) -> None:
+def test_a_table_is_not_called_caught_by_a_reference_that_is_not_independent(
+    tmp_path: Path, bare: dict[str, str]
+) -> None:
     mine = swapped(tmp_path / "mine.toml")
     line = ("check-table", mine, "--with", checkpoint("llama"), "--sample", "1")
     done = process(*line, env=bare)
     assert "all caught" not in done.out, done.out
-    assert "no independent reference" in " ".join(done.out.split()) and "pip install 'reshard[reference]'" in " ".join(done.out.split()), (
-        done.out
-    )
+    assert "no independent reference" in " ".join(done.out.split()) and "pip install 'reshard[reference]'" in " ".join(
+        done.out.split()
+    ), done.out
     assert json.loads(process(*line, "--json", env=bare).out)["proven"] is False
 
 
-# --- names that transformers does not know -----------------------------------------------------------------------------------------
+# --- names that transformers does not know ----------------------------------------------------------------------------
 
 
 def adapted(state: State) -> State:
@@ -112,7 +134,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrappers_in_names_do_not_make_a_reference_random(kind: str, tmp_path: Path) -> None:
-    """transformers would fill what it does not find with random numbers: right tables are proven, those with exchanged names fail."""
+    """transformers would fill what it does not find with random numbers: right tables are proven, those with exchanged
+    names fail.
+    """
     edit, names = KINDS[kind]
     rewrite(source := copy("llama", tmp_path / "model"), edit)
     right = respelled(tmp_path / "right.toml", names, {})
@@ -133,7 +157,9 @@ def test_names_that_say_something_else_make_no_reference_and_are_named(tmp_path:
     rung = numerics(tmp_path / "out", source, family=family)
     assert rung.status == "self-consistent" and not rung.whole
     name = rung.numbers["reference"]
-    assert re.search(r"transformers does not use .*model\.layers\.0\.mlp\.w3\.weight.*, misses .*up_proj\.weight", name), name
+    assert re.search(
+        r"transformers does not use .*model\.layers\.0\.mlp\.w3\.weight.*, misses .*up_proj\.weight", name
+    ), name
 
 
 def test_a_tensor_beyond_what_transformers_reads_makes_no_reference(tmp_path: Path) -> None:
@@ -158,7 +184,9 @@ def test_biases_that_are_stored_are_read_whatever_config_says(tmp_path: Path) ->
 
     def edit(state: State) -> State:
         parts = [name for name in state if re.search(r"\.[qkv]_proj\.weight", name)]
-        return state | {name.replace("weight", "bias"): torch.randn(len(state[name])).to(state[name].dtype) for name in parts}
+        return state | {
+            name.replace("weight", "bias"): torch.randn(len(state[name])).to(state[name].dtype) for name in parts
+        }
 
     rewrite(source, edit)
     api.convert(source, tmp_path / "out", tp=2)
@@ -183,30 +211,41 @@ def test_names_are_changed_by_module_paths_alone() -> None:
     layer = "layers.0.self_attn"
     wanted = {f"model.language_model.{layer}.{part}_proj.weight": (4, 4) for part in "qkv"} | {"lm_head.weight": (9, 4)}
     wanted |= {f"model.visual.blocks.{layer}.{part}_proj.weight": (4, 4) for part in "kv"}
-    stored = {f"language_model.model.{layer}.{part}_proj.weight": (4, 4) for part in "qkv"} | {"language_model.lm_head.weight": (9, 4)}
+    stored = {f"language_model.model.{layer}.{part}_proj.weight": (4, 4) for part in "qkv"} | {
+        "language_model.lm_head.weight": (9, 4)
+    }
     found = renaming(stored, wanted)
     assert found == {
-        **{f"language_model.model.{layer}.{part}_proj.weight": f"model.language_model.{layer}.{part}_proj.weight" for part in "qkv"},
+        **{
+            f"language_model.model.{layer}.{part}_proj.weight": f"model.language_model.{layer}.{part}_proj.weight"
+            for part in "qkv"
+        },
         "language_model.lm_head.weight": "lm_head.weight",
     }
     assert renaming({"model.layers.0.attn.k.weight": (4, 4)}, {"model.layers.0.attn.v.weight": (4, 4)}) == {}
-    assert renaming({f"x.{layer}.k.weight": (4, 4)}, {f"a.{layer}.k.weight": (4, 4), f"b.{layer}.k.weight": (4, 4)}) == {}, "either"
+    assert (
+        renaming({f"x.{layer}.k.weight": (4, 4)}, {f"a.{layer}.k.weight": (4, 4), f"b.{layer}.k.weight": (4, 4)}) == {}
+    ), "either"
     assert renaming({f"x.{layer}.k.weight": (4, 4)}, {f"a.{layer}.k.weight": (4, 5)}) == {}, "another shape"
     both = {f"x.{layer}.k.weight": (4, 4), f"y.{layer}.k.weight": (4, 4)}
     assert renaming(both, {f"a.{layer}.k.weight": (4, 4)}) == {}, "two for one"
 
 
-# --- a reference that says little ---------------------------------------------------------------------------------------------------
+# --- a reference that says little -------------------------------------------------------------------------------------
 
 
 def test_a_reference_that_is_off_by_more_than_rounding_is_refused(tmp_path: Path) -> None:
-    """All logits have so much in common that float32 has lost what sets them apart: four times such an error would let anything pass."""
+    """All logits have so much in common that float32 has lost what sets them apart: four times such an error would let
+    anything pass.
+    """
     source = copy("llama", tmp_path / "model")
     rewrite(source, much_in_common)
     api.convert(source, tmp_path / "out", tp=2)
     rung = numerics(tmp_path / "out", source)
     assert rung.status == "self-consistent" and not rung.whole, rung
-    assert re.search(r"TP 1 \(the float32 error of transformers [\d.]+ is [\d.e-]+ of the scale of logits", rung.numbers["reference"]), rung
+    assert re.search(
+        r"TP 1 \(the float32 error of transformers [\d.]+ is [\d.e-]+ of the scale of logits", rung.numbers["reference"]
+    ), rung
 
 
 def test_where_no_token_agrees_nothing_is_ok(tmp_path: Path) -> None:
@@ -233,7 +272,7 @@ def test_positions_that_change_on_the_way_are_no_fault(original: int, tmp_path: 
     assert any(failure.startswith("float32: token by token") for failure in wrong.failures), wrong
 
 
-# --- what is required, and what is said ------------------------------------------------------------------------------------------------
+# --- what is required, and what is said -------------------------------------------------------------------------------
 
 
 def test_what_is_skipped_is_neither_ok_nor_wrong(tmp_path: Path) -> None:
@@ -246,7 +285,11 @@ def test_what_is_skipped_is_neither_ok_nor_wrong(tmp_path: Path) -> None:
         ("numerics", "skipped", None),
     ]
     assert (done.code, done.json["ok"], done.json["proven"], done.json["passed"]) == (0, True, False, 1)
-    assert reshard("verify", tmp_path / "out").out.splitlines()[-2].startswith("1 of 4 checks passed: the files are intact;")
+    assert (
+        reshard("verify", tmp_path / "out")
+        .out.splitlines()[-2]
+        .startswith("1 of 4 checks passed: the files are intact;")
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +303,12 @@ def test_what_is_skipped_is_neither_ok_nor_wrong(tmp_path: Path) -> None:
 def test_what_is_required_and_not_reached_ends_with_1(needed: str, code: int, unmet: list[str], tmp_path: Path) -> None:
     assert reshard("convert", checkpoint("llama"), tmp_path / "out", "--tp", "2").code == 0
     done = reshard("verify", tmp_path / "out", "--require", needed, "--json")
-    assert (done.code, done.json["ok"], done.json["unmet"], done.json["required"]) == (code, not code, unmet, needed.split(","))
+    assert (done.code, done.json["ok"], done.json["unmet"], done.json["required"]) == (
+        code,
+        not code,
+        unmet,
+        needed.split(","),
+    )
     words = " ".join(reshard("verify", tmp_path / "out", "--require", needed, "--quiet").out.split())
     assert words.endswith(f"NOT MET: --require {needed}: {', '.join(unmet)}" if unmet else "")
     report = api.verify(tmp_path / "out", require=needed.split(","))

@@ -1,4 +1,6 @@
-"""Publishing: OUT is whole or it is what it was before, whatever kills, fills or disturbs the job; the next job mends what is left."""
+"""Publishing: OUT is whole or it is what it was before, whatever kills, fills or disturbs the job; the next job mends
+what is left.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import TRANSFERS, Stepped, big_llama, environment, llama, mounted, names, process, refused, reshard, stamps, tmpfs, tree
+from running import (
+    TRANSFERS,
+    Stepped,
+    big_llama,
+    environment,
+    llama,
+    mounted,
+    names,
+    process,
+    refused,
+    reshard,
+    stamps,
+    tmpfs,
+    tree,
+)
 
 from reshard import api, cli
 from reshard.store import local as files
 from reshard.store import publish
 
-MOVES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")  # audit events of the system calls that publishing consists of
+# audit events of the system calls that publishing consists of
+MOVES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link")
 WRITES = (*MOVES, "open", "os.truncate", "os.utime")
 
 
@@ -49,7 +66,11 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def content(directory: Path) -> dict[str, bytes]:
     """What a reader finds in OUT: everything but the work."""
-    return {name: data for name, data in tree(directory).items() if not name.startswith(".reshard-")} if directory.is_dir() else {}
+    return (
+        {name: data for name, data in tree(directory).items() if not name.startswith(".reshard-")}
+        if directory.is_dir()
+        else {}
+    )
 
 
 # Every system call of a conversion
@@ -58,7 +79,9 @@ def content(directory: Path) -> dict[str, bytes]:
 class Scene:
     """A way to publish: what OUT is before, and how the job publishes it."""
 
-    def __init__(self, name: str, before: str | None, overwrite: bool, patch: Callable[[pytest.MonkeyPatch], None] | None = None) -> None:
+    def __init__(
+        self, name: str, before: str | None, overwrite: bool, patch: Callable[[pytest.MonkeyPatch], None] | None = None
+    ) -> None:
         self.name, self.before, self.overwrite, self.patch = name, before, overwrite, patch
 
     def words(self, source: Path, out: Path) -> list[str]:
@@ -86,7 +109,8 @@ SCENES = [
 def disturbed(
     words: list[str], out: Path, number: int, disturb: Callable[[], None], events: tuple[str, ...] = WRITES
 ) -> tuple[int, list[str]]:
-    """Run a command in a child of this process, in which `disturb` is called before the `number`th change of a path near OUT.
+    """Run a command in a child of this process, in which `disturb` is called before the `number`th change of a path
+    near OUT.
 
     The exit status (-9: killed), and what each change was.
     """
@@ -97,7 +121,9 @@ def disturbed(
         near = os.fsencode(out.parent)
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event not in events or (event == "open" and not int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            if event not in events or (
+                event == "open" and not int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            ):
                 return
             if any(near in os.fsencode(a) for a in arguments if isinstance(a, str | bytes | os.PathLike)):
                 changes.append(event)
@@ -146,7 +172,9 @@ def test_out_is_whole_or_as_before_at_every_moment(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed, or refused a system call, at any step: a reader finds nothing, the old or the new; the next job puts everything right."""
+    """Killed, or refused a system call, at any step: a reader finds nothing, the old or the new; the next job puts
+    everything right.
+    """
     if scene.patch is not None:
         scene.patch(monkeypatch)
     out = tmp_path / "place" / "out"
@@ -163,7 +191,10 @@ def test_out_is_whole_or_as_before_at_every_moment(
         found = content(out)
         if "manifest.json" in found or scene.name != "inside":
             partial = scene.name == "empty" and "manifest.json" not in found
-            assert partial or found in (before, outputs["new"]) or (scene.name == "aside" and not out.exists()), (number, sorted(found))
+            assert partial or found in (before, outputs["new"]) or (scene.name == "aside" and not out.exists()), (
+                number,
+                sorted(found),
+            )
         seen.add(found == outputs["new"])
         # A job that may not overwrite mends as well, and answers as it would have before or after.
         gentle = reshard(*(word for word in words if word != "--overwrite"))
@@ -181,7 +212,9 @@ def test_out_is_whole_or_as_before_at_every_moment(
 def test_mending_may_itself_be_killed(
     name: str, source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of a commit, then at each step of clearing up after that: the third job still finds the old one whole."""
+    """Killed in the middle of a commit, then at each step of clearing up after that: the third job still finds the old
+    one whole.
+    """
     scene = next(scene for scene in SCENES if scene.name == name)
     assert scene.patch is not None
     scene.patch(monkeypatch)
@@ -191,7 +224,8 @@ def test_mending_may_itself_be_killed(
     scene.set_up(source, out)
     _, changes = disturbed(words, out, 0, kill)
     first, last = changes.index("os.rename"), len(changes) - changes[::-1].index("os.rename")
-    middles = [last] if name == "aside" else [first + 3, last - 1]  # while the old is set aside, while the new is published
+    # while the old is set aside, while the new is published
+    middles = [last] if name == "aside" else [first + 3, last - 1]
     for middle in middles:
         scene.set_up(source, out)
         assert disturbed(words, out, middle, kill)[0] == -signal.SIGKILL
@@ -209,13 +243,17 @@ def test_mending_may_itself_be_killed(
         shutil.rmtree(tmp_path / "kept")
 
 
-def test_the_manifest_is_renamed_last_and_set_aside_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_renamed_last_and_set_aside_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inside an existing directory a reader that waits for manifest.json never sees a part."""
     monkeypatch.setattr(publish, "_mounted", lambda _: True)
     renames: list[tuple[str, str]] = []
     rename = Path.rename
     monkeypatch.setattr(
-        Path, "rename", lambda self, target: (renames.append((self.name, Path(target).parent.name)), rename(self, target))[1]
+        Path,
+        "rename",
+        lambda self, target: (renames.append((self.name, Path(target).parent.name)), rename(self, target))[1],
     )
     (tmp_path / "out").mkdir()
     assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
@@ -251,8 +289,12 @@ FEW = 20  # transfers that are still begun before a signal is heeded; there woul
 
 
 @pytest.mark.parametrize(("sign", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGHUP, 1)])
-def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times: int, big: Path, tmp_path: Path) -> None:
-    """Exit 128 + its number although a tensor is being written, and few more transfers; also when the signal comes again."""
+def test_a_signal_ends_it_at_once_and_leaves_nothing(
+    sign: signal.Signals, times: int, big: Path, tmp_path: Path
+) -> None:
+    """Exit 128 + its number although a tensor is being written, and few more transfers; also when the signal comes
+    again.
+    """
     out = tmp_path / "above" / "it" / "out"
     words = ("convert", big, out, "--tp", "1", "--workers", "1", "--progress", "json")
     with Stepped(*words, code=TRANSFERS.replace("step()", "step(); time.sleep(0.02)", 1)) as job:
@@ -270,7 +312,9 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(sign: signal.Signals, times
 
 
 def test_no_worker_goes_on_after_an_interrupt(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From Python: when `convert` has raised KeyboardInterrupt nothing of it runs any more, so that no closed descriptor is used."""
+    """From Python: when `convert` has raised KeyboardInterrupt nothing of it runs any more, so that no closed
+    descriptor is used.
+    """
     transfer, moved, handled = files.Pool._transfer, [], threading.Event()
 
     def slow(self: files.Pool, *arguments: Any) -> None:
@@ -314,7 +358,9 @@ def test_a_signal_while_hashing_ends_it_at_once(big: Path, tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
-def test_a_signal_while_overwriting_keeps_the_old(source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_signal_while_overwriting_keeps_the_old(
+    source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(source.parent / "old", out)
     before = stamps(out)
@@ -327,7 +373,9 @@ def test_a_signal_while_overwriting_keeps_the_old(source: Path, outputs: dict[st
     assert names(tmp_path) == ["out"]
 
 
-def test_a_signal_during_the_commit_waits_for_it(source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_signal_during_the_commit_waits_for_it(
+    source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     """SIGINT at each rename of a commit inside OUT: the new is whole, nothing is left over."""
     out = tmp_path / "place" / "out"
     scene = next(scene for scene in SCENES if scene.name == "empty")
@@ -383,7 +431,9 @@ def test_what_appears_while_the_job_runs_is_not_replaced(source: Path, tmp_path:
 
 def test_too_little_space_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", 200_000) as disk:
-        done = refused(reshard("convert", source, disk / "out", "--tp", "2"), 3, "are needed", "are free", "free some space")
+        done = refused(
+            reshard("convert", source, disk / "out", "--tp", "2"), 3, "are needed", "are free", "free some space"
+        )
         numbers = [int(word.strip("(")) for word in done.err.split() if word.strip("(").isdigit()]
         assert numbers[0] > 250_000 > 210_000 > numbers[1]
         assert names(disk) == []
@@ -400,7 +450,9 @@ def test_space_that_a_killed_job_holds_counts_as_free(source: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["absent", "mounted", "old"])
-def test_a_disk_that_fills_up_meanwhile(where: str, source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_meanwhile(
+    where: str, source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     """Another process takes the space after it was checked: exit 3 in words, and nothing is left but what was there."""
     with tmpfs(tmp_path / "disk", 900_000) as disk:
         out = disk if where == "mounted" else disk / "out"
@@ -463,7 +515,9 @@ def test_the_same_job_again_works_where_nothing_can_be_written(source: Path, tmp
 
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 def test_a_mount_point(kind: str, source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
-    """OUT is a mounted volume, of its own file system or of the same: written, left alone, overwritten, always inside it."""
+    """OUT is a mounted volume, of its own file system or of the same: written, left alone, overwritten,
+    always inside it.
+    """
     place, backing = tmp_path / "above" / "out", tmp_path / "backing"
     place.mkdir(parents=True)
     backing.mkdir()
@@ -484,7 +538,9 @@ def test_a_mount_point(kind: str, source: Path, outputs: dict[str, dict[str, byt
 
 
 @pytest.mark.parametrize("kind", ["shards", "published"])
-@pytest.mark.parametrize("thing", ["notes.txt", "thesis.docx", "photos/cat.jpg", "rank-00000/notes.txt", ".git/config", "model.py", "link"])
+@pytest.mark.parametrize(
+    "thing", ["notes.txt", "thesis.docx", "photos/cat.jpg", "rank-00000/notes.txt", ".git/config", "model.py", "link"]
+)
 @pytest.mark.usefixtures("outputs")
 def test_overwrite_never_deletes_what_is_no_checkpoint(kind: str, thing: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -500,9 +556,12 @@ def test_overwrite_never_deletes_what_is_no_checkpoint(kind: str, thing: str, so
 
 
 @pytest.mark.parametrize(
-    "files", [("config.json", "main.rs"), ("README.md",), ("a/b.txt",), ("manifest.json",), ("manifest.json", "config.json")]
+    "files",
+    [("config.json", "main.rs"), ("README.md",), ("a/b.txt",), ("manifest.json",), ("manifest.json", "config.json")],
 )
-def test_overwrite_never_deletes_a_directory_that_only_resembles_one(files: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+def test_overwrite_never_deletes_a_directory_that_only_resembles_one(
+    files: tuple[str, ...], source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     for name in files:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -513,9 +572,16 @@ def test_overwrite_never_deletes_a_directory_that_only_resembles_one(files: tupl
     assert stamps(out) == before
 
 
-def test_overwrite_replaces_checkpoints_of_any_kind(source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_overwrite_replaces_checkpoints_of_any_kind(
+    source: Path, outputs: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    for step in (["--to", "vllm", "--tp", "2"], ["--to", "hf"], ["--to", "hf", "--max-file-size", "100KB"], ["--tp", "4"]):
+    for step in (
+        ["--to", "vllm", "--tp", "2"],
+        ["--to", "hf"],
+        ["--to", "hf", "--max-file-size", "100KB"],
+        ["--tp", "4"],
+    ):
         done = reshard("convert", source, out, *step, "--overwrite")
         assert done.code == 0, done.err
         assert reshard("convert", source, out, *step, "--json").json["already"] is True
@@ -552,7 +618,12 @@ def test_source_and_destination_apart_also_through_links(tmp_path: Path) -> None
     (tmp_path / "alias").symlink_to(source)
     (tmp_path / "above").symlink_to(source.parent)
     before = stamps(tmp_path)
-    for words in ((source, tmp_path / "alias"), (tmp_path / "alias", source), (source, source), (source, tmp_path / "above" / "model")):
+    for words in (
+        (source, tmp_path / "alias"),
+        (tmp_path / "alias", source),
+        (source, source),
+        (source, tmp_path / "above" / "model"),
+    ):
         refused(reshard("convert", *words, "--tp", "2"), 2, "is the source itself")
     for words in (
         (source, tmp_path / "alias" / "out"),
@@ -571,7 +642,9 @@ def test_a_destination_that_is_the_source_by_another_mount_is_refused(tmp_path: 
     source = llama(tmp_path / "store" / "model")
     with mounted(tmp_path / "out", "--bind", str(source)):
         refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--overwrite"), 2, "is the source itself")
-        refused(reshard("convert", source, tmp_path / "out" / "x", "--tp", "2", "--overwrite"), 2, "lies inside the source")
+        refused(
+            reshard("convert", source, tmp_path / "out" / "x", "--tp", "2", "--overwrite"), 2, "lies inside the source"
+        )
     with mounted(tmp_path / "out", "--bind", str(source.parent)):
         refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--overwrite"), 2, "holds the source")
 
@@ -582,7 +655,12 @@ def test_a_destination_that_holds_what_the_source_has_links_to_is_refused(tmp_pa
     shutil.copy(store / "config.json", source)
     (source / "model.safetensors").symlink_to(store / "model.safetensors")
     before = stamps(tmp_path)
-    refused(reshard("convert", source, store, "--tp", "2", "--overwrite"), 2, "holds model.safetensors of the source", "a link")
+    refused(
+        reshard("convert", source, store, "--tp", "2", "--overwrite"),
+        2,
+        "holds model.safetensors of the source",
+        "a link",
+    )
     assert stamps(tmp_path) == before
     assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
 

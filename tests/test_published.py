@@ -29,18 +29,27 @@ ENTRIES = json.loads((Path(__file__).parent / "published.json").read_text())
 
 # One config per family, small; layers and experts are taken from the names.
 LLAMA = {
-    "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100, "head_dim": 10,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100,
+    "head_dim": 10,
 }  # fmt: skip
 LINEAR = {
     "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 14,
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 LATENT = {
-    "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "n_shared_experts": 1,
+    "num_attention_heads": 8, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256,
+    "n_shared_experts": 1,
     "vocab_size": 100, "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
 }  # fmt: skip
 INDEX = {"index_n_heads": 6, "index_head_dim": 96, "index_topk": 64}
-FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
+FP8 = {
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
+}
 INT4 = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
 CONFIGS = {
     "llama": LLAMA,
@@ -59,22 +68,29 @@ CONFIGS = {
     "granitemoe": LLAMA | {"num_local_experts": 32},
     "gpt2": {"n_head": 4, "n_embd": 40, "vocab_size": 100, "n_positions": 30},
     "gpt_neox": {"num_attention_heads": 8, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100},
-    "falcon": {"n_head": 8, "hidden_size": 80, "vocab_size": 100, "new_decoder_architecture": True, "parallel_attn": True},
+    "falcon": {"n_head": 8, "hidden_size": 80, "vocab_size": 100, "new_decoder_architecture": True,
+    "parallel_attn": True},
     "phi": {"num_attention_heads": 8, "hidden_size": 80, "intermediate_size": 64, "vocab_size": 100},
     "gpt_bigcode": {"n_head": 8, "n_embd": 80, "n_inner": 64, "n_positions": 30, "vocab_size": 100},
     "gptj": {"n_head": 8, "n_embd": 80, "n_inner": 64, "vocab_size": 100},
     "bloom": {"n_head": 8, "hidden_size": 80, "vocab_size": 100},
     "mpt": {"n_heads": 8, "d_model": 80, "expansion_ratio": 4, "vocab_size": 100},
-    "internlm": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80, "num_key_value_heads": 8},
+    "internlm": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80,
+    "num_key_value_heads": 8},
     "internlm2": {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"hidden_size": 80},
     "minimax": LLAMA | {"num_local_experts": 32},
-    "qwen3_next": LLAMA | LINEAR | {"num_experts": 512, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
-    "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 24},
+    "qwen3_next": LLAMA | LINEAR | {"num_experts": 512, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 24},
+    "qwen3_5_moe": LLAMA | LINEAR | {"num_experts": 256, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 24},
     "phimoe": LLAMA | {"num_local_experts": 16, "attention_bias": True, "lm_head_bias": True},
-    "minimax_m2": LLAMA | FP8 | {"num_local_experts": 256, "hidden_size": 256, "intermediate_size": 256, "head_dim": 128},
+    "minimax_m2": LLAMA | FP8 | {"num_local_experts": 256, "hidden_size": 256, "intermediate_size": 256,
+    "head_dim": 128},
     "glm4_moe": LLAMA | {
-        "n_routed_experts": 160, "n_shared_experts": 1, "moe_intermediate_size": 32, "attention_bias": True, "use_qk_norm": True,
-        "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        "n_routed_experts": 160, "n_shared_experts": 1, "moe_intermediate_size": 32, "attention_bias": True,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "compressed-tensors",
+        "format": "float-quantized"},
     },
     "deepseek_v2": LATENT | {"n_routed_experts": 64, "q_lora_rank": None},
     "deepseek_v3": LATENT | FP8 | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
@@ -83,7 +99,8 @@ CONFIGS = {
     "glm_moe_dsa": LATENT | INDEX | {"n_routed_experts": 256, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
     "glm4_moe_lite": LATENT | {"n_routed_experts": 64, "q_lora_rank": 384, "num_nextn_predict_layers": 1},
     "gemma3": LLAMA,
-    "gemma4": LLAMA | {"num_experts": 128, "moe_intermediate_size": 32, "global_head_dim": 14, "num_global_key_value_heads": 2},
+    "gemma4": LLAMA | {"num_experts": 128, "moe_intermediate_size": 32, "global_head_dim": 14,
+    "num_global_key_value_heads": 2},
     "paligemma": LLAMA,
     "llava": LLAMA,
     "llava_llama": LLAMA,
@@ -92,13 +109,16 @@ CONFIGS = {
     "qwen2_5_vl": LLAMA,
     "qwen3_vl": LLAMA,
     "qwen3_vl_moe": LLAMA | {"num_experts": 128, "moe_intermediate_size": 32},
-    "glm4v_moe": LLAMA | {"n_routed_experts": 128, "n_shared_experts": 1, "moe_intermediate_size": 32, "attention_bias": True},
+    "glm4v_moe": LLAMA | {"n_routed_experts": 128, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    "attention_bias": True},
     "kimi_k25": LATENT | INT4 | {"n_routed_experts": 384, "q_lora_rank": 384},
     "deepseek_vl2_ocr": LLAMA | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 32},
 }  # fmt: skip
 DEEPSEEK_V4 = {
-    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 256, "moe_intermediate_size": 256, "vocab_size": 100,
-    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 6, "q_lora_rank": 384, "o_groups": 4, "o_lora_rank": 128,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 256,
+    "moe_intermediate_size": 256, "vocab_size": 100,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 6, "q_lora_rank": 384, "o_groups": 4,
+    "o_lora_rank": 128,
     "hc_mult": 4, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
 }  # fmt: skip
 CONFIGS |= {
@@ -113,12 +133,24 @@ CONFIGS |= {
     "telechat": {"n_head": 8, "hidden_size": 80, "ffn_hidden_size": 64, "vocab_size": 100},
 }  # fmt: skip
 CONFIGS["deepseek_v4"] = DEEPSEEK_V4 | INDEX | FP8
-SIZES = {"head_dim": 10, "inter": 64, "moe_inter": 32, "group": 2, "kv": 4, "heads": 8, "pos": 30, "shared_inter": 256, "lk": 4, "lv": 8}
+SIZES = {
+    "head_dim": 10,
+    "inter": 64,
+    "moe_inter": 32,
+    "group": 2,
+    "kv": 4,
+    "heads": 8,
+    "pos": 30,
+    "shared_inter": 256,
+    "lk": 4,
+    "lv": 8,
+}
 SIZES |= {"inter@late": 56, "group@full": 4, "draft_in": 768}
 # Families without an entry: `transformers` writes them in the zoo.
 NAMELESS = """
 mimo_v2_flash exaone
-olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4 hunyuan_v1_dense
+olmo2 ministral seed_oss glm glm4 helium ernie4_5 olmo olmo3 granite cohere cohere2 arcee nemotron stablelm exaone4
+hunyuan_v1_dense
 ministral3 apertus qwen2_moe olmoe dots1 granitemoeshared codegen gpt_neo opt starcoder2 persimmon baichuan
 qwen3_5_text granitemoehybrid bamba falcon_h1 mamba2 mamba lfm2 lfm2_moe jamba nemotron_h kimi_linear minimax_m3_vl_text
 hunyuan_v1_moe dbrx llama4_text solar_open exaone_moe afmoe bailing_moe jetmoe longcat_flash
@@ -136,7 +168,8 @@ ALSO = {
     "Tele-AI/TeleChat-52B": {"relative_encoding": "rotary"},
     "deepseek-ai/DeepSeek-V4-Flash-0731": DSPARK,
 }
-LABELS = {"llava_lisa": "llava", "ernie4_5_paddle": "ernie4_5_moe"}  # what config.json calls what is known by another name
+# what config.json calls what is known by another name
+LABELS = {"llava_lisa": "llava", "ernie4_5_paddle": "ernie4_5_moe"}
 
 
 @dataclass(frozen=True)
@@ -174,8 +207,12 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     table = table_for(family)
     own = [name for name in names if not name.startswith(tuple(f"{tower}." for tower in table.towers))]
     layers = 1 + max(int(n) for name in own for n in re.findall(r"(?:layers|h|blocks)\.(\d+)\.", name))
-    config[table.sizes["layer"].split(" | ")[0]] = layers - (0 if table.counts_apart else config.get("num_nextn_predict_layers", 0))
-    config["tie_word_embeddings"] = not any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in names)
+    config[table.sizes["layer"].split(" | ")[0]] = layers - (
+        0 if table.counts_apart else config.get("num_nextn_predict_layers", 0)
+    )
+    config["tie_word_embeddings"] = not any(
+        name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in names
+    )
     if family == "gpt2":  # only the first layer was read: the rest of a one-layer model beside it
         prefix = "transformer." if names[0].startswith("transformer.") else ""
         names += [prefix + name for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")]
@@ -187,7 +224,12 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
             sizes[axis] = value
     sizes.setdefault("hidden", 80)
     if family in ("gpt2", "gpt_neox"):
-        sizes |= {"kv": sizes["heads"], "group": 1, "head_dim": sizes["hidden"] // sizes["heads"], "inter": sizes.get("inter", 64)}
+        sizes |= {
+            "kv": sizes["heads"],
+            "group": 1,
+            "head_dim": sizes["hidden"] // sizes["heads"],
+            "inter": sizes.get("inter", 64),
+        }
     sizes["group"] = sizes["heads"] // sizes["kv"]
     sizes["lgroup"] = sizes["lv"] // sizes["lk"]
     for axis, parts in table.axes.items():
@@ -215,7 +257,11 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
 def in_layer(row: Row, layer: int, table: Family, named: dict[str, tuple[int, ...]]) -> bool:
     """Whether a row is of the kinds that rules give a layer; what no rule names is of the kind without one."""
     return all(
-        (layer in named[kind]) == (kind in row.kinds) for group in table.one_of if row.kinds & set(group) for kind in group if kind in named
+        (layer in named[kind]) == (kind in row.kinds)
+        for group in table.one_of
+        if row.kinds & set(group)
+        for kind in group
+        if kind in named
     )
 
 
@@ -224,10 +270,14 @@ IDS = [f"{entry['family']}-{(entry['model'] or 'unnamed').replace('/', '-')}-{n}
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=IDS)
 def test_published_names_plan_without_error(entry: dict) -> None:
-    """Every published checkpoint of our families plans at TP 2, and merges; quantized ones are refused by the method's name."""
+    """Every published checkpoint of our families plans at TP 2, and merges; quantized ones are refused by the method's
+    name.
+    """
     config, stored = made(entry)
     table = table_for(entry["family"])
-    method = next((method for suffix, method in QUANTIZED.items() if any(name.endswith(suffix) for name in stored)), None)
+    method = next(
+        (method for suffix, method in QUANTIZED.items() if any(name.endswith(suffix) for name in stored)), None
+    )
     if method is not None and method not in table.quantization:
         config["quantization_config"] = method
         with pytest.raises(ReshardError, match=method.get("quant_method", "mlx")):
@@ -240,7 +290,10 @@ def test_published_names_plan_without_error(entry: dict) -> None:
     assert len(stored) == len(model.aside) + sum(
         slot.count() for slot in lay_out(model.family.published, model, Mesh(), model.active).slots
     )
-    published, shards = lay_out(model.family.published, model, Mesh(), model.active), lay_out(formats.load("native"), model, Mesh(tp=2))
+    published, shards = (
+        lay_out(model.family.published, model, Mesh(), model.active),
+        lay_out(formats.load("native"), model, Mesh(tp=2)),
+    )
     assert plan(published, shards).components
     assert plan(shards, published).components
 
@@ -250,7 +303,9 @@ def test_a_section_that_says_next_to_nothing_means_what_its_class_does(monkeypat
     monkeypatch.setitem(CONFIGS, "llava", LLAMA | {"num_attention_heads": 32, "num_key_value_heads": 32})
     _, stored = made(next(entry for entry in ENTRIES if entry["family"] == "llava"))
     section = {"model_type": "llama", "vocab_size": 100, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-    config = Config({"model_type": "llava", "text_config": section, "vision_config": {"hidden_size": 24, "num_attention_heads": 3}})
+    config = Config(
+        {"model_type": "llava", "text_config": section, "vision_config": {"hidden_size": 24, "num_attention_heads": 3}}
+    )
     table = wrappers.wrapper_of(config)
     assert table is not None
     sizes = understand(table, config, stored).sizes
@@ -271,7 +326,9 @@ def test_a_section_that_says_next_to_nothing_means_what_its_class_does(monkeypat
 def test_deepseek_v4_in_its_true_shapes_has_as_many_bytes_as_published(
     config: shapes.Config, tensors: int, size: float, tp: list[int]
 ) -> None:
-    """Tensors and GiB are those of the published files; blocks of 128 inside the shared expert say how far it can be cut."""
+    """Tensors and GiB are those of the published files; blocks of 128 inside the shared expert say how far it can be
+    cut.
+    """
     config = config | shapes.FP8
     stored = shapes.deepseek_v4(config)
     assert len(stored) == tensors

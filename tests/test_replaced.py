@@ -1,4 +1,6 @@
-"""Readers while OUT is replaced: what they get is of one conversion, or they say that it was replaced; never a mixture, never FAILED."""
+"""Readers while OUT is replaced: what they get is of one conversion, or they say that it was replaced;
+never a mixture, never FAILED.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_ranks_that_name_a_root_never_load_two_conversions(how: str, models: Pat
                 for rank in (0, 1):
                     found = load_shard(out, rank, verify, root=root)
                     wanted = known[root][rank]
-                    assert all(torch.equal(found[key].view(torch.uint8), wanted[key].view(torch.uint8)) for key in wanted), (how, rank)
+                    assert all(
+                        torch.equal(found[key].view(torch.uint8), wanted[key].view(torch.uint8)) for key in wanted
+                    ), (how, rank)
                 seen[root] += 1
             except PlaceError as error:
                 assert "replaced" in error.message, error
@@ -146,7 +150,9 @@ def replace_by(out: Path, new: Path, how: str) -> None:
     """What a commit does to OUT."""
     if how == "inside":
         for name in names(new):
-            shutil.copytree(new / name, out / f"{name}.new") if (new / name).is_dir() else shutil.copy2(new / name, out / f"{name}.new")
+            shutil.copytree(new / name, out / f"{name}.new") if (new / name).is_dir() else shutil.copy2(
+                new / name, out / f"{name}.new"
+            )
             if (out / name).is_dir():
                 shutil.rmtree(out / name)
             (out / f"{name}.new").rename(out / name)
@@ -171,7 +177,9 @@ def test_a_directory_knows_that_it_was_replaced(how: str, models: Path, tmp_path
 
 
 def test_a_commit_point_that_was_away_for_a_while_is_noticed(models: Path, tmp_path: Path) -> None:
-    """A commit inside OUT that failed has put everything back; what was read meanwhile may have been of the other one."""
+    """A commit inside OUT that failed has put everything back;
+    what was read meanwhile may have been of the other one.
+    """
     out = Path(shutil.copytree(models / "one-tp2", tmp_path / "out"))
     held = Directory(out)
     (out / "manifest.json").rename(tmp_path / "manifest.json")

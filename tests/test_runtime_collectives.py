@@ -1,4 +1,6 @@
-"""Collectives: sums, gathers, messages; threads and gloo processes give the same bits; ranks that go different ways are told apart."""
+"""Collectives: sums, gathers, messages; threads and gloo processes give the same bits; ranks that go different ways are
+told apart.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def noise(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.T
     return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
-# --- the same on both ------------------------------------------------------------------------------------------------------------
+# --- the same on both -------------------------------------------------------------------------------------------------
 
 
 def program(world: World) -> list[str]:
@@ -88,7 +90,17 @@ def main() -> None:
 
 @pytest.mark.parametrize("way", ["near", "apart"])
 def test_gloo_processes_and_threads_give_the_same_bits_and_counts(tmp_path: Path, way: str) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", __file__, str(tmp_path), way]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        __file__,
+        str(tmp_path),
+        way,
+    ]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), timeout=WATCHDOG)
     assert done.returncode == 0, done.stderr
     for rank, (results, counts) in enumerate(run_threads(3, both)):
@@ -97,7 +109,7 @@ def test_gloo_processes_and_threads_give_the_same_bits_and_counts(tmp_path: Path
         assert counts == their_counts == COUNTS[rank]
 
 
-# --- what they compute -----------------------------------------------------------------------------------------------------------
+# --- what they compute ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +135,9 @@ def test_a_sum_does_not_change_what_was_brought() -> None:
 def test_uneven_shares_are_put_side_by_side_in_the_order_of_the_ranks(dim: int) -> None:
     whole = noise(0, 6, 6, 6)
     parts = whole.split((1, 3, 2), dim)
-    for gathered in run_threads(3, lambda world: world.all_gather(parts[world.rank], range(3), (1, 3, 2), dim, "gather")):
+    for gathered in run_threads(
+        3, lambda world: world.all_gather(parts[world.rank], range(3), (1, 3, 2), dim, "gather")
+    ):
         assert torch.equal(gathered, whole)
 
 
@@ -178,7 +192,7 @@ def test_64_ranks_work_together() -> None:
     assert run_threads(64, work, WATCHDOG) == [64.0] * 64
 
 
-# --- groups ----------------------------------------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,7 @@ def test_groups_are_the_stages_those_that_share_experts_and_all(mesh: Mesh, expe
     assert groups(mesh) == expected
 
 
-# --- going wrong -----------------------------------------------------------------------------------------------------------------
+# --- going wrong ------------------------------------------------------------------------------------------------------
 
 
 def lost(size: int, work: Callable[[World], Any], timeout: float = WATCHDOG) -> str:
@@ -219,11 +233,16 @@ def lost(size: int, work: Callable[[World], Any], timeout: float = WATCHDOG) -> 
     ("theirs", "words"),
     [
         (torch.ones(3), "rank 1 diverged in decode: it is at sum mlp [3] float32, rank 0 at sum mlp [2] float32"),
-        (torch.ones(2, dtype=torch.int32), "rank 1 diverged in decode: it is at sum mlp [2] int32, rank 0 at sum mlp [2] float32"),
+        (
+            torch.ones(2, dtype=torch.int32),
+            "rank 1 diverged in decode: it is at sum mlp [2] int32, rank 0 at sum mlp [2] float32",
+        ),
     ],
 )
 def test_another_shape_or_dtype_is_named_with_its_rank_and_phase(theirs: torch.Tensor, words: str) -> None:
-    assert lost(3, lambda world: world.all_reduce(theirs if world.rank == 1 else torch.ones(2), range(3), "mlp")) == words
+    assert (
+        lost(3, lambda world: world.all_reduce(theirs if world.rank == 1 else torch.ones(2), range(3), "mlp")) == words
+    )
 
 
 def test_another_collective_is_named() -> None:

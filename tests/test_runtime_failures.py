@@ -1,7 +1,9 @@
-"""A rank that is killed, stopped, raises, hangs or diverges ends the whole job, with a message that names it and the phase.
+"""A rank that is killed, stopped, raises, hangs or diverges ends the whole job, with a message that names it and the
+phase.
 
-Each case is a job of three gloo processes that goes through the phases of a real one; the last rank misbehaves in one of them. All cases
-run in one process (`python tests/test_runtime_failures.py FOLDER`), which imports torch once and forks, several at a time.
+Each case is a job of three gloo processes that goes through the phases of a real one; the last rank misbehaves in one
+of them. All cases run in one process (`python tests/test_runtime_failures.py FOLDER`), which imports torch once and
+forks, several at a time.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ SIZE = 3
 CULPRIT = SIZE - 1
 PHASES = ("load", "prefill", "decode")
 
-AT_ONCE, SILENCE = 10 * WATCHDOG, 12.0  # timeouts of a job in seconds: one that nobody lives to see, and one that a busy machine keeps
+# timeouts of a job in seconds: one that nobody lives to see, and one that a busy machine keeps
+AT_ONCE, SILENCE = 10 * WATCHDOG, 12.0
 
-# What the last rank does → what the others must say of it, and the timeout: what is noticed at once needs none, only silence does.
+# What the last rank does → what the others must say of it, and the timeout: what is noticed at once needs none, only
+# silence does.
 WAYS = {
     "killed": ("rank 2 was killed in {phase}", AT_ONCE),
     "stopped": ("rank 2 stopped responding in {phase}", SILENCE),
@@ -42,7 +46,7 @@ WAYS = {
 }
 
 
-# --- the job ---------------------------------------------------------------------------------------------------------------------
+# --- the job ----------------------------------------------------------------------------------------------------------
 
 
 def rank_of_job(rank: int, port: int, way: str, phase: str) -> int:
@@ -125,7 +129,9 @@ def run_case(way: str, phase: str) -> dict[str, Any]:
 
 
 def finish_before_rank_0(folder: Path, size: int = 6, rounds: int = 4) -> list[int]:
-    """Ranks that talk until they have finished, and a rank 0 that is still there when all others are gone; its exit codes."""
+    """Ranks that talk until they have finished, and a rank 0 that is still there when all others are gone;
+    its exit codes.
+    """
     from torch import distributed
 
     from reshard.runtime.comm.heartbeat import Lifeline
@@ -138,7 +144,9 @@ def finish_before_rank_0(folder: Path, size: int = 6, rounds: int = 4) -> list[i
                 code = 99
                 try:
                     sys.setswitchinterval(1e-6)  # so that whatever two threads do may interleave
-                    life = Lifeline(distributed.FileStore(str(folder / f"late-{number}"), size), rank, size, SILENCE, "late")
+                    life = Lifeline(
+                        distributed.FileStore(str(folder / f"late-{number}"), size), rank, size, SILENCE, "late"
+                    )
                     life.meet("all are here")
                     step = 0
                     while step < (100 if rank else 1_000_000) and not all(peer.gone for peer in life.peers.values()):
@@ -178,17 +186,25 @@ def main(at_once: int = 7) -> None:
     while running:
         running.remove(os.wait()[0])
     found: dict[str, Any] = {"late": finish_before_rank_0(folder)}
-    print(json.dumps(found | {"/".join(case): json.loads((folder / str(number)).read_text()) for number, case in enumerate(cases)}))
+    print(
+        json.dumps(
+            found
+            | {"/".join(case): json.loads((folder / str(number)).read_text()) for number, case in enumerate(cases)}
+        )
+    )
 
 
-# --- what must hold --------------------------------------------------------------------------------------------------------------
+# --- what must hold ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("jobs")
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, env=environment(OMP_NUM_THREADS="1"), timeout=WATCHDOG
+        [sys.executable, __file__, str(folder)],
+        capture_output=True,
+        env=environment(OMP_NUM_THREADS="1"),
+        timeout=WATCHDOG,
     )
     assert done.returncode == 0, done.stderr.decode()
     result: dict[str, Any] = json.loads(done.stdout)

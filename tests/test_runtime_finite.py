@@ -1,4 +1,6 @@
-"""What is not finite is told, with the step that is the first to give it: no token is chosen by such logits, and no proof made of them."""
+"""What is not finite is told, with the step that is the first to give it: no token is chosen by such logits,
+and no proof made of them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def changed(directory: Path, edit: Callable[[str, torch.Tensor], torch.Tensor], name: str = "llama", dtype: str = "float16") -> Path:
+def changed(
+    directory: Path, edit: Callable[[str, torch.Tensor], torch.Tensor], name: str = "llama", dtype: str = "float16"
+) -> Path:
     """A copy of a checkpoint in a dtype, with tensors edited one by one."""
     source = copy(name, directory)
 
@@ -57,7 +61,9 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return changed(tmp_path_factory.mktemp("overflow") / "model", loud)
 
 
-def run(source: Path, mesh: Mesh, sampling: Sampling = WAYS["greedy"], dtype: Any = None, ids: Sequence[list[int]] = PROMPTS) -> list[Any]:
+def run(
+    source: Path, mesh: Mesh, sampling: Sampling = WAYS["greedy"], dtype: Any = None, ids: Sequence[list[int]] = PROMPTS
+) -> list[Any]:
     """What each rank generates, or the error that it raises."""
 
     def work(world: Any) -> Generated | NotFinite:
@@ -125,10 +131,15 @@ def poisoned(directory: Path, row: int, value: float, dtype: str = "bfloat16") -
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("inf"), "bfloat16"), (float("nan"), "float16")])
-def test_a_weight_that_is_not_finite_is_named_with_the_prompt_and_its_token(tmp_path: Path, value: float, dtype: str) -> None:
+def test_a_weight_that_is_not_finite_is_named_with_the_prompt_and_its_token(
+    tmp_path: Path, value: float, dtype: str
+) -> None:
     source = poisoned(tmp_path / "model", 6, value, dtype)
     message, hint = said(run(source, Mesh(2)))
-    words = f"are not finite in {dtype}: the embedding, rank 0, is the first to give {value}, at token 3; its embed holds {value}"
+    words = (
+        f"are not finite in {dtype}: the embedding, rank 0, is the first to give {value}, at token 3; its "
+        f"embed holds {value}"
+    )
     assert message == f"prompt 2: the logits after token 5 {words}"
     assert "embed is stored like that" in str(hint) and "bfloat16" not in str(hint)
 
@@ -145,7 +156,9 @@ def test_a_token_that_is_chosen_may_be_what_overflows(tmp_path: Path) -> None:
     first = clean.tokens[0][0]
     assert first not in PROMPTS[0]
     message, _ = said(run(poisoned(tmp_path / "model", first, float("nan")), Mesh(1, 2), ids=PROMPTS[:1]))
-    assert message.startswith("prompt 1: the logits after token 4 are not finite in bfloat16: the embedding, rank 0, is the first")
+    assert message.startswith(
+        "prompt 1: the logits after token 4 are not finite in bfloat16: the embedding, rank 0, is the first"
+    )
 
 
 def test_no_prompt_gets_its_padding_from_a_token_that_is_not_its_own(tmp_path: Path) -> None:
@@ -155,7 +168,9 @@ def test_no_prompt_gets_its_padding_from_a_token_that_is_not_its_own(tmp_path: P
 
 def test_no_temperature_is_too_low_to_sample_with() -> None:
     logits = torch.tensor([3.0, -2.0, 7.0, 6.9])
-    assert [Sampling(temperature, 0, top_p).choose(logits, 0, 0) for temperature in (5e-324, 1e-300) for top_p in (1.0, 0.9)] == [2] * 4
+    assert [
+        Sampling(temperature, 0, top_p).choose(logits, 0, 0) for temperature in (5e-324, 1e-300) for top_p in (1.0, 0.9)
+    ] == [2] * 4
 
 
 # The proof

@@ -1,4 +1,6 @@
-"""Where a table is wrong, the first step that computes something else than transformers is named, with its tensors and facts."""
+"""Where a table is wrong, the first step that computes something else than transformers is named, with its tensors and
+facts.
+"""
 
 from __future__ import annotations
 
@@ -76,12 +78,15 @@ def told(name: str, edit: Edit, directory: Path) -> Used:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt2", "falcon_7b", "falcon_40b", "olmo2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gpt_neox", "gpt2", "falcon_7b", "falcon_40b", "olmo2", "deepseek_v3"]
+)
 def test_of_a_right_table_no_step_differs(name: str) -> None:
     assert first_to_differ(open_source(checkpoint(name)), reference(name), IDS) is None
 
 
-WRONG: list[tuple[str, str, Edit, str, Any]] = [  # checkpoint, fact, what is wrong, the step named, and what would be right
+# checkpoint, fact, what is wrong, the step named, and what would be right
+WRONG: list[tuple[str, str, Edit, str, Any]] = [
     ("llama", "rope_interleaved", given("rope_interleaved = true"), "layer 0, attention", None),
     ("llama", "norm_offset", given("norm_offset = 1"), "layer 0, attention: attn_norm", None),
     ("llama", "norm", given('norm = "layer"'), "layer 0, attention: attn_norm", None),
@@ -99,15 +104,35 @@ WRONG: list[tuple[str, str, Edit, str, Any]] = [  # checkpoint, fact, what is wr
     ("gemma2", "attn_cap", without("attn_cap"), "layer 0, attention", "attn_logit_softcapping"),
     ("gemma2", "logit_cap", without("logit_cap"), "the head", "final_logit_softcapping"),
     ("gpt_neox", "norm", without("norm"), "layer 0, attention and feed-forward: attn_norm", "layer"),
-    ("gpt_neox", "rope_fraction", without("rope_fraction"), "layer 0, attention and feed-forward: attention", "partial_rotary_factor | 1"),
+    (
+        "gpt_neox",
+        "rope_fraction",
+        without("rope_fraction"),
+        "layer 0, attention and feed-forward: attention",
+        "partial_rotary_factor | 1",
+    ),
     ("gpt_neox", "parallel", without("parallel"), "layer 0, attention: residual", True),
-    ("mixtral", "routing.renormalize", replaced("renormalize = true", "renormalize = false"), "layer 0, feed-forward", True),
+    (
+        "mixtral",
+        "routing.renormalize",
+        replaced("renormalize = true", "renormalize = false"),
+        "layer 0, feed-forward",
+        True,
+    ),
     ("deepseek_v3", "rope_interleaved", given("rope_interleaved = false"), "layer 0, attention", True),
-    ("deepseek_v3", "routing.score", replaced('score = "sigmoid"', 'score = "softmax"'), "layer 2, feed-forward", "sigmoid"),
+    (
+        "deepseek_v3",
+        "routing.score",
+        replaced('score = "sigmoid"', 'score = "softmax"'),
+        "layer 2, feed-forward",
+        "sigmoid",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "fact", "edit", "step", "right"), WRONG, ids=[f"{name}-{fact}" for name, fact, *_ in WRONG])
+@pytest.mark.parametrize(
+    ("name", "fact", "edit", "step", "right"), WRONG, ids=[f"{name}-{fact}" for name, fact, *_ in WRONG]
+)
 def test_a_table_that_is_wrong_in_one_fact_is_told_the_step_and_the_fact(
     name: str, fact: str, edit: Edit, step: str, right: Any, tmp_path: Path
 ) -> None:
@@ -118,7 +143,8 @@ def test_a_table_that_is_wrong_in_one_fact_is_told_the_step_and_the_fact(
     assert fact in {*found.facts, *found.absent} or fact == "post_norm"
 
 
-EXCHANGED: list[tuple[Edit, str, str, str]] = [  # what is exchanged, the step named, and a tensor of it by its wrong name
+# what is exchanged, the step named, and a tensor of it by its wrong name
+EXCHANGED: list[tuple[Edit, str, str, str]] = [
     (exchanged("k_proj.weight", "v_proj.weight"), "layer 0, attention", "attn.k", "self_attn.v_proj.weight"),
     (exchanged("q_proj.weight", "k_proj.weight"), "layer 0, attention", "attn.q", "self_attn.k_proj.weight"),
     (exchanged("gate_proj.weight", "up_proj.weight"), "layer 0, feed-forward", "mlp.up", "mlp.gate_proj.weight"),
@@ -172,7 +198,9 @@ def test_verify_tells_it_in_a_few_lines(tmp_path: Path) -> None:
     assert "attn.q = q_proj.weight, attn.k = k_proj.weight" in words and "of model.layers.0.self_attn" in words
     lines = [line for line in done.out.splitlines() if re.match(r" {11}\S| {22}\S", line)]
     assert all(len(line) <= WIDTH for line in lines)
-    said = reshard("verify", out, "--against", checkpoint("llama"), "--family", table, "--only", "numerics", "--json").json
+    said = reshard(
+        "verify", out, "--against", checkpoint("llama"), "--family", table, "--only", "numerics", "--json"
+    ).json
     first = said["rungs"][0]["numbers"]["first"]
     assert first["step"] == "layer 0, attention" and first["facts"] == {"rope_interleaved": True}
     assert first["weights"]["attn.q"] == ["model.layers.0.self_attn.q_proj.weight"]
@@ -191,7 +219,11 @@ def test_check_table_tells_it_too(tmp_path: Path) -> None:
 
 
 def test_every_fact_bears_on_a_part_of_a_step() -> None:
-    steps = ((EMBEDDING, EMBEDDING), (HEAD, HEAD), *(("layer 0", part) for part in (ATTENTION, FEED_FORWARD, RESIDUAL, "attn_norm")))
+    steps = (
+        (EMBEDDING, EMBEDDING),
+        (HEAD, HEAD),
+        *(("layer 0", part) for part in (ATTENTION, FEED_FORWARD, RESIDUAL, "attn_norm")),
+    )
     weights = {"moe.up": ()}
     found = {kind for step, part in steps for kind in kinds(step, part, ["attn_norm"], weights)}
     assert found == PARTS.keys() - {""}

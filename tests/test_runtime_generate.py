@@ -1,4 +1,5 @@
-"""Generating: the tokens are transformers', on any mesh, in any batch; the text streams whole; a job of processes ends as one.
+"""Generating: the tokens are transformers', on any mesh, in any batch; the text streams whole; a job of processes ends
+as one.
 
 Ranks are threads here, but for the command line, which starts processes.
 """
@@ -48,7 +49,12 @@ def run(mesh: Mesh, prompts: list[list[int]], options: Options, seen: list[Any] 
 
     def work(world: Any) -> Generated:
         decoder = load_model(DEMO, torch.float32, mesh=mesh, world=world)
-        return generate(decoder, prompts, options, (lambda *said: seen.append(said)) if seen is not None and world.rank == 0 else None)
+        return generate(
+            decoder,
+            prompts,
+            options,
+            (lambda *said: seen.append(said)) if seen is not None and world.rank == 0 else None,
+        )
 
     found = run_threads(mesh.world, work)
     assert all((other.tokens, other.reasons) == (found[0].tokens, found[0].reasons) for other in found)
@@ -61,17 +67,21 @@ def reference(count: int) -> list[list[int]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     found = []
     for ids in IDS:
-        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, attention_mask=torch.ones(1, len(ids)))
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, attention_mask=torch.ones(1, len(ids))
+        )
         found.append(out[0, len(ids) :].tolist())
     return found
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------------------
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_greedy_tokens_are_those_of_transformers(mesh: Mesh) -> None:
-    """Greedy tokens of a ragged batch in float32 are what transformers generates for each prompt alone, on every mesh."""
+    """Greedy tokens of a ragged batch in float32 are what transformers generates for each prompt alone,
+    on every mesh.
+    """
     done = run(mesh, IDS, Options(40))
     assert done.tokens == reference(40)
     assert done.reasons == ["length"] * len(IDS)
@@ -79,7 +89,9 @@ def test_greedy_tokens_are_those_of_transformers(mesh: Mesh) -> None:
 
 
 def test_drawn_tokens_depend_on_seed_and_prompt_alone() -> None:
-    """The same seed draws the same tokens on every mesh and in any batch with the prompt at the same place; another seed draws others."""
+    """The same seed draws the same tokens on every mesh and in any batch with the prompt at the same place;
+    another seed draws others.
+    """
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=5)
     first = run(Mesh(1), IDS, Options(24, sampling)).tokens
     assert run(Mesh(4), IDS, Options(24, sampling)).tokens == first
@@ -90,7 +102,11 @@ def test_drawn_tokens_depend_on_seed_and_prompt_alone() -> None:
 def test_stop_tokens_end_one_text_and_no_other() -> None:
     """A text ends before its first stop token, for the reason "stop"; the others go on as if it were not there."""
     expected = reference(40)
-    stop = next(token for token in expected[0][3:] if all(token not in other for other in expected[1:]) or token == expected[0][3])
+    stop = next(
+        token
+        for token in expected[0][3:]
+        if all(token not in other for other in expected[1:]) or token == expected[0][3]
+    )
     seen: list[Any] = []
     done = run(Mesh(2), IDS, Options(40, stop=frozenset([stop])), seen)
     for found, whole, reason in zip(done.tokens, expected, done.reasons, strict=True):
@@ -98,9 +114,9 @@ def test_stop_tokens_end_one_text_and_no_other() -> None:
         assert (found, reason) == (whole[:end], "stop" if stop in whole else "length")
     assert "stop" in done.reasons
     for number, tokens in enumerate(done.tokens):
-        assert [(token, reason) for prompt, token, reason in seen if prompt == number] == [(t, None) for t in tokens] + [
-            (None, done.reasons[number])
-        ]
+        assert [(token, reason) for prompt, token, reason in seen if prompt == number] == [
+            (t, None) for t in tokens
+        ] + [(None, done.reasons[number])]
 
 
 def test_a_text_ends_where_positions_do() -> None:
@@ -132,7 +148,7 @@ def test_prompts_that_cannot_be_are_refused(prompts: list[list[int]], words: str
     check([[1] * 7], 259, 8)
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def drawn(sampling: Sampling, logits: list[float], count: int = 3000) -> Counter[int]:
@@ -140,22 +156,31 @@ def drawn(sampling: Sampling, logits: list[float], count: int = 3000) -> Counter
 
 
 def test_draws_follow_the_probabilities() -> None:
-    """Tokens are drawn as often as the softmax of logits over temperature says; top-k and top-p leave exactly the likeliest."""
+    """Tokens are drawn as often as the softmax of logits over temperature says; top-k and top-p leave exactly the
+    likeliest.
+    """
     logits = [0.0, 3.0, 1.0, 2.0]
     for temperature in (0.5, 1.0, 2.0):
         wanted = (torch.tensor(logits) / temperature).softmax(0)
         found = drawn(Sampling(temperature), logits)
         for token, share in enumerate(wanted.tolist()):
-            assert abs(found[token] / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5 + 1e-9, (temperature, token)
+            assert abs(found[token] / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5 + 1e-9, (
+                temperature,
+                token,
+            )
     assert set(drawn(Sampling(1.0, top_k=2), logits)) == {1, 3}
     assert set(drawn(Sampling(1.0, top_p=0.65), logits)) == {1, 3}  # 0.64 and 0.24: the first does not quite suffice
     assert set(drawn(Sampling(1.0, top_p=0.63), logits)) == {1}
     assert (
-        set(drawn(Sampling(1.0, top_p=1e-9), logits)) == set(drawn(Sampling(1.0, top_k=1), logits)) == set(drawn(Sampling(), logits)) == {1}
+        set(drawn(Sampling(1.0, top_p=1e-9), logits))
+        == set(drawn(Sampling(1.0, top_k=1), logits))
+        == set(drawn(Sampling(), logits))
+        == {1}
     )
 
 
-WRONG: list[object] = ["1", "", True, -1, float("nan"), float("inf"), 10**400, [], [1], {}]  # which JSON can say, and no number is
+# which JSON can say, and no number is
+WRONG: list[object] = ["1", "", True, -1, float("nan"), float("inf"), 10**400, [], [1], {}]
 
 
 def test_what_was_asked_for_goes_before_generation_config() -> None:
@@ -188,7 +213,7 @@ def test_stop_tokens_are_one_or_several(tmp_path: Path) -> None:
             stop_tokens({"eos_token_id": value}, {}, tmp_path, 7)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 TEXT = "naïve — 日本語 🎉🎉 and  two spaces\n\tdef f(x): return 'é'\n" * 2
 
@@ -200,15 +225,22 @@ def trained(folder: Path, kind: str) -> Tokenizer:
         made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>"]
+            vocab_size=300,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<s>"],
         )
         made.train_from_iterator([TEXT, "日本 日語 語本"], trainer)
     else:
         vocabulary = {"<unk>": 0, "<s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
         for character in sorted(set("▁" + TEXT.replace(" ", "▁")) - set("日🎉é")):
             vocabulary[character] = len(vocabulary)
-        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        made.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+        made = tokenizers.Tokenizer(
+            tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        )
+        made.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        )
         made.decoder = tokenizers.decoders.Sequence(
             [
                 tokenizers.decoders.Replace("▁", " "),
@@ -224,7 +256,9 @@ def trained(folder: Path, kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["bytes", "fallback"])
 def test_streamed_text_is_the_whole_text(kind: str, tmp_path: Path) -> None:
-    """What a stream gives, token by token, is the text of all tokens; no part has half a character; special tokens are not shown."""
+    """What a stream gives, token by token, is the text of all tokens; no part has half a character;
+    special tokens are not shown.
+    """
     tokenizer = trained(tmp_path, kind)
     ids = [1 if kind == "fallback" else 0, *tokenizer.encode(TEXT)]
     assert len(ids) > len(TEXT) / 4
@@ -247,8 +281,10 @@ def test_a_text_that_ends_inside_a_character_shows_what_there_is(tmp_path: Path)
 TEMPLATES = {
     "plain": "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    "blocks": "{%- for m in messages %}\n    {%- if m.role == 'user' -%}\n    Q: {{ m | tojson }}\n    {% endif %}\n{%- endfor %}\nA:",
-    "loops": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content.split('x')[0] }}{% endfor %}"
+    "blocks": "{%- for m in messages %}\n    {%- if m.role == 'user' -%}\n    Q: {{ m | tojson }}\n    {% "
+    "endif %}\n{%- endfor %}\nA:",
+    "loops": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content.split('x')[0] "
+    "}}{% endfor %}"
     "{% generation %}é{% endgeneration %}{{ eos_token }}{{ 'n' if tools is none else 'y' }}",
 }
 
@@ -258,18 +294,31 @@ TEMPLATES = {
 def test_chats_are_rendered_as_transformers_does(name: str, where: str, tmp_path: Path) -> None:
     """A conversation becomes the text that transformers makes of it, wherever the template stands."""
     (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
-    said: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+    said: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+    }
     if where == "tokenizer_config.json":
         said["chat_template"] = TEMPLATES[name]
     elif where == "list":
-        said["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATES[name]}]
+        said["chat_template"] = [
+            {"name": "tool_use", "template": "no"},
+            {"name": "default", "template": TEMPLATES[name]},
+        ]
     else:
         (tmp_path / where).write_text(TEMPLATES[name])
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    messages = [{"role": "user", "content": "  héxllo "}, {"role": "assistant", "content": "x"}, {"role": "user", "content": '"b"<'}]
+    messages = [
+        {"role": "user", "content": "  héxllo "},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": '"b"<'},
+    ]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.render(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.render(messages) == theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert tokenizer.chat(messages) == ids
 
@@ -292,7 +341,10 @@ def test_templates_are_programs_of_strangers(template: str, words: str, tmp_path
 
 
 HOSTILE = {
-    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x", "took more than 1 s of CPU time"),
+    "loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x",
+        "took more than 1 s of CPU time",
+    ),
     "a long power": ("{% set x = 9 ** (9 ** 8) %}{{ x % 7 }}", "of CPU time|of memory"),
     "a long text": ("{{ 'a' * 10**10 }}", "of memory"),
     "an indent": ("{{ 'a'|indent(3*10**9) }}", "of memory"),
@@ -315,7 +367,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_may_take_little_and_no_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time, memory and output are bounded, and this process takes none of them: an error in words, whatever the template does."""
+    """Time, memory and output are bounded, and this process takes none of them: an error in words, whatever the
+    template does.
+    """
     template, words = HOSTILE[name]
     program = "import sys; sys.path[:] = {path!r}; from reshard.inputs import limits; limits.TEMPLATE_SECONDS = 1; "
     monkeypatch.setattr(chat_template, "_PROGRAM", program + "from reshard.runtime.template import serve; serve()")
@@ -351,7 +405,9 @@ def test_many_conversations_are_rendered_by_one_process(tmp_path: Path, monkeypa
     (tmp_path / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
     started: list[Any] = []
     popen = chat_template.subprocess.Popen
-    monkeypatch.setattr(chat_template.subprocess, "Popen", lambda *given, **more: started.append(given) or popen(*given, **more))
+    monkeypatch.setattr(
+        chat_template.subprocess, "Popen", lambda *given, **more: started.append(given) or popen(*given, **more)
+    )
     tokenizer = Tokenizer(tmp_path)
     assert started == []
     found = tokenizer.chats([[{"role": "user", "content": f"é{at}"}] for at in range(100)])
@@ -359,11 +415,14 @@ def test_many_conversations_are_rendered_by_one_process(tmp_path: Path, monkeypa
 
 
 def test_the_process_of_a_template_imports_no_torch() -> None:
-    code = "import sys; from reshard.runtime import template; import jinja2.sandbox, jinja2.ext; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from reshard.runtime import template; import jinja2.sandbox, jinja2.ext; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert process(code=code).code == 0
 
 
-# --- the command line, refusing --------------------------------------------------------------------------------------------------
+# --- the command line, refusing ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -401,12 +460,15 @@ def test_wrong_use_is_refused_in_words(shards: Path, tmp_path: Path, monkeypatch
 def test_generate_imports_nothing_heavy_before_it_must() -> None:
     """The command line and its help import neither torch nor the runtime."""
     code = "import sys; from reshard import cli\ntry: cli.main(['generate', '--help'])\nexcept SystemExit: pass\n"
-    code += "print([name for name in sys.modules if name in ('torch', 'numpy', 'tokenizers') or name.startswith('reshard.runtime')])"
+    code += (
+        "print([name for name in sys.modules if name in ('torch', 'numpy', 'tokenizers') or "
+        "name.startswith('reshard.runtime')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
-# --- the command line, running ---------------------------------------------------------------------------------------------------
+# --- the command line, running ----------------------------------------------------------------------------------------
 
 
 def hostile(folder: Path) -> Path:
@@ -427,11 +489,15 @@ def settings(**more: str) -> dict[str, str]:
 
 
 def test_a_job_of_processes_generates_what_threads_do(shards: Path, tmp_path: Path) -> None:
-    """`reshard generate` starts the ranks itself, in any folder, and its JSON has the tokens, texts, reasons, times and sizes."""
+    """`reshard generate` starts the ranks itself, in any folder, and its JSON has the tokens, texts, reasons,
+    times and sizes.
+    """
     prompts = tmp_path / "prompts"
     prompts.write_text("def \n" + json.dumps({"tokens": IDS[1]}) + "\n")
     words = ["generate", str(shards), "--prompts", str(prompts), "--max-tokens", "30", "--dtype", "float32", "--json"]
-    done = subprocess.run([SCRIPTS / "reshard", *words], cwd=hostile(tmp_path / "here"), env=settings(), capture_output=True, text=True)
+    done = subprocess.run(
+        [SCRIPTS / "reshard", *words], cwd=hostile(tmp_path / "here"), env=settings(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [text["tokens"] for text in found["texts"]] == [tokens[:30] for tokens in reference(40)[:2]]
@@ -442,7 +508,9 @@ def test_a_job_of_processes_generates_what_threads_do(shards: Path, tmp_path: Pa
     assert 0 < found["share_in_collectives"] < 1
     assert found["bandwidth"] > 0
     assert found["machine_bandwidth"] > 0
-    assert found["seconds"]["total"] >= found["seconds"]["start"] + found["seconds"]["load"] + found["seconds"]["decode"]
+    assert (
+        found["seconds"]["total"] >= found["seconds"]["start"] + found["seconds"]["load"] + found["seconds"]["decode"]
+    )
     assert done.stderr == ""
 
 
@@ -464,8 +532,21 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def decoding(long: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A job that is decoding, and its ranks' processes. Its own timeout is one that no busy machine reaches."""
-    words = ["generate", str(long), "--prompt", "def ", "--max-tokens", "60000", "--timeout", f"{WATCHDOG:.0f}", "--tp", "4"]
-    job = subprocess.Popen([SCRIPTS / "reshard", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings())
+    words = [
+        "generate",
+        str(long),
+        "--prompt",
+        "def ",
+        "--max-tokens",
+        "60000",
+        "--timeout",
+        f"{WATCHDOG:.0f}",
+        "--tp",
+        "4",
+    ]
+    job = subprocess.Popen(
+        [SCRIPTS / "reshard", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings()
+    )
     assert job.stdout is not None
     for _ in range(8):
         assert job.stdout.read(1)
@@ -500,8 +581,12 @@ def test_a_rank_that_is_killed_ends_the_job(decoding: tuple[subprocess.Popen[str
     wait_for(ranks)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
-def test_no_rank_outlives_the_command(number: int, code: int, decoding: tuple[subprocess.Popen[str], list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
+def test_no_rank_outlives_the_command(
+    number: int, code: int, decoding: tuple[subprocess.Popen[str], list[int]]
+) -> None:
     """Ctrl-C, SIGTERM, a terminal that is closed, and even SIGKILL of the command end all ranks."""
     job, ranks = decoding
     if number == signal.SIGHUP:  # goes to all processes of the terminal
@@ -522,7 +607,19 @@ def test_two_nodes_of_torchrun_are_one_job(shards: Path, tmp_path: Path) -> None
     ways: list[list[str | Path]] = [["-m", "reshard.runtime"], ["--no-python", SCRIPTS / "reshard"]]
     nodes = []
     for number, way in enumerate(ways):
-        words = ["--nnodes", "2", "--node-rank", number, "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port, *way]
+        words = [
+            "--nnodes",
+            "2",
+            "--node-rank",
+            number,
+            "--nproc-per-node",
+            "1",
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            port,
+            *way,
+        ]
         words += ["generate", shards, "--prompt", "def ", "--max-tokens", "20", "--dtype", "float32", "-q"]
         nodes.append(
             subprocess.Popen(

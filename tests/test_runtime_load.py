@@ -1,4 +1,6 @@
-"""Loading shards: mapped without a copy, checked before; other meshes and formats read through the plan; what does not fit refused."""
+"""Loading shards: mapped without a copy, checked before; other meshes and formats read through the plan;
+what does not fit refused.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def mine(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "out"))
 
 
-# --- mapping ---------------------------------------------------------------------------------------------------------------------
+# --- mapping ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2_bare", "deepseek_v3", "deepseek_v3_fp8", "gpt_oss"])
@@ -110,7 +112,9 @@ print(opened, anonymous() - before, sum(tensor.nbytes for tensor in state.values
 
 def test_anonymous_memory_grows_by_less_than_20_mb_whatever_the_size(tmp_path: Path) -> None:
     reshard.convert(big_llama(tmp_path / "hf", 300, sparse=True), tmp_path / "out")
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "out")], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "out")], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr
     opened, touched, size = map(int, done.stdout.split())
     assert size > 250e6
@@ -163,7 +167,9 @@ def test_empty_tensors_and_scalars_are_themselves() -> None:
 
 
 def test_opening_reads_what_is_said_of_the_tensors_and_none_of_them(tmp_path: Path) -> None:
-    """Of ten times the model no byte and few lines of Python more, but for tensors that there are more of. Seconds are for the bench."""
+    """Of ten times the model no byte and few lines of Python more, but for tensors that there are more of.
+    Seconds are for the bench.
+    """
     read, lines, counts = [], [], []
     for size in (100, 1000):
         out = tmp_path / f"out{size}"
@@ -184,7 +190,7 @@ def _read() -> int:
     return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
 
 
-# --- refusing --------------------------------------------------------------------------------------------------------------------
+# --- refusing ---------------------------------------------------------------------------------------------------------
 
 
 def refused(error: type[ReshardError], out: Path, rank: int, *parts: str, verify: str | None = None) -> None:
@@ -238,9 +244,15 @@ def test_a_file_of_another_conversion_is_refused(mine: Path, key: str) -> None:
     data = weights(mine, 0).read_bytes()
     found = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][f"reshard.{key}"]
     other = found[:-1] + "7" if key != "version" else "7" + found[1:]
-    weights(mine, 0).write_bytes(data.replace(f'"reshard.{key}":"{found}"'.encode(), f'"reshard.{key}":"{other}"'.encode()))
+    weights(mine, 0).write_bytes(
+        data.replace(f'"reshard.{key}":"{found}"'.encode(), f'"reshard.{key}":"{other}"'.encode())
+    )
     refused(
-        MismatchError, mine, 0, f"{key} {other}" if key != "version" else f"version {other}", "expected" if key != "version" else "reads"
+        MismatchError,
+        mine,
+        0,
+        f"{key} {other}" if key != "version" else f"version {other}",
+        "expected" if key != "version" else "reads",
     )
 
 
@@ -271,7 +283,7 @@ def test_an_unknown_way_to_verify_is_refused(shards: Path) -> None:
     refused(ReshardError, shards, 0, "'md5'", verify="md5")
 
 
-# --- through the plan ------------------------------------------------------------------------------------------------------------
+# --- through the plan -------------------------------------------------------------------------------------------------
 
 
 class Rank:
@@ -305,7 +317,9 @@ def test_shards_for_another_mesh_and_published_files_become_what_a_conversion_wr
     checkpoint: Get, tmp_path: Path, name: str, written: dict[str, int], wanted: Mesh
 ) -> None:
     reshard.convert(checkpoint(name), tmp_path / "written", **written)  # type: ignore[arg-type]
-    reshard.convert(checkpoint(name), tmp_path / "wanted", tp=wanted.tp, pp=wanted.pp, ep=wanted.ep, split=wanted.weights)
+    reshard.convert(
+        checkpoint(name), tmp_path / "wanted", tp=wanted.tp, pp=wanted.pp, ep=wanted.ep, split=wanted.weights
+    )
     expected = [load_file(weights(tmp_path / "wanted", rank)) for rank in range(wanted.world)]
     for out in (tmp_path / "written", checkpoint(name)):
         for rank, (opened, state) in enumerate(states(out, wanted.world, wanted)):
@@ -399,10 +413,18 @@ def contents(opened: load.Opened, rank: int) -> dict[str, object]:
     layout = opened.layout
     mine = [(name, piece) for name, found in layout.pieces.items() for piece in found if piece.slot.rank == rank]
     pieces = {
-        name: (piece.slot.template.name.text, piece.offset, sorted(zip(piece.tensor.axes, piece.box, piece.strides, strict=True)))
+        name: (
+            piece.slot.template.name.text,
+            piece.offset,
+            sorted(zip(piece.tensor.axes, piece.box, piece.strides, strict=True)),
+        )
         for name, piece in mine
     }
-    slots = {slot.name(point): (slot.shape, layout.dtype(slot, point)) for slot in layout.by_rank[rank] for point in slot.points()}
+    slots = {
+        slot.name(point): (slot.shape, layout.dtype(slot, point))
+        for slot in layout.by_rank[rank]
+        for point in slot.points()
+    }
     alias = {name: other for name, other in layout.alias.items() if {name, other} & pieces.keys()}
     return {"pieces": pieces, "slots": slots, "alias": alias}
 
@@ -433,7 +455,7 @@ def test_a_signed_directory_with_another_header_is_refused(mine: Path) -> None:
         load.open_for(mine, None, Rank(0, 2))  # type: ignore[arg-type]
 
 
-# --- casts -----------------------------------------------------------------------------------------------------------------------
+# --- casts ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [2, 1])
@@ -476,10 +498,12 @@ def test_a_checkpoint_of_several_dtypes_is_run_in_that_of_most(part: str, tmp_pa
     torch.testing.assert_close(logits(out, 2), logits(source), rtol=0.1, atol=0.1)
 
 
-# --- a job -----------------------------------------------------------------------------------------------------------------------
+# --- a job ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_of_another_size_is_refused_with_both_numbers_where_resharding_is_not_wanted(shards: Path, checkpoint: Get) -> None:
+def test_a_job_of_another_size_is_refused_with_both_numbers_where_resharding_is_not_wanted(
+    shards: Path, checkpoint: Get
+) -> None:
     with pytest.raises(ReshardError, match=r"is for 2 ranks.*this job has 4 ranks") as caught:
         load.open_for(shards, None, Rank(0, 4), reshard_on_load=False)  # type: ignore[arg-type]
     assert "start 2 processes" in str(caught.value.hint)
@@ -518,7 +542,7 @@ def test_a_rank_with_another_manifest_is_named(tmp_path: Path) -> None:
     assert set(run_threads(4, work)) == {f"rank 2 diverged in load: its manifest is {theirs}, but {ours} on rank 0"}
 
 
-# --- a model ---------------------------------------------------------------------------------------------------------------------
+# --- a model ----------------------------------------------------------------------------------------------------------
 
 
 TOKENS = torch.tensor([[5, 17, 200, 3, 44, 8]])

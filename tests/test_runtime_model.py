@@ -1,6 +1,7 @@
 """The decoder computes what transformers computes: every family, every kind of mesh, whole and token by token.
 
-Tolerances are those of the numeric check: so many times what the reference itself changes with the dtype (`reshard.runtime.proof`).
+Tolerances are those of the numeric check: so many times what the reference itself changes with the dtype
+(`reshard.runtime.proof`).
 """
 
 import json
@@ -38,7 +39,9 @@ class Reference(NamedTuple):
 
 
 def meshes(name: str) -> list[Mesh]:
-    """Every mesh for some, and with RESHARD_ALL_MESHES=1; for the others those that ask for most, as scripts/gauntlet tries all."""
+    """Every mesh for some, and with RESHARD_ALL_MESHES=1; for the others those that ask for most, as scripts/gauntlet
+    tries all.
+    """
     found = run_meshes(FIXTURES[name], True)
     if ALL or name in EVERY:
         return found
@@ -108,7 +111,9 @@ def check(directory: Path, mesh: Mesh, wanted: Reference) -> Mapping[str, int]:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_logits_are_those_of_transformers_at_every_mesh(name: str, scratch: Path) -> None:
-    """Also with a cache, token by token; and each kind of collective happens as often as the layers demand, and no more."""
+    """Also with a cache, token by token; and each kind of collective happens as often as the layers demand,
+    and no more.
+    """
     for mesh in meshes(name):
         counts = check(checkpoint(name), mesh, reference(name, scratch))
         if mesh.pp == 1 and mesh.tp > 1:
@@ -129,7 +134,13 @@ ROPES: dict[str, dict[str, Any]] = {
         "mscale": 0.7,
         "mscale_all_dim": 0.9,
     },
-    "yarn, whole steps": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4, "truncate": False},
+    "yarn, whole steps": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4,
+        "truncate": False,
+    },
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -158,10 +169,19 @@ def test_each_kind_of_rotary_positions_is_that_of_transformers(kind: str, tmp_pa
 
 
 def test_the_old_spelling_of_rotary_positions_means_the_same(tmp_path: Path) -> None:
-    new = said(copy("llama", tmp_path / "new"), rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0})
-    old = said(copy("llama", tmp_path / "old"), rope_parameters=None, rope_scaling={"type": "linear", "factor": 3.0}, rope_theta=5000.0)
+    new = said(
+        copy("llama", tmp_path / "new"), rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}
+    )
+    old = said(
+        copy("llama", tmp_path / "old"),
+        rope_parameters=None,
+        rope_scaling={"type": "linear", "factor": 3.0},
+        rope_theta=5000.0,
+    )
     ids = torch.arange(20)[None]
-    one, other = (run_threads(1, lambda world, at=at: load_model(at, torch.float32, world=world)(ids))[0] for at in (new, old))  # type: ignore[misc]
+    one, other = (
+        run_threads(1, lambda world, at=at: load_model(at, torch.float32, world=world)(ids))[0] for at in (new, old)
+    )  # type: ignore[misc]
     assert torch.equal(one, other)
 
 
@@ -215,15 +235,21 @@ ALL_OF = {"num_experts_per_tok": ("num_local_experts", "n_routed_experts"), "top
 
 
 def choosing_all(directory: Path) -> Path:
-    """A mixture whose routers take every expert: what it computes is continuous, while a rounding may change a choice of few."""
+    """A mixture whose routers take every expert: what it computes is continuous, while a rounding may change a choice
+    of few.
+    """
     config = json.loads((directory / "config.json").read_text())
-    counts = {key: config[of] for key, alternatives in ALL_OF.items() for of in alternatives if of in config and key in config}
+    counts = {
+        key: config[of] for key, alternatives in ALL_OF.items() for of in alternatives if of in config and key in config
+    }
     return said(directory, **counts)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_sixteen_bits_stay_as_close_to_float32_as_transformers_in_the_same_dtype(name: str, tmp_path: Path) -> None:
-    """At most RMS times as far, by the derivation in `reshard.runtime.proof`; on 4 × 48 tokens, as many as the check has at least."""
+    """At most RMS times as far, by the derivation in `reshard.runtime.proof`; on 4 × 48 tokens, as many as the check
+    has at least.
+    """
     directory = choosing_all(copy(name, tmp_path / "model"))
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -264,19 +290,32 @@ distributed.destroy_process_group()
 @pytest.mark.parametrize(
     ("ranks", "jobs"),
     [
-        (4, {"llama_tied": Mesh(tp=4), "qwen3": Mesh(tp=2, pp=2), "mixtral": Mesh(tp=4, ep=2), "qwen3_moe": Mesh(tp=4, ep=4)}),
+        (
+            4,
+            {
+                "llama_tied": Mesh(tp=4),
+                "qwen3": Mesh(tp=2, pp=2),
+                "mixtral": Mesh(tp=4, ep=2),
+                "qwen3_moe": Mesh(tp=4, ep=4),
+            },
+        ),
         (3, {"olmo2": Mesh(tp=3, weights=(2, 1, 1))}),
     ],
 )
 def test_gloo_processes_compute_what_threads_do(ranks: int, jobs: dict[str, Mesh], tmp_path: Path) -> None:
-    """Bit for bit: repeated key heads, two stages, experts cut both ways and one way, unequal ranks; started by torchrun."""
+    """Bit for bit: repeated key heads, two stages, experts cut both ways and one way, unequal ranks;
+    started by torchrun.
+    """
     (tmp_path / "job.py").write_text(PROCESSES)
     words = [
-        f"{checkpoint(name)},{name},{mesh.tp},{mesh.pp},{mesh.ep},{':'.join(map(str, mesh.weights or ()))}" for name, mesh in jobs.items()
+        f"{checkpoint(name)},{name},{mesh.tp},{mesh.pp},{mesh.ep},{':'.join(map(str, mesh.weights or ()))}"
+        for name, mesh in jobs.items()
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(tmp_path / "job.py"), str(tmp_path), *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, str(tmp_path / "job.py"), str(tmp_path), *words], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ids = torch.arange(26).view(2, 13)
     for name, mesh in jobs.items():

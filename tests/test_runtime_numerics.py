@@ -1,4 +1,6 @@
-"""The numeric rung: whole shards pass, whatever computes something else does not, and the step and tensor at fault are named."""
+"""The numeric rung: whole shards pass, whatever computes something else does not, and the step and tensor at fault are
+named.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: 
     assert not report.proven  # three rungs were not climbed
     told = "\n".join(report.lines())
     assert re.search(r"\n {11}float32: max [\d.e-]+ \(bound [\d.e-]+\), rms [\d.e-]+, KL -?[\d.e-]+\n", told), told
-    assert f"covered: {numbers['coverage']['rows']} of {numbers['coverage']['vocabulary']} rows of the vocabulary" in told
+    assert (
+        f"covered: {numbers['coverage']['rows']} of {numbers['coverage']['vocabulary']} rows of the vocabulary" in told
+    )
 
 
 def test_everything_climbed_and_nothing_left_out_is_proven(checkpoint: Get, tmp_path: Path) -> None:
@@ -92,9 +96,15 @@ def exchanged(out: Path, name: str, one: slice, other: slice, rank: int = 0) -> 
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("layers.1.attn.qkv", "layer 1, attention"), ("layers.0.mlp.gate_up", "layer 0, feed-forward"), ("embed", "the embedding")],
+    [
+        ("layers.1.attn.qkv", "layer 1, attention"),
+        ("layers.0.mlp.gate_up", "layer 0, feed-forward"),
+        ("embed", "the embedding"),
+    ],
 )
-def test_a_fault_that_every_digest_hides_is_found_and_named(checkpoint: Get, tmp_path: Path, name: str, step: str) -> None:
+def test_a_fault_that_every_digest_hides_is_found_and_named(
+    checkpoint: Get, tmp_path: Path, name: str, step: str
+) -> None:
     """Two halves of a tensor of rank 1 exchanged: k and v, gate and up, rows of the vocabulary."""
     out = tmp_path / "out"
     api.convert(checkpoint("llama"), out, tp=2)
@@ -142,7 +152,9 @@ def test_where_a_router_tosses_up_the_choice_of_the_reference_is_imposed(
     if not layers:
         monkeypatch.setattr(on_ranks, "impose", lambda *_: None)
         report = api.verify(out, against=source, only="numerics")
-        assert any("float32: logits differ by" in failure for failure in report.failures), "the same shards, left to toss up"
+        assert any("float32: logits differ by" in failure for failure in report.failures), (
+            "the same shards, left to toss up"
+        )
 
 
 def test_a_router_that_is_sure_of_the_wrong_is_left_to_it(checkpoint: Get, tmp_path: Path) -> None:
@@ -153,13 +165,17 @@ def test_a_router_that_is_sure_of_the_wrong_is_left_to_it(checkpoint: Get, tmp_p
         exchanged(out, "layers.0.moe.router", slice(2, 3), slice(5, 6), rank)
     for layers in (False, True):
         report = api.verify(out, against=checkpoint("mixtral"), only="numerics", layers=layers)
-        assert any("layer 0, feed-forward" in failure and "moe.router differs" in failure for failure in report.failures), report.failures
+        assert any(
+            "layer 0, feed-forward" in failure and "moe.router differs" in failure for failure in report.failures
+        ), report.failures
 
 
 def test_margins_are_those_of_experts_and_of_groups() -> None:
     """Four groups of two, of which two are taken: an expert of theirs, or the groups, may be a toss-up."""
     routing = Routing(2, "chosen", 0, 0, 1, groups=4, group_top=2, group_best=1, weigh_input=False, wide=False)
-    logits = torch.tensor([[9, 3, 8, 2, 7, 1, 0, 0], [9, 3, 8, 2, 7.75, 1, 0, 0], [9, 8, 8.5, 2, 7.75, 1, 0, 0]], dtype=torch.float64)
+    logits = torch.tensor(
+        [[9, 3, 8, 2, 7, 1, 0, 0], [9, 3, 8, 2, 7.75, 1, 0, 0], [9, 8, 8.5, 2, 7.75, 1, 0, 0]], dtype=torch.float64
+    )
     weights = Weights({"moe.router": torch.eye(8, dtype=torch.float64)})
     weights.routers["moe"].decisions = []
     chosen, _, _ = route(logits, weights, routing)
@@ -179,7 +195,10 @@ def test_processes_give_the_report_of_threads(checkpoint: Get, tmp_path: Path, m
     monkeypatch.setattr(on_ranks, "run_threads", None)
     processes = api.verify(out, against=checkpoint("llama"), only="numerics", processes=True)
     assert processes.ok, processes.failures
-    one, other = ({key: value for key, value in report.rungs[0].to_json().items() if key != "seconds"} for report in (threads, processes))
+    one, other = (
+        {key: value for key, value in report.rungs[0].to_json().items() if key != "seconds"}
+        for report in (threads, processes)
+    )
     assert one == other
 
 
@@ -190,7 +209,10 @@ def test_processes_find_and_name_a_fault(checkpoint: Get, tmp_path: Path, monkey
     monkeypatch.setattr(on_ranks, "run_threads", None)
     done = reshard("verify", out, "--against", checkpoint("llama_bin"), "--only", "numerics", "--processes")
     assert done.code == 1
-    assert "the first step to differ is layer 0, attention: rank-00001/model.safetensors: layers.0.attn.o differs" in done.out, done.out
+    assert (
+        "the first step to differ is layer 0, attention: rank-00001/model.safetensors: layers.0.attn.o differs"
+        in done.out
+    ), done.out
 
 
 def test_what_a_process_fails_with_is_raised(tmp_path: Path) -> None:
@@ -223,9 +245,9 @@ def test_layer_by_layer_names_the_step_and_the_tensor(checkpoint: Get, tmp_path:
     exchanged(out, f"layers.{FIXTURES['llama'].layers - 1}.attn.o", slice(0, 3), slice(3, 6), rank=3)
     done = reshard("verify", out, "--against", checkpoint("llama"), "--only", "numerics", "--layers")
     assert done.code == 1
-    assert re.search(r"float32: layer \d, attention differs by .*rank-00003/model.safetensors: layers.\d.attn.o differs", done.out), (
-        done.out
-    )
+    assert re.search(
+        r"float32: layer \d, attention differs by .*rank-00003/model.safetensors: layers.\d.attn.o differs", done.out
+    ), done.out
 
 
 LIMITED = """
@@ -262,17 +284,23 @@ print(repr(verify()))
 
 
 def test_layer_by_layer_runs_a_model_that_is_larger_than_the_memory(tmp_path: Path) -> None:
-    """A model of 380 MB in 16 bits where a process may have 330 MB: what is in memory is a part of a layer, in float64."""
+    """A model of 380 MB in 16 bits where a process may have 330 MB: what is in memory is a part of a layer,
+    in float64.
+    """
     source = big_llama(tmp_path / "model", 380, sparse=True)
     api.convert(source, tmp_path / "out", tp=2)
     line = [sys.executable, "-c", LIMITED, str(tmp_path / "out"), str(source), str(330_000_000)]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="2"))
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="2")
+    )
     if "not enforced" in done.stderr:
         pytest.skip("RLIMIT_DATA is not enforced here")
     assert done.returncode == 0, done.stderr
     layers, foreseen, met = done.stdout.splitlines()
     assert layers == "ok", layers
-    assert foreseen.startswith("'2: numerics: needs at least 2.") and "GiB of memory, this process may use 0." in foreseen
+    assert (
+        foreseen.startswith("'2: numerics: needs at least 2.") and "GiB of memory, this process may use 0." in foreseen
+    )
     assert met.startswith("'3: numerics: out of memory: this process may use")
     assert "--layers" in foreseen and "--layers" in met
 
@@ -325,7 +353,10 @@ def test_the_reference_adds_alibi_once(checkpoint: Get) -> None:
 @pytest.mark.parametrize("positions", [6, 33])
 def test_models_of_few_positions_are_run_as_far_as_these_go(tmp_path: Path, positions: int) -> None:
     source = copy("gpt2", tmp_path / "source")
-    rewrite(source, lambda state: {name: t[:positions].clone() if name.endswith("wpe.weight") else t for name, t in state.items()})
+    rewrite(
+        source,
+        lambda state: {name: t[:positions].clone() if name.endswith("wpe.weight") else t for name, t in state.items()},
+    )
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"n_positions": positions}))
     api.convert(source, tmp_path / "out", tp=2)

@@ -1,4 +1,6 @@
-"""What config.json leaves out is what transformers takes: the facts of a family do not depend on who wrote the keys down."""
+"""What config.json leaves out is what transformers takes: the facts of a family do not depend on who wrote the keys
+down.
+"""
 
 import json
 import re
@@ -19,8 +21,8 @@ from reshard.tables.families import Family
 transformers = pytest.importorskip("transformers")
 
 SAID = {"architectures", "model_type", "tie_word_embeddings", "num_experts_per_tok"}  # by every published config.json
-# Facts that transformers takes from elsewhere than the published config.json says: it does not read attn_config.rope_theta, and lists
-# layers where nothing lists them.
+# Facts that transformers takes from elsewhere than the published config.json says: it does not read
+# attn_config.rope_theta, and lists layers where nothing lists them.
 OTHERWISE = {"dbrx": {"rope", "rope_near"}, "mimo_v2_flash": {"window", "windowed"}}
 
 
@@ -44,7 +46,8 @@ def rope(found: Rope | None) -> Rope | None:
     """Without what changes nothing: how far positions reach, where nothing stretches them."""
     if found is None:
         return None
-    names = {"type": "rope_type", "rope_theta": "", "max_position_embeddings": ""}  # spelled otherwise, or said elsewhere
+    # spelled otherwise, or said elsewhere
+    names = {"type": "rope_type", "rope_theta": "", "max_position_embeddings": ""}
     scaling = {names.get(key, key): value for key, value in found.scaling.items() if names.get(key, key)}
     plain = found.kind == "default"
     original = 0 if plain or found.kind == "proportional" else found.original

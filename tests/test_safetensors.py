@@ -1,4 +1,6 @@
-"""Headers: accepted is what the library accepts, writes byte for byte what it writes, and says what is wrong with others."""
+"""Headers: accepted is what the library accepts, writes byte for byte what it writes, and says what is wrong with
+others.
+"""
 
 import ctypes
 import os
@@ -69,7 +71,7 @@ def agree(file: bytes) -> bool:
     return True
 
 
-# --- accepted if and only if the library accepts ------------------------------------------------------------------------------------------
+# --- accepted if and only if the library accepts ----------------------------------------------------------------------
 
 ACCEPTED = {
     "plain": tensors(U8),
@@ -121,7 +123,9 @@ ACCEPTED = {
     "size zero at the start": tensors(entry(shape="[0]", span="[0,0]"), U8),
     "size zero at the end": tensors(U8, entry(shape="[7,0]", span="[4,4]")),
     "size zero before another of the same offset": tensors(U8, entry(shape="[0]", span="[0,0]")),
-    "several of size zero": tensors(*[entry(shape="[0]", span="[0,0]")] * 3, U8, *[entry(shape="[0]", span="[4,4]")] * 3),
+    "several of size zero": tensors(
+        *[entry(shape="[0]", span="[0,0]")] * 3, U8, *[entry(shape="[0]", span="[4,4]")] * 3
+    ),
     "zero before an overflow": tensors(U8, entry(shape=f"[0,{2**40},{2**40}]", span="[0,0]")),
     "largest size": tensors(U8, entry(shape=f"[{2**64 - 1},0]", span="[0,0]")),
     "sub-byte, whole bytes": tensors(entry('"F4"', "[8]")),
@@ -270,7 +274,11 @@ REFUSED = {
 @pytest.mark.parametrize("accepted, case", [(True, name) for name in ACCEPTED] + [(False, name) for name in REFUSED])
 def test_a_listed_oddity_is_taken_as_the_library_takes_it(accepted: bool, case: str, tmp_path: Path) -> None:
     value = (ACCEPTED if accepted else REFUSED)[case]
-    file = pack(*value) if isinstance(value, tuple) else pack(value, b"" if case.startswith("white space every") else b"abcd")
+    file = (
+        pack(*value)
+        if isinstance(value, tuple)
+        else pack(value, b"" if case.startswith("white space every") else b"abcd")
+    )
     assert agree(file) is accepted
     path = tmp_path / "f.safetensors"
     path.write_bytes(file)
@@ -304,9 +312,13 @@ def test_a_length_word_is_taken_as_the_library_takes_it(file: bytes) -> None:
     agree(file)
 
 
-@pytest.mark.parametrize("more, library, message", [(0, "invalid header length", "truncated"), (1, "header too large", "announce")])
+@pytest.mark.parametrize(
+    "more, library, message", [(0, "invalid header length", "truncated"), (1, "header too large", "announce")]
+)
 def test_a_header_may_be_as_long_as_with_the_library_and_no_longer(more: int, library: str, message: str) -> None:
-    """On short files: both find the file too short for the longest header allowed, and one more byte too long for any file."""
+    """On short files: both find the file too short for the longest header allowed, and one more byte too long for any
+    file.
+    """
     file = (MAX_LENGTH + more).to_bytes(8, "little") + b"{}"
     with pytest.raises(safetensors.SafetensorError, match=library):
         safetensors.deserialize(file)
@@ -315,23 +327,42 @@ def test_a_header_may_be_as_long_as_with_the_library_and_no_longer(more: int, li
 
 
 # Small pieces of JSON, odd ones among them.
-NUMBERS = st.sampled_from(["0", "1", "2", "4", "8", "-0", "-1", "4.0", "1e0", "true", "null", '"4"', HUGE, str(2**64 - 1), "NaN", "[]"])
+NUMBERS = st.sampled_from(
+    ["0", "1", "2", "4", "8", "-0", "-1", "4.0", "1e0", "true", "null", '"4"', HUGE, str(2**64 - 1), "NaN", "[]"]
+)
 IGNORED = st.recursive(
     st.sampled_from(
-        ["null", "1.5", "-0", "1e400", "1e-400", "17976931348623158e292", '"\\ud800"', '"\\ud83d\\ude00"', "1" * 310, "Infinity"]
+        [
+            "null",
+            "1.5",
+            "-0",
+            "1e400",
+            "1e-400",
+            "17976931348623158e292",
+            '"\\ud800"',
+            '"\\ud83d\\ude00"',
+            "1" * 310,
+            "Infinity",
+        ]
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]"),
-        st.lists(inner, max_size=3).map(lambda items: "{" + ",".join(f'"{at % 2}":{item}' for at, item in enumerate(items)) + "}"),
+        st.lists(inner, max_size=3).map(
+            lambda items: "{" + ",".join(f'"{at % 2}":{item}' for at, item in enumerate(items)) + "}"
+        ),
     ),
     max_leaves=4,
 )
-NAMES = st.one_of(st.sampled_from(["a", "b", "", "-0", "dtype", "\\u0061", "\\ud800", "\\\\u", "é"]), st.integers(0, 9).map(str))
+NAMES = st.one_of(
+    st.sampled_from(["a", "b", "", "-0", "dtype", "\\u0061", "\\ud800", "\\\\u", "é"]), st.integers(0, 9).map(str)
+)
 
 
 @st.composite
 def headers(draw: st.DrawFn) -> tuple[str, int]:
-    """JSON text, and the bytes of data that it speaks of: tensors that follow one another, in most headers with something odd."""
+    """JSON text, and the bytes of data that it speaks of: tensors that follow one another, in most headers with
+    something odd.
+    """
     calm = draw(st.integers(0, 3))
 
     def odd() -> bool:
@@ -350,7 +381,11 @@ def headers(draw: st.DrawFn) -> tuple[str, int]:
             count *= 4
         begin, end = end, end + min(count * BITS[dtype] // 8, 1000)
         first, last = (draw(NUMBERS) if odd() else str(at) for at in (begin, end))
-        kind = draw(st.sampled_from([f'{{"{dtype}":null}}', f'{{"{dtype}":{{}}}}', f'["{dtype}"]', '"F8"', "7"])) if odd() else f'"{dtype}"'
+        kind = (
+            draw(st.sampled_from([f'{{"{dtype}":null}}', f'{{"{dtype}":{{}}}}', f'["{dtype}"]', '"F8"', "7"]))
+            if odd()
+            else f'"{dtype}"'
+        )
         fields = {"dtype": kind, "shape": f"[{','.join(sizes)}]", "data_offsets": f"[{first},{last}]"}
         pairs = [f'"{key}":{value}' for key, value in fields.items()]
         form = draw(st.integers(0, 4)) if odd() else 5
@@ -365,11 +400,17 @@ def headers(draw: st.DrawFn) -> tuple[str, int]:
         text = f"[{','.join(fields.values())}]" if form == 4 else "{" + ",".join(pairs) + "}"
         parts.append(f'"{draw(NAMES) if odd() else len(parts)}":{text}')
     if draw(st.booleans()):
-        metadata = draw(st.sampled_from(['{"a":"b","a":"c"}', "{}", "null", "[]", '{"a":1}', '{"a":null}'])) if odd() else '{"a":"b"}'
+        metadata = (
+            draw(st.sampled_from(['{"a":"b","a":"c"}', "{}", "null", "[]", '{"a":1}', '{"a":null}']))
+            if odd()
+            else '{"a":"b"}'
+        )
         parts.insert(draw(st.integers(0, len(parts))), f'"__metadata__":{metadata}')
     if draw(st.booleans()):
         parts = draw(st.permutations(parts))
-    before, after = draw(st.sampled_from([(" ", "\t"), ("\0", ""), ("\ufeff", ""), ("", "\0"), ("", "}")])) if odd() else ("", "  ")
+    before, after = (
+        draw(st.sampled_from([(" ", "\t"), ("\0", ""), ("\ufeff", ""), ("", "\0"), ("", "}")])) if odd() else ("", "  ")
+    )
     return before + "{" + ",".join(parts) + "}" + after, end
 
 
@@ -404,7 +445,9 @@ def test_a_damaged_file_is_taken_as_the_library_takes_it(seed: int, damages: int
 
 @given(st.integers(0, 10**25), st.none() | st.integers(0, 10**25), st.integers(-3, 3), st.sampled_from(["", "-"]))
 @law(500)
-def test_the_range_of_an_ignored_number_is_the_librarys(whole: int, fraction: int | None, shift: int, sign: str) -> None:
+def test_the_range_of_an_ignored_number_is_the_librarys(
+    whole: int, fraction: int | None, shift: int, sign: str
+) -> None:
     """Numbers around the largest double, 1.8e308, with more digits than it can hold."""
     tail = "" if fraction is None else f".{fraction}"
     agree(pack(extra(f"{sign}{whole}{tail}e{309 - len(str(whole)) + shift}")))
@@ -412,12 +455,14 @@ def test_the_range_of_an_ignored_number_is_the_librarys(whole: int, fraction: in
 
 @given(st.text(max_size=10), st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=1))
 @law(300)
-def test_names_and_metadata_in_any_script_are_written_as_the_library_writes_them(name: str, metadata: dict[str, str]) -> None:
+def test_names_and_metadata_in_any_script_are_written_as_the_library_writes_them(
+    name: str, metadata: dict[str, str]
+) -> None:
     if name != "__metadata__":
         assert build([(name, "U8", (1,))], metadata)[0] + b"x" == library([(name, "U8", (1,))], metadata, b"x")
 
 
-# --- dtypes, order, writing ---------------------------------------------------------------------------------------------------------------
+# --- dtypes, order, writing -------------------------------------------------------------------------------------------
 
 SPELLED = {  # how the library's writer calls the dtypes that it can write
     "BOOL": "bool",
@@ -456,7 +501,9 @@ def library(stored: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, 
 
 
 def test_every_dtype_of_the_library_is_known_with_its_size_and_no_other() -> None:
-    """Its own message names the dtypes; a tensor of 8 elements takes as many bytes as an element has bits, and no other number."""
+    """Its own message names the dtypes; a tensor of 8 elements takes as many bytes as an element has bits,
+    and no other number.
+    """
     with pytest.raises(safetensors.SafetensorError) as error:
         safetensors.deserialize(pack(tensors(entry('"?"'))))
     assert [name for at, name in enumerate(str(error.value).split("`")) if at % 2][1:] == list(BITS)
@@ -467,7 +514,9 @@ def test_every_dtype_of_the_library_is_known_with_its_size_and_no_other() -> Non
 
 
 def test_library_order_is_the_order_in_which_the_library_lays_tensors() -> None:
-    """Every dtype that it can write, given in shuffled order, with names that sort differently by bytes, by length and without case."""
+    """Every dtype that it can write, given in shuffled order, with names that sort differently by bytes,
+    by length and without case.
+    """
     names = ("b", "a", "B", "a.10", "a.2", "é", "\uffff", "😀")
     stored = [(f"{name}-{dtype}", dtype, (2,)) for dtype in SPELLED for name in names]
     random.Random(1).shuffle(stored)
@@ -504,7 +553,11 @@ def test_a_header_is_built_as_the_library_writes_it(metadata: dict[str, str] | N
 
 
 def test_a_header_is_built_as_the_library_writes_a_file(tmp_path: Path) -> None:
-    arrays = {f"layer.{n}.{kind}": np.zeros((n, 3), kind) for n in range(12) for kind in ("float16", "int64", "bool", "float32")}
+    arrays = {
+        f"layer.{n}.{kind}": np.zeros((n, 3), kind)
+        for n in range(12)
+        for kind in ("float16", "int64", "bool", "float32")
+    }
     safetensors.numpy.save_file(arrays, tmp_path / "f.safetensors", {"format": "np"})
     short = {"float16": "F16", "int64": "I64", "bool": "BOOL", "float32": "F32"}
     stored = library_order((name, short[str(array.dtype)], array.shape) for name, array in arrays.items())
@@ -521,7 +574,11 @@ def test_built_bytes_are_these() -> None:
     )
     assert raw == b"\xf8\0\0\0\0\0\0\0" + text.encode() + b" " * (248 - len(text.encode()))
     assert header.data_start == 256
-    assert header.entries == {"b": Entry("F32", (2, 1), 256, 8), "a": Entry("F4", (6,), 264, 3), "c": Entry("U8", (), 267, 1)}
+    assert header.entries == {
+        "b": Entry("F32", (2, 1), 256, 8),
+        "a": Entry("F4", (6,), 264, 3),
+        "c": Entry("U8", (), 267, 1),
+    }
     assert list(header.entries) == ["b", "a", "c"]
 
 
@@ -532,7 +589,11 @@ def test_the_library_writes_broken_json_for_no_tensors_and_empty_metadata_and_bu
 
 @pytest.mark.parametrize("align", [1, 2, 7, 8, 64, 4096, 2**20])
 def test_data_starts_at_a_multiple_of_align_and_the_library_reads_it(align: int, tmp_path: Path) -> None:
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.arange(5, dtype=np.int8), "zero": np.zeros((0, 2), np.int8)}
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.arange(5, dtype=np.int8),
+        "zero": np.zeros((0, 2), np.int8),
+    }
     raw, header = build([("b", "F32", (2, 3)), ("a", "I8", (5,)), ("zero", "I8", (0, 2))], {"k": "v"}, align)
     assert len(raw) == header.data_start and len(raw) % align == 0
     path = tmp_path / "f.safetensors"
@@ -544,7 +605,8 @@ def test_data_starts_at_a_multiple_of_align_and_the_library_reads_it(align: int,
 
 
 STORED = st.lists(
-    st.tuples(st.text(max_size=4), st.sampled_from(sorted(BITS)), st.lists(st.integers(0, 5), max_size=3).map(tuple)), max_size=6
+    st.tuples(st.text(max_size=4), st.sampled_from(sorted(BITS)), st.lists(st.integers(0, 5), max_size=3).map(tuple)),
+    max_size=6,
 )
 
 
@@ -569,7 +631,11 @@ def test_what_is_built_is_read_back_equal_here_and_accepted_by_the_library(
 @pytest.mark.parametrize(
     "stored, metadata, message",
     [
-        ([("a", "F32", (1,)), ("a", "F32", (1,))], None, "tensor 'a' cannot be stored as safetensors: the name is taken"),
+        (
+            [("a", "F32", (1,)), ("a", "F32", (1,))],
+            None,
+            "tensor 'a' cannot be stored as safetensors: the name is taken",
+        ),
         ([("__metadata__", "F32", (1,))], None, "the name is taken"),
         ([("a", "float32", (1,))], None, "unknown dtype 'float32'"),
         ([("a", "F4", (3,))], None, "F4 [3] has 12 bits"),
@@ -586,7 +652,7 @@ def test_what_no_file_can_hold_is_not_built(stored: list, metadata: dict[str, st
     assert message in error.value.message
 
 
-# --- reading, messages, speed -------------------------------------------------------------------------------------------------------------
+# --- reading, messages, speed -----------------------------------------------------------------------------------------
 
 
 def test_read_returns_the_header(tmp_path: Path) -> None:
@@ -616,7 +682,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_said_to() -> None:
     finally:
         os.close(r)
         os.close(w)
-    with Path(os.devnull).open("rb") as empty, pytest.raises(PlaceError, match=r"^f: the file ends at byte 0; bytes up to 8 were expected"):
+    with (
+        Path(os.devnull).open("rb") as empty,
+        pytest.raises(PlaceError, match=r"^f: the file ends at byte 0; bytes up to 8 were expected"),
+    ):
         read(of_descriptor(empty.fileno(), "f"), len(file), "f")
 
 
@@ -629,21 +698,54 @@ def refusal(file: bytes) -> ReshardError:
 @pytest.mark.parametrize(
     "text, message",
     [
-        (tensors(entry('"U9"')), f"m.safetensors: tensor 't0': unknown dtype 'U9'; safetensors knows {', '.join(BITS)}"),
-        (U8, "m.safetensors: not a safetensors header: the header is a tensor's entry, not an object that maps names to tensors"),
+        (
+            tensors(entry('"U9"')),
+            f"m.safetensors: tensor 't0': unknown dtype 'U9'; safetensors knows {', '.join(BITS)}",
+        ),
+        (
+            U8,
+            "m.safetensors: not a safetensors header: the header is a tensor's entry, not an object that maps "
+            "names to tensors",
+        ),
         (tensors(entry(shape="[true]")), "m.safetensors: tensor 't0': shape holds true, not a size"),
-        (tensors(entry(shape="[-1]")), "m.safetensors: tensor 't0': shape [-1] has sizes that are not from 0 to 2**64 - 1"),
-        (tensors(entry(span="[0,4.5]")), "m.safetensors: tensor 't0': data_offsets holds 0 and 4.5, not two offsets from 0 to 2**64 - 1"),
+        (
+            tensors(entry(shape="[-1]")),
+            "m.safetensors: tensor 't0': shape [-1] has sizes that are not from 0 to 2**64 - 1",
+        ),
+        (
+            tensors(entry(span="[0,4.5]")),
+            "m.safetensors: tensor 't0': data_offsets holds 0 and 4.5, not two offsets from 0 to 2**64 - 1",
+        ),
         (tensors(entry(span="[0]")), "m.safetensors: tensor 't0': data_offsets is a list of 1, not a pair of offsets"),
-        (tensors(entry(span="[0,4,4]")), "m.safetensors: tensor 't0': data_offsets is a list of 3, not a pair of offsets"),
+        (
+            tensors(entry(span="[0,4,4]")),
+            "m.safetensors: tensor 't0': data_offsets is a list of 3, not a pair of offsets",
+        ),
         (tensors(entry(shape="[5]")), "m.safetensors: tensor 't0': U8 [5] takes 5 bytes, but its offsets give it 4"),
-        (tensors(entry(span="[4,0]")), "m.safetensors: tensor 't0': begins at byte 66, but the data starts at byte 62: a hole"),
-        (tensors(U8, U8), "m.safetensors: tensor 't1': begins at byte 115, but tensor 't0' ends at byte 119: an overlap"),
-        (tensors(entry('"F4"', "[7]")), "m.safetensors: tensor 't0': F4 [7] has 28 bits, which is no whole number of bytes"),
+        (
+            tensors(entry(span="[4,0]")),
+            "m.safetensors: tensor 't0': begins at byte 66, but the data starts at byte 62: a hole",
+        ),
+        (
+            tensors(U8, U8),
+            "m.safetensors: tensor 't1': begins at byte 115, but tensor 't0' ends at byte 119: an overlap",
+        ),
+        (
+            tensors(entry('"F4"', "[7]")),
+            "m.safetensors: tensor 't0': F4 [7] has 28 bits, which is no whole number of bytes",
+        ),
         ('{"t":{"dtype":"U8","shape":[4]}}', "m.safetensors: tensor 't': data_offsets is missing"),
         ('{"__metadata__":{"a":1}}', "m.safetensors: __metadata__: 'a' is 1, not a string"),
-        ("[]", "m.safetensors: not a safetensors header: the header is a list of 0, not an object that maps names to tensors"),
-        ("{", "m.safetensors: not a safetensors header: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (
+            "[]",
+            "m.safetensors: not a safetensors header: the header is a list of 0, not an object that maps names "
+            "to tensors",
+        ),
+        (
+            "{",
+            "m.safetensors: not a safetensors header: Expecting property name enclosed in double quotes: line "
+            "1 column 2 (char 1)",
+        ),
     ],
 )
 def test_a_refusal_names_the_file_the_tensor_and_both_numbers(text: str, message: str) -> None:
@@ -655,8 +757,14 @@ def test_a_truncated_file_and_one_that_is_too_long_are_told_apart() -> None:
     cut = refusal(file[:-1])
     assert cut.message == f"m.safetensors: truncated: the file holds {len(file) - 1} bytes, the header says {len(file)}"
     assert cut.hint is not None and "download or copy it again" in cut.hint
-    assert refusal(file + b"x").message == f"m.safetensors: too long: the file holds {len(file) + 1} bytes, the header says {len(file)}"
-    assert refusal(file[:30]).message == "m.safetensors: truncated inside the header: the file holds 30 bytes, the header alone takes 62"
+    assert (
+        refusal(file + b"x").message
+        == f"m.safetensors: too long: the file holds {len(file) + 1} bytes, the header says {len(file)}"
+    )
+    assert (
+        refusal(file[:30]).message
+        == "m.safetensors: truncated inside the header: the file holds 30 bytes, the header alone takes 62"
+    )
     assert refusal(file[:5]).message == "m.safetensors: the file holds 5 bytes; a safetensors file has at least 10"
 
 
@@ -699,7 +807,9 @@ def many(count: int) -> tuple[bytes, Header, int]:
 
 
 def test_a_header_is_parsed_in_few_steps_for_each_tensor_however_many_there_are() -> None:
-    """0.35 s for 50,000 tensors, of which reading the JSON is a third; counted in lines of Python, which no busy machine changes."""
+    """0.35 s for 50,000 tensors, of which reading the JSON is a third; counted in lines of Python, which no busy
+    machine changes.
+    """
     lines = {}
     for count in (1_000, 10_000):
         raw, header, size = many(count)
@@ -710,7 +820,9 @@ def test_a_header_is_parsed_in_few_steps_for_each_tensor_however_many_there_are(
 
 
 def test_a_parsed_header_takes_few_bytes_per_tensor() -> None:
-    """The engine's memory promise is 1.5 KiB per tensor for everything: a parsed entry keeps under 350 bytes, its name included."""
+    """The engine's memory promise is 1.5 KiB per tensor for everything: a parsed entry keeps under 350 bytes,
+    its name included.
+    """
     raw, _, size = many(10_000)
     tracemalloc.start()
     try:

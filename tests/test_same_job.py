@@ -1,4 +1,6 @@
-"""Re-runs: content decides whether OUT is what the job would write; a damaged OUT is told from another source; facts are added."""
+"""Re-runs: content decides whether OUT is what the job would write; a damaged OUT is told from another source;
+facts are added.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from reshard.jobs import verify, verify_sha256
 from reshard.store import publish
 
 Target = tuple[str, ...]
-TARGETS: list[Target] = [("--tp", "2"), ("--tp", "2", "--to", "vllm"), ("--to", "hf"), ("--to", "hf", "--max-file-size", "60KB")]
+TARGETS: list[Target] = [
+    ("--tp", "2"),
+    ("--tp", "2", "--to", "vllm"),
+    ("--to", "hf"),
+    ("--to", "hf", "--max-file-size", "60KB"),
+]
 SHARDS = TARGETS[:2]
 EMBED = "model.embed_tokens.weight"
 
@@ -71,7 +78,9 @@ def decided(source: Path, out: Path, *words: str) -> str:
     done = reshard("convert", source, out, *words, "--json")
     assert done.code == 0, done.err
     assert done.json["already"] is True and done.json["bytes_read"] == done.json["bytes_written"] == 0
-    assert done.json["checked"] is ("--no-check" not in words or (done.json["decided_by"] == "content" and "hf" in words))
+    assert done.json["checked"] is (
+        "--no-check" not in words or (done.json["decided_by"] == "content" and "hf" in words)
+    )
     by: str = done.json["decided_by"]
     return by
 
@@ -86,7 +95,12 @@ def test_a_finished_conversion_is_a_no_op(target: Target, source: Path, tmp_path
     convert(source, out, *target)
     before = stamps(tmp_path)
     usual = "content" if "hf" in target else "sample"
-    for more, by in {(): usual, ("--workers", "3"): usual, ("--no-check",): "sample", ("--checksum",): "content"}.items():
+    for more, by in {
+        (): usual,
+        ("--workers", "3"): usual,
+        ("--no-check",): "sample",
+        ("--checksum",): "content",
+    }.items():
         assert decided(source, out, *target, *more) == by
         assert stamps(tmp_path) == before
     said = " ".join(reshard("convert", source, out, *target).out.split())
@@ -150,7 +164,9 @@ def test_another_revision_of_one_model_is_another_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=" ".join)
 @pytest.mark.parametrize("times", ["new", "1970"])
-def test_another_fine_tune_of_the_same_shapes_is_refused_by_name(times: str, target: Target, source: Path, tmp_path: Path) -> None:
+def test_another_fine_tune_of_the_same_shapes_is_refused_by_name(
+    times: str, target: Target, source: Path, tmp_path: Path
+) -> None:
     """Tonight's fine-tune with yesterday's shapes is never answered "already", whatever its times say."""
     out = tmp_path / "out"
     if times == "1970":
@@ -162,7 +178,16 @@ def test_another_fine_tune_of_the_same_shapes_is_refused_by_name(times: str, tar
     before = stamps(out)
     for more in ((), ("--no-check",), ("--checksum",)):
         done = reshard("convert", source, out, *target, *more)
-        refused(done, 2, str(out), "is not empty", "b.safetensors: ", "lm_head.weight", "differs from the source", "--overwrite")
+        refused(
+            done,
+            2,
+            str(out),
+            "is not empty",
+            "b.safetensors: ",
+            "lm_head.weight",
+            "differs from the source",
+            "--overwrite",
+        )
     assert stamps(out) == before
     convert(source, out, *target, "--overwrite")
     assert reshard("verify", out, "--against", source).code == 0
@@ -177,7 +202,11 @@ def test_every_tensor_is_in_the_sample(target: Target, source: Path, tmp_path: P
     for name, values in llama_tensors(seed=1).items():
         write(source, tensors | {name: values})
         in_1970(source)
-        refused(reshard("convert", source, out, *target, "--no-check"), 2, f".safetensors: {name}" if "vllm" not in target else name)
+        refused(
+            reshard("convert", source, out, *target, "--no-check"),
+            2,
+            f".safetensors: {name}" if "vllm" not in target else name,
+        )
     write(source, tensors)
     in_1970(source)
     assert decided(source, out, *target, "--no-check") == "sample"
@@ -200,7 +229,10 @@ def test_another_fine_tune_in_other_forms_of_sources(form: str, tmp_path: Path) 
                 name: torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(shape)
                 for name, (_, shape, data) in llama_tensors(seed=seed).items()
             }
-            torch.save({n: t.t().contiguous().t() if "q_proj" in n else t for n, t in found.items()}, place / "pytorch_model.bin")
+            torch.save(
+                {n: t.t().contiguous().t() if "q_proj" in n else t for n, t in found.items()},
+                place / "pytorch_model.bin",
+            )
         else:
             convert(plain, place, "--tp", "2", *(["--to", "vllm"] * (form == "engine")))
             if form == "engine":
@@ -243,7 +275,9 @@ def test_a_sample_is_no_proof_and_checksum_is(source: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("which", ["lm_head.weight", EMBED])
-def test_a_tensor_that_out_stores_under_another_name_counts(which: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_tensor_that_out_stores_under_another_name_counts(
+    which: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The source has head and embedding, equal; the engine's shards have one of them."""
     source = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3_tied_stored"), source)
@@ -263,8 +297,12 @@ def test_a_tensor_that_out_stores_under_another_name_counts(which: str, checkpoi
 
 @pytest.mark.parametrize("target", TARGETS, ids=" ".join)
 @pytest.mark.parametrize("how", ["touched", "copied", "written again"])
-def test_other_times_of_the_same_content_are_forgiven_and_remembered(how: str, target: Target, source: Path, tmp_path: Path) -> None:
-    """`touch`, `cp -r`, another download. Remembered, so that the next re-run need not read everything; no byte of OUT changes."""
+def test_other_times_of_the_same_content_are_forgiven_and_remembered(
+    how: str, target: Target, source: Path, tmp_path: Path
+) -> None:
+    """`touch`, `cp -r`, another download. Remembered, so that the next re-run need not read everything;
+    no byte of OUT changes.
+    """
     out = tmp_path / "out"
     convert(source, out, *target)
     wanted = tree(out)
@@ -298,7 +336,9 @@ def test_one_touched_file_of_other_content_is_noticed_where_the_sample_would_not
     convert(source, tmp_path / "out", "--tp", "1")
     for at in (9000, 14000, 19000):
         flip(source / "a.safetensors", at, keep_times=False)
-        refused(reshard("convert", source, tmp_path / "out", "--tp", "1"), 2, "a.safetensors: model.embed_tokens.weight")
+        refused(
+            reshard("convert", source, tmp_path / "out", "--tp", "1"), 2, "a.safetensors: model.embed_tokens.weight"
+        )
         flip(source / "a.safetensors", at, keep_times=False)
 
 
@@ -347,7 +387,9 @@ def test_any_other_change_of_the_source_is_refused_by_name(
         (("--to", "hf"), ("lacks", "a.safetensors")),
     ],
 )
-def test_another_job_is_refused_with_what_is_there(target: Target, parts: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+def test_another_job_is_refused_with_what_is_there(
+    target: Target, parts: tuple[str, ...], source: Path, tmp_path: Path
+) -> None:
     convert(source, tmp_path / "out", "--tp", "2")
     before = stamps(tmp_path)
     refused(reshard("convert", source, tmp_path / "out", *target), 2, str(tmp_path / "out"), *parts, "--overwrite")
@@ -359,7 +401,9 @@ def test_another_job_is_refused_with_what_is_there(target: Target, parts: tuple[
 
 @pytest.mark.parametrize("target", SHARDS, ids=" ".join)
 def test_damaged_shards_are_told_from_another_source_and_repaired(target: Target, source: Path, tmp_path: Path) -> None:
-    """A bit of any file: exit 1, the file is named, and --overwrite writes it anew. manifest.json may be past reading."""
+    """A bit of any file: exit 1, the file is named, and --overwrite writes it anew.
+    manifest.json may be past reading.
+    """
     out = tmp_path / "out"
     convert(source, out, *target)
     wanted = tree(out)
@@ -367,7 +411,12 @@ def test_damaged_shards_are_told_from_another_source_and_repaired(target: Target
         flip(out / name, len(data) * 2 // 3)
         before = stamps(out)
         done = reshard("convert", source, out, *target)
-        refused(done, done.code if name == "manifest.json" else 1, name.split("/")[-1], "--overwrite" if name != "manifest.json" else "")
+        refused(
+            done,
+            done.code if name == "manifest.json" else 1,
+            name.split("/")[-1],
+            "--overwrite" if name != "manifest.json" else "",
+        )
         assert done.code in (1, 2) and stamps(out) == before
         if name != "manifest.json":
             assert "is damaged" in done.err
@@ -495,7 +544,9 @@ def fail() -> None:
 def test_adding_is_whole_or_not_at_all(
     how: Callable[[], None], place: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed, or refused a system call, at any change of a path: a reader finds OUT with or without; the next job adds it."""
+    """Killed, or refused a system call, at any change of a path: a reader finds OUT with or without;
+    the next job adds it.
+    """
     if place == "inside":
         monkeypatch.setattr(publish, "_mounted", lambda _: True)
     elif place == "aside":
@@ -527,7 +578,9 @@ def test_adding_is_whole_or_not_at_all(
         assert names(out.parent) == ["out"], number
 
 
-def test_a_source_replaced_between_hashing_and_adding(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_replaced_between_hashing_and_adding(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed = verify_sha256.hashed
 
     def then_replaced(*arguments: object) -> object:
@@ -538,7 +591,11 @@ def test_a_source_replaced_between_hashing_and_adding(source: Path, tmp_path: Pa
     convert(source, tmp_path / "out", "--tp", "2")
     wanted = tree(tmp_path / "out")
     monkeypatch.setattr(verify_sha256, "hashed", then_replaced)
-    refused(reshard("convert", source, tmp_path / "out", "--tp", "2", "--sha256"), 3, "b.safetensors: was changed while it was being read")
+    refused(
+        reshard("convert", source, tmp_path / "out", "--tp", "2", "--sha256"),
+        3,
+        "b.safetensors: was changed while it was being read",
+    )
     assert tree(tmp_path / "out") == wanted
 
 

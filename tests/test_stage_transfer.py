@@ -1,4 +1,6 @@
-"""Layers that borrow keys and values of earlier ones, and take something of the embedding, on whatever stage and from whatever folder."""
+"""Layers that borrow keys and values of earlier ones, and take something of the embedding, on whatever stage and from
+whatever folder.
+"""
 
 import shutil
 from functools import cache
@@ -48,13 +50,15 @@ def test_every_stage_has_what_its_layers_borrow_and_plan_counts_it(mesh: Mesh, t
         assert torch.allclose(whole, wanted("gemma4_text"), atol=1e-4) and torch.allclose(steps, whole, atol=1e-4)
     opened = open_source(out)
     counted = capacity.cache(opened.layout, opened.config, IDS.shape[1], IDS.shape[0])
-    assert counted is not None and counted.ranks == tuple(nbytes // 4 for _, _, nbytes in found)  # BF16 as stored, float64 as run
+    # BF16 as stored, float64 as run
+    assert counted is not None and counted.ranks == tuple(nbytes // 4 for _, _, nbytes in found)
 
 
 def test_keys_that_are_values_too_are_counted_twice() -> None:
     opened = open_source(checkpoint("gemma4_moe"))
     counted = capacity.cache(opened.layout, opened.config, 100, 1)
-    assert counted is not None and counted.ranks == (2 * (2 * 5 * 2 * 4 * 10 + 100 * 2 * 2 * 20),)  # two layers of five tokens, one of all
+    # two layers of five tokens, one of all
+    assert counted is not None and counted.ranks == (2 * (2 * 5 * 2 * 4 * 10 + 100 * 2 * 2 * 20),)
 
 
 @pytest.mark.parametrize("mesh", MESHES[:3], ids=str)

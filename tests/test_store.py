@@ -63,7 +63,9 @@ def test_a_checkpoint_in_a_store_reads_as_the_local_one(model: Path, memory: lis
 
 
 def test_every_job_reads_a_store_as_a_directory(model: Path, memory: list[Memory], tmp_path: Path) -> None:
-    """Shards, merged and verified from a store are those of the directory; a re-run compares contents, since no time is known."""
+    """Shards, merged and verified from a store are those of the directory; a re-run compares contents,
+    since no time is known.
+    """
     api.convert("mem://model", tmp_path / "a", tp=2)
     api.convert(model, tmp_path / "b", tp=2)
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
@@ -78,7 +80,9 @@ def test_every_job_reads_a_store_as_a_directory(model: Path, memory: list[Memory
 def test_other_weights_of_the_same_sizes_are_noticed(model: Path, memory: list[Memory], tmp_path: Path) -> None:
     """A re-run from a store whose weights were exchanged is refused, and verify says where."""
     api.convert("mem://model", tmp_path / "a", tp=2)
-    name, entry = next((file, entry) for at, entry in open_any(model).tensors.values() for file in [open_any(model).originals[at].name])
+    name, entry = next(
+        (file, entry) for at, entry in open_any(model).tensors.values() for file in [open_any(model).originals[at].name]
+    )
     text = bytearray(memory[0].data[name])
     text[entry.offset] ^= 1
     memory.append(replace(memory[0], data=memory[0].data | {name: bytes(text)}))
@@ -88,7 +92,9 @@ def test_other_weights_of_the_same_sizes_are_noticed(model: Path, memory: list[M
 
 
 def test_a_store_that_gives_less_is_named(model: Path, memory: list[Memory], tmp_path: Path) -> None:
-    """A file that ends early is an error of the place, with the store, the file and both numbers, and nothing is published."""
+    """A file that ends early is an error of the place, with the store, the file and both numbers, and nothing is
+    published.
+    """
     name = max(memory[0].data, key=lambda name: len(memory[0].data[name]))
     memory.append(replace(memory[0], data=memory[0].data | {name: memory[0].data[name][:-3]}))
     with pytest.raises(PlaceError, match=rf"mem://model/{name}: [0-9]+ bytes wanted at offset [0-9]+, [0-9]+ came"):

@@ -1,6 +1,8 @@
-"""Every damage is refused, by ReshardError and before anything is written: to tensors, to config.json, to a table, to a shard directory.
+"""Every damage is refused, by ReshardError and before anything is written: to tensors, to config.json, to a table, to a
+shard directory.
 
-Headers are all that understanding needs, so thousands of damages take seconds. What is accepted all the same stands here, with the reason.
+Headers are all that understanding needs, so thousands of damages take seconds. What is accepted all the same stands
+here, with the reason.
 """
 
 import itertools
@@ -32,7 +34,8 @@ from reshard.tables.shipped import HOME
 each_fixture = pytest.mark.parametrize("name", FIXTURES)
 Damages = Iterator[tuple[str, Headers]]
 
-# A stored twin of a tied tensor is another name for what is still there: its loss cannot be told from a checkpoint without it.
+# A stored twin of a tied tensor is another name for what is still there: its loss cannot be told from a checkpoint
+# without it.
 TWINS = {
     "qwen3_tied_stored": {"lm_head.weight", "model.embed_tokens.weight"},
     "falcon_40b": {"lm_head.weight", "transformer.word_embeddings.weight"},
@@ -40,7 +43,9 @@ TWINS = {
 
 
 def fits(name: str, stored: Headers, config: dict[str, Any] | None = None, table: Family | None = None) -> bool:
-    """Whether `reshard` would convert this: understood, laid out in its own format, and joined. Any error but ReshardError is a failure."""
+    """Whether `reshard` would convert this: understood, laid out in its own format, and joined. Any error but
+    ReshardError is a failure.
+    """
     try:
         model = understand(table or table_of(name), Config(config or headers(name)[0]), stored, name)
         source = lay_out(model.family.published, model, Mesh(), model.active)
@@ -94,7 +99,9 @@ def test_the_loss_of_any_tensor_is_refused(name: str) -> None:
 
 @each_fixture
 def test_the_loss_of_a_tensor_in_every_layer_is_refused(name: str) -> None:
-    assert accepted(name, ((kind, without(name, keys)) for kind, keys in folded(name).items())) == sorted(TWINS.get(name, ()))
+    assert accepted(name, ((kind, without(name, keys)) for kind, keys in folded(name).items())) == sorted(
+        TWINS.get(name, ())
+    )
 
 
 @each_fixture
@@ -143,7 +150,10 @@ def test_a_dimension_that_is_larger_in_every_layer_is_refused(name: str) -> None
     def damages() -> Damages:
         for kind, keys in folded(name).items():
             for at in range(len(stored[min(keys)].shape)):
-                grown = {key: (*stored[key].shape[:at], stored[key].shape[at] + 1, *stored[key].shape[at + 1 :]) for key in keys}
+                grown = {
+                    key: (*stored[key].shape[:at], stored[key].shape[at] + 1, *stored[key].shape[at + 1 :])
+                    for key in keys
+                }
                 yield f"{kind} {at}", stored | {key: Stored(stored[key].dtype, shape) for key, shape in grown.items()}
 
     assert accepted(name, damages()) == []
@@ -164,7 +174,11 @@ def test_another_number_of_dimensions_is_refused(name: str) -> None:
 @each_fixture
 def test_a_transposed_matrix_is_refused(name: str) -> None:
     stored = headers(name)[1]
-    turned = ((key, stored | {key: Stored(dtype, shape[::-1])}) for key, (dtype, shape) in one_each(name).items() if shape != shape[::-1])
+    turned = (
+        (key, stored | {key: Stored(dtype, shape[::-1])})
+        for key, (dtype, shape) in one_each(name).items()
+        if shape != shape[::-1]
+    )
     assert accepted(name, turned) == []
 
 
@@ -180,19 +194,25 @@ def test_a_dtype_of_its_own_inside_a_fused_group_is_refused(name: str) -> None:
     stored = headers(name)[1]
     fused = {key for key in weights(name) if FUSED.fullmatch(key)}
     if name == "deepseek_v3_whole":
-        fused -= {key for key in fused if re.search(r"\.(kv_a_proj_with_mqa|q_proj)\.", key)}  # alone where q has no low rank
+        # alone where q has no low rank
+        fused -= {key for key in fused if re.search(r"\.(kv_a_proj_with_mqa|q_proj)\.", key)}
     assert fused or FIXTURES[name].family in ("phi3", "gpt2", "gpt_neox", "falcon", "gpt_oss")
     assert accepted(name, ((key, stored | {key: Stored("F64", stored[key].shape)}) for key in fused)) == []
 
 
 @each_fixture
 def test_the_loss_of_a_layer_is_refused(name: str) -> None:
-    """But for the multi-token prediction: transformers itself drops that layer on writing, and leaves the key in config.json."""
+    """But for the multi-token prediction: transformers itself drops that layer on writing, and leaves the key in
+    config.json.
+    """
     fixture = FIXTURES[name]
 
     def damages() -> Damages:
         for layer in range(fixture.layers + fixture.mtp):
-            yield f"layer {layer}", without(name, {key for key in headers(name)[1] if re.search(rf"(^|\.)(layers|h)\.{layer}\.", key)})
+            yield (
+                f"layer {layer}",
+                without(name, {key for key in headers(name)[1] if re.search(rf"(^|\.)(layers|h)\.{layer}\.", key)}),
+            )
 
     assert accepted(name, damages()) == ([f"layer {fixture.layers}"] if fixture.mtp else [])
 
@@ -224,7 +244,9 @@ def stored_names(name: str, rows: list[Row]) -> set[str]:
 def test_the_loss_of_an_optional_set_or_of_a_kind_is_refused(name: str) -> None:
     """Each is bound to a key of config.json, or leaves layers without a kind."""
     rows = rows_in_use(name)
-    sets = {word: [row for row in rows if word in row.tags | row.kinds] for row in rows for word in row.tags | row.kinds}
+    sets = {
+        word: [row for row in rows if word in row.tags | row.kinds] for row in rows for word in row.tags | row.kinds
+    }
     assert accepted(name, ((word, without(name, stored_names(name, mine))) for word, mine in sets.items())) == []
 
 
@@ -273,9 +295,16 @@ def test_a_size_in_config_that_contradicts_the_shapes_is_refused(name: str) -> N
 def test_a_size_that_is_none_is_refused_and_costs_nothing(name: str, value: Any) -> None:
     """Config comes from strangers: no number in it may make a list as long as it says."""
     config, stored = headers(name)
-    keys = [key for expression in table_of(name).sizes.values() for key in re.findall(r"\w+", expression) if key in config]
-    known = {"q_lora_rank"} if value == 0 else set()  # zero says, as null does, that there is no low rank: then q_a is unexpected anyway
-    found = [key for key in keys if key not in known and config[key] is not None and fits(name, stored, config | {key: value})]
+    keys = [
+        key for expression in table_of(name).sizes.values() for key in re.findall(r"\w+", expression) if key in config
+    ]
+    # zero says, as null does, that there is no low rank: then q_a is unexpected anyway
+    known = {"q_lora_rank"} if value == 0 else set()
+    found = [
+        key
+        for key in keys
+        if key not in known and config[key] is not None and fits(name, stored, config | {key: value})
+    ]
     assert found == []
     if "num_nextn_predict_layers" in config:
         fits(name, stored, config | {"num_nextn_predict_layers": value})
@@ -285,14 +314,18 @@ def test_a_size_that_is_none_is_refused_and_costs_nothing(name: str, value: Any)
 def test_a_key_that_is_missing_or_null_is_either_solved_from_the_shapes_or_refused(name: str) -> None:
     config, stored = headers(name)
     model = model_of(name)
-    for key in {key for expression in table_of(name).sizes.values() for key in re.findall(r"\w+", expression) if key in config}:
+    for key in {
+        key for expression in table_of(name).sizes.values() for key in re.findall(r"\w+", expression) if key in config
+    }:
         for changed in ({k: v for k, v in config.items() if k != key}, config | {key: None}):
             try:
                 other = understand(table_of(name), Config(changed), stored, name)
             except ReshardError:
                 continue
             used = {axis for tensor in model.tensors.values() for axis in tensor.axes}
-            assert {axis: other.sizes[axis] for axis in used if "/" not in axis} == {a: model.sizes[a] for a in used if "/" not in a}, key
+            assert {axis: other.sizes[axis] for axis in used if "/" not in axis} == {
+                a: model.sizes[a] for a in used if "/" not in a
+            }, key
 
 
 def test_a_layer_of_multi_token_prediction_is_no_layer_of_the_model() -> None:
@@ -305,17 +338,23 @@ def test_what_stands_beside_the_layers_of_a_kind_is_there_with_them_and_only_the
     config, stored = headers("exaone_moe")
     table = families.load("exaone_moe")
     assert fits("exaone_moe", stored, table=table)
-    assert fits("exaone_moe", {name: entry for name, entry in stored.items() if not name.startswith("mtp.")}, table=table)
+    assert fits(
+        "exaone_moe", {name: entry for name, entry in stored.items() if not name.startswith("mtp.")}, table=table
+    )
     for lost, said in (("mtp.fc.", "missing mtp.fc.weight"), ("mtp.layers.", "unexpected mtp.fc.weight")):
         with pytest.raises(ReshardError, match=said):
-            understand(table, Config(config), {name: entry for name, entry in stored.items() if not name.startswith(lost)})
+            understand(
+                table, Config(config), {name: entry for name, entry in stored.items() if not name.startswith(lost)}
+            )
 
 
 def test_a_layer_number_out_of_all_proportion_is_refused() -> None:
     config, stored = headers("llama")
     far = {"model.layers.999999999.input_layernorm.weight": stored["model.layers.0.input_layernorm.weight"]}
     with pytest.raises(ReshardError, match=r"1000000000 layers, the files hold \d+ tensors"):
-        understand(table_of("llama"), Config({k: v for k, v in config.items() if k != "num_hidden_layers"}), stored | far)
+        understand(
+            table_of("llama"), Config({k: v for k, v in config.items() if k != "num_hidden_layers"}), stored | far
+        )
 
 
 # Tables
@@ -329,7 +368,9 @@ each_table = pytest.mark.parametrize(
 
 def pairs(name: str) -> Iterator[tuple[int, int]]:
     active = list(model_of(name).active)
-    return (pair for n, pair in enumerate(itertools.permutations(active, 2)) if n % max(1, len(active) ** 2 // 150) == 0)
+    return (
+        pair for n, pair in enumerate(itertools.permutations(active, 2)) if n % max(1, len(active) ** 2 // 150) == 0
+    )
 
 
 @each_fixture
@@ -339,7 +380,11 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
     for at in model_of(name).active:
         row = table.rows[at]
         twin = row._replace(name=parse_template(row.name.text + ".twin"))
-        for what, rows in (("lost", table.rows[:at] + table.rows[at + 1 :]), ("twin", (*table.rows, twin)), ("first", (twin, *table.rows))):
+        for what, rows in (
+            ("lost", table.rows[:at] + table.rows[at + 1 :]),
+            ("twin", (*table.rows, twin)),
+            ("first", (twin, *table.rows)),
+        ):
             if fits(name, stored, table=replace(table, rows=rows)):
                 found.append(f"{row.name.text} {what}")
     assert found == []
@@ -349,7 +394,12 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
 def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else the tests say nothing about it. Rows taken over by `like` are tested where they were written."""
     table = families.load(family)
-    used = {table.rows[at].name.text for name, fixture in FIXTURES.items() if fixture.family == family for at in model_of(name).active}
+    used = {
+        table.rows[at].name.text
+        for name, fixture in FIXTURES.items()
+        if fixture.family == family
+        for at in model_of(name).active
+    }
     more = [open_source(checkpoint(name)).layout.model for name, fixture in zoo().items() if fixture.family == family]
     used |= {table.rows[at].name.text for model in more for at in model.active}
     like = {row.name.text for parent in table.texts if parent != family for row in families.load(parent).rows}
@@ -374,7 +424,9 @@ def test_a_doubled_row_is_refused_when_the_table_is_read(family: str) -> None:
 
 @each_table
 def test_a_row_with_the_pattern_of_another_is_refused_where_the_shapes_differ(name: str) -> None:
-    """Two patterns that are the same arithmetic cannot be told apart by shapes, only by numbers: tests/test_reference.py does."""
+    """Two patterns that are the same arithmetic cannot be told apart by shapes, only by numbers:
+    tests/test_reference.py does.
+    """
     stored, table = headers(name)[1], table_of(name)
     found = []
     for at, other in pairs(name):
@@ -389,7 +441,9 @@ def test_a_row_with_the_pattern_of_another_is_refused_where_the_shapes_differ(na
 
 @each_table
 def test_logical_names_exchanged_between_rows_of_different_axes_are_refused(name: str) -> None:
-    """By name and with both lists of axes: a user's own table is checked against the shared vocabulary of the formats."""
+    """By name and with both lists of axes: a user's own table is checked against the shared vocabulary of the
+    formats.
+    """
     stored, table = headers(name)[1], table_of(name)
     found = []
     for at, other in pairs(name):
@@ -410,10 +464,13 @@ def axes(row: Row) -> list[list[str]]:
 def test_a_table_whose_logical_tensor_has_other_axes_than_the_format_is_told_both() -> None:
     config, stored = headers("llama")
     text = (HOME / "families" / "llama.toml").read_text()
-    table = families.parse(text.replace('"attn_norm"]', '"attn.o"]').replace('"attn.o"],\n', '"attn_norm"],\n', 1), "mine")
+    table = families.parse(
+        text.replace('"attn_norm"]', '"attn.o"]').replace('"attn.o"],\n', '"attn_norm"],\n', 1), "mine"
+    )
     model = understand(table, Config(config), stored)
     with pytest.raises(
-        ReshardError, match=r"stores attn\.o by .*layer, hidden, heads|stores attn\.o by \(layer, hidden, kv, group, head_dim\)"
+        ReshardError,
+        match=r"stores attn\.o by .*layer, hidden, heads|stores attn\.o by \(layer, hidden, kv, group, head_dim\)",
     ):
         lay_out(formats.load("native"), model, Mesh())
 
@@ -453,7 +510,11 @@ def refused(damaged: Path, tmp_path: Path, to: str = "hf") -> ReshardError:
     """Converting is refused before anything is written: neither OUT nor a work directory is there afterwards."""
     out = tmp_path / "out"
     with pytest.raises(ReshardError) as caught:
-        convert(prepare(open_source(damaged), to, Mesh() if to == "hf" else Mesh(tp=4), Options(workers=1)), out, Options(workers=1))
+        convert(
+            prepare(open_source(damaged), to, Mesh() if to == "hf" else Mesh(tp=4), Options(workers=1)),
+            out,
+            Options(workers=1),
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == [damaged.name]
     return caught.value
 
@@ -503,7 +564,9 @@ def test_a_changed_byte_in_what_describes_the_shards_is_refused(converted: Path,
 
 @pytest.mark.parametrize("end", ["model.safetensors", "tensors.json"])
 @pytest.mark.parametrize(("one", "two"), [(0, 1), (2, 3), (0, 2), (1, 3)])
-def test_files_exchanged_between_ranks_are_refused(converted: Path, tmp_path: Path, one: int, two: int, end: str) -> None:
+def test_files_exchanged_between_ranks_are_refused(
+    converted: Path, tmp_path: Path, one: int, two: int, end: str
+) -> None:
     damaged = Path(shutil.copytree(converted, tmp_path / "damaged"))
     a, b = (damaged / f"rank-{rank:05}" / end for rank in (one, two))
     a.rename(damaged / "aside")

@@ -186,7 +186,9 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         (FORMAT, "family", {"llama": []}, "family.llama is [], expected object"),
     ],
 )
-def test_a_damaged_table_is_refused_and_told_what_is_wrong(data: dict[str, Any], path: str, value: Any, words: str) -> None:
+def test_a_damaged_table_is_refused_and_told_what_is_wrong(
+    data: dict[str, Any], path: str, value: Any, words: str
+) -> None:
     with pytest.raises(ReshardError, match=re.escape(words)):
         read(damaged(data, path, value), "families" if data is FAMILY else "formats")
 
@@ -196,14 +198,33 @@ def test_a_table_that_is_no_toml_is_refused() -> None:
         families.parse("rows = [", "mine.toml")
 
 
-STRANGE = [5, 1.5, True, "x", "", [], [5], ["x"], [["x"]], [[]], {}, {"a": 1}, {"a": "b"}, {"a": ["b"]}, {"a": {}}, [{"a": 1}]]
+STRANGE = [
+    5,
+    1.5,
+    True,
+    "x",
+    "",
+    [],
+    [5],
+    ["x"],
+    [["x"]],
+    [[]],
+    {},
+    {"a": 1},
+    {"a": "b"},
+    {"a": ["b"]},
+    {"a": {}},
+    [{"a": 1}],
+]
 STRANGE += ["²", "kv group", "x?"]
 USED = [("families", "falcon"), ("families", "deepseek_v3"), ("formats", "vllm"), ("formats", "native")]
 
 
 @pytest.mark.parametrize(("kind", "name"), USED)
 def test_no_value_of_any_key_makes_a_table_fail_otherwise_than_by_refusing(kind: str, name: str) -> None:
-    """Tables in a manifest come from strangers. Those that are still read must also be usable, or be refused when used."""
+    """Tables in a manifest come from strangers. Those that are still read must also be usable,
+    or be refused when used.
+    """
     data = shipped(kind, name)
     places = [key for key in sorted(keys.FAMILY | keys.FORMAT) if key != "rows"]
     places += [f"{key}/{one}" for key, value in data.items() if isinstance(value, dict) for one in list(value)[:3]]

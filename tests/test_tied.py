@@ -70,9 +70,13 @@ def altered(source: Path, copy: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_tensors_that_differ_are_refused_before_anything_is_written(engine: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+def test_tensors_that_differ_are_refused_before_anything_is_written(
+    engine: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
     bad = altered(engine[0], tmp_path / "bad", name)
-    with pytest.raises(ReshardError, match=r"tie_word_embeddings, but embed and head are not equal.*first at byte") as refused:
+    with pytest.raises(
+        ReshardError, match=r"tie_word_embeddings, but embed and head are not equal.*first at byte"
+    ) as refused:
         reshard.convert(bad, tmp_path / "out", tp=2, to="vllm")
     assert "false" in (refused.value.hint or "")
     assert not (tmp_path / "out").exists()
@@ -88,7 +92,9 @@ def test_verify_notices_another_copy_of_either(engine: tuple[Path, Path], tmp_pa
     assert any(name in failure or "lm_head" in failure for failure in verdict.failures)
 
 
-def test_what_is_stored_once_in_the_original_is_in_the_manifest_too(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_is_stored_once_in_the_original_is_in_the_manifest_too(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     for to, kept in (("native", "embed"), ("vllm", "lm_head.weight")):
         reshard.convert(checkpoint("qwen3_tied"), tmp_path / to, tp=2, to=to)
         assert json.loads((tmp_path / to / "manifest.json").read_text())["tied"] == {"head": "embed"}

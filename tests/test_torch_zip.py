@@ -44,7 +44,12 @@ def read(file: bytes) -> dict[str, Entry]:
     try:
         found = torch_zip.read(lambda length, offset: file[offset : offset + length], len(file), "f.bin").entries
     except ReshardError as error:
-        assert type(error) is ReshardError and error.message.startswith("f.bin: ") and error.hint and len(error.message) < 1200
+        assert (
+            type(error) is ReshardError
+            and error.message.startswith("f.bin: ")
+            and error.hint
+            and len(error.message) < 1200
+        )
         raise
     for entry in found.values():
         item = 1 if entry.dtype == "F4" else BITS[entry.dtype] // 8
@@ -105,7 +110,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
     return torch.from_numpy(made % 2 if dtype == torch.bool else made).view(dtype).reshape(shape)
 
 
-# --- files as torch writes them -----------------------------------------------------------------------------------------------------------
+# --- files as torch writes them ---------------------------------------------------------------------------------------
 
 PLAIN = [getattr(torch, name) for name, row in BY_TORCH.items() if row.name and row.together == 1]
 
@@ -211,7 +216,15 @@ def test_parameters_attributes_and_metadata_of_a_module_are_read_past(form):
 @pytest.mark.parametrize("form", FORMATS)
 def test_other_values_are_ignored(form):
     tensors = {"a": noise(2), "b": noise(3)}
-    extra = {"_metadata": "text", "none": None, "step": 7, "big": 2**80, "rate": 0.5, "on": True, "sizes": torch.Size([3, 4])}
+    extra = {
+        "_metadata": "text",
+        "none": None,
+        "step": 7,
+        "big": 2**80,
+        "rate": 0.5,
+        "on": True,
+        "sizes": torch.Size([3, 4]),
+    }
     extra |= {"list": [1, [2]], "dict": {"a": {3: 4}}, "device": torch.device("cuda", 1), "dtype": torch.bfloat16}
     same(save({**extra, **tensors}, form, 2), tensors)
     extra |= {"bytes": b"abc", "array": bytearray(b"abc"), "set": {1, 2}, "frozen": frozenset({1})}
@@ -240,7 +253,10 @@ def test_a_file_without_tensors_is_empty():
         ({"model_state_dict": {"a": torch.ones(1)}}, ["'model_state_dict' is a dict with tensors in it"]),
         ({"model": {"language_model": {"a": torch.ones(1)}}}, ["'model' is a dict with tensors in it"]),
         ({"a": torch.ones(1), "more": [[{"b": torch.ones(1)}]]}, ["'more' is a list with tensors in it"]),
-        ({"module": {"a": torch.ones(1), "more": (torch.ones(1),)}}, ["'more' in module is a tuple with tensors in it"]),
+        (
+            {"module": {"a": torch.ones(1), "more": (torch.ones(1),)}},
+            ["'more' in module is a tuple with tensors in it"],
+        ),
         ({"a": torch.ones(1), 3: torch.ones(1)}, ["3 is a tensor"]),
         ({"a": torch.ones(1).untyped_storage()}, ["'a' is a storage"]),
     ],
@@ -255,7 +271,10 @@ def test_tensors_that_would_be_lost_are_refused(obj, words):
     ("make", "word"),
     [
         (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantized"),
-        (lambda: torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8), "quantized"),
+        (
+            lambda: torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8),
+            "quantized",
+        ),
         (lambda: torch.eye(2).to_sparse(), "sparse"),
         (lambda: torch.eye(2).to_sparse_csr(), "sparse"),
         (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
@@ -282,7 +301,7 @@ def test_four_bit_floats_have_the_shape_that_safetensors_gives_them():
         refused(save({"a": packed.t()}, form), "tensor 'a'", "2 numbers to a byte")
 
 
-# --- files that torch writes no longer, or never did --------------------------------------------------------------------------------------
+# --- files that torch writes no longer, or never did ------------------------------------------------------------------
 
 
 class Name:
@@ -335,14 +354,26 @@ def storage(kind: str = "torch.FloatStorage", key: Any = "0", count: Any = 6, *w
 
 
 def tensor(on: Any = None, offset: Any = 0, shape: Any = (2, 3), strides: Any = (3, 1), *more: Any) -> Call:
-    return Call("torch._utils._rebuild_tensor_v2", on or storage(), offset, shape, strides, False, Call("collections.OrderedDict"), *more)
+    return Call(
+        "torch._utils._rebuild_tensor_v2",
+        on or storage(),
+        offset,
+        shape,
+        strides,
+        False,
+        Call("collections.OrderedDict"),
+        *more,
+    )
 
 
 DATA = {"0": struct.pack("<6f", 0, 1, 2, 3, 4, 5)}
 
 
 def zipped(
-    pkl: bytes, data: dict[str, bytes] | None = None, more: dict[str, bytes] | None = None, method: int = zipfile.ZIP_STORED
+    pkl: bytes,
+    data: dict[str, bytes] | None = None,
+    more: dict[str, bytes] | None = None,
+    method: int = zipfile.ZIP_STORED,
 ) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
@@ -354,7 +385,9 @@ def zipped(
     return out.getvalue()
 
 
-def legacy(pkl: bytes, data: dict[str, bytes] | None = None, counts: dict[str, int] | None = None, keys: Any = None) -> bytes:
+def legacy(
+    pkl: bytes, data: dict[str, bytes] | None = None, counts: dict[str, int] | None = None, keys: Any = None
+) -> bytes:
     data = DATA if data is None else data
     front = [dump(MAGIC), dump(1001), dump({"little_endian": True}), pkl, dump(list(data) if keys is None else keys)]
     back = [struct.pack("<q", (counts or {}).get(key, len(content) // 4)) + content for key, content in data.items()]
@@ -378,21 +411,45 @@ def test_a_pickle_made_by_hand_is_read_as_torch_reads_it(protocol):
 
 
 def test_files_of_python_2_and_of_the_first_versions_of_torch_are_read_as_torch_reads_them():
-    """Text as bytes, an OrderedDict as a list of pairs, windows of storages, storages of CUDA, three kinds of rebuilding."""
+    """Text as bytes, an OrderedDict as a list of pairs, windows of storages, storages of CUDA, three kinds of
+    rebuilding.
+    """
 
     def old(text: str) -> bytes:
         return b"U" + bytes([len(text)]) + text.encode()
 
     def built(function: str, kind: str, rest: bytes, count: int = 6, window: bytes = b"N") -> bytes:
-        pid = b"(" + old("storage") + b"c" + kind.encode() + b"\n" + old("0") + old("cpu") + b"K" + bytes([count]) + window + b"tQ"
+        pid = (
+            b"("
+            + old("storage")
+            + b"c"
+            + kind.encode()
+            + b"\n"
+            + old("0")
+            + old("cpu")
+            + b"K"
+            + bytes([count])
+            + window
+            + b"tQ"
+        )
         return b"ctorch._utils\n" + function.encode() + b"\n(" + pid + rest + b"tR"
 
     hooks = b"\x89ccollections\nOrderedDict\n]\x85R"
     first = built("_rebuild_tensor", "torch\nFloatStorage", b"K\x00K\x02K\x03\x86K\x03K\x01\x86")
-    second = built("_rebuild_tensor_v2", "torch.cuda\nFloatStorage", b"\x8a\x01\x01\x8a\x01\x02\x85\x8a\x01\x02\x85" + hooks)
-    third = built("_rebuild_tensor_v2", "torch\nFloatStorage", b"K\x01K\x02\x85K\x01\x85" + hooks, 6, b"(" + old("9") + b"K\x02K\x03t")
+    second = built(
+        "_rebuild_tensor_v2", "torch.cuda\nFloatStorage", b"\x8a\x01\x01\x8a\x01\x02\x85\x8a\x01\x02\x85" + hooks
+    )
+    third = built(
+        "_rebuild_tensor_v2",
+        "torch\nFloatStorage",
+        b"K\x01K\x02\x85K\x01\x85" + hooks,
+        6,
+        b"(" + old("9") + b"K\x02K\x03t",
+    )
     fourth = b"ctorch._utils\n_rebuild_parameter\n(" + first + b"\x88ccollections\nOrderedDict\n]\x85RtR"
-    pairs = b"".join(b"](" + old(name) + value + b"e" for name, value in [("a", first), ("b", second), ("c", third), ("d", fourth)])
+    pairs = b"".join(
+        b"](" + old(name) + value + b"e" for name, value in [("a", first), ("b", second), ("c", third), ("d", fourth)]
+    )
     pkl = b"\x80\x02ccollections\nOrderedDict\n](" + pairs + b"e\x85R}" + old("_metadata") + b"}sb."
     file = legacy(pkl)
     found = same(file, torch_loads(pkl_of_cpu(file)))
@@ -410,7 +467,7 @@ def test_a_tensor_of_a_device_without_storages_is_read_unless_torch_would_cast_i
     refused(zipped(dump({"a": Call(name, tensor(), Name("torch.float16"), "xla:0", False)})), "tensor 'a'", "dtype")
 
 
-# --- reading no more than needed ----------------------------------------------------------------------------------------------------------
+# --- reading no more than needed --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -489,7 +546,7 @@ def test_a_zip_file_of_more_than_4_gib_is_read_by_its_zip64_fields(without_crc):
         torch_zip.read(sink.pread, 5 << 30, "f")
 
 
-# --- zip archives that torch would not write ----------------------------------------------------------------------------------------------
+# --- zip archives that torch would not write --------------------------------------------------------------------------
 
 PKL = dump({"a": tensor()})
 
@@ -526,7 +583,8 @@ def test_odd_zip_archives_are_refused():
     refused(zipped(PKL, more={"constants.pkl": b""}), "TorchScript")
     refused(zipped(PKL, {}), "tensor 'a' lies in storage 0, which the file does not hold")
     refused(zipped(PKL, {"0": bytes(20)}), "tensor 'a' lies in storage 0, which holds 20 bytes; the pickle says 24")
-    assert read(zipped(PKL, {"0": bytes(30)}))["a"].nbytes == 24  # torch writes storages that are no whole number of elements
+    # torch writes storages that are no whole number of elements
+    assert read(zipped(PKL, {"0": bytes(30)}))["a"].nbytes == 24
     out = io.BytesIO(zipped(PKL))
     with zipfile.ZipFile(out, "a") as archive:
         archive.writestr("second/data.pkl", PKL)
@@ -567,19 +625,25 @@ def test_an_end_record_that_contradicts_its_archive_is_refused():
     refused(patched(file, end + 4, 1, 2), "part 1 of several")
     refused(patched(file, end + 8, 3, 2), "with 3 of 4 entries")
     refused(patched(file, end + 8, 0x00050005, 4), "has 4 entries, the end record says 5")
-    refused(patched(file, end + 12, length - 1, 4), f"has {length - 1} bytes from byte {end - length} on, but ends at byte {end}")
+    refused(
+        patched(file, end + 12, length - 1, 4),
+        f"has {length - 1} bytes from byte {end - length} on, but ends at byte {end}",
+    )
     refused(patched(patched(file, end + 12, length + 7, 4), end + 16, end - length - 7, 4), "no entry at byte")
     refused(patched(patched(file, end + 12, 9, 4), end + 16, end - 9, 4), "ends within an entry")
 
     file = save({"a": noise(4)}, "zip")  # torch always adds the records of zip64
     end = file.rindex(b"PK\6\6")
     refused(patched(file, end + 32, 99, 8), "of 99 entries")
-    refused(patched(file, end + 56 + 8, 2**60, 8), f"zip64 end record lies at byte {2**60}, the file holds {len(file)} bytes")
+    refused(
+        patched(file, end + 56 + 8, 2**60, 8),
+        f"zip64 end record lies at byte {2**60}, the file holds {len(file)} bytes",
+    )
     refused(patched(file, end + 56 + 8, end - 1, 8), f"zip64 end record at byte {end - 1} begins with")
     refused(file[: end + 36] + file[end + 56 :], "reaches over its locator")
 
 
-# --- legacy files, and others -------------------------------------------------------------------------------------------------------------
+# --- legacy files, and others -----------------------------------------------------------------------------------------
 
 
 def test_odd_legacy_files_are_refused():
@@ -590,7 +654,10 @@ def test_odd_legacy_files_are_refused():
     refused(legacy(PKL, keys=[["0"]]), "list of storages")
     refused(legacy(PKL, keys={"0": 1}), "list of storages")
     refused(legacy(PKL, keys=[]), "tensor 'a' lies in storage 0, which the file does not hold")
-    refused(legacy(PKL)[:-1], f"truncated: the file holds {len(legacy(PKL)) - 1} bytes, its tensors end at byte {len(legacy(PKL))}")
+    refused(
+        legacy(PKL)[:-1],
+        f"truncated: the file holds {len(legacy(PKL)) - 1} bytes, its tensors end at byte {len(legacy(PKL))}",
+    )
     assert read(legacy(PKL) + b"more") == read(legacy(PKL))  # as torch does
 
 
@@ -627,7 +694,7 @@ def test_a_file_that_shrinks_is_truncated_and_trouble_with_the_storage_passes_th
         torch_zip.read(broken, len(file), "f")
 
 
-# --- tensors that do not fit --------------------------------------------------------------------------------------------------------------
+# --- tensors that do not fit ------------------------------------------------------------------------------------------
 
 HUGE = 2**62
 
@@ -677,16 +744,33 @@ HUGE = 2**62
         (tensor(storage("torch.FloatStorage", "0", 6, ("1", 4, 3))), ["a window of 3 elements at 4 in a storage of 6"]),
         (tensor(storage("torch.FloatStorage", "0", 6, ("1", 4, 2))), ["needs 24 bytes of storage 0, which has 8"]),
         (tensor(storage("torch.FloatStorage", "0", 6, ("1", -1, 2))), ["window of 2 elements at -1"]),
-        (Call("torch._utils._rebuild_tensor_v3", storage(), 0, (6,), (1,), False, None, Name("torch.Size")), ["dtype", "torch.Size"]),
-        (Call("torch._utils._rebuild_tensor_v3", storage(), 0, (6,), (1,), False, None, "float32"), ["dtype", "'float32'"]),
-        (Call("torch._utils._rebuild_parameter", {"data": 1}, True, None), ["a parameter made of a dict"]),
-        (Call("torch._tensor._rebuild_from_type_v2", Name("torch.Size"), Name("torch.Tensor"), (), None), ["rebuilt by torch.Size"]),
         (
-            Call("torch._tensor._rebuild_from_type_v2", Name("torch._tensor._rebuild_from_type_v2"), Name("torch.Tensor"), (), {}),
+            Call("torch._utils._rebuild_tensor_v3", storage(), 0, (6,), (1,), False, None, Name("torch.Size")),
+            ["dtype", "torch.Size"],
+        ),
+        (
+            Call("torch._utils._rebuild_tensor_v3", storage(), 0, (6,), (1,), False, None, "float32"),
+            ["dtype", "'float32'"],
+        ),
+        (Call("torch._utils._rebuild_parameter", {"data": 1}, True, None), ["a parameter made of a dict"]),
+        (
+            Call("torch._tensor._rebuild_from_type_v2", Name("torch.Size"), Name("torch.Tensor"), (), None),
+            ["rebuilt by torch.Size"],
+        ),
+        (
+            Call(
+                "torch._tensor._rebuild_from_type_v2",
+                Name("torch._tensor._rebuild_from_type_v2"),
+                Name("torch.Tensor"),
+                (),
+                {},
+            ),
             ["rebuilt"],
         ),
         (
-            Call("torch._tensor._rebuild_from_type_v2", Name("torch._utils._rebuild_tensor"), Name("torch.Size"), (), {}),
+            Call(
+                "torch._tensor._rebuild_from_type_v2", Name("torch._utils._rebuild_tensor"), Name("torch.Size"), (), {}
+            ),
             ["class torch.Size"],
         ),
         (Call("torch.Size", 3), ["torch.Size of 3"]),
@@ -712,7 +796,7 @@ def test_a_storage_mentioned_twice_is_no_larger_than_the_file_says():
     refused(legacy(dump({"a": tensor(), "b": later})), "tensor 'b'", "which holds 24 bytes; the pickle says 48")
 
 
-# --- attacks ------------------------------------------------------------------------------------------------------------------------------
+# --- attacks ----------------------------------------------------------------------------------------------------------
 
 
 class Runs:
@@ -769,7 +853,8 @@ def by_state(marker: Path) -> bytes:
     return b"cfunctools\npartial\ncos\ngetcwd\n\x85R" + state + b"b)R"
 
 
-# What stands in the state dict, as opcodes that leave one value, and the name in the refusal. Python's own unpickler runs each of them.
+# What stands in the state dict, as opcodes that leave one value, and the name in the refusal. Python's own unpickler
+# runs each of them.
 ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "protocol 0": (lambda m: runs(0, os.system, touch(m)), f"{os.name}.system"),
     "protocol 1": (lambda m: runs(1, os.system, touch(m)), f"{os.name}.system"),
@@ -830,7 +915,9 @@ def test_an_attack_is_refused_by_the_name_of_what_it_calls_and_nothing_runs(name
 
 
 def test_the_extension_registry_is_not_asked(tmp_path):
-    """Its numbers stand for names, so that Python would not even look for the name; its cache holds the objects themselves."""
+    """Its numbers stand for names, so that Python would not even look for the name; its cache holds the objects
+    themselves.
+    """
     marker = tmp_path / "m"
     opcodes = b"\x82\x07" + text(touch(marker)) + b"\x85R"
     copyreg.add_extension("posix", "system", 7)
@@ -839,7 +926,11 @@ def test_the_extension_registry_is_not_asked(tmp_path):
         assert marker.exists()
         marker.unlink()
         for extension in (b"\x82\x07", b"\x83\x07\x00", b"\x84\x07\x00\x00\x00"):
-            refused(zipped(beside(extension + opcodes[2:])), "refuses to run code", "number 7 of the copyreg extension registry")
+            refused(
+                zipped(beside(extension + opcodes[2:])),
+                "refuses to run code",
+                "number 7 of the copyreg extension registry",
+            )
             refused(legacy(beside(extension + opcodes[2:])), "refuses to run code")
         assert not marker.exists()
     finally:
@@ -872,16 +963,25 @@ def test_only_dicts_and_tensors_take_a_state_and_it_changes_nothing():
 @pytest.mark.parametrize("opcode", [b"\x81", b"\x92", b"o"])
 def test_no_opcode_makes_instances(opcode):
     """Not even of names that are allowed."""
-    before = {b"\x81": b"ccollections\nOrderedDict\n)", b"\x92": b"ccollections\nOrderedDict\n)}", b"o": b"(ccollections\nOrderedDict\n"}
+    before = {
+        b"\x81": b"ccollections\nOrderedDict\n)",
+        b"\x92": b"ccollections\nOrderedDict\n)}",
+        b"o": b"(ccollections\nOrderedDict\n",
+    }
     refused(zipped(beside(before[opcode] + opcode)), "refuses to run code: it makes an instance")
     refused(zipped(beside(b"(icollections\nOrderedDict\n")), "refuses to run code: it makes an instance")
 
 
-@pytest.mark.parametrize("value", [b"N", b"\x88", b"K\x01", b"G" + bytes(8), text("os.system"), b"]", b"}", b")", b"C\x01a", b"\x8f"])
+@pytest.mark.parametrize(
+    "value", [b"N", b"\x88", b"K\x01", b"G" + bytes(8), text("os.system"), b"]", b"}", b")", b"C\x01a", b"\x8f"]
+)
 def test_only_named_functions_are_called(value):
     for args in (b")", b"(K\x01t", b"N", b"]", b"}"):
         refused(zipped(beside(value + args + b"R")), "calls ")
-    refused(zipped(beside(text("os") + value + b"\x93")), "imports " if value != text("os.system") else "refuses to run code: os.os.system")
+    refused(
+        zipped(beside(text("os") + value + b"\x93")),
+        "imports " if value != text("os.system") else "refuses to run code: os.os.system",
+    )
 
 
 def test_other_objects_are_refused_by_name():
@@ -898,7 +998,7 @@ def test_other_objects_are_refused_by_name():
             refused(save({"a": torch.ones(1), "extra": extra}, form), "refuses to run code", word)
 
 
-# --- pickles made to exhaust --------------------------------------------------------------------------------------------------------------
+# --- pickles made to exhaust ------------------------------------------------------------------------------------------
 
 
 def frugal(file: bytes, *words: str, mib: int = 8) -> None:
@@ -980,7 +1080,10 @@ def test_a_pickle_of_too_many_steps_is_refused(monkeypatch):
     monkeypatch.setattr(unpickle, "MOST_STEPS", 20_000)
     frugal(zipped(beside(b"N0" * 20_000)), "more than 20000 steps")
     pairs = b"](" + b"]NaNa" * 1000 + b"e\x85q\x700"  # copied again and again
-    frugal(zipped(beside(pairs + b"ccollections\nOrderedDict\nq\x710" + b"h\x71h\x70R0" * 1000 + b"N")), "more than 20000 steps")
+    frugal(
+        zipped(beside(pairs + b"ccollections\nOrderedDict\nq\x710" + b"h\x71h\x70R0" * 1000 + b"N")),
+        "more than 20000 steps",
+    )
 
 
 def test_sizes_beyond_any_checkpoint_are_refused(monkeypatch):
@@ -992,13 +1095,16 @@ def test_sizes_beyond_any_checkpoint_are_refused(monkeypatch):
     frugal(zipped(PKL), "at most 100 are read")
 
 
-# --- damage -------------------------------------------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 def small(form: str) -> bytes:
     return save(
         OrderedDict(
-            a=noise(2, 3), b=noise(2, 3).t(), c=torch.nn.Parameter(noise(2, dtype=torch.bfloat16)), d=noise(2).to(torch.float8_e5m2)
+            a=noise(2, 3),
+            b=noise(2, 3).t(),
+            c=torch.nn.Parameter(noise(2, dtype=torch.bfloat16)),
+            d=noise(2).to(torch.float8_e5m2),
         ),
         form,
     )
@@ -1070,12 +1176,19 @@ def test_damage_is_the_same_to_every_reader_of_opcodes():
     ]
     for _ in range(4000):
         opcodes = b"".join(rng.choices(some, k=rng.randrange(1, 30)))
-        file = zipped(beside(opcodes)) if rng.random() < 0.2 else dump(MAGIC) + dump(1001) + dump({}) + beside(opcodes) + dump([])
+        file = (
+            zipped(beside(opcodes))
+            if rng.random() < 0.2
+            else dump(MAGIC) + dump(1001) + dump({}) + beside(opcodes) + dump([])
+        )
         with contextlib.suppress(ReshardError):
             read(file)
 
 
 def test_the_module_needs_neither_torch_nor_numpy_nor_pickle():
-    script = "import sys, reshard.containers.torch_zip; print(sorted({'torch', 'numpy', 'pickle', '_pickle'} & set(sys.modules)))"
+    script = (
+        "import sys, reshard.containers.torch_zip; print(sorted({'torch', 'numpy', 'pickle', '_pickle'} & "
+        "set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,7 +1,8 @@
-"""Settings that no fixture has, of models that transformers writes: each converts, comes back, and runs as transformers runs it.
+"""Settings that no fixture has, of models that transformers writes: each converts, comes back, and runs as transformers
+runs it.
 
-A setting is a fixture's config.json with changes; GONE are keys that transformers can do without, once it has written the model.
-All of them were found wrong once.
+A setting is a fixture's config.json with changes; GONE are keys that transformers can do without, once it has written
+the model. All of them were found wrong once.
 """
 
 import json
@@ -26,7 +27,10 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 7}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "a part that is rotated, which nobody reads": ("llama", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
+    "a part that is rotated, which nobody reads": (
+        "llama",
+        {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
+    ),
     "an activation other than the first release's": ("gemma", {"hidden_act": "silu"}),
     "an activation that has no weights": ("apertus", {"hidden_act": "gelu"}),
     "a soft cap that nobody reads": ("gemma3_text", {"attn_logit_softcapping": 3.0}),
@@ -34,9 +38,18 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "scores as they are": ("gpt2", {"scale_attn_weights": False}),
     "windows where none rotate": (
         "smollm3",
-        {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE, "no_rope_layers": GONE, "no_rope_layer_interval": 2},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": GONE,
+            "no_rope_layers": GONE,
+            "no_rope_layer_interval": 2,
+        },
     ),
-    "windows where none rotate, listed": ("smollm3_listed", {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE}),
+    "windows where none rotate, listed": (
+        "smollm3_listed",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": GONE},
+    ),
     "windows in some of the first layers": (
         "qwen2_moe",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "layer_types": GONE},
@@ -52,7 +65,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 def written(name: str, changes: dict[str, Any], directory: Path) -> Path:
     """A checkpoint as the fixture would be with these changes."""
     gone = [key for key, value in changes.items() if value is GONE]
-    data = json.loads((checkpoint(name) / "config.json").read_text()) | {k: v for k, v in changes.items() if v is not GONE}
+    data = json.loads((checkpoint(name) / "config.json").read_text()) | {
+        k: v for k, v in changes.items() if v is not GONE
+    }
     known = type(transformers.AutoConfig.for_model(data["model_type"]))
     write(directory, name, known.from_dict({key: value for key, value in data.items() if key not in gone}))
     configure(directory, *gone)
@@ -74,7 +89,9 @@ def test_a_setting_converts_and_runs_as_transformers_runs_it(setting: str, tmp_p
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "runs only with !slow_but_exact"),
     ],
 )
-def test_a_setting_that_does_not_run_says_so_and_converts(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_a_setting_that_does_not_run_says_so_and_converts(
+    name: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     original = written(name, changes, tmp_path / "model")
     convert_and_back(original, [{"tp": 2}], tmp_path)
     source = open_source(original)

@@ -1,4 +1,6 @@
-"""Verifying: every planted damage is found and named, with the digests that the damage leaves and with digests made right again."""
+"""Verifying: every planted damage is found and named, with the digests that the damage leaves and with digests made
+right again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from running import WATCHDOG, Done, environment, llama, llama_tensors, noise, re
 
 from reshard.jobs.verify import FEW
 
-DAMAGED = ("config.json", "manifest.json", "rank-00001/model.safetensors", "rank-00001/tensors.json", "source/files.json")
+DAMAGED = (
+    "config.json",
+    "manifest.json",
+    "rank-00001/model.safetensors",
+    "rank-00001/tensors.json",
+    "source/files.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,11 @@ def test_a_flipped_bit_is_found_in_every_file(shards: Path, out: Path) -> None:
 def test_the_tensor_and_the_bytes_of_a_flipped_bit_are_named(out: Path) -> None:
     path, offset, nbytes = tensor(out, "layers.1.mlp.down", 1)
     flip(path, offset + 5)
-    found(reshard("verify", out), "rank-00001/model.safetensors: layers.1.mlp.down", f"bytes {offset} to {offset + nbytes}")
+    found(
+        reshard("verify", out),
+        "rank-00001/model.safetensors: layers.1.mlp.down",
+        f"bytes {offset} to {offset + nbytes}",
+    )
 
 
 @pytest.mark.parametrize("less", [1, 100, 4096])
@@ -132,7 +144,9 @@ def test_a_missing_file_is_found(shards: Path, out: Path) -> None:
 
 
 def test_a_bit_of_a_large_tensor_is_found_by_comparing_wherever_it_is(tmp_path: Path) -> None:
-    """One that is read as it stands, and one whose rows are dealt out to the ranks: both too much to be compared as the small ones are."""
+    """One that is read as it stands, and one whose rows are dealt out to the ranks: both too much to be compared as the
+    small ones are.
+    """
     source, out = llama(tmp_path / "wide", vocab_size=8192, intermediate_size=4096), tmp_path / "out"
     assert reshard("convert", source, out, "--tp", "2").code == 0
     for name, rank in ("embed", 0), ("layers.0.mlp.down", 1):
@@ -140,7 +154,11 @@ def test_a_bit_of_a_large_tensor_is_found_by_comparing_wherever_it_is(tmp_path: 
         assert nbytes > FEW
         for at in (0, nbytes // 2 + 1, nbytes - 1):
             flip(path, offset + at)
-            found(reshard("verify", out, "--only", "weights", "--against", source), f"{name} differs", f"first at byte {at} of {nbytes}")
+            found(
+                reshard("verify", out, "--only", "weights", "--against", source),
+                f"{name} differs",
+                f"first at byte {at} of {nbytes}",
+            )
             flip(path, offset + at)
 
 
@@ -159,7 +177,10 @@ def test_exchanged_tensors_of_one_size_are_found(out: Path) -> None:
     path, first, nbytes = tensor(out, "layers.0.attn.qkv")
     _, second, _ = tensor(out, "layers.2.attn.qkv")
     data = bytearray(path.read_bytes())
-    data[first : first + nbytes], data[second : second + nbytes] = data[second : second + nbytes], data[first : first + nbytes]
+    data[first : first + nbytes], data[second : second + nbytes] = (
+        data[second : second + nbytes],
+        data[first : first + nbytes],
+    )
     path.write_bytes(data)
     found(reshard("verify", out), "layers.0.attn.qkv", "layers.2.attn.qkv")
 
@@ -226,7 +247,9 @@ def test_digests_made_right_are_accepted_by_integrity_alone(source: Path, out: P
     assert reshard("verify", out).code == 0
 
 
-def test_against_the_source_finds_a_flipped_bit_in_each_stored_tensor(source: Path, shards: Path, tmp_path: Path) -> None:
+def test_against_the_source_finds_a_flipped_bit_in_each_stored_tensor(
+    source: Path, shards: Path, tmp_path: Path
+) -> None:
     """Replicas and repeated heads too: TP 8 stores each KV head twice."""
     whole = tmp_path / "whole"
     assert reshard("convert", source, whole, "--tp", "8").code == 0
@@ -238,7 +261,11 @@ def test_against_the_source_finds_a_flipped_bit_in_each_stored_tensor(source: Pa
                 flip(path, offset + at)
                 sign(whole)
                 assert reshard("verify", whole).code == 0
-                found(reshard("verify", whole, "--against", source), f"rank-{rank:05}/model.safetensors: {name}", f"of {nbytes}")
+                found(
+                    reshard("verify", whole, "--against", source),
+                    f"rank-{rank:05}/model.safetensors: {name}",
+                    f"of {nbytes}",
+                )
                 flip(path, offset + at)
     sign(whole)
     assert reshard("verify", whole, "--against", source).code == 0
@@ -271,7 +298,12 @@ def test_against_the_source_finds_other_bytes_beside_the_weights(name: str, sour
 
 
 def test_an_edited_config_contradicts_the_plan(out: Path) -> None:
-    for key, value in (("num_attention_heads", 4), ("vocab_size", 330), ("model_type", "mistral"), ("num_hidden_layers", 2)):
+    for key, value in (
+        ("num_attention_heads", 4),
+        ("vocab_size", 330),
+        ("model_type", "mistral"),
+        ("num_hidden_layers", 2),
+    ):
         text = (out / "config.json").read_text()
         (out / "config.json").write_text(json.dumps(json.loads(text) | {key: value}))
         sign(out, tensors=False)
@@ -281,7 +313,9 @@ def test_an_edited_config_contradicts_the_plan(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000/tensors.json", "source/files.json"])
-def test_every_edit_that_would_mislead_is_found_although_digests_are_right(name: str, source: Path, shards: Path, tmp_path: Path) -> None:
+def test_every_edit_that_would_mislead_is_found_although_digests_are_right(
+    name: str, source: Path, shards: Path, tmp_path: Path
+) -> None:
     """What tables, config.json and headers determine cannot be edited; what only the outside knows, the origin, can."""
     out = Path(shutil.copytree(shards, tmp_path / "out"))
     data = json.loads((shards / name).read_text())
@@ -434,9 +468,13 @@ def test_closed_standard_error_is_no_failure(shards: Path, command: tuple[str, .
     words = [str(shards) if word == "OUT" else word for word in command]
     for redirect in ("2>&-", "2>/dev/full --progress json"):
         line = f"{shlex.join([sys.executable, '-m', 'reshard', *words])} {redirect}"
-        done = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, env=environment(), timeout=WATCHDOG, check=False)
+        done = subprocess.run(
+            ["sh", "-c", line], stdout=subprocess.PIPE, env=environment(), timeout=WATCHDOG, check=False
+        )
         assert done.returncode == 0 and done.stdout, line
     done = subprocess.run(
-        ["sh", "-c", f"{shlex.join([sys.executable, '-m', 'reshard', 'verify', 'no'])} 2>/dev/full"], env=environment(), check=False
+        ["sh", "-c", f"{shlex.join([sys.executable, '-m', 'reshard', 'verify', 'no'])} 2>/dev/full"],
+        env=environment(),
+        check=False,
     )
     assert done.returncode == 2

@@ -1,4 +1,6 @@
-"""The files that merging would write, streamed from shards: their digests are those of the originals, at any window, for any family."""
+"""The files that merging would write, streamed from shards: their digests are those of the originals,
+at any window, for any family.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def streamed(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("window", [8 << 20, 997])
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_stream_is_the_file(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, window: int) -> None:
+def test_a_stream_is_the_file(
+    checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, window: int
+) -> None:
     """Also where windows tear rows and elements, and where sources are read in many parts."""
     monkeypatch.setattr(stream, "WINDOW", window)
     monkeypatch.setattr(stream, "PIECE", max(window // 2, 16))
@@ -55,11 +59,16 @@ def test_a_stream_is_the_file(checkpoint: Get, tmp_path: Path, monkeypatch: pyte
     for number, mesh in enumerate(meshes(name)[: None if window > 997 else 1]):
         api.convert(checkpoint(name), tmp_path / str(number), **mesh)
         for file, data in streamed(tmp_path / str(number)).items():
-            assert hashlib.sha256(data).digest() == hashlib.sha256((checkpoint(name) / file).read_bytes()).digest(), (mesh, file)
+            assert hashlib.sha256(data).digest() == hashlib.sha256((checkpoint(name) / file).read_bytes()).digest(), (
+                mesh,
+                file,
+            )
 
 
 @pytest.mark.parametrize("window", [8 << 20, 101])
-def test_strided_and_shared_storages_of_bin_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+def test_strided_and_shared_storages_of_bin_files_are_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
     monkeypatch.setattr(stream, "WINDOW", window)
     monkeypatch.setattr(stream, "PIECE", max(window // 2, 16))
     source = tmp_path / "model"
@@ -124,7 +133,19 @@ def test_digests_that_the_hub_publishes_are_compared_without_any_download(source
         hub.add("org/model", source)
 
         def verify(*words: str) -> subprocess.CompletedProcess[str]:
-            line = [sys.executable, "-m", "reshard", "verify", str(out), "--hub", "org/model", "--json", "--only", "sha256", *words]
+            line = [
+                sys.executable,
+                "-m",
+                "reshard",
+                "verify",
+                str(out),
+                "--hub",
+                "org/model",
+                "--json",
+                "--only",
+                "sha256",
+                *words,
+            ]
             settings = environment(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
             return subprocess.run(line, capture_output=True, text=True, env=settings)
 

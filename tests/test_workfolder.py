@@ -1,4 +1,6 @@
-"""The work folder: only reshard's own is touched, a killed job's is told of, and OUT next to it or around it reads as what it is."""
+"""The work folder: only reshard's own is touched, a killed job's is told of, and OUT next to it or around it reads as
+what it is.
+"""
 
 from __future__ import annotations
 
@@ -115,12 +117,20 @@ def whose_marker_has_another_name_too(folder: Path) -> str:
 
 
 FOREIGN = [a_link, a_dangling_link, a_file, a_folder, a_folder_with_our_names, a_marked_folder_with_more]
-FOREIGN += [whose_old_is_a_link, whose_new_is_a_link, whose_marker_is_a_link, whose_listing_is_a_link, whose_marker_has_another_name_too]
+FOREIGN += [
+    whose_old_is_a_link,
+    whose_new_is_a_link,
+    whose_marker_is_a_link,
+    whose_listing_is_a_link,
+    whose_marker_has_another_name_too,
+]
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])
 @pytest.mark.parametrize("make", FOREIGN, ids=lambda make: make.__name__)
-def test_what_is_not_reshards_own_is_refused_and_not_touched(make: object, where: str, source: Path, tmp_path: Path) -> None:
+def test_what_is_not_reshards_own_is_refused_and_not_touched(
+    make: object, where: str, source: Path, tmp_path: Path
+) -> None:
     """By every job, also one that would be refused for something else, or has nothing to do."""
     assert callable(make)
     for before in ("absent", "old") if where == "beside" else ("empty", "old"):
@@ -141,8 +151,12 @@ def test_what_is_not_reshards_own_is_refused_and_not_touched(make: object, where
             assert reshard("verify", out).code == 0
 
 
-@pytest.mark.parametrize("said", ['["../thesis.tex"]', '["..", "a/../../thesis.tex"]', "[5]", '["a\\u0000b"]', "[" * 100_000])
-def test_a_strangers_listing_of_a_commit_moves_nothing_out_of_its_place(said: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "said", ['["../thesis.tex"]', '["..", "a/../../thesis.tex"]', "[5]", '["a\\u0000b"]', "[" * 100_000]
+)
+def test_a_strangers_listing_of_a_commit_moves_nothing_out_of_its_place(
+    said: str, source: Path, tmp_path: Path
+) -> None:
     """As it may come with a directory that was downloaded, and that is converted to."""
     out = old(source, tmp_path / "out")
     (tmp_path / "thesis.tex").write_text("precious")
@@ -162,7 +176,9 @@ def test_the_folder_of_another_user_is_refused(source: Path, tmp_path: Path) -> 
     folder.mkdir()
     (folder / "reshard.marker").write_text("")
     os.chown(folder, 65534, -1)
-    refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 2, str(folder), "belongs to another user (uid 65534)")
+    refused(
+        reshard("convert", source, tmp_path / "out", "--tp", "2"), 2, str(folder), "belongs to another user (uid 65534)"
+    )
     assert names(folder) == ["reshard.marker"]
 
 
@@ -176,7 +192,9 @@ def test_an_empty_folder_is_one_whose_job_was_killed_at_once(source: Path, tmp_p
 
 
 def test_out_reads_as_what_it_is_while_a_job_works_inside(source: Path, tmp_path: Path) -> None:
-    """On a mounted volume the work lies in OUT: it is no part of what is there. Also when the job was killed, which `inspect` says."""
+    """On a mounted volume the work lies in OUT: it is no part of what is there. Also when the job was killed,
+    which `inspect` says.
+    """
     out = old(source, tmp_path / "out")
     inside = f"from reshard.store import publish\npublish._mounted = lambda path: True\n{TRANSFERS}"
     with Stepped("convert", source, out, "--tp", "4", "--overwrite", code=inside) as job:
@@ -204,10 +222,16 @@ def test_what_a_killed_job_left_is_told_by_inspect_and_by_the_next_job_nearby(so
     folder = tmp_path / ".out.reshard"
     assert running["notes"] == []
     near = reshard("convert", source, tmp_path / "near", "--tp", "2")
-    assert near.code == 0 and f"note: a killed conversion to {tmp_path / 'out'} left " in near.out and str(folder) in near.out
+    assert (
+        near.code == 0
+        and f"note: a killed conversion to {tmp_path / 'out'} left " in near.out
+        and str(folder) in near.out
+    )
     assert len(reshard("convert", source, tmp_path / "near", "--tp", "2", "--json").json["notes"]) == 1
     for command in ("inspect", "verify", "plan"):
-        refused(reshard(command, tmp_path / "out"), 3, "is not there: the conversion to it was killed", f"rm -r {folder}")
+        refused(
+            reshard(command, tmp_path / "out"), 3, "is not there: the conversion to it was killed", f"rm -r {folder}"
+        )
     assert str(folder) in reshard("inspect", tmp_path).out
     old(source, tmp_path / "out")
     assert str(folder) in reshard("inspect", tmp_path / "out").out
@@ -220,7 +244,9 @@ def test_what_a_killed_job_left_is_told_by_inspect_and_by_the_next_job_nearby(so
 def test_killed_while_publishing_out_says_where_the_old_is(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every rename of a commit: a reader gets the old, the new, or exit 3 and where the old one is; never FAILED, never "not there"."""
+    """At every rename of a commit: a reader gets the old, the new, or exit 3 and where the old one is;
+    never FAILED, never "not there".
+    """
     scene = next(scene for scene in SCENES if scene.name == name)
     assert scene.patch is not None
     scene.patch(monkeypatch)
@@ -249,8 +275,11 @@ def test_killed_while_publishing_out_says_where_the_old_is(
 # Power cuts
 
 
-def test_nothing_is_published_that_is_not_on_the_device(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each rename into OUT every file and folder that it publishes was synced after its last change, whatever the way to publish.
+def test_nothing_is_published_that_is_not_on_the_device(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each rename into OUT every file and folder that it publishes was synced after its last change, whatever the
+    way to publish.
 
     So is the directory that has the new name, before the old is deleted.
     """
@@ -287,7 +316,9 @@ def test_nothing_is_published_that_is_not_on_the_device(source: Path, tmp_path: 
     def unlinked(path: object, *a: object, **k: object) -> None:
         if published:
             place = out if scene.name in ("inside", "empty") else out.parent
-            assert synced[place.stat().st_ino] == state(place), "the old is deleted before the new has its name for good"
+            assert synced[place.stat().st_ino] == state(place), (
+                "the old is deleted before the new has its name for good"
+            )
         unlink(path, *a, **k)  # type: ignore[arg-type]
 
     for scene in SCENES:
@@ -316,7 +347,9 @@ def test_without_fsync_nothing_is_synced(source: Path, tmp_path: Path, monkeypat
 def test_a_sync_or_close_that_fails_publishes_nothing(
     scene: Scene, call: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The n-th of them: exit 3 in words, and OUT is what it was; or what failed had no part in it, exit 0, and OUT is the new one."""
+    """The n-th of them: exit 3 in words, and OUT is what it was; or what failed had no part in it, exit 0,
+    and OUT is the new one.
+    """
     real, count, wanted = getattr(os, call), 0, 0
 
     def failing(descriptor: int) -> None:
@@ -369,8 +402,12 @@ def test_a_torn_conversion_is_broken_and_can_be_replaced(torn: str, source: Path
     assert tree(out) == tree(source.parent / "old")
 
 
-@pytest.mark.parametrize("change", [{"ranks": "x"}, {"carried": [5]}, {"plan": None}, {"mesh": {"tp": 2.0, "pp": 1, "ep": 1}}])
-def test_a_conversion_whose_manifest_is_of_no_form_can_be_replaced(change: dict[str, object], source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"ranks": "x"}, {"carried": [5]}, {"plan": None}, {"mesh": {"tp": 2.0, "pp": 1, "ep": 1}}]
+)
+def test_a_conversion_whose_manifest_is_of_no_form_can_be_replaced(
+    change: dict[str, object], source: Path, tmp_path: Path
+) -> None:
     out = old(source, tmp_path / "out")
     path = out / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -1,4 +1,6 @@
-"""Multimodal checkpoints, written by `transformers`: the language model is cut as its family is, the other towers are carried whole."""
+"""Multimodal checkpoints, written by `transformers`: the language model is cut as its family is, the other towers are
+carried whole.
+"""
 
 import json
 import shutil
@@ -45,7 +47,13 @@ VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
-QWEN_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 56}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "out_hidden_size": 56,
+}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -66,14 +74,17 @@ def llava() -> Any:
     from transformers import LlavaConfig
 
     return LlavaConfig(
-        text_config={"model_type": "llama", **TEXT}, vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
     )
 
 
 def mistral3() -> Any:
     from transformers import Mistral3Config
 
-    return Mistral3Config(text_config={"model_type": "mistral", **TEXT}, vision_config={"model_type": "pixtral", "head_dim": 12, **VISION})
+    return Mistral3Config(
+        text_config={"model_type": "mistral", **TEXT}, vision_config={"model_type": "pixtral", "head_dim": 12, **VISION}
+    )
 
 
 def gemma3() -> Any:
@@ -86,7 +97,11 @@ def gemma4() -> Any:
     """Layers of two sizes; the last one looks up the keys and values of an earlier one."""
     from transformers import Gemma4Config
 
-    text = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "global_head_dim": 20, "num_kv_shared_layers": 1}
+    text = {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "global_head_dim": 20,
+        "num_kv_shared_layers": 1,
+    }
     text |= {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 341, "sliding_window": 5}
     vision = {"head_dim": 12, "num_key_value_heads": 2, "position_embedding_size": 36, "patch_size": 4}
     return Gemma4Config(text_config=TEXT | text, vision_config=VISION | vision, audio_config=None)
@@ -104,7 +119,9 @@ def qwen2_5_vl() -> Any:
     from transformers import Qwen2_5_VLConfig
 
     text = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"hidden_size": 80, **turned(1, 2, 2)}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION | {"fullatt_block_indexes": [1], "out_hidden_size": 80})
+    return Qwen2_5_VLConfig(
+        text_config=text, vision_config=QWEN_VISION | {"fullatt_block_indexes": [1], "out_hidden_size": 80}
+    )
 
 
 def qwen3_vl() -> Any:
@@ -131,14 +148,26 @@ def qwen3_5() -> Any:
 def qwen3_5_moe() -> Any:
     from transformers import Qwen3_5MoeConfig
 
-    text = TEXT | LINEAR | EXPERTS | {"head_dim": 24, "shared_expert_intermediate_size": 40} | turned(1, 1, 1, partial_rotary_factor=0.25)
+    text = (
+        TEXT
+        | LINEAR
+        | EXPERTS
+        | {"head_dim": 24, "shared_expert_intermediate_size": 40}
+        | turned(1, 1, 1, partial_rotary_factor=0.25)
+    )
     return Qwen3_5MoeConfig(text_config=text, vision_config={**QWEN_VISION, "num_position_embeddings": 36}, **BEYOND)
 
 
 def glm4v_moe() -> Any:
     from transformers import Glm4vMoeConfig
 
-    text = {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    text = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "head_dim": 16,
+    }
     text |= turned(1, 1, 2, partial_rotary_factor=0.5) | {"first_k_dense_replace": 1}
     vision = {**QWEN_VISION, "image_size": 28, "patch_size": 14}
     return Glm4vMoeConfig(text_config=TEXT | text, vision_config=vision, **BEYOND)
@@ -147,11 +176,27 @@ def glm4v_moe() -> Any:
 def deepseek_ocr2() -> Any:
     from transformers import DeepseekOcr2Config
 
-    text = {"n_routed_experts": 4, "n_shared_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "hidden_size": 80}
+    text = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "hidden_size": 80,
+    }
     text |= {"mlp_layer_types": ["dense", "sparse", "sparse"]}
-    sam = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "output_channels": 12, "window_size": 2}
+    sam = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "output_channels": 12,
+        "window_size": 2,
+    }
     encoder = VISION | {"num_key_value_heads": 2, "vocab_size": 11}
-    vision = {"sam_config": sam | {"downsample_channels": [20, 24], "global_attn_indexes": [1]}, "encoder_config": encoder}
+    vision = {
+        "sam_config": sam | {"downsample_channels": [20, 24], "global_attn_indexes": [1]},
+        "encoder_config": encoder,
+    }
     return DeepseekOcr2Config(text_config=TEXT | text, vision_config=vision)
 
 
@@ -171,7 +216,9 @@ def exaone4_5() -> Any:
     from transformers import Exaone4_5_Config
 
     text = {"model_type": "exaone4", "layer_types": ["full_attention"] * 3}
-    return Exaone4_5_Config(text_config=TEXT | text, vision_config={**QWEN_VISION, "fullatt_block_indexes": [1]}, **BEYOND)
+    return Exaone4_5_Config(
+        text_config=TEXT | text, vision_config={**QWEN_VISION, "fullatt_block_indexes": [1]}, **BEYOND
+    )
 
 
 MODELS: dict[Callable[[], Any], str] = {
@@ -204,8 +251,12 @@ def written(name: str, scratch: Path) -> Path:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
-            spread, around = (tensor.shape[-1] ** -0.5, 0.0) if tensor.ndim > 1 else (0.2, centre if "norm" in key else 0.0)
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (1.0 if "embed_tokens" in key else spread) + around)
+            spread, around = (
+                (tensor.shape[-1] ** -0.5, 0.0) if tensor.ndim > 1 else (0.2, centre if "norm" in key else 0.0)
+            )
+            tensor.copy_(
+                torch.randn(tensor.shape, generator=generator) * (1.0 if "embed_tokens" in key else spread) + around
+            )
     model.save_pretrained(directory)
     return directory
 
@@ -216,7 +267,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(name: str, scratch: Path, tmp_path: Path) -> None:
+def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(
+    name: str, scratch: Path, tmp_path: Path
+) -> None:
     source = written(name, scratch)
     model = open_source(source).layout.model
     assert model.family.name == name and MODELS[BY_NAME[name]] in model.family.texts
@@ -233,11 +286,14 @@ def test_the_language_model_is_cut_and_the_towers_are_whole_on_the_first_stage(n
         assert any(".attn.q" in key for key in mine)
 
 
-BROKEN = {"5.24.0": ("llama4",)}  # models that a transformers cannot run on text alone: its output has no `image_outputs`
+# models that a transformers cannot run on text alone: its output has no `image_outputs`
+BROKEN = {"5.24.0": ("llama4",)}
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_given_text_shards_compute_what_transformers_makes_of_the_whole_model(name: str, scratch: Path, tmp_path: Path) -> None:
+def test_given_text_shards_compute_what_transformers_makes_of_the_whole_model(
+    name: str, scratch: Path, tmp_path: Path
+) -> None:
     """Where no rank has more than the manifest, the carried files and its own folder."""
     torch.set_num_threads(1)
     source = open_source(written(name, scratch))
@@ -265,7 +321,9 @@ def test_shards_are_proven(name: str, scratch: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_transformers_does_not_have_is_compared_with_this_runtime(scratch: Path, tmp_path: Path) -> None:
     """As the first LLaVA, whose names are those of its language model."""
-    source = renamed(written("llava", scratch), tmp_path / "model", {"language_model.": "", "vision_tower.": "model.vision_tower."})
+    source = renamed(
+        written("llava", scratch), tmp_path / "model", {"language_model.": "", "vision_tower.": "model.vision_tower."}
+    )
     configure(source, model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"])
     found = reference_for(open_source(source))
     assert not found.independent and found.name.startswith("this runtime at TP 1 (transformers: "), found.name
@@ -280,7 +338,10 @@ def test_experts_of_4_bits_inside_of_a_multimodal_checkpoint(tmp_path: Path) -> 
     shutil.copytree(checkpoint("kimi_k2_int4"), tmp_path / "model")
 
     def edit(state: State) -> State:
-        tower = {"vision_tower.patch_embed.proj.weight": torch.randn(4, 3, 2, 2), "mm_projector.proj.0.weight": torch.randn(6, 8)}
+        tower = {
+            "vision_tower.patch_embed.proj.weight": torch.randn(4, 3, 2, 2),
+            "mm_projector.proj.0.weight": torch.randn(6, 8),
+        }
         return {f"language_model.{name}": tensor for name, tensor in state.items()} | tower
 
     rewrite(tmp_path / "model", edit)
@@ -342,7 +403,9 @@ def test_stacks_of_experts_that_could_lie_either_way_lie_as_published(unclear: b
     inner = 24 if unclear else 20
     stored = {row.name.name({"layer": 0}): Stored((4, 2 * inner, 48))}
     found = settle(table, stored, {"experts": 4, "hidden": 48, "moe_inter": inner})
-    assert next(other for other in found.rows if other.name == row.name).pattern == (row.pattern if unclear else row.layouts[0])
+    assert next(other for other in found.rows if other.name == row.name).pattern == (
+        row.pattern if unclear else row.layouts[0]
+    )
 
 
 @dataclass(frozen=True)
@@ -394,7 +457,9 @@ def test_what_shards_keep_of_a_table_that_is_built_reads_as_that_table() -> None
     """Wrappers and base models are built from data; their TOML is only written down, for whoever opens the shards."""
     kinds = tomllib.loads((HOME / "wrappers" / "multimodal.toml").read_text())["wraps"].keys() - {"*"}
     configs = [Config({"model_type": kind, "text_config": {}}) for kind in sorted(kinds | {"aya_vision"})]
-    built = [wrappers.wrapper_of(config) for config in configs] + [families.base(families.load(name)) for name in families.shipped()]
+    built = [wrappers.wrapper_of(config) for config in configs] + [
+        families.base(families.load(name)) for name in families.shipped()
+    ]
     assert len(built) > 100
     for table in built:
         assert table is not None

@@ -1,7 +1,8 @@
-"""Every further family goes through one gauntlet: it converts, comes back byte for byte, and runs as `transformers` runs it.
+"""Every further family goes through one gauntlet: it converts, comes back byte for byte, and runs as `transformers`
+runs it.
 
-What runs always is a mesh or two of each; all of them with RESHARD_ALL_MESHES=1. A family whose table says that it does not run
-converts all the same.
+What runs always is a mesh or two of each; all of them with RESHARD_ALL_MESHES=1. A family whose table says that it does
+not run converts all the same.
 """
 
 import json
@@ -45,7 +46,11 @@ def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     used: set[str] = set()
     for name, fixture in zoo().items():
         if fixture.family == family:
-            used |= {table.rows[at].name.text for at in open_source(checkpoint(name)).layout.model.active if at < len(table.rows)}
+            used |= {
+                table.rows[at].name.text
+                for at in open_source(checkpoint(name)).layout.model.active
+                if at < len(table.rows)
+            }
     like = {row.name.text for parent in table.texts if parent != family for row in families.load(parent).rows}
     assert {row.name.text for row in table.rows} - used - like - UNSEEN.get(family, set()) == set()
 

@@ -1,13 +1,15 @@
 """What each rank must hold in the `native` format, said a second time in plain torch, with the whole model in memory.
 
-Knows the architectures, the native names, and how tensor, pipeline and expert parallelism cut. Knows nothing of `reshard`: no table, no
-plan, no notation, so that the two agree only where both are right. Naive on purpose: it is to be read.
+Knows the architectures, the native names, and how tensor, pipeline and expert parallelism cut. Knows nothing of
+`reshard`: no table, no plan, no notation, so that the two agree only where both are right. Naive on purpose: it is to
+be read.
 
-    expected(checkpoint("llama"), "llama", tp=4, pp=2)   eight dicts of native name to tensor; rank = pp_rank * tp + tp_rank
+    expected(checkpoint("llama"), "llama", tp=4, pp=2)   eight dicts of native name to tensor; rank = pp_rank * tp +
+                                                         tp_rank
     differences(expected, actual)                        what a test prints; [] when they agree bit for bit
 
-Two steps. `FAMILIES[family]` reads a published checkpoint into parts: the projections apart, each as [out, in], q, k and v ordered by
-head, experts stacked. Then one function per kind of layer cuts the parts for one rank and fuses them.
+Two steps. `FAMILIES[family]` reads a published checkpoint into parts: the projections apart, each as [out, in], q, k
+and v ordered by head, experts stacked. Then one function per kind of layer cuts the parts for one rank and fuses them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from safetensors.torch import load_file
 State = dict[str, torch.Tensor]
 
 # Recomputed by an engine, so no rank holds them. gpt_neox's `attention.bias` and gpt2's `attn.bias` are masks.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|h\.\d+\.attn\.bias|h\.\d+\.attn\.masked_bias)")
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|h\.\d+\.attn\.bias|h\.\d+\.attn\.masked_bias)"
+)
 BLOCK = 128
 
 
@@ -33,8 +37,12 @@ BLOCK = 128
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The storage seen as integers, so that equality is of bits: NaN equals itself, 0.0 is not -0.0, and FP8 can be compared at all."""
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    """The storage seen as integers, so that equality is of bits: NaN equals itself, 0.0 is not -0.0,
+    and FP8 can be compared at all.
+    """
+    return tensor.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -53,7 +61,10 @@ def differences(want: Sequence[Mapping[str, torch.Tensor]], have: Sequence[Mappi
                 shapes = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (a[name], b[name])]
                 lines.append(f"rank {rank}: {name}: {shapes[0]} expected, {shapes[1]} found")
             elif not same(a[name], b[name]):
-                lines.append(f"rank {rank}: {name}: {int((bits(a[name]) != bits(b[name])).sum())} of {a[name].numel()} values differ")
+                lines.append(
+                    f"rank {rank}: {name}: {int((bits(a[name]) != bits(b[name])).sum())} of {a[name].numel()} "
+                    f"values differ"
+                )
     return lines
 
 
@@ -93,7 +104,8 @@ class Source:
 
 @dataclass
 class Model:
-    """A checkpoint in parts: `ends` for embedding, last norm and head, `layers` in order, `extra` for multi-token prediction.
+    """A checkpoint in parts: `ends` for embedding, last norm and head, `layers` in order, `extra` for multi-token
+    prediction.
 
     `kv` is how many key-value heads there are; 0 for latent attention, which has only `heads`.
     """
@@ -105,7 +117,9 @@ class Model:
     extra: list[State]
 
 
-def model_of(source: Source, heads: int, kv: int, ends: Mapping[str, str], layers: Iterable[State], extra: Iterable[State] = ()) -> Model:
+def model_of(
+    source: Source, heads: int, kv: int, ends: Mapping[str, str], layers: Iterable[State], extra: Iterable[State] = ()
+) -> Model:
     parts = {part: source.take(name) for part, name in ends.items() if part != "head"}
     if (head := source.maybe(ends["head"])) is not None:
         parts["head"] = head
@@ -118,7 +132,9 @@ ENDS = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head
 
 
 def stack(source: Source, names: Sequence[str]) -> State:
-    """Experts [experts, out, in] under moe.gate, moe.up, moe.down; each of `names` has a place for the number of the expert."""
+    """Experts [experts, out, in] under moe.gate, moe.up, moe.down; each of `names` has a place for the number of the
+    expert.
+    """
     result: State = {}
     for part, name in zip(("moe.gate", "moe.up", "moe.down"), names, strict=True):
         for ending, published in (("", ".weight"), ("_scale", ".weight_scale_inv")):
@@ -151,7 +167,8 @@ POST_NORMS = {"post_attn_norm": "post_attention_layernorm", "post_mlp_norm": "po
 def llama(source: Source, norm_names: Mapping[str, str] = LLAMA_NORMS, qk_norm: str = "") -> Model:
     """Llama, Mistral, Qwen, Mixtral, Gemma, OLMo: separate projections, and experts where a layer has them.
 
-    `qk_norm`: how the native name of a norm on q and k ends, which says over what it runs: "" over head_dim, "_full" over all heads.
+    `qk_norm`: how the native name of a norm on q and k ends, which says over what it runs: "" over head_dim, "_full"
+    over all heads.
     """
     layers = []
     for i in range(source.config["num_hidden_layers"]):
@@ -167,7 +184,8 @@ def llama(source: Source, norm_names: Mapping[str, str] = LLAMA_NORMS, qk_norm: 
             parts |= stack(source, [f"{layer}mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")])
         elif f"{layer}block_sparse_moe.gate.weight" in source.left:
             parts["moe.router"] = source.take(f"{layer}block_sparse_moe.gate.weight")
-            parts |= stack(source, [f"{layer}block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")])  # w2 is down
+            # w2 is down
+            parts |= stack(source, [f"{layer}block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")])
         else:
             for name in ("gate", "up", "down"):
                 source.linear(parts, f"mlp.{name}", f"{layer}mlp.{name}_proj")
@@ -207,7 +225,9 @@ def gpt2(source: Source) -> Model:
         layer = f"{prefix}h.{i}."
         parts = norms(source, layer, {"attn_norm": "ln_1", "mlp_norm": "ln_2"})
         parts["attn.q"], parts["attn.k"], parts["attn.v"] = source.take(f"{layer}attn.c_attn.weight").T.chunk(3)
-        parts["attn.q_bias"], parts["attn.k_bias"], parts["attn.v_bias"] = source.take(f"{layer}attn.c_attn.bias").chunk(3)
+        parts["attn.q_bias"], parts["attn.k_bias"], parts["attn.v_bias"] = source.take(
+            f"{layer}attn.c_attn.bias"
+        ).chunk(3)
         for part, name in (("attn.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
             parts[part] = source.take(f"{layer}{name}.weight").T
             parts[part + "_bias"] = source.take(f"{layer}{name}.bias")
@@ -268,7 +288,9 @@ def falcon(source: Source) -> Model:
             parts = norms(source, layer, LLAMA_NORMS)
         for ending, published in (("", "weight"), ("_bias", "bias")):
             if (fused := source.maybe(f"{layer}self_attention.query_key_value.{published}")) is not None:
-                parts[f"attn.q{ending}"], parts[f"attn.k{ending}"], parts[f"attn.v{ending}"] = by_group(fused, kv, heads // kv)
+                parts[f"attn.q{ending}"], parts[f"attn.k{ending}"], parts[f"attn.v{ending}"] = by_group(
+                    fused, kv, heads // kv
+                )
         source.linear(parts, "attn.o", f"{layer}self_attention.dense")
         source.linear(parts, "mlp.up", f"{layer}mlp.dense_h_to_4h")
         source.linear(parts, "mlp.down", f"{layer}mlp.dense_4h_to_h")
@@ -362,7 +384,9 @@ FAMILIES: dict[str, Callable[[Source], Model]] = {
 
 
 def shares(units: int, weights: Sequence[int]) -> list[int]:
-    """Units in proportion to the weights: each the whole part, what is left one by one to the largest remainders, ties to the earlier."""
+    """Units in proportion to the weights: each the whole part, what is left one by one to the largest remainders,
+    ties to the earlier.
+    """
     total = sum(weights)
     counts = [units * weight // total for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda rank: (-(units * weights[rank] % total), rank))
@@ -413,7 +437,9 @@ class Rank:
         return self.piece(tensor, dim, units)
 
     def experts(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
-        """Whole experts by EP rank, [experts, ...]; inside them dimension `dim` by the ranks that share the expert, None for not at all."""
+        """Whole experts by EP rank, [experts, ...]; inside them dimension `dim` by the ranks that share the expert,
+        None for not at all.
+        """
         etp = self.tp // self.ep
         mine = tensor.chunk(self.ep)[self.tp_rank // etp]
         if dim is None:
@@ -460,12 +486,18 @@ def latent_attention(parts: State, model: Model, rank: Rank) -> State:
             if name in parts and not ending:
                 out[name] = rank.piece(parts[name], dim, model.heads)
             elif name in parts:
-                out[name + ending] = blocks_under(parts[name + ending], parts[name], dim, lambda t, d: rank.piece(t, d, model.heads))
+                out[name + ending] = blocks_under(
+                    parts[name + ending], parts[name], dim, lambda t, d: rank.piece(t, d, model.heads)
+                )
     return out
 
 
-def blocks_under(scale: torch.Tensor, weight: torch.Tensor, dim: int, cut: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
-    """The scales of the blocks that a rank holds: write each block's number over its rows, cut those, and see which numbers are left."""
+def blocks_under(
+    scale: torch.Tensor, weight: torch.Tensor, dim: int, cut: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
+    """The scales of the blocks that a rank holds: write each block's number over its rows, cut those,
+    and see which numbers are left.
+    """
     numbers = torch.arange(weight.shape[dim]) // BLOCK
     mine = cut(numbers, 0)
     blocks, counts = mine.unique_consecutive(return_counts=True)
@@ -513,8 +545,12 @@ def layer_of_rank(parts: State, model: Model, rank: Rank) -> State:
     return out
 
 
-def expected(directory: Path, family: str, *, tp: int = 1, ep: int = 1, weights: Sequence[int] | None = None, pp: int = 1) -> list[State]:
-    """What every rank stores, by native name; rank = pp_rank * tp + tp_rank. `weights`: one number per TP rank, without EP."""
+def expected(
+    directory: Path, family: str, *, tp: int = 1, ep: int = 1, weights: Sequence[int] | None = None, pp: int = 1
+) -> list[State]:
+    """What every rank stores, by native name; rank = pp_rank * tp + tp_rank. `weights`: one number per TP rank,
+    without EP.
+    """
     assert tp % ep == 0 and (weights is None or (len(weights) == tp and ep == 1))
     model = FAMILIES[family](Source(directory))
     count = len(model.layers)

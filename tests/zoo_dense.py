@@ -1,4 +1,6 @@
-"""Decoders built like Llama, and those that differ from it by a norm, a bias or a scale: one tiny checkpoint for each variant."""
+"""Decoders built like Llama, and those that differ from it by a norm, a bias or a scale: one tiny checkpoint for each
+variant.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,9 @@ def ministral(directory: Path, seed: str) -> None:
 
 @define("gemma", heads=8, kv=1, layers=3, weights=False)
 def gemma(directory: Path, seed: str) -> None:
-    """Multi-query, tied without a word, and hidden_act is gelu where its approximation is meant: as the first release was published."""
+    """Multi-query, tied without a word, and hidden_act is gelu where its approximation is meant: as the first release
+    was published.
+    """
     from transformers import GemmaConfig
 
     write(directory, seed, GemmaConfig(**sizes(8, 2, 14, 72, 88, 331, 3) | {"num_key_value_heads": 1}))
@@ -112,8 +116,14 @@ def gemma3_text_old(directory: Path, seed: str) -> None:
     """As Google published it: the angles and the window's layers under the keys of transformers 4."""
     from transformers import Gemma3TextConfig
 
-    write(directory, seed, Gemma3TextConfig(**sizes(8, 4, 10, 72, 88, 317, 3), sliding_window=5, sliding_window_pattern=2))
-    rope = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    write(
+        directory, seed, Gemma3TextConfig(**sizes(8, 4, 10, 72, 88, 317, 3), sliding_window=5, sliding_window_pattern=2)
+    )
+    rope = {
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }
     configure(directory, "rope_parameters", "layer_types", "_sliding_window_pattern", sliding_window_pattern=2, **rope)
 
 
@@ -127,7 +137,9 @@ def olmo(directory: Path, seed: str) -> None:
 
 @define("olmo", heads=8, kv=8, layers=3)
 def olmo_tied(directory: Path, seed: str) -> None:
-    """Tied, not clipped, as OLMo 1B was published: as many key heads as query heads, said by null; biases in attention."""
+    """Tied, not clipped, as OLMo 1B was published: as many key heads as query heads, said by null;
+    biases in attention.
+    """
     from transformers import OlmoConfig
 
     facts = {"num_key_value_heads": 8, "tie_word_embeddings": True, "attention_bias": True}
@@ -149,7 +161,13 @@ def olmo3_yarn(directory: Path, seed: str) -> None:
     from transformers import Olmo3Config
 
     write(directory, seed, Olmo3Config(**sizes(8, 2, 14, 72, 88, 331, 5), sliding_window=5))
-    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0}
+    rope = {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
     rope |= {"attention_factor": 1.2079441541679836}
     configure(directory, "rope_parameters", rope_theta=500000.0, rope_scaling=rope)
 
@@ -159,7 +177,12 @@ def granite(directory: Path, seed: str) -> None:
     """Embeddings, scores, what layers add, and logits are scaled by numbers of config.json."""
     from transformers import GraniteConfig
 
-    scales = {"embedding_multiplier": 12.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+    scales = {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    }
     write(directory, seed, GraniteConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **scales))
 
 
@@ -182,7 +205,9 @@ def cohere_norms(directory: Path, seed: str) -> None:
 
 @define("cohere2", heads=8, kv=4, layers=5, square=(r".*\.[qo]_proj\.weight",))
 def cohere2(directory: Path, seed: str) -> None:
-    """Three layers of four have a window, and the others no positions. Heads times head_dim is hidden, by definition."""
+    """Three layers of four have a window, and the others no positions. Heads times head_dim is hidden,
+    by definition.
+    """
     from transformers import Cohere2Config
 
     write(directory, seed, Cohere2Config(**sizes(8, 4, 12, 72, 88, 331, 5) | {"hidden_size": 96}, sliding_window=5))
@@ -227,7 +252,9 @@ def stablelm_bias(directory: Path, seed: str) -> None:
 
 @define("stablelm", heads=8, kv=4, layers=3, square=STABLELM_SQUARE)
 def stablelm_norms(directory: Path, seed: str) -> None:
-    """qk_layernorm: a norm of each head, one tensor for each; attention and feed-forward start from one norm, as in the 12B model."""
+    """qk_layernorm: a norm of each head, one tensor for each; attention and feed-forward start from one norm,
+    as in the 12B model.
+    """
     write(directory, seed, stablelm_config(4, qk_layernorm=True, use_parallel_residual=True))
 
 
@@ -256,7 +283,15 @@ def hunyuan(directory: Path, seed: str) -> None:
     from transformers import HunYuanDenseV1Config
 
     write(directory, seed, HunYuanDenseV1Config(**sizes(8, 4, 14, 72, 88, 331, 3)))
-    rope = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    rope = {
+        "type": "dynamic",
+        "alpha": 1000.0,
+        "factor": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
     configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=rope, use_qk_norm=True)
 
 
@@ -273,32 +308,50 @@ def ministral3(directory: Path, seed: str) -> None:
     """Queries grow with their positions; the limits are low, for a short prompt to reach them."""
     from transformers import Ministral3Config
 
-    rope = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 32.0}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 32.0,
+    }
     rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
     write(directory, seed, Ministral3Config(**sizes(8, 4, 14, 72, 88, 331, 3), rope_parameters=rope))
 
 
 @define("phi3", heads=8, kv=4, layers=3, square=(r".*\.o_proj\.weight",))
 def phi4_mini(directory: Path, seed: str) -> None:
-    """Three quarters of each head are rotated, by angles of two lists, under the keys of transformers 4; tied. Here heads times head_dim
-    is hidden."""
+    """Three quarters of each head are rotated, by angles of two lists, under the keys of transformers 4; tied. Here
+    heads times head_dim is hidden."""
     from transformers import Phi3Config
 
     short, long = [1.0 + at / 10 for at in range(6)], [2.0 + at for at in range(6)]
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": short, "long_factor": long}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": short,
+        "long_factor": long,
+    }
     facts = {"rope_parameters": rope, "original_max_position_embeddings": 8, "tie_word_embeddings": True}
     write(directory, seed, Phi3Config(**sizes(8, 4, 16, 72, 88, 331, 3) | {"hidden_size": 128}, **facts))
     old = {"type": "longrope", "short_factor": short, "long_factor": long}
-    configure(directory, "rope_parameters", "head_dim", rope_theta=10000.0, partial_rotary_factor=0.75, rope_scaling=old)
+    configure(
+        directory, "rope_parameters", "head_dim", rope_theta=10000.0, partial_rotary_factor=0.75, rope_scaling=old
+    )
 
 
 @define("apertus", heads=8, kv=4, layers=3)
 def apertus(directory: Path, seed: str) -> None:
-    """No gate: an activation with two numbers of each layer that were learned, and two that were not; norms on q and k."""
+    """No gate: an activation with two numbers of each layer that were learned, and two that were not;
+    norms on q and k.
+    """
     from transformers import ApertusConfig
 
     write(directory, f"{seed} 2", ApertusConfig(**sizes(8, 4, 14, 72, 88, 331, 3)))  # no two of these numbers are equal
-    rewrite(directory, lambda state: {name: -tensor if name.endswith("eps") else tensor for name, tensor in state.items()})
+    rewrite(
+        directory, lambda state: {name: -tensor if name.endswith("eps") else tensor for name, tensor in state.items()}
+    )
 
 
 @define("apertus", heads=8, kv=2, layers=3, weights=False)
@@ -307,7 +360,13 @@ def apertus_old(directory: Path, seed: str) -> None:
     from transformers import ApertusConfig
 
     write(directory, seed, ApertusConfig(**sizes(8, 2, 14, 72, 88, 331, 3), attention_bias=True))
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     configure(directory, "rope_parameters", rope_theta=12000000, rope_scaling=rope)
 
 

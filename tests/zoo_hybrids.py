@@ -1,4 +1,6 @@
-"""Decoders of which most layers keep a state instead of keys and values: linear attention, state spaces, short convolutions."""
+"""Decoders of which most layers keep a state instead of keys and values: linear attention, state spaces,
+short convolutions.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +25,24 @@ EXPERTS: Mapping[str, Any] = {
 
 
 def ahead(seed: str, state: State, layer: int, hidden: int) -> State:
-    """A multi-token prediction layer as Qwen publishes it: one like layer `layer`, with three norms and a projection around it."""
+    """A multi-token prediction layer as Qwen publishes it: one like layer `layer`, with three norms and a projection
+    around it.
+    """
     names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-    shapes = {f"mtp.{name}.weight": torch.empty(hidden) for name in names} | {"mtp.fc.weight": torch.empty(hidden, 2 * hidden)}
+    shapes = {f"mtp.{name}.weight": torch.empty(hidden) for name in names} | {
+        "mtp.fc.weight": torch.empty(hidden, 2 * hidden)
+    }
     start = f"model.layers.{layer}."
-    shapes |= {f"mtp.layers.0.{name.removeprefix(start)}": tensor for name, tensor in state.items() if name.startswith(start)}
+    shapes |= {
+        f"mtp.layers.0.{name.removeprefix(start)}": tensor for name, tensor in state.items() if name.startswith(start)
+    }
     return {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in shapes.items()}
 
 
 def fused(state: State, start: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> State:
-    """The experts of one layer, whose names begin with `start`, as one stack, gate and up together, instead of a tensor each."""
+    """The experts of one layer, whose names begin with `start`, as one stack, gate and up together,
+    instead of a tensor each.
+    """
     experts = range(len([name for name in state if name.startswith(start) and name.endswith(f"{names[2]}.weight")]))
     if not experts:
         return state
@@ -43,7 +53,9 @@ def fused(state: State, start: str, names: tuple[str, str, str] = ("gate_proj", 
 
 @define("qwen3_next", heads=8, kv=4, layers=5, mtp=1, experts=4, ep=(1, 2, 4))
 def qwen3_next(directory: Path, seed: str) -> None:
-    """As published: every fourth layer attends, the others keep a state; one layer predicts ahead, said by no key. Layer 1 is dense."""
+    """As published: every fourth layer attends, the others keep a state; one layer predicts ahead, said by no key.
+    Layer 1 is dense.
+    """
     from transformers import Qwen3NextConfig
 
     write(directory, seed, Qwen3NextConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **SLIM, **EXPERTS, mlp_only_layers=[1]))
@@ -58,7 +70,12 @@ def qwen3_next_fused(directory: Path, seed: str) -> None:
 
     kinds = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
     facts = dict(SLIM) | {"tie_word_embeddings": True, "attention_bias": True}
-    facts |= {"linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_value_head_dim": 6, "linear_key_head_dim": 10}
+    facts |= {
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 6,
+        "linear_key_head_dim": 10,
+    }
     config = Qwen3NextConfig(**sizes(8, 2, 14, 72, 88, 331, 4), **facts, **EXPERTS, layer_types=kinds)
     write(directory, seed, config)
 
@@ -95,7 +112,11 @@ def qwen3_5_moe(directory: Path, seed: str) -> None:
     from transformers import Qwen3_5MoeTextConfig
 
     given = sizes(8, 2, 14, 72, 88, 331, 4)
-    write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
+    write(
+        directory,
+        seed,
+        Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS),
+    )
 
     def age(state: State) -> State:
         ahead_of = ahead(seed, state, 3, 72)
@@ -112,7 +133,11 @@ def qwen3_5_moe_each(directory: Path, seed: str) -> None:
     from transformers import Qwen3_5MoeTextConfig
 
     given = sizes(8, 4, 12, 72, 88, 331, 5) | {"attention_bias": True}
-    write(directory, seed, Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS))
+    write(
+        directory,
+        seed,
+        Qwen3_5MoeTextConfig(**{k: v for k, v in given.items() if k != "intermediate_size"}, **SLIM, **EXPERTS),
+    )
     rewrite(directory, lambda state: state | fused(ahead(seed, state, 3, 72), "mtp.layers.0.mlp.experts."))
 
 
@@ -125,7 +150,12 @@ def granitemoehybrid(directory: Path, seed: str) -> None:
     """Most layers keep a state, one group of heads; experts in stacks beside one that every token uses."""
     from transformers import GraniteMoeHybridConfig
 
-    facts: dict[str, Any] = {"num_local_experts": 4, "shared_intermediate_size": 48, "mamba_d_head": 9, "mamba_n_groups": 1}
+    facts: dict[str, Any] = {
+        "num_local_experts": 4,
+        "shared_intermediate_size": 48,
+        "mamba_d_head": 9,
+        "mamba_n_groups": 1,
+    }
     facts["layer_types"] = [*ATTENDS, "linear_attention"]
     write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 4, 12, 72, 88, 331, 5), **STATES, **facts))
 
@@ -151,7 +181,12 @@ def granitemoehybrid_attends(directory: Path, seed: str) -> None:
     """As some are published: no layer keeps a state, though config.json says what one would look like."""
     from transformers import GraniteMoeHybridConfig
 
-    facts: dict[str, Any] = {"num_local_experts": 0, "shared_intermediate_size": 48, "mamba_d_head": 9, "mamba_n_groups": 1}
+    facts: dict[str, Any] = {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        "mamba_d_head": 9,
+        "mamba_n_groups": 1,
+    }
     facts |= {"layer_types": ["full_attention"] * 3, "attention_bias": True}
     write(directory, seed, GraniteMoeHybridConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **STATES, **facts))
 
@@ -180,7 +215,13 @@ def falcon_h1_norm(directory: Path, seed: str) -> None:
     """With that norm, two groups of heads, tied; biases everywhere."""
     from transformers import FalconH1Config
 
-    facts = {"mamba_d_ssm": 96, "mamba_d_head": 6, "mamba_n_groups": 2, "mamba_rms_norm": True, "tie_word_embeddings": True}
+    facts = {
+        "mamba_d_ssm": 96,
+        "mamba_d_head": 6,
+        "mamba_n_groups": 2,
+        "mamba_rms_norm": True,
+        "tie_word_embeddings": True,
+    }
     facts |= dict.fromkeys(("attention_bias", "mamba_proj_bias", "projectors_bias", "mlp_bias"), True)
     write(directory, seed, FalconH1Config(**sizes(8, 2, 14, 72, 88, 331, 3), **STATES, **facts))
 
@@ -199,11 +240,17 @@ LFM_SQUARE = (r".*\.(q_proj|self_attn\.out_proj|conv\.out_proj)\.weight",)
 
 @define("lfm2", heads=8, kv=4, layers=4, square=LFM_SQUARE)
 def lfm2(directory: Path, seed: str) -> None:
-    """As published: most layers are a short convolution; tied, and the feed-forward is not as wide as config.json says."""
+    """As published: most layers are a short convolution; tied,
+    and the feed-forward is not as wide as config.json says.
+    """
     from transformers import Lfm2Config
 
     kinds = ["conv", "conv", "full_attention", "conv"]
-    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    given = {
+        key: value
+        for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items()
+        if key not in ("head_dim", "num_hidden_layers")
+    }
     write(directory, seed, Lfm2Config(**given, num_hidden_layers=4, layer_types=kinds, block_multiple_of=40))
     configure(directory, "tie_word_embeddings", "layer_types", tie_embedding=True, full_attn_idxs=[2])
 
@@ -223,7 +270,11 @@ def lfm2_moe_config(layers: int, **facts: Any) -> Any:
     from transformers import Lfm2MoeConfig
 
     kinds = ["conv", "full_attention", "conv", "conv"][:layers]
-    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    given = {
+        key: value
+        for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items()
+        if key not in ("head_dim", "num_hidden_layers")
+    }
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1}
     return Lfm2MoeConfig(**given, **experts, num_hidden_layers=layers, layer_types=kinds, **facts)
 
@@ -252,7 +303,11 @@ def jamba_config(layers: int, **facts: Any) -> Any:
 
     state = {"mamba_d_state": 10, "mamba_d_conv": 3, "mamba_dt_rank": 5, "mamba_expand": 2}
     experts = {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1}
-    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
+    given = {
+        key: value
+        for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items()
+        if key not in ("head_dim", "num_hidden_layers")
+    }
     return JambaConfig(**given, **state, **experts, num_hidden_layers=layers, **facts)
 
 
@@ -261,7 +316,9 @@ JAMBA_SQUARE = (r".*\.self_attn\.[qo]_proj\.weight",)
 
 @define("jamba", heads=8, kv=4, layers=4, experts=4, ep=(1, 2, 4), square=JAMBA_SQUARE)
 def jamba(directory: Path, seed: str) -> None:
-    """State spaces without heads, norms inside them; every other layer of experts. Heads times head_dim is hidden, by definition."""
+    """State spaces without heads, norms inside them; every other layer of experts. Heads times head_dim is hidden,
+    by definition.
+    """
     write(directory, seed, jamba_config(4))
 
 
@@ -300,9 +357,16 @@ def falcon_mamba(directory: Path, seed: str) -> None:
 def nemotron_h_config(heads: int, kv: int, head_dim: int, groups: int, **facts: Any) -> Any:
     from transformers import NemotronHConfig
 
-    given = {key: value for key, value in sizes(heads, kv, head_dim, 72, 88, 331, 5).items() if key != "num_hidden_layers"}
+    given = {
+        key: value for key, value in sizes(heads, kv, head_dim, 72, 88, 331, 5).items() if key != "num_hidden_layers"
+    }
     state = {"ssm_state_size": 10, "mamba_num_heads": 16, "mamba_head_dim": 6, "conv_kernel": 3, "n_groups": groups}
-    experts = {"n_routed_experts": 4, "moe_intermediate_size": 40, "moe_shared_expert_intermediate_size": 48, "num_experts_per_tok": 2}
+    experts = {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 40,
+        "moe_shared_expert_intermediate_size": 48,
+        "num_experts_per_tok": 2,
+    }
     return NemotronHConfig(**given, **state, **experts, **facts)
 
 
@@ -311,13 +375,19 @@ def nemotron_ahead(seed: str, state: State, like: tuple[str, str]) -> State:
     shapes = {"mtp.layers.0.eh_proj.weight": torch.empty(72, 144)}
     shapes |= {f"mtp.layers.{name}.weight": torch.empty(72) for name in ("0.enorm", "0.hnorm", "1.final_layernorm")}
     for layer, start in enumerate(like):
-        shapes |= {f"mtp.layers.{layer}.{name.removeprefix(start)}": old for name, old in state.items() if name.startswith(start)}
+        shapes |= {
+            f"mtp.layers.{layer}.{name.removeprefix(start)}": old
+            for name, old in state.items()
+            if name.startswith(start)
+        }
     return {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in shapes.items()}
 
 
 @define("nemotron_h", heads=8, kv=4, layers=5, experts=4, ep=(1, 2, 4))
 def nemotron_h(directory: Path, seed: str) -> None:
-    """A layer does one thing: it keeps a state, attends, or is a feed-forward, dense or of experts; one group; biases everywhere."""
+    """A layer does one thing: it keeps a state, attends, or is a feed-forward, dense or of experts; one group;
+    biases everywhere.
+    """
     kinds = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"]
     facts = {"moe_latent_size": 36, "use_bias": True, "mlp_bias": True}
     write(directory, seed, nemotron_h_config(8, 4, 14, 1, layers_block_type=kinds, **facts))
@@ -325,13 +395,21 @@ def nemotron_h(directory: Path, seed: str) -> None:
 
 @define("nemotron_h", heads=8, kv=2, layers=3, mtp=2, experts=4, ep=(1, 2), weights=False)
 def nemotron_h_ahead(directory: Path, seed: str) -> None:
-    """As the larger ones are published: experts of compressed features, two layers that predict ahead, config.json in the older words."""
+    """As the larger ones are published: experts of compressed features, two layers that predict ahead,
+    config.json in the older words.
+    """
     kinds = ["linear_attention", "moe", "full_attention"]
     facts = {"moe_latent_size": 36, "num_nextn_predict_layers": 1, "use_conv_bias": False, "tie_word_embeddings": False}
     write(directory, seed, nemotron_h_config(8, 2, 14, 2, layers_block_type=kinds, **facts))
 
     rewrite(directory, lambda state: state | nemotron_ahead(seed, state, ("backbone.layers.2.", "backbone.layers.1.")))
-    configure(directory, "layers_block_type", "mtp_layers_block_type", hybrid_override_pattern="ME*", mtp_hybrid_override_pattern="*E")
+    configure(
+        directory,
+        "layers_block_type",
+        "mtp_layers_block_type",
+        hybrid_override_pattern="ME*",
+        mtp_hybrid_override_pattern="*E",
+    )
     configure(directory, num_hidden_layers=3)
 
 
@@ -359,8 +437,18 @@ KIMI_SQUARE = (r".*\.A_log",)  # [1, 1, heads, 1]
 def kimi_linear_config(layers: int, **facts: Any) -> Any:
     from transformers import KimiLinearConfig
 
-    given = {key: value for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items() if key not in ("head_dim", "num_hidden_layers")}
-    latent = {"num_key_value_heads": 8, "kv_lora_rank": 20, "qk_rope_head_dim": 6, "v_head_dim": 14, "qk_nope_head_dim": 10}
+    given = {
+        key: value
+        for key, value in sizes(8, 4, 12, 72, 88, 331, 5).items()
+        if key not in ("head_dim", "num_hidden_layers")
+    }
+    latent = {
+        "num_key_value_heads": 8,
+        "kv_lora_rank": 20,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+        "qk_nope_head_dim": 10,
+    }
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     state = {"linear_head_dim": 10, "linear_num_heads": 8, "linear_conv_kernel_dim": 3}
     kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"][:layers]
@@ -369,11 +457,24 @@ def kimi_linear_config(layers: int, **facts: Any) -> Any:
 
 @define("kimi_linear", heads=8, kv=8, layers=4, experts=4, ep=(1, 2, 4), square=KIMI_SQUARE)
 def kimi_linear(directory: Path, seed: str) -> None:
-    """As published: latent attention without positions and a delta net whose decay is of each feature; config.json in its own words."""
+    """As published: latent attention without positions and a delta net whose decay is of each feature;
+    config.json in its own words.
+    """
     write(directory, seed, kimi_linear_config(4))
-    rewrite(directory, lambda state: {name.replace("layers.0.block_sparse_moe", "layers.0.mlp"): one for name, one in state.items()})
-    own = {"head_dim": 10, "num_heads": 8, "short_conv_kernel_size": 3, "full_attn_layers": [3], "kda_layers": [1, 2, 4]}
-    configure(directory, "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim", "layer_types", "mlp_layer_types")
+    rewrite(
+        directory,
+        lambda state: {name.replace("layers.0.block_sparse_moe", "layers.0.mlp"): one for name, one in state.items()},
+    )
+    own = {
+        "head_dim": 10,
+        "num_heads": 8,
+        "short_conv_kernel_size": 3,
+        "full_attn_layers": [3],
+        "kda_layers": [1, 2, 4],
+    }
+    configure(
+        directory, "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim", "layer_types", "mlp_layer_types"
+    )
     configure(directory, linear_attn_config=own, first_k_dense_replace=1)
 
 
@@ -410,14 +511,18 @@ DECAYS = ("diagonal_decay", "key_decay", "query_decay", "slope_rate")
 
 @define("minimax", heads=8, kv=4, layers=5, experts=4, ep=(1, 2, 4))
 def minimax(directory: Path, seed: str) -> None:
-    """As published: in most layers q, k and v of each head together, a norm over all heads and a gate; no decays are stored."""
+    """As published: in most layers q, k and v of each head together, a norm over all heads and a gate;
+    no decays are stored.
+    """
     write(directory, seed, minimax_config(4, 5))
     rewrite(directory, lambda state: {name: one for name, one in state.items() if not name.endswith(DECAYS)})
 
 
 @define("minimax", heads=8, kv=2, layers=4, experts=4, ep=(1, 2), weights=False)
 def minimax_fused(directory: Path, seed: str) -> None:
-    """As transformers holds it: with the decays that follow from the number of the layer, and experts in stacks; tied."""
+    """As transformers holds it: with the decays that follow from the number of the layer,
+    and experts in stacks; tied.
+    """
     write(directory, seed, minimax_config(2, 4, tie_word_embeddings=True))
 
     def age(state: State) -> State:
@@ -431,7 +536,12 @@ def minimax_fused(directory: Path, seed: str) -> None:
 def minimax_m3_config(kv: int, layers: int) -> Any:
     from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
 
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48, "dense_intermediate_size": 104}
+    experts = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+        "dense_intermediate_size": 104,
+    }
     kinds = {
         "layer_types": ["full_attention", *["minimax_m3_sparse"] * (layers - 1)],
         "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
@@ -443,7 +553,9 @@ def minimax_m3_config(kv: int, layers: int) -> Any:
 
 @define("minimax_m3_vl_text", heads=8, kv=4, layers=4, experts=4, ep=(1, 2, 4))
 def minimax_m3_fused(directory: Path, seed: str) -> None:
-    """As transformers writes it: gate and up together, experts in stacks; later layers choose the blocks of tokens they attend to."""
+    """As transformers writes it: gate and up together, experts in stacks; later layers choose the blocks of tokens they
+    attend to.
+    """
     write(directory, seed, minimax_m3_config(4, 4))
 
 

@@ -53,7 +53,13 @@ def qwen3_moe_fused(directory: Path, seed: str) -> None:
     """In the names of transformers 5; layer 1 is dense; biases in attention."""
     from transformers import Qwen3MoeConfig
 
-    facts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [1], "attention_bias": True}
+    facts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "attention_bias": True,
+    }
     write(directory, seed, Qwen3MoeConfig(**sizes(8, 4, 14, 72, 88, 331, 3), **facts))
     fuse(directory)
 
@@ -90,7 +96,12 @@ def deepseek_v3_fused(directory: Path, seed: str) -> None:
     """In the names of transformers 5; layer 0 is dense."""
     from transformers import DeepseekV3Config
 
-    facts: dict[str, Any] = {"hidden_size": 56, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3}
+    facts: dict[str, Any] = {
+        "hidden_size": 56,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 3,
+    }
     facts |= {"q_lora_rank": 36, "kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
     facts |= {"intermediate_size": 104, "moe_intermediate_size": 40, "first_k_dense_replace": 1, "num_mtp_layers": 0}
     write(directory, seed, DeepseekV3Config(**DEEPSEEK, **facts))
@@ -101,7 +112,12 @@ def qwen2_moe_config(kv: int, **facts: Any) -> Any:
     from transformers import Qwen2MoeConfig
 
     base = sizes(8, 2, 14, 72, 88, 331, 3) | {"num_key_value_heads": kv}
-    base |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48}
+    base |= {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+    }
     return Qwen2MoeConfig(**base, **facts)
 
 
@@ -137,12 +153,19 @@ def olmoe(directory: Path, seed: str) -> None:
 
 @define("olmoe", heads=8, kv=4, layers=3, square=OLMOE_SQUARE, **EXPERTS)
 def olmoe_fused(directory: Path, seed: str) -> None:
-    """In the names of transformers 5; queries, keys and values are clipped and have biases, weights of experts normalized."""
+    """In the names of transformers 5; queries, keys and values are clipped and have biases, weights of experts
+    normalized.
+    """
     write(directory, seed, olmoe_config(clip_qkv=0.7, norm_topk_prob=True, attention_bias=True))
     fuse(directory)
 
 
-SIGMOID: dict[str, Any] = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 40}
+SIGMOID: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 40,
+}
 SIGMOID |= {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
 
 
@@ -151,7 +174,11 @@ def dots1(directory: Path, seed: str) -> None:
     """Experts are chosen by a corrected score; layer 0 is dense, and the last layer has a window."""
     from transformers import Dots1Config
 
-    write(directory, seed, Dots1Config(**sizes(8, 4, 14, 72, 88, 331, 3), **SIGMOID, sliding_window=7, max_window_layers=2))
+    write(
+        directory,
+        seed,
+        Dots1Config(**sizes(8, 4, 14, 72, 88, 331, 3), **SIGMOID, sliding_window=7, max_window_layers=2),
+    )
     configure(directory, "layer_types")
 
 
@@ -163,7 +190,9 @@ def glm4_moe_config(kv: int, **facts: Any) -> Any:
 
 @define("glm4_moe", heads=8, kv=4, layers=3, mtp=1, **EXPERTS)
 def glm4_moe(directory: Path, seed: str) -> None:
-    """As GLM-4.5: bias on q, k and v, norms on q and k, half of each head is rotated; a multi-token prediction layer."""
+    """As GLM-4.5: bias on q, k and v, norms on q and k, half of each head is rotated;
+    a multi-token prediction layer.
+    """
     write(directory, seed, glm4_moe_config(4, attention_bias=True, use_qk_norm=True, num_mtp_layers=0))
     rewrite(directory, lambda state: add_mtp(state, seed, 3, torch.bfloat16))
     configure(directory, "num_mtp_layers", num_nextn_predict_layers=1)
@@ -176,7 +205,12 @@ def glm4_moe_fused(directory: Path, seed: str) -> None:
     fuse(directory)
 
 
-GRANITE: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 3, "tie_word_embeddings": True, "embedding_multiplier": 12.0}
+GRANITE: dict[str, Any] = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": True,
+    "embedding_multiplier": 12.0,
+}
 GRANITE |= {"attention_multiplier": 0.3, "residual_multiplier": 0.22, "logits_scaling": 8.0}
 
 
@@ -203,10 +237,20 @@ def granitemoeshared(directory: Path, seed: str) -> None:
     """A shared expert beside the others, gate and up fused."""
     from transformers import GraniteMoeSharedConfig
 
-    write(directory, seed, GraniteMoeSharedConfig(**sizes(8, 4, 14, 72, 40, 331, 3), **GRANITE, shared_intermediate_size=48))
+    write(
+        directory,
+        seed,
+        GraniteMoeSharedConfig(**sizes(8, 4, 14, 72, 40, 331, 3), **GRANITE, shared_intermediate_size=48),
+    )
 
 
-LATENT: dict[str, Any] = {**DEEPSEEK, "hidden_size": 56, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3}
+LATENT: dict[str, Any] = {
+    **DEEPSEEK,
+    "hidden_size": 56,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 3,
+}
 LATENT |= {"kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14}
 LATENT |= {"intermediate_size": 104, "moe_intermediate_size": 40, "n_routed_experts": 8}
 
@@ -216,7 +260,13 @@ def deepseek_v2(directory: Path, seed: str) -> None:
     """Experts of the groups that have the best one; biases on all but the outputs of low ranks."""
     from transformers import DeepseekV2Config
 
-    facts = {"q_lora_rank": 36, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
+    facts = {
+        "q_lora_rank": 36,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 16.0,
+    }
     facts |= {"attention_bias": True, "mlp_bias": True}
     write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
 
@@ -226,7 +276,13 @@ def deepseek_v2_lite(directory: Path, seed: str) -> None:
     """The query is not compressed, experts are in no groups; stretched angles; in the names of transformers 5."""
     from transformers import DeepseekV2Config
 
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 8, "beta_fast": 32}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 32,
+    }
     rope |= {"beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
     facts = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": rope}
     write(directory, seed, DeepseekV2Config(**LATENT | facts, first_k_dense_replace=1))
@@ -237,13 +293,32 @@ def deepseek_ocr2_whole(directory: Path, seed: str) -> None:
     """The language model and its towers, as transformers writes them."""
     from transformers import AutoModelForImageTextToText, DeepseekOcr2Config
 
-    text = sizes(8, 4, 14, 72, 104, 331, 3) | {"hidden_size": 112, "head_dim": None, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+    text = sizes(8, 4, 14, 72, 104, 331, 3) | {
+        "hidden_size": 112,
+        "head_dim": None,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    }
     text |= {"n_routed_experts": 8, "n_shared_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     text |= {"routed_scaling_factor": 1.5}
-    sam = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "output_channels": 12, "window_size": 2}
-    encoder = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sam = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "output_channels": 12,
+        "window_size": 2,
+    }
+    encoder = {
+        "hidden_size": 24,
+        "intermediate_size": 36,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     vision = {"sam_config": sam | {"downsample_channels": [20, 24]}, "encoder_config": encoder | {"vocab_size": 11}}
-    model = AutoModelForImageTextToText.from_config(DeepseekOcr2Config(text_config=text, vision_config=vision)).to(torch.bfloat16)
+    model = AutoModelForImageTextToText.from_config(DeepseekOcr2Config(text_config=text, vision_config=vision)).to(
+        torch.bfloat16
+    )
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "vision_tower" not in name and "multi_modal" not in name:
@@ -257,7 +332,14 @@ DEEPSEEK_OCR |= {"square": (r"model\.layers\.\d\.self_attn\.[qo]_proj\.weight",)
 
 def deepseek_ocr2_language(directory: Path, seed: str) -> None:
     deepseek_ocr2_whole(directory, seed)
-    towers = ("model.projector", "model.qwen2_model", "model.sam_model", "model.view_seperator", "model.vision", "model.multi")
+    towers = (
+        "model.projector",
+        "model.qwen2_model",
+        "model.sam_model",
+        "model.view_seperator",
+        "model.vision",
+        "model.multi",
+    )
     rewrite(directory, lambda state: {name: tensor for name, tensor in state.items() if not name.startswith(towers)})
     text = json.loads((directory / "config.json").read_text())["text_config"]
     configure(directory, "text_config", "vision_config", **text)
@@ -278,7 +360,9 @@ def deepseek_ocr2_stacked(directory: Path, seed: str) -> None:
         found = {name: tensor for name, tensor in state.items() if ".experts." not in name}
         for part in (1, 2):
             start = f"model.layers.{part}.mlp.experts"
-            gate, up, down = (torch.stack([state[f"{start}.{n}.{of}_proj.weight"] for n in range(8)]) for of in ("gate", "up", "down"))
+            gate, up, down = (
+                torch.stack([state[f"{start}.{n}.{of}_proj.weight"] for n in range(8)]) for of in ("gate", "up", "down")
+            )
             found |= {f"{start}.gate_up_proj": torch.cat((gate, up), 1), f"{start}.down_proj": down}
         return found
 
@@ -297,16 +381,22 @@ def kimi_k2(directory: Path, seed: str) -> None:
     """DeepSeek-V3 by another name, with the rotary buffers that it was published with."""
     kimi_k2_twin(directory, seed)
     inv_freq = (50000.0 ** -(torch.arange(0, 6, 2) / 6)).to(torch.bfloat16)
-    rewrite(directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)})
+    rewrite(
+        directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)}
+    )
     configure(directory, "num_mtp_layers", model_type="kimi_k2", num_nextn_predict_layers=0)
 
 
 def grouped(matrix: torch.Tensor, seed: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers from -8 to 7 in the place of weights, and a scale for each 32, no two rows of them equal, and bf16 has every product."""
+    """Numbers from -8 to 7 in the place of weights, and a scale for each 32, no two rows of them equal,
+    and bf16 has every product.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     shape, scales = (len(matrix), matrix.shape[-1] // 32), torch.zeros(2, 1)
     while not distinct(scales):
-        scales = torch.randint(16, 32, shape, generator=generator) * 2.0 ** torch.randint(-11, -7, shape, generator=generator)
+        scales = torch.randint(16, 32, shape, generator=generator) * 2.0 ** torch.randint(
+            -11, -7, shape, generator=generator
+        )
     wide = matrix.float() / scales.repeat_interleave(32, -1)
     return wide.round().clamp(-8, 7), scales
 
@@ -340,7 +430,11 @@ def kimi_k2_int4(directory: Path, seed: str) -> None:
     """Experts in 4 bits, as Kimi-K2-Thinking and the language model of Kimi-K2.5 are published."""
     four_bits(directory, seed, apart=True)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-    how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    how = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
     configure(directory, "num_mtp_layers", model_type="kimi_k2", num_nextn_predict_layers=0, quantization_config=how)
 
 
@@ -356,13 +450,27 @@ def glm4_moe_lite(directory: Path, seed: str) -> None:
 
 @define("phimoe", heads=8, kv=4, layers=3, **EXPERTS)
 def phimoe(directory: Path, seed: str) -> None:
-    """Norms with biases, biases on attention and head, one expert after another, angles of two lists and two factors."""
+    """Norms with biases, biases on attention and head, one expert after another,
+    angles of two lists and two factors.
+    """
     from transformers import PhimoeConfig
 
     short, long = [1.0 + at / 10 for at in range(7)], [2.0 + at for at in range(7)]
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long, "short_mscale": 1.1}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": short,
+        "long_factor": long,
+        "short_mscale": 1.1,
+    }
     rope |= {"long_mscale": 1.3, "original_max_position_embeddings": 64}  # beyond these transformers mixes the two
-    facts = {"attention_bias": True, "lm_head_bias": True, "num_local_experts": 8, "sliding_window": 17, "rope_parameters": rope}
+    facts = {
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "num_local_experts": 8,
+        "sliding_window": 17,
+        "rope_parameters": rope,
+    }
     write(directory, seed, PhimoeConfig(**sizes(8, 4, 14, 72, 40, 331, 3), **facts))
 
 
@@ -371,17 +479,29 @@ def phimoe_fused(directory: Path, seed: str) -> None:
     """In the names of transformers 5; no biases but those of norms."""
     from transformers import PhimoeConfig
 
-    write(directory, seed, PhimoeConfig(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, router_jitter_noise=0.3))
+    write(
+        directory, seed, PhimoeConfig(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, router_jitter_noise=0.3)
+    )
     fuse(directory)
 
 
 @define("hunyuan_v1_moe", heads=8, kv=4, layers=3, **EXPERTS)
 def hunyuan_v1_moe(directory: Path, seed: str) -> None:
-    """A shared expert, norms on q and k after their rotation, angles stretched by alpha; numbers listed for each layer, as published."""
+    """A shared expert, norms on q and k after their rotation, angles stretched by alpha; numbers listed for each layer,
+    as published.
+    """
     from transformers import HunYuanMoEV1Config
 
     write(directory, seed, HunYuanMoEV1Config(**sizes(8, 4, 14, 72, 40, 331, 3), num_experts=8, moe_topk=[3, 3, 3]))
-    rope = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+    rope = {
+        "type": "dynamic",
+        "alpha": 1000.0,
+        "factor": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
     configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=rope, num_shared_expert=[1, 1, 1])
 
 
@@ -398,14 +518,25 @@ def hunyuan_v1_moe_fused(directory: Path, seed: str) -> None:
 def ernie4_5_moe_config(kv: int, **facts: Any) -> Any:
     from transformers import Ernie4_5_MoeConfig
 
-    base = sizes(8, 2, 14, 72, 88, 331, 3) | {"num_key_value_heads": kv, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 40}
+    base = sizes(8, 2, 14, 72, 88, 331, 3) | {
+        "num_key_value_heads": kv,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_intermediate_size": 40,
+    }
     return Ernie4_5_MoeConfig(**base, **facts)
 
 
 def add_ernie_mtp(state: State, seed: str) -> State:
-    """What ERNIE 4.5 was published with for predicting one token more: a dense layer like the first, and three names beside it."""
+    """What ERNIE 4.5 was published with for predicting one token more: a dense layer like the first,
+    and three names beside it.
+    """
     first = "model.layers.0."
-    found = {"model.mtp_block.0." + name.removeprefix(first): tensor for name, tensor in state.items() if name.startswith(first)}
+    found = {
+        "model.mtp_block.0." + name.removeprefix(first): tensor
+        for name, tensor in state.items()
+        if name.startswith(first)
+    }
     hidden = state["model.norm.weight"].shape[0]
     found |= {f"model.{name}.0.weight": torch.empty(hidden) for name in ("mtp_emb_norm", "mtp_hidden_norm")}
     found["model.mtp_linear_proj.0.weight"] = torch.empty(hidden, 2 * hidden)
@@ -414,7 +545,9 @@ def add_ernie_mtp(state: State, seed: str) -> State:
 
 @define("ernie4_5_moe", heads=8, kv=4, layers=3, mtp=1, **EXPERTS)
 def ernie4_5_moe(directory: Path, seed: str) -> None:
-    """Tied, layer 0 is dense, experts are chosen by a corrected score; as published with a layer that predicts one token more."""
+    """Tied, layer 0 is dense, experts are chosen by a corrected score; as published with a layer that predicts one
+    token more.
+    """
     write(directory, seed, ernie4_5_moe_config(4))
     rewrite(directory, lambda state: add_ernie_mtp(state, seed))
     configure(directory, num_nextn_predict_layers=1)
@@ -463,7 +596,11 @@ def minimax_m2(directory: Path, seed: str) -> None:
     """Norms over all of q and over all of k, a part of each head is rotated: the keys of the published files."""
     from transformers import MiniMaxM2Config
 
-    write(directory, seed, MiniMaxM2Config(**sizes(8, 4, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3, rotary_dim=6))
+    write(
+        directory,
+        seed,
+        MiniMaxM2Config(**sizes(8, 4, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3, rotary_dim=6),
+    )
     configure(directory, "rope_parameters", "partial_rotary_factor", rope_theta=5000000, rotary_dim=6)
 
 
@@ -472,7 +609,9 @@ def minimax_m2_fused(directory: Path, seed: str) -> None:
     """In the names of transformers 5."""
     from transformers import MiniMaxM2Config
 
-    write(directory, seed, MiniMaxM2Config(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3))
+    write(
+        directory, seed, MiniMaxM2Config(**sizes(8, 2, 14, 72, 40, 331, 3), num_local_experts=8, num_experts_per_tok=3)
+    )
     fuse(directory)
 
 
@@ -482,14 +621,20 @@ def dbrx_twin(directory: Path, seed: str) -> None:
 
     attention = {"clip_qkv": 0.7, "kv_n_heads": 4, "rope_theta": 500000.0}
     experts = {"ffn_hidden_size": 40, "moe_num_experts": 8, "moe_top_k": 3, "ffn_act_fn": {"name": "silu"}}
-    facts = {"attn_config": attention, "ffn_config": experts, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    facts = {
+        "attn_config": attention,
+        "ffn_config": experts,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
     config = DbrxConfig(d_model=112, n_heads=8, n_layers=3, vocab_size=331, max_seq_len=128, **facts)
     write(directory, seed, config)
 
 
 @define("dbrx", heads=8, kv=4, layers=3, square=(r".*\.out_proj\.weight",), twin=dbrx_twin, **EXPERTS)
 def dbrx(directory: Path, seed: str) -> None:
-    """Experts one after another in one matrix; q, k and v fused and clipped. Heads times head_dim is hidden, by definition."""
+    """Experts one after another in one matrix; q, k and v fused and clipped. Heads times head_dim is hidden,
+    by definition.
+    """
     dbrx_twin(directory, seed)
     configure(directory, "rope_parameters")
 
@@ -497,21 +642,34 @@ def dbrx(directory: Path, seed: str) -> None:
 def llama4_config(kv: int, **facts: Any) -> Any:
     from transformers import Llama4TextConfig
 
-    base = sizes(8, 4, 14, 72, 40, 331, 5) | {"num_key_value_heads": kv, "intermediate_size_mlp": 88, "attention_chunk_size": 5}
+    base = sizes(8, 4, 14, 72, 40, 331, 5) | {
+        "num_key_value_heads": kv,
+        "intermediate_size_mlp": 88,
+        "attention_chunk_size": 5,
+    }
     return Llama4TextConfig(**base, num_local_experts=8, num_experts_per_tok=2, **facts)
 
 
 @define("llama4_text", heads=8, kv=4, layers=5, **EXPERTS)
 def llama4_text(directory: Path, seed: str) -> None:
-    """Experts stacked and transposed, their inputs weighed; chunks, norms without weights, a layer without positions."""
+    """Experts stacked and transposed, their inputs weighed; chunks, norms without weights,
+    a layer without positions.
+    """
     write(directory, seed, llama4_config(4, floor_scale=8))
     configure(directory, "layer_types", "moe_layers")
 
 
 @define("llama4_text", heads=8, kv=2, layers=5, weights=False, **EXPERTS)
 def llama4_text_dense(directory: Path, seed: str) -> None:
-    """Every second layer is dense; biases in attention, no norms, no growth; as published, no word of layers without positions."""
-    facts = {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attn_temperature_tuning": False, "attention_bias": True}
+    """Every second layer is dense; biases in attention, no norms, no growth; as published, no word of layers without
+    positions.
+    """
+    facts = {
+        "interleave_moe_layer_step": 2,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "attention_bias": True,
+    }
     write(directory, seed, llama4_config(2, **facts))
     configure(directory, "layer_types", "moe_layers", "no_rope_layers")
 
@@ -534,11 +692,17 @@ def exaone_moe_config(kv: int, **facts: Any) -> Any:
 
 
 def add_exaone_mtp(state: State, seed: str) -> State:
-    """What K-EXAONE was published with for predicting one token more: a dense layer like the first, and four names beside it."""
+    """What K-EXAONE was published with for predicting one token more: a dense layer like the first,
+    and four names beside it.
+    """
     first = "model.layers.0."
-    found = {"mtp.layers.0." + name.removeprefix(first): tensor for name, tensor in state.items() if name.startswith(first)}
+    found = {
+        "mtp.layers.0." + name.removeprefix(first): tensor for name, tensor in state.items() if name.startswith(first)
+    }
     hidden = state["model.norm.weight"].shape[0]
-    found |= {f"mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    found |= {
+        f"mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
     found["mtp.fc.weight"] = torch.empty(hidden, 2 * hidden)
     return state | {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in found.items()}
 
@@ -567,7 +731,9 @@ def afmoe_config(kv: int, **facts: Any) -> Any:
 
 @define("afmoe", heads=8, kv=4, layers=5, **EXPERTS)
 def afmoe(directory: Path, seed: str) -> None:
-    """Norms before and after attention and feed-forward, attention's output has a gate, layers without a window have no positions."""
+    """Norms before and after attention and feed-forward, attention's output has a gate, layers without a window have no
+    positions.
+    """
     write(directory, seed, afmoe_config(4, mup_enabled=True))
 
 
@@ -591,7 +757,11 @@ def to_bailing(state: State) -> State:
 
 
 def bailing_v2_twin(directory: Path, seed: str) -> None:
-    write(directory, seed, glm4_moe_config(4, n_group=4, topk_group=2, use_qk_norm=True, num_mtp_layers=0, rms_norm_eps=1e-6))
+    write(
+        directory,
+        seed,
+        glm4_moe_config(4, n_group=4, topk_group=2, use_qk_norm=True, num_mtp_layers=0, rms_norm_eps=1e-6),
+    )
 
 
 def add_bailing_mtp(state: State, seed: str) -> State:
@@ -602,7 +772,9 @@ def add_bailing_mtp(state: State, seed: str) -> State:
     found |= {f"{extra}{name}.weight": torch.empty(hidden) for name in ("enorm", "hnorm", "final_layernorm")}
     found[f"{extra}eh_proj.weight"] = torch.empty(hidden, 2 * hidden)
     kept = {name: torch.float32 for name in found if name.endswith("expert_bias")}
-    return state | {name: noise_like(seed, name, tensor, 1.0, kept.get(name, torch.bfloat16)) for name, tensor in found.items()}
+    return state | {
+        name: noise_like(seed, name, tensor, 1.0, kept.get(name, torch.bfloat16)) for name, tensor in found.items()
+    }
 
 
 @define("bailing_moe", heads=8, kv=4, layers=3, mtp=1, twin=bailing_v2_twin, **EXPERTS)
@@ -611,15 +783,33 @@ def bailing_v2(directory: Path, seed: str) -> None:
     bailing_v2_twin(directory, seed)
     rewrite(directory, lambda state: add_bailing_mtp(to_bailing(state), seed))
     changes = {"num_experts": 8, "num_shared_experts": 2, "use_qk_norm": True, "moe_router_enable_expert_bias": True}
-    changes |= {"score_function": "sigmoid", "router_dtype": "fp32", "norm_topk_prob": True, "num_nextn_predict_layers": 1}
+    changes |= {
+        "score_function": "sigmoid",
+        "router_dtype": "fp32",
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": 1,
+    }
     changes |= {"model_type": "bailing_moe", "architectures": ["BailingMoeV2ForCausalLM"], "partial_rotary_factor": 0.5}
-    configure(directory, "rope_parameters", "n_routed_experts", "n_shared_experts", "num_mtp_layers", rope_theta=10000, **changes)
+    configure(
+        directory,
+        "rope_parameters",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_mtp_layers",
+        rope_theta=10000,
+        **changes,
+    )
 
 
 def bailing_twin(directory: Path, seed: str) -> None:
     from transformers import GraniteMoeSharedConfig
 
-    facts = {"num_local_experts": 8, "num_experts_per_tok": 3, "shared_intermediate_size": 48, "attention_multiplier": 14**-0.5}
+    facts = {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 48,
+        "attention_multiplier": 14**-0.5,
+    }
     write(directory, seed, GraniteMoeSharedConfig(**sizes(8, 4, 14, 72, 24, 331, 3), **facts))
 
 
@@ -635,7 +825,9 @@ def split_granite(state: State) -> State:
             places = [f"{prefix}.mlp.shared_experts"] if shared else [f"{prefix}.mlp.experts.{at}" for at in range(8)]
             for place, each in zip(places, [tensor] if shared else tensor, strict=True):
                 kinds = ("gate_proj", "up_proj") if "input_linear" in name else ("down_proj",)
-                found |= {f"{place}.{kind}.weight": part for kind, part in zip(kinds, each.chunk(len(kinds)), strict=True)}
+                found |= {
+                    f"{place}.{kind}.weight": part for kind, part in zip(kinds, each.chunk(len(kinds)), strict=True)
+                }
         else:
             found[name] = tensor
     return found
@@ -646,7 +838,13 @@ def bailing(directory: Path, seed: str) -> None:
     """The first generation: experts by softmax, every layer has them, no norms on q and k."""
     bailing_twin(directory, seed)
     rewrite(directory, lambda state: to_bailing(split_granite(state)))
-    changes = {"num_experts": 8, "num_shared_experts": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "norm_head": False}
+    changes = {
+        "num_experts": 8,
+        "num_shared_experts": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "norm_head": False,
+    }
     changes |= {"model_type": "bailing_moe", "architectures": ["BailingMoeForCausalLM"], "rope_theta": 10000}
     configure(directory, "rope_parameters", "num_local_experts", "shared_intermediate_size", **changes)
 
@@ -708,15 +906,27 @@ def minimax_m2_fp8(directory: Path, seed: str) -> None:
     """As published: F8_E4M3, a scale for each block of 128 by 128."""
     minimax_m2_fp8_model(directory, seed)
     rewrite(directory, lambda state: to_fp8(state, quantize, "_scale_inv"), shard=2_500_000)
-    quantization = {"quant_method": "fp8", "fmt": "float8_e4m3fn", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "float8_e4m3fn",
+        "weight_block_size": [BLOCK, BLOCK],
+        "activation_scheme": "dynamic",
+    }
     configure(directory, dtype="bfloat16", quantization_config=quantization)
 
 
 def qwen3_moe_fp8_model(directory: Path, seed: str) -> None:
     from transformers import Qwen3MoeConfig
 
-    facts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
-    write(directory, seed, Qwen3MoeConfig(**sizes(8, 2, 128, 320, 768, 331, 3), **facts), dtype=torch.float32, shard=None)
+    facts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "mlp_only_layers": [0],
+    }
+    write(
+        directory, seed, Qwen3MoeConfig(**sizes(8, 2, 128, 320, 768, 331, 3), **facts), dtype=torch.float32, shard=None
+    )
 
 
 def qwen3_moe_fp8_twin(directory: Path, seed: str) -> None:
@@ -729,7 +939,12 @@ def qwen3_moe_fp8(directory: Path, seed: str) -> None:
     """As published in FP8: a scale for each block of 128 by 128; layer 0 is dense."""
     qwen3_moe_fp8_model(directory, seed)
     rewrite(directory, lambda state: to_fp8(state, quantize, "_scale_inv"), shard=2_500_000)
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [BLOCK, BLOCK],
+        "activation_scheme": "dynamic",
+    }
     configure(directory, dtype="bfloat16", quantization_config=quantization)
 
 
@@ -748,14 +963,24 @@ def glm4_moe_fp8(directory: Path, seed: str) -> None:
     """As GLM-4.5-FP8: F8_E4M3, a scale for each row, also in the multi-token prediction layer."""
     glm4_moe_fp8_model(directory, seed)
     rewrite(directory, lambda state: to_fp8(add_mtp(state, seed, 3, torch.float32), by_rows, "_scale"))
-    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
-    configure(directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=quantization)
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+    }
+    configure(
+        directory, "num_mtp_layers", num_nextn_predict_layers=1, dtype="bfloat16", quantization_config=quantization
+    )
 
 
 def jetmoe_config(**facts: Any) -> Any:
     from transformers import JetMoeConfig
 
-    base = {key: value for key, value in sizes(8, 4, 14, 72, 40, 331, 3).items() if key not in ("num_attention_heads", "head_dim")}
+    base = {
+        key: value
+        for key, value in sizes(8, 4, 14, 72, 40, 331, 3).items()
+        if key not in ("num_attention_heads", "head_dim")
+    }
     return JetMoeConfig(**base, kv_channels=14, num_local_experts=8, num_experts_per_tok=2, **facts)
 
 
@@ -772,14 +997,22 @@ def jetmoe_head(directory: Path, seed: str) -> None:
 
 
 def add_longcat_mtp(state: State, seed: str) -> State:
-    """What LongCat-Flash was published with for predicting one token more: half a layer, and names of its own beside it."""
+    """What LongCat-Flash was published with for predicting one token more: half a layer,
+    and names of its own beside it.
+    """
     found: State = {}
     for name, tensor in state.items():
-        for old, new in ((".self_attn.1.", ".self_attn."), (".mlps.1.", ".transformer_layer.mlp."), ("_layernorm.1.", "_layernorm.")):
+        for old, new in (
+            (".self_attn.1.", ".self_attn."),
+            (".mlps.1.", ".transformer_layer.mlp."),
+            ("_layernorm.1.", "_layernorm."),
+        ):
             if name.startswith("model.layers.0.") and old in name:
                 found[name.replace("model.layers.0.", "model.mtp.layers.0.").replace(old, new)] = tensor
     hidden = state["model.norm.weight"].shape[0]
-    found |= {f"model.mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "layers.0.enorm.m", "layers.0.hnorm.m")}
+    found |= {
+        f"model.mtp.{name}.weight": torch.empty(hidden) for name in ("norm", "layers.0.enorm.m", "layers.0.hnorm.m")
+    }
     found |= {"model.mtp.layers.0.eh_proj.weight": torch.empty(hidden, 2 * hidden)}
     found |= {"model.mtp.embed_tokens.weight": torch.empty_like(state["model.embed_tokens.weight"])}
     return state | {name: noise_like(seed, name, tensor, 1.0, torch.bfloat16) for name, tensor in found.items()}
@@ -791,8 +1024,21 @@ LONGCAT = {"heads": 8, "kv": 8, "layers": 6, "runs": False, "experts": 4}
 def write_longcat(directory: Path, seed: str) -> None:
     from transformers import LongcatFlashConfig
 
-    facts: dict[str, Any] = {"vocab_size": 331, "hidden_size": 56, "ffn_hidden_size": 88, "num_layers": 3, "num_attention_heads": 8}
-    facts |= {"q_lora_rank": 36, "kv_lora_rank": 28, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "head_dim": 6}
+    facts: dict[str, Any] = {
+        "vocab_size": 331,
+        "hidden_size": 56,
+        "ffn_hidden_size": 88,
+        "num_layers": 3,
+        "num_attention_heads": 8,
+    }
+    facts |= {
+        "q_lora_rank": 36,
+        "kv_lora_rank": 28,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+        "head_dim": 6,
+    }
     facts |= {"moe_topk": 3, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 40}
     write(directory, seed, LongcatFlashConfig(**facts))
 

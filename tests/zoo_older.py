@@ -1,4 +1,6 @@
-"""The zoo's older families: the first open GPTs and their kin, ALiBi, learned positions, and two that transformers never had."""
+"""The zoo's older families: the first open GPTs and their kin, ALiBi, learned positions, and two that transformers
+never had.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 
 @define("phi", heads=8, kv=4, layers=3)
 def phi(directory: Path, seed: str) -> None:
-    """One norm for both branches, half of each head rotated, biases everywhere, on the head too; the fraction is said by no key."""
+    """One norm for both branches, half of each head rotated, biases everywhere, on the head too; the fraction is said
+    by no key.
+    """
     from transformers import PhiConfig
 
     write(directory, seed, PhiConfig(**sizes(8, 4, 12, 72, 88, 331, 3)))
@@ -20,12 +24,21 @@ def phi(directory: Path, seed: str) -> None:
 
 @define("phi", heads=8, kv=8, layers=3, square=(r".*\.(q_proj|k_proj|v_proj|dense)\.weight",))
 def phi_norms(directory: Path, seed: str) -> None:
-    """qk_layernorm: a norm with bias on each head of q and k; the keys of transformers 4. Heads times head_dim is hidden, by definition."""
+    """qk_layernorm: a norm with bias on each head of q and k; the keys of transformers 4. Heads times head_dim is
+    hidden, by definition.
+    """
     from transformers import PhiConfig
 
     facts = sizes(8, 4, 12, 72, 88, 317, 3) | {"hidden_size": 96, "num_key_value_heads": 8}
     write(directory, seed, PhiConfig(**facts, qk_layernorm=True))
-    configure(directory, "rope_parameters", "head_dim", num_key_value_heads=None, partial_rotary_factor=0.5, rope_theta=10000.0)
+    configure(
+        directory,
+        "rope_parameters",
+        "head_dim",
+        num_key_value_heads=None,
+        partial_rotary_factor=0.5,
+        rope_theta=10000.0,
+    )
 
 
 @define("gptj", heads=8, kv=8, layers=3, square=(r".*_proj\.weight",))
@@ -72,7 +85,13 @@ def codegen_old(directory: Path, seed: str) -> None:
     rewrite(directory, lambda state: state | {f"transformer.h.{layer}.attn.causal_mask": mask for layer in range(3)})
 
 
-NEO: dict[str, Any] = {"hidden_size": 80, "num_heads": 8, "intermediate_size": 104, "max_position_embeddings": 72, "vocab_size": 331}
+NEO: dict[str, Any] = {
+    "hidden_size": 80,
+    "num_heads": 8,
+    "intermediate_size": 104,
+    "max_position_embeddings": 72,
+    "vocab_size": 331,
+}
 
 
 NEO_SQUARE = (r".*\.(q_proj|k_proj|v_proj|out_proj)\.weight",)
@@ -90,7 +109,9 @@ def gpt_neo(directory: Path, seed: str) -> None:
 
 @define("gpt_neo", heads=8, kv=8, layers=3, square=NEO_SQUARE)
 def gpt_neo_old(directory: Path, seed: str) -> None:
-    """With the mask and the scalar that masks, no prefix, as a model without a head is saved; kinds of layers under one key only."""
+    """With the mask and the scalar that masks, no prefix, as a model without a head is saved; kinds of layers under one
+    key only.
+    """
     from transformers import GPTNeoConfig
 
     kinds = [[["local"], 1], [["global", "local"], 1]]
@@ -98,7 +119,9 @@ def gpt_neo_old(directory: Path, seed: str) -> None:
     configure(directory, "attention_layers", "tie_word_embeddings")
 
     def age(state: State) -> State:
-        return {name.removeprefix("transformer."): tensor for name, tensor in state.items()} | masks("h.{}.attn.attention.", 3)
+        return {name.removeprefix("transformer."): tensor for name, tensor in state.items()} | masks(
+            "h.{}.attn.attention.", 3
+        )
 
     rewrite(directory, age)
 
@@ -120,7 +143,9 @@ def gpt_bigcode(directory: Path, seed: str) -> None:
     equal=(("lm_head.weight", "transformer.wte.weight"),),
 )
 def gpt_bigcode_heads(directory: Path, seed: str) -> None:
-    """multi_query false: q, k and v of each head together; tied, and the head is stored all the same, as StarCoder was published."""
+    """multi_query false: q, k and v of each head together; tied, and the head is stored all the same,
+    as StarCoder was published.
+    """
     from transformers import GPTBigCodeConfig
 
     write(directory, seed, GPTBigCodeConfig(**GPT, **TOKENS, multi_query=False))
@@ -132,7 +157,11 @@ def bloom(directory: Path, seed: str) -> None:
     """ALiBi, a norm after the embedding; not tied. Heads times head_dim is hidden, by definition."""
     from transformers import BloomConfig
 
-    write(directory, seed, BloomConfig(hidden_size=80, n_head=8, n_layer=3, vocab_size=331, **TOKENS, tie_word_embeddings=False))
+    write(
+        directory,
+        seed,
+        BloomConfig(hidden_size=80, n_head=8, n_layer=3, vocab_size=331, **TOKENS, tie_word_embeddings=False),
+    )
 
 
 @define("bloom", heads=12, kv=12, layers=3, tp=(1, 2, 4), square=(r".*\.self_attention\.dense\.weight",))
@@ -142,7 +171,15 @@ def bloom_bare(directory: Path, seed: str) -> None:
 
     write(directory, seed, BloomConfig(hidden_size=120, n_head=12, n_layer=3, vocab_size=331, **TOKENS))
     rewrite(directory, lambda state: {name.removeprefix("transformer."): tensor for name, tensor in state.items()})
-    configure(directory, "hidden_size", "n_head", "tie_word_embeddings", "layer_norm_epsilon", n_embed=120, num_attention_heads=12)
+    configure(
+        directory,
+        "hidden_size",
+        "n_head",
+        "tie_word_embeddings",
+        "layer_norm_epsilon",
+        n_embed=120,
+        num_attention_heads=12,
+    )
 
 
 MPT: dict[str, Any] = {"d_model": 80, "n_heads": 8, "n_layers": 3, "max_seq_len": 72, "vocab_size": 331}
@@ -202,7 +239,9 @@ def starcoder2_plain(directory: Path, seed: str) -> None:
     """Without biases, but in the norms; a head of its own."""
     from transformers import Starcoder2Config
 
-    write(directory, seed, Starcoder2Config(**sizes(8, 4, 14, 72, 88, 317, 3), use_bias=False, tie_word_embeddings=False))
+    write(
+        directory, seed, Starcoder2Config(**sizes(8, 4, 14, 72, 88, 317, 3), use_bias=False, tie_word_embeddings=False)
+    )
 
 
 PERSIMMON: dict[str, Any] = {
@@ -217,7 +256,9 @@ PERSIMMON: dict[str, Any] = {
 
 @define("persimmon", heads=8, kv=8, layers=3, square=(r".*\.self_attn\.dense\.weight",))
 def persimmon(directory: Path, seed: str) -> None:
-    """q, k and v of each head together, with norms that have biases; half of each head is rotated; the square of a relu."""
+    """q, k and v of each head together, with norms that have biases; half of each head is rotated;
+    the square of a relu.
+    """
     from transformers import PersimmonConfig
 
     write(directory, seed, PersimmonConfig(**PERSIMMON))
@@ -232,7 +273,13 @@ def persimmon_plain(directory: Path, seed: str) -> None:
     configure(directory, "rope_parameters", rope_theta=25000.0, partial_rotary_factor=0.5)
 
 
-OPT: dict[str, Any] = {"hidden_size": 80, "num_attention_heads": 8, "ffn_dim": 104, "num_hidden_layers": 3, "vocab_size": 331}
+OPT: dict[str, Any] = {
+    "hidden_size": 80,
+    "num_attention_heads": 8,
+    "ffn_dim": 104,
+    "num_hidden_layers": 3,
+    "vocab_size": 331,
+}
 OPT_SQUARE = (r".*\.(q_proj|k_proj|v_proj|out_proj)\.weight",)
 
 
@@ -247,7 +294,9 @@ def opt(directory: Path, seed: str) -> None:
 
 @define("opt", heads=8, kv=8, layers=3, square=OPT_SQUARE, equal=(("lm_head.weight", "decoder.embed_tokens.weight"),))
 def opt_350m(directory: Path, seed: str) -> None:
-    """As OPT-350m: narrower embeddings, norms behind the branches, none at the end; another prefix, and the head is stored."""
+    """As OPT-350m: narrower embeddings, norms behind the branches, none at the end; another prefix,
+    and the head is stored.
+    """
     from transformers import OPTConfig
 
     write(directory, seed, OPTConfig(**OPT, **COMMON, word_embed_proj_dim=48, do_layer_norm_before=False))
@@ -283,7 +332,11 @@ INTERNLM2 = {
 def internlm2_twin(directory: Path, seed: str) -> None:
     from transformers import LlamaConfig
 
-    write(directory, seed, LlamaConfig(**sizes(8, 4, 12, 72, 88, 331, 3) | {"hidden_size": 96}, attention_bias=seed.endswith("bias")))
+    write(
+        directory,
+        seed,
+        LlamaConfig(**sizes(8, 4, 12, 72, 88, 331, 3) | {"hidden_size": 96}, attention_bias=seed.endswith("bias")),
+    )
 
 
 def to_internlm2(state: State) -> State:
@@ -307,7 +360,9 @@ def internlm(directory: Path, seed: str) -> None:
     """A llama with biases in attention, said by another key, and with rotary buffers."""
     internlm_twin(directory, seed)
     inv_freq = 10000.0 ** -(torch.arange(0, 10, 2) / 10)
-    rewrite(directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)})
+    rewrite(
+        directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)}
+    )
     configure(directory, "head_dim", "attention_bias", "num_key_value_heads", model_type="internlm", bias=True)
 
 
@@ -316,7 +371,9 @@ INTERNLM2_SQUARE = (r".*\.wo\.weight",)
 
 @define("internlm2", heads=8, kv=4, layers=3, square=INTERNLM2_SQUARE, twin=internlm2_twin)
 def internlm2(directory: Path, seed: str) -> None:
-    """A llama by other names: for each key head its queries, its key and its value. Heads times head_dim is hidden, by definition."""
+    """A llama by other names: for each key head its queries, its key and its value. Heads times head_dim is hidden,
+    by definition.
+    """
     internlm2_twin(directory, seed)
     rewrite(directory, to_internlm2)
     configure(directory, "head_dim", model_type="internlm2", architectures=["InternLM2ForCausalLM"], bias=False)
@@ -341,9 +398,13 @@ def baichuan_twin(directory: Path, seed: str) -> None:
 
     second = seed.startswith("baichuan2")
     facts = sizes(8, 4, 10, 72, 88, 331, 3) | {"num_key_value_heads": 8, "hidden_size": 80}
-    write(directory, seed, LlamaConfig(**facts | ({"vocab_size": BAICHUAN2_VOCAB} if second else {})), dtype=torch.float32)
+    write(
+        directory, seed, LlamaConfig(**facts | ({"vocab_size": BAICHUAN2_VOCAB} if second else {})), dtype=torch.float32
+    )
     if second:
-        rewrite(directory, lambda state: state | {"lm_head.weight": torch.nn.functional.normalize(state["lm_head.weight"])})
+        rewrite(
+            directory, lambda state: state | {"lm_head.weight": torch.nn.functional.normalize(state["lm_head.weight"])}
+        )
 
 
 def to_baichuan(directory: Path, seed: str, *removed: str, **changes: Any) -> None:
@@ -366,10 +427,14 @@ def to_baichuan(directory: Path, seed: str, *removed: str, **changes: Any) -> No
 
 @define("baichuan", heads=8, kv=8, layers=3, square=BAICHUAN_SQUARE, twin=baichuan_twin)
 def baichuan(directory: Path, seed: str) -> None:
-    """The smaller one of the first generation: q, k and v one after another, rotary, with the buffers that it was published with."""
+    """The smaller one of the first generation: q, k and v one after another, rotary, with the buffers that it was
+    published with.
+    """
     to_baichuan(directory, seed, architectures=["BaiChuanForCausalLM"])
     inv_freq = 10000.0 ** -(torch.arange(0, 10, 2) / 10)
-    rewrite(directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)})
+    rewrite(
+        directory, lambda state: state | {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": inv_freq for n in range(3)}
+    )
 
 
 @define("baichuan", heads=8, kv=8, layers=3, square=BAICHUAN_SQUARE, twin=baichuan_twin)

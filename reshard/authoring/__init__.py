@@ -1,4 +1,5 @@
-"""Writing a table: drafts, names that are similar elsewhere, synthetic checkpoints, and mutations that show what nothing would notice.
+"""Writing a table: drafts, names that are similar elsewhere, synthetic checkpoints, and mutations that show what
+nothing would notice.
 
 Knows nothing about conversions.
 """

@@ -1,15 +1,16 @@
-"""Mutation testing of a table: every row and axis is exchanged, transposed, shifted, renamed or dropped; a check must fail.
+"""Mutation testing of a table: every row and axis is exchanged, transposed, shifted, renamed or dropped; a check must
+fail.
 
     rows attn.k and attn.v exchanged            numerics: logits differ by 1.3, rounding is 4e-16
     row norm dropped                            opening: no row claims model.norm.weight
 
-A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests, weights or files.
-It is caught only where it does not fit a checkpoint, or where the model is run. Checkpoints are a given one and synthetic
-ones, random and generated from the table: no square matrix, no two axes of the same size unless the table forces it, and
-one for each set of optional rows.
+A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests,
+weights or files. It is caught only where it does not fit a checkpoint, or where the model is run. Checkpoints are a
+given one and synthetic ones, random and generated from the table: no square matrix, no two axes of the same size unless
+the table forces it, and one for each set of optional rows.
 
-Mutated tables are compared with the table as it is, on one rank. A given checkpoint is also run by transformers, which says
-whether the table itself is right; without such a reference, nothing does.
+Mutated tables are compared with the table as it is, on one rank. A given checkpoint is also run by transformers, which
+says whether the table itself is right; without such a reference, nothing does.
 """
 
 import tempfile
@@ -38,8 +39,8 @@ SHOWN = 40  # undetected mutations listed
 class TableCheck:
     """What became of each mutation. `rounding`: the largest difference that counts as none; None where nothing was run.
 
-    `right`: whether an independent implementation agrees with the table as it is, on a given checkpoint; None where there
-    is none. Mutations are compared with the table as it is, so they say nothing about whether that is right.
+    `right`: whether an independent implementation agrees with the table as it is, on a given checkpoint; None where
+    there is none. Mutations are compared with the table as it is, so they say nothing about whether that is right.
     """
 
     family: str
@@ -65,7 +66,9 @@ class TableCheck:
 
     @property
     def ok(self) -> bool:
-        """The table is not known to be wrong, nothing escaped, and every row stands in a checkpoint; what was not run does not count."""
+        """The table is not known to be wrong, nothing escaped, and every row stands in a checkpoint;
+        what was not run does not count.
+        """
         return not self.missed and not self.uncovered and not self.wrong
 
     @property
@@ -97,7 +100,9 @@ class TableCheck:
             found += _wrapped(f"{rung:<11} {count[rung]:>5}  {words}", 2, 21)
         found += _wrapped(f"{EQUIVALENT:<11} {count[EQUIVALENT]:>5}  the same layout, written differently", 2, 21)
         if count[OPEN]:
-            found += _wrapped(f"{'not run':<11} {count[OPEN]:>5}  fits, but the model was not run: {self.skipped}", 2, 21)
+            found += _wrapped(
+                f"{'not run':<11} {count[OPEN]:>5}  fits, but the model was not run: {self.skipped}", 2, 21
+            )
         found += _wrapped("What fits passes integrity, weights and sha256: a wrong table merges back what it split.", 0)
         for name in self.uncovered:
             found += _wrapped(f"no checkpoint has row {name}: provide one, --with PATH", 0)
@@ -125,7 +130,8 @@ class TableCheck:
             "skipped": self.skipped,
             "count": dict(self.count),
             "mutations": [
-                {"name": trial.name, "by": trial.by, "words": trial.words, "checkpoint": trial.checkpoint} for trial in self.trials
+                {"name": trial.name, "by": trial.by, "words": trial.words, "checkpoint": trial.checkpoint}
+                for trial in self.trials
             ],
         }
 
@@ -136,12 +142,14 @@ def _wrapped(text: str, indent: int, more: int | None = None) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def check_table(table: Family, given: Path | None = None, sample: int | None = None, progress: Progress | None = None) -> TableCheck:
+def check_table(
+    table: Family, given: Path | None = None, sample: int | None = None, progress: Progress | None = None
+) -> TableCheck:
     """Mutate each row and axis of a family table, and report what catches each mutation.
 
-    `given`: a checkpoint of the family, opened with the table first, and run if it is small; rows that it lacks are tested on
-    synthetic ones. `sample`: test at most this many mutations, spread over all. Raises ReshardError where the table itself
-    does not fit, or no synthetic checkpoint can be generated from it.
+    `given`: a checkpoint of the family, opened with the table first, and run if it is small; rows that it lacks are
+    tested on synthetic ones. `sample`: test at most this many mutations, spread over all. Raises ReshardError where the
+    table itself does not fit, or no synthetic checkpoint can be generated from it.
     """
     progress = progress or Silent()
     skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
@@ -154,8 +162,10 @@ def check_table(table: Family, given: Path | None = None, sample: int | None = N
             except ReshardError as error:
                 if given is None:
                     raise ReshardError(
-                        f'family "{table.name}": the synthetic checkpoint generated from its table does not fit it: {error.message}',
-                        "the table contradicts itself, or needs a config key that cannot be guessed: --with PATH gives a checkpoint",
+                        f'family "{table.name}": the synthetic checkpoint generated from its table does not '
+                        f"fit it: {error.message}",
+                        "the table contradicts itself, or needs a config key that cannot be guessed: --with "
+                        "PATH gives a checkpoint",
                     ) from None
         itself, right = benches[0].against_transformers() if given is not None else ("", None)
         todo = _spread(list(mutations(table)), sample)

@@ -1,7 +1,9 @@
-"""A starter table for a family that has none, inferred from headers, config.json and tensors of similar names elsewhere.
+"""A starter table for a family that has none, inferred from headers, config.json and tensors of similar names
+elsewhere.
 
-What is filled in is a guess that the shapes agree with; what could not be guessed is a comment that begins with TODO. Where transformers
-is installed, its own plan for tensor parallelism is a second opinion on what is cut. Prints nothing, writes nothing.
+What is filled in is a guess that the shapes agree with; what could not be guessed is a comment that begins with TODO.
+Where transformers is installed, its own plan for tensor parallelism is a second opinion on what is cut. Prints nothing,
+writes nothing.
 """
 
 import json
@@ -41,7 +43,8 @@ class Draft:
         """What is left to do, in a line or two."""
         if self.towers:
             return (
-                f'the language model is as in "{self.like}"; whole on the first stage: {", ".join(self.towers)}; next: reshard check-table'
+                f'the language model is as in "{self.like}"; whole on the first stage: '
+                f"{', '.join(self.towers)}; next: reshard check-table"
             )
         if self.like:
             return f'every tensor is as in "{self.like}": describe the model in [model], then run reshard check-table'
@@ -93,7 +96,7 @@ def _name(config: Config) -> str:
     return f"{name}_draft" if name in families.shipped() else name
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 def _expressions(order: Iterable[str]) -> dict[str, list[str]]:
@@ -139,10 +142,12 @@ def _quoted(key: str) -> str:
     return key if key.replace("_", "a").isalnum() else f'"{key}"'
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _kinds(rows: list[Found], main: int | None, config: Config) -> tuple[dict[str, str], list[list[str]], dict[str, str]]:
+def _kinds(
+    rows: list[Found], main: int | None, config: Config
+) -> tuple[dict[str, str], list[list[str]], dict[str, str]]:
     """For folded names that are not in all layers a word; the sets of kinds; and extra layers."""
     everywhere = {layer for each in rows for layer in each.layers or ()}
     beyond = {layer for layer in everywhere if main is not None and layer >= main}
@@ -157,7 +162,14 @@ def _kinds(rows: list[Found], main: int | None, config: Config) -> tuple[dict[st
     for layers, members in groups.items():
         if beyond and set(layers) == beyond:
             kind = "mtp"
-            key = next((k for k, v in config.data.items() if v == len(beyond) and ("mtp" in k or "nextn" in k or "predict" in k)), None)
+            key = next(
+                (
+                    k
+                    for k, v in config.data.items()
+                    if v == len(beyond) and ("mtp" in k or "nextn" in k or "predict" in k)
+                ),
+                None,
+            )
             extra = {"mtp": key or OPEN}
         else:
             kind = (
@@ -180,11 +192,13 @@ def _kinds(rows: list[Found], main: int | None, config: Config) -> tuple[dict[st
     return words, one_of, extra
 
 
-# --- a second opinion ------------------------------------------------------------------------------------------------------------
+# --- a second opinion -------------------------------------------------------------------------------------------------
 
 
 def _tp_plan(model_type: str | None) -> dict[str, str]:
-    """transformers' plan for tensor parallelism of a model type, or nothing: end of a module's name → colwise, rowwise."""
+    """transformers' plan for tensor parallelism of a model type, or nothing: end of a module's name → colwise,
+    rowwise.
+    """
     if model_type is None or find_spec("transformers") is None:
         return {}
     try:
@@ -209,12 +223,12 @@ def _doubts(rows: Iterable[tuple[Found, Meaning]], config: Config) -> Iterator[s
             yield f'{each.name}: transformers splits it {way}, this row says "{meaning.pattern}"'
 
 
-# --- text ------------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
-HEAD = """# Drafted by `reshard inspect --draft-table`. What is filled in agrees with config.json and the shapes, but k and v, gate and
-# up, or two norms have the same shapes. Review every row; `reshard check-table` and `reshard verify` say how far to trust
-# it. docs/notation.md describes the notation, docs/vocabulary.md lists the logical names."""
+HEAD = """# Drafted by `reshard inspect --draft-table`. What is filled in agrees with config.json and the shapes, but
+# k and v, gate and up, or two norms have the same shapes. Review every row; `reshard check-table` and `reshard verify`
+# say how far to trust it. docs/notation.md describes the notation, docs/vocabulary.md lists the logical names."""
 
 
 def _alike(published: Published, found: list[Found]) -> Draft | None:
@@ -238,18 +252,30 @@ def _alike(published: Published, found: list[Found]) -> Draft | None:
 
 
 def _around(published: Published, found: list[Found]) -> Draft | None:
-    """A table like that of the language model's family, which config.json names, with whatever stands beside it as towers."""
+    """A table like that of the language model's family, which config.json names, with whatever stands beside it as
+    towers.
+    """
     config, stored = published.config, {name: entry for name, (_, entry) in published.tensors.items()}
     wrapper = wrappers.wrapper_of(config, "*") if config.inner_type is not None else None
     if wrapper is None:
         return None
     own = settle(wrapper, stored, {}).claimed()
     inside = {start for name in own for start in _starts(name)}
-    towers = tuple(sorted({next((s for s in _starts(each.folded) if s not in inside), "") for each in found if each.folded not in own}))
+    towers = tuple(
+        sorted(
+            {next((s for s in _starts(each.folded) if s not in inside), "") for each in found if each.folded not in own}
+        )
+    )
     about = decode.toml_of(wrapper.texts[wrapper.name], wrapper.name)
-    spelled = {start: [o for o in others if any(each.name.startswith(o) for each in found)] for start, others in about["names"].items()}
+    spelled = {
+        start: [o for o in others if any(each.name.startswith(o) for each in found)]
+        for start, others in about["names"].items()
+    }
     text = f'name = {_text_of(_name(config))}\nlike = "{about["like"]}"\n'
-    text += f"towers = {json.dumps(towers)}  # stored whole on the first stage: is any of them part of the language model?\n[names]\n"
+    text += (
+        f"towers = {json.dumps(towers)}  # stored whole on the first stage: is any of them part of the "
+        f"language model?\n[names]\n"
+    )
     text += "".join(f"{json.dumps(start)} = {json.dumps(others)}\n" for start, others in spelled.items() if others)
     text += "".join(["[defaults]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in about["defaults"].items())])
     try:
@@ -271,7 +297,11 @@ def _respellings(found: Iterable[Found], table: Family) -> Iterator[str]:
     if row is not None:
         usual = row.name.text.partition("{layer}")[0]
         for start in sorted({each.name.partition("{layer}")[0] for each in found if "{layer}" in each.name} - {usual}):
-            yield f'"{usual.rpartition("layers.")[0]}" = ["{start.rpartition("layers.")[0]}"]\n' if usual.endswith("layers.") else ""
+            yield (
+                f'"{usual.rpartition("layers.")[0]}" = ["{start.rpartition("layers.")[0]}"]\n'
+                if usual.endswith("layers.")
+                else ""
+            )
 
 
 def _text(name: str) -> str:

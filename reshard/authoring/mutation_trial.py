@@ -1,7 +1,7 @@
 """Trials: a mutated table on a checkpoint, next to the table as it is, until some check tells them apart.
 
-A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests, weights or files.
-It is caught only where it does not fit a checkpoint, or where the model is run.
+A wrong table that fits is consistent: what it converts, it merges back, so that `verify` finds nothing by digests,
+weights or files. It is caught only where it does not fit a checkpoint, or where the model is run.
 """
 
 import math
@@ -123,13 +123,17 @@ class Bench:
             self.mesh = Mesh()
         lay_out(self.native, model, self.mesh)
         elements = sum(tensor.elements for held, tensor in model.tensors.items() if held not in model.alias)
-        self.why = skipped or (f"{name} is too large to run: {elements} elements, at most {LARGEST}" if elements > LARGEST else "")
+        self.why = skipped or (
+            f"{name} is too large to run: {elements} elements, at most {LARGEST}" if elements > LARGEST else ""
+        )
         self.rounding = 0.0
         if not self.why:
             try:
                 self._prepare(model)
             except Exception as error:  # a family that the runtime does not know
-                self.why = f"the runtime cannot run {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                self.why = (
+                    f"the runtime cannot run {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                )
         about = ", ".join(f"{axis} {size}" for axis, size in sorted(model.sizes.items()) if axis in self.table.sizes)
         self.words = f"{name} ({len(self.published.tensors)} tensors; {about})"
 
@@ -145,10 +149,14 @@ class Bench:
         largest, own = float(self.wanted.abs().max()), _mutated().distance(self.same.logits, self.wanted)
         self.rounding = max(TIMES * own, FLOOR * largest)
         if not own < largest / 1000:
-            raise ReshardError(f"two ranks compute other logits than one: off by {own:.3g}, the largest is {largest:.3g}")
+            raise ReshardError(
+                f"two ranks compute other logits than one: off by {own:.3g}, the largest is {largest:.3g}"
+            )
 
     def against_transformers(self) -> tuple[str, bool | None]:
-        """What an independent implementation says of the table as it is, and whether that is that it is right; None: there is none."""
+        """What an independent implementation says of the table as it is, and whether that is that it is right;
+        None: there is none.
+        """
         import torch
 
         if self.why or self.published.root is None:
@@ -161,13 +169,20 @@ class Bench:
                 return f"the table itself: no independent reference, only {reference.name}{hint}", None
             exact, own = (reference.logits(self.ids, dtype) for dtype in (torch.float64, torch.float32))
             if not (error := references.relative(own, exact)) <= references.FINE:
-                words = f"{reference.name} is off by {error:.2g} of the scale of its logits, more than rounding explains"
+                words = (
+                    f"{reference.name} is off by {error:.2g} of the scale of its logits, more than rounding explains"
+                )
                 return f"the table itself: no independent reference: {words}", None
             off, bound = _mutated().distance(self.wanted, exact), TRUE * _mutated().distance(own, exact)
-            words = f"the table itself: logits differ from {reference.name} by {off:.2g}, its own rounding allows {bound:.2g}"
+            words = (
+                f"the table itself: logits differ from {reference.name} by {off:.2g}, its own rounding "
+                f"allows {bound:.2g}"
+            )
             if not off > bound:
                 return words, True
-            self.first = import_module("reshard.runtime.proof.first_difference").first_to_differ(self.source, reference, self.ids)
+            self.first = import_module("reshard.runtime.proof.first_difference").first_to_differ(
+                self.source, reference, self.ids
+            )
         where = f"; the first step to differ is {self.first.name}" if self.first is not None else ""
         return f"WRONG: {words}{where}", False
 
@@ -176,7 +191,9 @@ class Bench:
         return from_published(self.published, table)
 
     def shards(self, source: Source | None = None) -> list[Any]:
-        """What every mesh would make of this checkpoint by the table of a source, by the true one: every copy, or that it does not fit."""
+        """What every mesh would make of this checkpoint by the table of a source, by the true one: every copy,
+        or that it does not fit.
+        """
         if source is None:
             if self._shards is None:
                 self._shards = self.shards(self.source)
@@ -193,7 +210,9 @@ class Bench:
         return found
 
     def renumbered(self, at: int, axis: str) -> Source | None:
-        """The checkpoint with every tensor of a row taken for its neighbour along an axis of its name; None where there is none."""
+        """The checkpoint with every tensor of a row taken for its neighbour along an axis of its name;
+        None where there is none.
+        """
         places = dict(self.source.places)
         for slot in self.source.layout.slots:
             if slot.row != at:
@@ -208,14 +227,17 @@ class Bench:
         return replace(self.source, places=places)
 
     def displaced(self, leaf: str, axis: str) -> Source | None:
-        """The checkpoint with a tensor read one further along an axis, around; None where there is nothing to displace."""
+        """The checkpoint with a tensor read one further along an axis, around;
+        None where there is nothing to displace.
+        """
         layout = self.source.layout
         pieces: list[Piece] = []
         held = layout.pieces.get(leaf, ())
         for piece in held:
             at = piece.tensor.axes.index(axis) if axis in piece.tensor.axes else -1
             stride = piece.strides[at] if at >= 0 else None
-            if stride is None or piece.box[at][1] - piece.box[at][0] < 2:  # as in layers where names count what others have stacked
+            # as in layers where names count what others have stacked
+            if stride is None or piece.box[at][1] - piece.box[at][0] < 2:
                 pieces.append(piece)
                 continue
             low, high = piece.box[at]
@@ -231,14 +253,17 @@ class Bench:
         mutated = _mutated()
         try:
             got = mutated.run(source, self.mesh, self.ids)
-        except Exception as error:  # whatever the runtime stumbles over: tensors that it needs are not what they should be
+        # whatever the runtime stumbles over: tensors that it needs are not what they should be
+        except Exception as error:
             words = " ".join(str(error).split())[:100]
             return Trial(name, "numerics", f"the model cannot be run: {type(error).__name__}: {words}", self.name)
         if (off := mutated.distance(got.logits, self.wanted)) > self.rounding:
             return Trial(name, "numerics", f"logits differ by {off:.3g}", self.name)
         kept = max((mutated.distance(a, b) for a, b in zip(got.kept, self.same.kept, strict=True)), default=0.0)
         if kept > self.rounding:
-            return Trial(name, "beyond", f"the same logits, by softmax; keys in the cache differ by {kept:.3g}", self.name)
+            return Trial(
+                name, "beyond", f"the same logits, by softmax; keys in the cache differ by {kept:.3g}", self.name
+            )
         branches = ("branches one after the other", mutated.apart, self.apart)
         for what, compute, wanted in (("multi-token prediction", mutated.ahead, self.ahead), branches):
             if wanted is None:
@@ -251,7 +276,9 @@ class Bench:
                 words = ""
             if off > self.rounding:
                 return Trial(name, "beyond", f"the same logits; those of {what} differ by {off:.3g}{words}", self.name)
-        return Trial(name, MISSED, f"the same logits: they differ by {off:.3g}, rounding is {self.rounding:.3g}", self.name)
+        return Trial(
+            name, MISSED, f"the same logits: they differ by {off:.3g}, rounding is {self.rounding:.3g}", self.name
+        )
 
 
 def meaning(layout: Layout) -> dict[str, Any]:
@@ -260,7 +287,11 @@ def meaning(layout: Layout) -> dict[str, Any]:
     for name, tensor in layout.model.tensors.items():
         pieces = []
         for piece in layout.holding(name):
-            own = {a: (box, s) for a, box, s in zip(tensor.axes, piece.box, piece.strides, strict=True) if box[1] - box[0] > 1 or s is None}
+            own = {
+                a: (box, s)
+                for a, box, s in zip(tensor.axes, piece.box, piece.strides, strict=True)
+                if box[1] - box[0] > 1 or s is None
+            }
             slot = piece.slot
             pieces.append((slot.template.name.text, slot.shape, slot.layers, piece.offset, tuple(sorted(own.items()))))
         axes = sorted(zip(tensor.axes, tensor.sizes, strict=True))

@@ -17,7 +17,8 @@ Data = dict[str, Any]  # a table as TOML has it, `like` resolved
 
 @dataclass(frozen=True)
 class Mutation:
-    """A mutation, in words: the table as TOML has it, or an axis of a logical tensor (of a row's name: "") shifted by one.
+    """A mutation, in words: the table as TOML has it, or an axis of a logical tensor (of a row's name: "") shifted by
+    one.
 
     `rows`: those that it touches.
     """
@@ -57,9 +58,14 @@ def _at(at: int) -> str:
 
 
 def _names(data: Data) -> tuple[list[str], list[list[str]]]:
-    """What to call each row, and each of its leaves: by the stored name, too, where a logical tensor stands in several rows."""
+    """What to call each row, and each of its leaves: by the stored name, too, where a logical tensor stands in several
+    rows.
+    """
     count = Counter(leaf for row in data["rows"] for leaf in row[2].split())
-    leaves = [[leaf if count[leaf] == 1 else f"{leaf} ({row[0].lstrip('~')})" for leaf in row[2].split()] for row in data["rows"]]
+    leaves = [
+        [leaf if count[leaf] == 1 else f"{leaf} ({row[0].lstrip('~')})" for leaf in row[2].split()]
+        for row in data["rows"]
+    ]
     return ["+".join(names) for names in leaves], leaves
 
 
@@ -78,7 +84,9 @@ def _rows(data: Data) -> Iterator[Mutation]:
         texts[at][n], texts[to][m] = other, one
         new = {_at(row): [*rows[row][:2], " ".join(names), *rows[row][3:]] for row, names in texts.items()}
         one, other = named[at][n], named[to][m]
-        words = f"leaves {one} and {other} of {called[at]} exchanged" if at == to else f"rows {one} and {other} exchanged"
+        words = (
+            f"leaves {one} and {other} of {called[at]} exchanged" if at == to else f"rows {one} and {other} exchanged"
+        )
         yield Mutation(words, tuple({at, to}), _changed(data, **new))
     for at, to in itertools.combinations(everything, 2):
         new = {_at(at): [rows[at][0], *rows[to][1:]], _at(to): [rows[to][0], *rows[at][1:]]}
@@ -101,8 +109,12 @@ def _rows(data: Data) -> Iterator[Mutation]:
 
 
 def _patterns(table: Family, data: Data) -> Iterator[Mutation]:
-    """Within one pattern: dimensions and factors exchanged, terms of a sum exchanged, an axis dropped or called by another's name."""
-    every = sorted({axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"})
+    """Within one pattern: dimensions and factors exchanged, terms of a sum exchanged, an axis dropped or called by
+    another's name.
+    """
+    every = sorted(
+        {axis for row in table.rows for path in row.pattern.axes for axis in (*row.name.axes, *path)} | {"layer"}
+    )
     patterns = [
         (at, row, called, row[1].split(" | "), n)
         for at, (row, called) in enumerate(zip(data["rows"], _names(data)[0], strict=True))
@@ -207,11 +219,17 @@ def _axes(table: Family, data: Data) -> Iterator[Mutation]:
         yield Mutation(f"compound axis {axis} dropped", using(axis), data | {"axes": rest})
         for one, other in itertools.pairwise(parts.split()):
             text = " ".join({one: other, other: one}.get(part, part) for part in parts.split())
-            yield Mutation(f"parts {one} and {other} of axis {axis} exchanged", using(axis), data | {"axes": {**compounds, axis: text}})
+            yield Mutation(
+                f"parts {one} and {other} of axis {axis} exchanged",
+                using(axis),
+                data | {"axes": {**compounds, axis: text}},
+            )
 
 
 def _shifts(table: Family, data: Data) -> Iterator[Mutation]:
-    """Every axis of every logical tensor displaced by one, around: no table can say so, but code that reads one can do it."""
+    """Every axis of every logical tensor displaced by one, around: no table can say so, but code that reads one can do
+    it.
+    """
     done = set()
     called, _ = _names(data)
     for at, row in enumerate(table.rows):

@@ -1,4 +1,5 @@
-"""Likeness: what the stored names of a checkpoint are, folded, and what tensors of such names hold in the tables that are there.
+"""Likeness: what the stored names of a checkpoint are, folded, and what tensors of such names hold in the tables that
+are there.
 
 Guesses by names and shapes alone; knows nothing of TOML or of what becomes of a guess.
 """
@@ -14,7 +15,8 @@ from ..model.sizes import axes_of, extent
 from ..tables import families
 from ..tables.notation import fold, parse_pattern
 
-LAYERS = ("layers", "h", "blocks", "layer", "block", "decoder_layers", "mtp_layers")  # what stands before the number of a layer
+# what stands before the number of a layer
+LAYERS = ("layers", "h", "blocks", "layer", "block", "decoder_layers", "mtp_layers")
 Sizes = dict[str, int]
 
 
@@ -32,7 +34,9 @@ class Found:
     def name(self) -> str:
         """The name as a row has it: model.layers.{layer}.mlp.experts.{experts}.w1"""
         pieces = self.folded.split("{}")
-        return "".join(piece + hole for piece, hole in zip(pieces, (*(f"{{{axis}}}" for axis in self.axes), ""), strict=True))
+        return "".join(
+            piece + hole for piece, hole in zip(pieces, (*(f"{{{axis}}}" for axis in self.axes), ""), strict=True)
+        )
 
     @property
     def end(self) -> str:
@@ -50,7 +54,7 @@ class Meaning:
     optional: bool = False
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------------------
+# --- what is there ----------------------------------------------------------------------------------------------------
 
 
 def found_in(published: Published) -> list[Found]:
@@ -75,13 +79,17 @@ def _placeholders(kind: str) -> tuple[str, ...]:
         if segment == "{}":
             before = segments[at - 1] if at else ""
             axis = (
-                "layer" if "layer" not in axes and (before in LAYERS or not axes) else "experts" if "expert" in before else f"n{len(axes)}"
+                "layer"
+                if "layer" not in axes and (before in LAYERS or not axes)
+                else "experts"
+                if "expert" in before
+                else f"n{len(axes)}"
             )
             axes.append(axis if axis not in axes else f"n{len(axes)}")
     return tuple(axes)
 
 
-# --- what it is elsewhere --------------------------------------------------------------------------------------------------------
+# --- what it is elsewhere ---------------------------------------------------------------------------------------------
 
 
 @cache
@@ -109,13 +117,19 @@ def _plain(text: str) -> str:
 
 @cache
 def buffers() -> set[str]:
-    """Ends of the names that shipped tables keep aside, and none has a row for: what one does not read may be another's weights."""
+    """Ends of the names that shipped tables keep aside, and none has a row for: what one does not read may be another's
+    weights.
+    """
     texts = {template.text.lstrip("~") for name in families.shipped() for template in families.load(name).aside}
-    return {text.partition("{layer}.")[2] or text for text in texts} - {end for ends in _known().values() for end in ends}
+    return {text.partition("{layer}.")[2] or text for text in texts} - {
+        end for ends in _known().values() for end in ends
+    }
 
 
 def by_likeness(found: Iterable[Found]) -> list[str]:
-    """Shipped tables, the one with most of these names and fewest others first; among equals the one that others are like."""
+    """Shipped tables, the one with most of these names and fewest others first; among equals the one that others are
+    like.
+    """
     ends = {each.end for each in found}
 
     def distance(name: str) -> tuple[float, int, str]:
@@ -155,7 +169,11 @@ def fits(meaning: Meaning, each: Found, sizes: Sizes) -> bool:
     pattern = parse_pattern(meaning.pattern, _compounds(sizes))
     if len(pattern.dims) != len(each.shape) or any(axis in path for path in pattern.axes for axis in each.axes):
         return False
-    return all(extent(dim, sizes) == size for dim, size in zip(pattern.dims, each.shape, strict=True) if axes_of(dim) <= sizes.keys())
+    return all(
+        extent(dim, sizes) == size
+        for dim, size in zip(pattern.dims, each.shape, strict=True)
+        if axes_of(dim) <= sizes.keys()
+    )
 
 
 def free(meaning: Meaning, each: Found, used: Mapping[str, set[int | None]]) -> bool:

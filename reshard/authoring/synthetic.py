@@ -28,14 +28,42 @@ from ..tables.row import Row
 from .mutations import Data
 
 # Sizes of the axes that families know, all different; a head is wide enough for a quarter of it to be rotated in pairs.
-_SMALL = {"layer": 2, "kv": 4, "group": 3, "heads": 8, "head_dim": 16, "hidden": 56, "inter": 44, "vocab": 131, "pos": 72}
+_SMALL = {
+    "layer": 2,
+    "kv": 4,
+    "group": 3,
+    "heads": 8,
+    "head_dim": 16,
+    "hidden": 56,
+    "inter": 44,
+    "vocab": 131,
+    "pos": 72,
+}
 _SMALL |= {"experts": 6, "routes": 6, "moe_inter": 20, "q_lora": 36, "kv_lora": 28, "rope_dim": 12, "nope_dim": 10}
 _SMALL |= {"index_heads": 9, "index_dim": 26, "o_groups": 4, "o_heads": 3, "o_lora": 18, "streams": 3}
 _SMALL |= {"lk": 8, "lgroup": 3, "lk_dim": 14, "lv_dim": 18, "kernel": 5}
 _SMALL |= {"ssm_groups": 8, "ssm_group": 3, "ssm_dim": 14, "ssm_state": 18, "dt_rank": 9}
 # The same where weights have scales per block: two ranks cut between blocks, what is not cut may end within one.
-_BLOCKED = {"layer": 2, "heads": 4, "head_dim": 384, "hidden": 160, "inter": 1024, "vocab": 131, "experts": 5, "routes": 5}
-_BLOCKED |= {"moe_inter": 256, "q_lora": 380, "kv_lora": 300, "rope_dim": 192, "nope_dim": 320, "kv": 4, "group": 3, "index_dim": 224}
+_BLOCKED = {
+    "layer": 2,
+    "heads": 4,
+    "head_dim": 384,
+    "hidden": 160,
+    "inter": 1024,
+    "vocab": 131,
+    "experts": 5,
+    "routes": 5,
+}
+_BLOCKED |= {
+    "moe_inter": 256,
+    "q_lora": 380,
+    "kv_lora": 300,
+    "rope_dim": 192,
+    "nope_dim": 320,
+    "kv": 4,
+    "group": 3,
+    "index_dim": 224,
+}
 _BLOCKED |= {"o_groups": 2, "o_heads": 2, "o_lora": 128}
 _FREE = (22, 26, 34, 38, 46, 50, 58, 62, 68, 74, 76, 82, 86, 92, 94)  # for axes that nobody knows
 _NUMBERS = {"top": 2, "index_top": 9}  # of facts that config.json must have
@@ -45,9 +73,11 @@ _SHARED = 3  # what a factor of a size gets that is no axis: shared experts
 
 
 def made_up(table: Family, where: Path) -> Iterator[Path]:
-    """Random checkpoints of a family from its table alone, one directory for each set of optional rows, until every row is in one.
+    """Random checkpoints of a family from its table alone, one directory for each set of optional rows, until every row
+    is in one.
 
-    Where rows have several layouts, until each has been in one in every layout. Raises ReshardError where the table makes none.
+    Where rows have several layouts, until each has been in one in every layout. Raises ReshardError where the table
+    makes none.
     """
     covered: set[tuple[int, Pattern]] = set()
     layouts = range(1 + max((len(row.layouts) for row in table.rows), default=0))
@@ -80,14 +110,17 @@ def _none(table: Family, why: str) -> ReshardError:
 
 
 def _variants(table: Family) -> list[dict[str, bool]]:
-    """Truths of the config keys that optional rows are bound to: those that most rows want, then what the rest of the rows wants."""
+    """Truths of the config keys that optional rows are bound to: those that most rows want, then what the rest of the
+    rows wants.
+    """
     wants: dict[str, Counter[bool]] = {}
     for row in table.rows:
         for tag in row.tags:
             if (key := table.optional.get(tag)) is not None:
                 wants.setdefault(key.lstrip("!"), Counter())[not key.startswith("!")] += 1
     usual = {key: found[True] >= found[False] for key, found in wants.items()}
-    usual |= {key: False for key in usual if _of_quantization(key)}  # block scales make everything large: only for their own rows
+    # block scales make everything large: only for their own rows
+    usual |= {key: False for key in usual if _of_quantization(key)}
     found = [usual]
     for row in table.rows:
         own = {}
@@ -103,13 +136,18 @@ def _of_quantization(key: str) -> bool:
     return key.partition(".")[0] == "quantization_config"
 
 
-Shaped = list[tuple[int, Row, list[tuple[str, str, tuple[int, ...]]]]]  # row, and its stored tensors: name, dtype, shape
+# row, and its stored tensors: name, dtype, shape
+Shaped = list[tuple[int, Row, list[tuple[str, str, tuple[int, ...]]]]]
 
 
 def _invented(table: Family, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     """config.json, and every stored tensor."""
     tags = {tag for row in table.rows for tag in row.tags}
-    tags = {tag for tag in tags if (key := table.optional.get(tag)) is None or truths[key.lstrip("!")] != key.startswith("!")}
+    tags = {
+        tag
+        for tag in tags
+        if (key := table.optional.get(tag)) is None or truths[key.lstrip("!")] != key.startswith("!")
+    }
     rows = [(at, row) for at, row in enumerate(table.rows) if row.tags <= tags]
     if empty := next((axis for axis, atoms in table.axes.items() if not atoms), None):
         raise ReshardError(f'[axes] {empty} = "" has no parts')
@@ -144,14 +182,20 @@ def _invented(table: Family, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
             if axis == "layer":
                 apart = table.counts_apart
                 ranges.append(
-                    [n for n in range(main + extra) if row.within(set(kinds[n])) and (not apart or row.name.extra == (n >= main))]
+                    [
+                        n
+                        for n in range(main + extra)
+                        if row.within(set(kinds[n])) and (not apart or row.name.extra == (n >= main))
+                    ]
                 )
             else:
                 ranges.append(range(sizes[axis]))
         elements += math.prod(map(len, ranges)) * math.prod(shape)
         if elements > MOST:
             raise ReshardError(f"the sizes that it fixes give more than {MOST} elements")
-        names = [row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)]
+        names = [
+            row.name.name(dict(zip(row.name.axes, numbers, strict=True))) for numbers in itertools.product(*ranges)
+        ]
         if names:
             shapes.append((at, row, [(name, dtype, shape) for name in names]))
     return config, shapes
@@ -169,11 +213,17 @@ def _check(table: Family, rows: Iterable[Row], sizes: Mapping[str, int]) -> None
 
 
 def _placed(table: Family, kinds: list[list[str]]) -> list[list[str]]:
-    """Kinds for each layer in this order, if they can stand there: names that count in steps have none for the layers between."""
+    """Kinds for each layer in this order, if they can stand there: names that count in steps have none for the layers
+    between.
+    """
     counting = [row for row in table.rows if row.name.steps and (row.kinds or row.either)]
     left, found = list(kinds), []
     for layer in range(len(kinds)):
-        fits = [mine for mine in (*left, *kinds) if all(row.name.counts("layer", layer) for row in counting if row.within(set(mine)))]
+        fits = [
+            mine
+            for mine in (*left, *kinds)
+            if all(row.name.counts("layer", layer) for row in counting if row.within(set(mine)))
+        ]
         found.append(fits[0])
         if fits[0] in left:
             left.remove(fits[0])
@@ -181,7 +231,9 @@ def _placed(table: Family, kinds: list[list[str]]) -> list[list[str]]:
 
 
 def _kinds(table: Family) -> list[list[str]]:
-    """Kinds of layers: each combination, and extra ones last, two at least, of kinds that have rows there, or else of the last."""
+    """Kinds of layers: each combination, and extra ones last, two at least, of kinds that have rows there,
+    or else of the last.
+    """
     special = set(table.extra)
     beside = {kind for row in table.rows if row.kinds & special for kind in row.kinds}
     plain = [[kind for kind in group if kind not in special] for group in table.one_of]
@@ -195,7 +247,9 @@ def _kinds(table: Family) -> list[list[str]]:
 
 
 def _told(table: Family, kinds: Sequence[Sequence[str]]) -> Data:
-    """What config.json must say so that the rules of kinds name the layers that are of them; one list may say it of several."""
+    """What config.json must say so that the rules of kinds name the layers that are of them; one list may say it of
+    several.
+    """
     found: Data = {}
     for kind, rule in table.layers.items():
         here = [kind in mine for mine in kinds]
@@ -316,7 +370,9 @@ def _nested(config: Data) -> Data:
 def _fill(table: Family, shapes: Shaped, path: Path) -> None:
     """Write all tensors, filled with noise that keeps activations near one, nothing constant, no two rows equal."""
     flat = {name: (row, dtype, shape) for _, row, stored in shapes for name, dtype, shape in stored}
-    prologue, found = safetensors.build([(name, dtype, shape) for name, (_, dtype, shape) in flat.items()], {"format": "pt"})
+    prologue, found = safetensors.build(
+        [(name, dtype, shape) for name, (_, dtype, shape) in flat.items()], {"format": "pt"}
+    )
     centre = 0.0 if table.model.get("norm_offset") else 1.0
     with path.open("wb") as file:
         file.write(prologue)

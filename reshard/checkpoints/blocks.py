@@ -1,4 +1,6 @@
-"""Blocks: the stretches of a rank's file that have a digest each, which can be checked in parallel and fetched again alone."""
+"""Blocks: the stretches of a rank's file that have a digest each, which can be checked in parallel and fetched again
+alone.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from .shards import Described, Stored, shard_digest
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`size` bytes of a stored tensor, from `offset` of a file on. `alone`: the tensor is but this block, its own digest is meant."""
+    """`size` bytes of a stored tensor, from `offset` of a file on. `alone`: the tensor is but this block,
+    its own digest is meant.
+    """
 
     file: str
     tensor: str
@@ -37,7 +41,9 @@ class Block:
 
 def read_described(path: Path) -> Described:
     """Read a tensors.json."""
-    found: Described = decode.json_file(path, limits.TENSORS_JSON, Described, MismatchError, "fetch it again, or convert again")
+    found: Described = decode.json_file(
+        path, limits.TENSORS_JSON, Described, MismatchError, "fetch it again, or convert again"
+    )
     return found
 
 

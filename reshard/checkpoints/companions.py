@@ -1,7 +1,9 @@
-"""Companions: the files and folders beside the weights, which of them are copied as they are, and which are left out, and why.
+"""Companions: the files and folders beside the weights, which of them are copied as they are, and which are left out,
+and why.
 
-Names and sizes decide, so that a directory and the Hub's list of its files come out alike. Small files are copied, whole folders of them
-too; weights in other forms, nested checkpoints, large files and hidden folders are left out. Knows nothing about tensors.
+Names and sizes decide, so that a directory and the Hub's list of its files come out alike. Small files are copied,
+whole folders of them too; weights in other forms, nested checkpoints, large files and hidden folders are left out.
+Knows nothing about tensors.
 """
 
 import errno
@@ -30,7 +32,8 @@ _READ = "|".join(re.escape(suffix) for container in CONTAINERS for suffix in con
 WEIGHTS = re.compile(rf"({_READ}|\.(ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|tflite|npz|ot|distcp|index\.json))$")
 _SINGLE = "|".join(re.escape(container.single) for container in CONTAINERS)
 _SPLIT = "|".join(re.escape(Path(container.single).suffix) for container in CONTAINERS)
-# Files of a published checkpoint, by their names: what --overwrite may delete, and what may be a link to a file of its name elsewhere.
+# Files of a published checkpoint, by their names: what --overwrite may delete, and what may be a link to a file of its
+# name elsewhere.
 CHECKPOINT = re.compile(
     rf"([^/]*\.safetensors|(pytorch_)?model[^/]*({_SPLIT}))(\.index\.json)?"
     r"|([^/]*_)?config\.json|tokenizer\.[^/]*|[^/]*\.tiktoken"
@@ -43,7 +46,8 @@ _OURS = re.compile(r"source|rank-[0-9]+|manifest\.json", re.IGNORECASE)
 
 _HIDDEN, _NO_FILE, _ELSEWHERE = "hidden folder", "not a regular file", "link out of the checkpoint"
 
-Found = Mapping[str, int | str | ReshardError]  # path → size in bytes, or why it is left out, or what reading it would raise
+# path → size in bytes, or why it is left out, or what reading it would raise
+Found = Mapping[str, int | str | ReshardError]
 
 
 class Carried(NamedTuple):
@@ -83,7 +87,8 @@ def objection(name: str) -> str | None:
 
 
 def sort_out(found: Found, taken: Collection[str], read: Callable[[], bytes]) -> tuple[list[str], tuple[Left, ...]]:
-    """Which files are copied, and what is left out, a folder as one; `taken` are those of the weights, `read` gives modules.json.
+    """Which files are copied, and what is left out, a folder as one; `taken` are those of the weights, `read` gives
+    modules.json.
 
     Raises what is found in the place of the size of a file that would be copied.
     """
@@ -154,19 +159,26 @@ def words(left: Iterable[Left], width: int, most: int = 6) -> list[str]:
     reasons: dict[str, list[str]] = defaultdict(list)
     for entry in left:
         reasons[in_line(entry.why)].append(in_line(entry.name))
-    parts = [f"{', '.join(names[:most])}{f' and {len(names) - most} more' * (len(names) > most)} ({why})" for why, names in reasons.items()]
+    parts = [
+        f"{', '.join(names[:most])}{f' and {len(names) - most} more' * (len(names) > most)} ({why})"
+        for why, names in reasons.items()
+    ]
     text = f"left behind: {'; '.join(parts)}"
-    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False) if parts else []
+    return (
+        textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        if parts
+        else []
+    )
 
 
-# --- local files -------------------------------------------------------------------------------------------------------------
+# --- local files ------------------------------------------------------------------------------------------------------
 
 
 def beside(root: Path, taken: Collection[str]) -> tuple[tuple[Carried, ...], tuple[Left, ...]]:
     """What of a directory is copied beside the weights `taken`, and what is left out.
 
-    Raises ReshardError for a link that leads nowhere, or elsewhere, where a file of the checkpoint should be; PlaceError for what cannot
-    be read.
+    Raises ReshardError for a link that leads nowhere, or elsewhere, where a file of the checkpoint should be;
+    PlaceError for what cannot be read.
     """
     listing = _Listing(root, taken)
     carried, left = sort_out(listing.found, taken, lambda: decode.read(root / MODULES, _MODULES_MAX))
@@ -177,7 +189,9 @@ def beside(root: Path, taken: Collection[str]) -> tuple[tuple[Carried, ...], tup
 
 
 class _Listing:
-    """What is in a directory and in the folders below it. Hidden folders are not entered, nor are links that lead elsewhere."""
+    """What is in a directory and in the folders below it. Hidden folders are not entered, nor are links that lead
+    elsewhere.
+    """
 
     def __init__(self, root: Path, taken: Collection[str]) -> None:
         self.root, self.taken = root, set(taken)
@@ -242,7 +256,9 @@ class _Listing:
                 return  # enough to know that it is left out
 
     def _astray(self, name: str, path: Path) -> str | ReshardError | None:
-        """What is said of a link that leads out of the checkpoint: one of the files that make a checkpoint may, to a file of its name."""
+        """What is said of a link that leads out of the checkpoint: one of the files that make a checkpoint may,
+        to a file of its name.
+        """
         if (target := astray(path, self.homes)) is None:
             return None
         if not _of_a_checkpoint(name):
@@ -262,9 +278,11 @@ def astray(path: Path, homes: Iterable[Path]) -> Path | None:
 
 
 def check_links(root: Path, names: Iterable[str]) -> None:
-    """Raises MismatchError for a file of a shard directory, copied as it is or kept of the source, that is a link to somebody else's.
+    """Raises MismatchError for a file of a shard directory, copied as it is or kept of the source, that is a link to
+    somebody else's.
 
-    The directory's own (`source/…`) and files of a known name may be links to files of the same name, as on shared storage.
+    The directory's own (`source/…`) and files of a known name may be links to files of the same name, as on shared
+    storage.
     """
     places = homes(root)
     for name in names:
@@ -272,7 +290,9 @@ def check_links(root: Path, names: Iterable[str]) -> None:
         if (target := astray(path, places)) is None:
             continue
         if not ((_of_a_checkpoint(name) or _OURS.fullmatch(name.partition("/")[0])) and _of_that_name(path, target)):
-            raise MismatchError(f"{path}: leads to {target}, which is outside of the directory", "do not use this directory")
+            raise MismatchError(
+                f"{path}: leads to {target}, which is outside of the directory", "do not use this directory"
+            )
 
 
 def _of_a_checkpoint(name: str) -> bool:
@@ -281,11 +301,15 @@ def _of_a_checkpoint(name: str) -> bool:
 
 def _of_that_name(path: Path, target: Path) -> bool:
     """Whether a link leads to a file of its own name; what a blob of the Hub's cache is called says nothing."""
-    return target.name == path.name or (target.parent.name == "blobs" and target.parent.parent.name.startswith("models--"))
+    return target.name == path.name or (
+        target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    )
 
 
 def homes(root: Path) -> list[Path]:
-    """Where links may lead: the checkpoint itself; from a snapshot in the Hub's cache the blobs of the same model, too."""
+    """Where links may lead: the checkpoint itself; from a snapshot in the Hub's cache the blobs of the same
+    model, too.
+    """
     real = Path(os.path.realpath(root))
     repo = real.parent.parent
     return [real, repo / "blobs"] if real.parent.name == "snapshots" and repo.name.startswith("models--") else [real]

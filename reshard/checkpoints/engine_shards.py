@@ -1,9 +1,10 @@
 """Shard directories that an engine wrote itself: no manifest, no index, nothing that says how many ranks there are.
 
-Read otherwise than a published checkpoint, because padding and repetition cannot be inferred from shapes: the mesh follows from file
-names, the logical tensors from stored names, their true sizes from config.json and, where it is silent, from one dimension; then the
-layout of exactly that model on that mesh must be what every header says. What the checkpoint looked like before is nowhere recorded, so
-its original files are taken to be those that transformers would write, down to the header bytes. Opens headers only.
+Read otherwise than a published checkpoint, because padding and repetition cannot be inferred from shapes: the mesh
+follows from file names, the logical tensors from stored names, their true sizes from config.json and, where it is
+silent, from one dimension; then the layout of exactly that model on that mesh must be what every header says. What the
+checkpoint looked like before is nowhere recorded, so its original files are taken to be those that transformers would
+write, down to the header bytes. Opens headers only.
 """
 
 import math
@@ -36,7 +37,19 @@ from ..tables.notation import fold
 from ..tables.row import Constant
 from .companions import beside
 from .hf_split import loaded_order, resplit
-from .published import WEIGHTS, Original, Published, Tally, family_table, index_map, natural, origin_of, read_json, stamps_of, understood
+from .published import (
+    WEIGHTS,
+    Original,
+    Published,
+    Tally,
+    family_table,
+    index_map,
+    natural,
+    origin_of,
+    read_json,
+    stamps_of,
+    understood,
+)
 from .source_kinds import EngineSource
 
 MAX_FILE_SIZE = 50 * 10**9  # bytes: what save_pretrained of transformers 5 splits by when nothing else is asked for
@@ -47,7 +60,8 @@ Held = dict[str, dict[int, str]]  # logical tensor → layer (-1: belongs to non
 
 
 def recognised(root: Path) -> Format | None:
-    """The format of which a directory holds shards, by their file names; None where there are none, or published weights beside them.
+    """The format of which a directory holds shards, by their file names; None where there are none, or published
+    weights beside them.
 
     An index counts as published weights only if one of its files is there: engines copy indexes along with config.json.
     """
@@ -62,8 +76,8 @@ def recognised(root: Path) -> Format | None:
 def open_shards(root: Path, table: Format, family: Family | None = None) -> EngineSource:
     """Understand a directory that `recognised` gave a format for; `family` instead of the one that config.json names.
 
-    Raises ReshardError for ranks that are missing, keys that are missing, doubled or unexpected, and every shape or dtype that is not
-    what config.json and the number of ranks make of it.
+    Raises ReshardError for ranks that are missing, keys that are missing, doubled or unexpected, and every shape or
+    dtype that is not what config.json and the number of ranks make of it.
     """
     where = str(root)
     files, tp, pp = _ranks(root, table)
@@ -73,7 +87,9 @@ def open_shards(root: Path, table: Format, family: Family | None = None) -> Engi
     if not places:
         raise ReshardError(f"{where}: the shards hold no tensors", "is the copy complete?")
     if family is None:
-        family = family_table(Published(where, root, config, (), {name: (0, entry) for (_, name), (_, entry) in places.items()}))
+        family = family_table(
+            Published(where, root, config, (), {name: (0, entry) for (_, name), (_, entry) in places.items()})
+        )
     reading = _Reading(where, table.for_family(family.name), family, config.with_defaults(family.defaults), places)
     mesh = Mesh(tp, pp, layers=reading.stages(tp, pp))
     try:
@@ -101,11 +117,13 @@ def open_shards(root: Path, table: Format, family: Family | None = None) -> Engi
     )
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _patterns(table: Format) -> dict[str, re.Pattern[str]]:
-    """The names of a format's files: numbers without leading zeros; a part may be called anything, as to the engine's own glob."""
+    """The names of a format's files: numbers without leading zeros; a part may be called anything, as to the engine's
+    own glob.
+    """
 
     def pattern(text: str) -> re.Pattern[str]:
         pieces = re.split(r"\{(\w+)\}", text)  # literal text and placeholders by turns
@@ -136,20 +154,25 @@ def _ranks(root: Path, table: Format) -> tuple[dict[tuple[int, int], list[str]],
                 found.setdefault(kind, {}).setdefault(at, []).append(name)
     if len(found) > 1:
         one, other = (next(iter(files.values()))[0] for files in found.values())
-        raise ReshardError(f"{root}: holds {one} and {other}, which are of two saves", "move the files of one of them away")
+        raise ReshardError(
+            f"{root}: holds {one} and {other}, which are of two saves", "move the files of one of them away"
+        )
     ((kind, files),) = found.items()
     pp, tp = (1 + max(at[axis] for at in files) for axis in (0, 1))
     if len(files) < pp * tp:
         stage, rank = next(at for at in product(range(pp), range(tp)) if at not in files)
         name = table.files[kind].format(rank=rank, tp=rank, pp=stage, part="*")
         raise ReshardError(
-            f"{root}: {name} is missing: by their names the files are of {Mesh(tp, pp)}, {len(files)} of {pp * tp} ranks are there",
+            f"{root}: {name} is missing: by their names the files are of {Mesh(tp, pp)}, {len(files)} of "
+            f"{pp * tp} ranks are there",
             "the copy is not complete: fetch the missing files",
         )
     return files, tp, pp
 
 
-def _read(root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int) -> tuple[dict[Key, Place], dict[Path, Stamp]]:
+def _read(
+    root: Path, files: Mapping[tuple[int, int], Iterable[str]], tp: int
+) -> tuple[dict[Key, Place], dict[Path, Stamp]]:
     """Where every key of every rank lies, and what the files were like when they said so."""
     places: dict[Key, Place] = {}
     stamps: dict[Path, Stamp] = {}
@@ -178,12 +201,14 @@ def _header(path: Path, tally: Tally) -> tuple[dict[str, Entry], Stamp]:
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
         pread = of_descriptor(descriptor, str(path))
-        return tally.checked(of_file(path.name).read(pread, status.st_size, str(path)).entries, str(path)), Stamp.of(status)
+        return tally.checked(of_file(path.name).read(pread, status.st_size, str(path)).entries, str(path)), Stamp.of(
+            status
+        )
     finally:
         os.close(descriptor)
 
 
-# --- understanding -----------------------------------------------------------------------------------------------------------------
+# --- understanding ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,13 +222,19 @@ class _Reading:
     places: Mapping[Key, Place]
 
     def stages(self, tp: int, pp: int) -> tuple[int, ...] | None:
-        """Layers of each pipeline stage, told by the first layer of each; None where they are equal, or there is one stage."""
-        firsts = [min((layer for layer, _, _ in self.keys(rank) if layer >= 0), default=-1) for rank in range(0, pp * tp, tp)]
+        """Layers of each pipeline stage, told by the first layer of each; None where they are equal,
+        or there is one stage.
+        """
+        firsts = [
+            min((layer for layer, _, _ in self.keys(rank) if layer >= 0), default=-1) for rank in range(0, pp * tp, tp)
+        ]
         ends = [*firsts, self.sizes()["layer"]]
         if pp > 1 and (ends[0] != 0 or not all(low < high for low, high in pairwise(ends))):
             raise ReshardError(
-                f"{self.where}: the stages begin with layers {', '.join(map(str, firsts))}, config.json says {ends[-1]} layers",
-                "each stage holds layers of its own, in order, the first stage from 0 on; are the files those of one save?",
+                f"{self.where}: the stages begin with layers {', '.join(map(str, firsts))}, config.json says "
+                f"{ends[-1]} layers",
+                "each stage holds layers of its own, in order, the first stage from 0 on; are the files those "
+                "of one save?",
             )
         counts = tuple(high - low for low, high in pairwise(ends))
         return counts if len(set(counts)) > 1 else None
@@ -215,7 +246,9 @@ class _Reading:
             raise ReshardError(f"{self.where}: {error.message}", error.hint) from None
 
     def keys(self, rank: int | None = None) -> Iterator[tuple[int, tuple[str, ...], Entry]]:
-        """(layer or -1, logical tensors, entry) of every key, of one rank or of all, that some row of the format describes."""
+        """(layer or -1, logical tensors, entry) of every key, of one rank or of all, that some row of the format
+        describes.
+        """
         rows = {row.name.folded: row for row in reversed(self.format.rows)}  # where two share a name, the first counts
         for (at, name), (_, entry) in self.places.items():
             if rank is not None and at != rank:
@@ -238,16 +271,23 @@ class _Reading:
                 known = math.prod(sizes[atom] for atom in atoms if atom in sizes)
                 if not known or sizes[name] % known:
                     others = " × ".join(atom for atom in atoms if atom in sizes)
-                    raise ReshardError(f"{self.where}: config.json: {name} is {sizes[name]}, which is no multiple of {others} = {known}")
+                    raise ReshardError(
+                        f"{self.where}: config.json: {name} is {sizes[name]}, which is no multiple of {others} "
+                        f"= {known}"
+                    )
                 sizes[missing[0]] = sizes[name] // known
         for axis in ("layer", *self.format.pad, *self.format.replicate):  # padding and repetition hide these
             if axis not in sizes and (axis == "layer" or axis in self.axes()):
                 raise ReshardError(
-                    f"{self.where}: config.json has no {self.family.sizes.get(axis, axis)}, and shapes cannot tell the size of axis {axis}",
+                    f"{self.where}: config.json has no {self.family.sizes.get(axis, axis)}, and shapes cannot "
+                    f"tell the size of axis {axis}",
                     "take config.json from the checkpoint that was served",
                 )
         if sizes["layer"] > len(self.places):
-            raise ReshardError(f"{self.where}: config.json says {sizes['layer']} layers, the shards hold {len(self.places)} tensors in all")
+            raise ReshardError(
+                f"{self.where}: config.json says {sizes['layer']} layers, the shards hold {len(self.places)} "
+                f"tensors in all"
+            )
         return sizes
 
     def model(self, mesh: Mesh) -> Model:
@@ -259,7 +299,9 @@ class _Reading:
         return self._solved(model, mesh, [axis for axis in unknown if axis in model.sizes])
 
     def _published(self, sizes: Mapping[str, int]) -> dict[str, Entry]:
-        """Tensors of the published checkpoint, by the family table: what every such model has, and what these shards have besides."""
+        """Tensors of the published checkpoint, by the family table: what every such model has, and what these shards
+        have besides.
+        """
         held: Held = defaultdict(dict)
         for layer, leaves, entry in self.keys():
             for leaf in leaves:
@@ -281,7 +323,9 @@ class _Reading:
             layers = [layer for layer, kind in enumerate(kinds) if row.within(kind)] if "layer" in row.name.axes else []
             ranges = [layers if axis == "layer" else range(sizes[axis]) for axis in row.name.axes]
             if (count := math.prod(map(len, ranges))) > limits.TENSORS:
-                raise ReshardError(f"{self.where}: config.json promises {count} tensors {row.name.text}", "is it this checkpoint's?")
+                raise ReshardError(
+                    f"{self.where}: config.json promises {count} tensors {row.name.text}", "is it this checkpoint's?"
+                )
             shape, _ = row.pattern.measure(lambda _, axis: axis_size(axis, sizes))
             for numbers in product(*ranges):
                 point = dict(zip(row.name.axes, numbers, strict=True))
@@ -291,7 +335,12 @@ class _Reading:
 
     def _kinds(self, layer: int, held: Held) -> set[str]:
         """Of which kinds a layer is: of every set the first of which it has some row."""
-        found = {kind for row in self.family.rows if all(layer in held.get(leaf, {}) for leaf in row.leaves) for kind in row.kinds}
+        found = {
+            kind
+            for row in self.family.rows
+            if all(layer in held.get(leaf, {}) for leaf in row.leaves)
+            for kind in row.kinds
+        }
         return {next(kind for kind in group if kind in found) for group in self.family.one_of if found & {*group}}
 
     def _solved(self, model: Model, mesh: Mesh, unknown: list[str]) -> Model:
@@ -318,10 +367,14 @@ class _Reading:
             unknown = [axis for axis in unknown if axis != solved]
         return _sized(model, sizes)
 
-    def _first_solution(self, here: list[Slot], there: Mapping[str, list[Slot]], sizes: Mapping[str, int]) -> tuple[str, int] | None:
+    def _first_solution(
+        self, here: list[Slot], there: Mapping[str, list[Slot]], sizes: Mapping[str, int]
+    ) -> tuple[str, int] | None:
         for at, slot in enumerate(here):
             found = Counter(
-                self.places[key][1].shape for point in slot.points() if (key := (slot.rank, slot.name(point))) in self.places
+                self.places[key][1].shape
+                for point in slot.points()
+                if (key := (slot.rank, slot.name(point))) in self.places
             ).most_common(1)
             for d, (size, stored) in enumerate(zip(slot.shape, found[0][0] if found else (), strict=False)):
                 growth = {axis: grown for axis, slots in there.items() if (grown := slots[at].shape[d] - size)}
@@ -330,7 +383,9 @@ class _Reading:
                 ((axis, grown),) = growth.items()
                 fit, rest = divmod(sizes[axis] * (stored - size + grown), grown)
                 if rest or fit < 1:
-                    raise ReshardError(f"{self.where}: {slot.template.name.text}: dimension {d} is {stored}: no size of {axis} fits")
+                    raise ReshardError(
+                        f"{self.where}: {slot.template.name.text}: dimension {d} is {stored}: no size of {axis} fits"
+                    )
                 return axis, fit
         return None
 
@@ -351,7 +406,10 @@ class _Reading:
                 continue
             entry = self.places[key][1]
             if entry.shape != slot.shape:
-                problems.add(f"{text}: shape {list(entry.shape)}, config.json and {layout.mesh} make it {list(slot.shape)}", example)
+                problems.add(
+                    f"{text}: shape {list(entry.shape)}, config.json and {layout.mesh} make it {list(slot.shape)}",
+                    example,
+                )
             elif entry.dtype != dtype:
                 kind = "the engine" if isinstance(slot.template, Constant) else "other ranks or parts"
                 problems.add(f"{text}: dtype {entry.dtype}, {dtype} in {kind}", example)
@@ -371,7 +429,9 @@ class _Reading:
                 if tp != mesh.tp:
                     other = Mesh(tp, mesh.pp, layers=mesh.layers)
                     self.check(self.lay_out(self.model(other), other), ranks=(0,))
-                    problem = "files of some ranks are missing" if tp > mesh.tp else "files of another save are among them"
+                    problem = (
+                        "files of some ranks are missing" if tp > mesh.tp else "files of another save are among them"
+                    )
                     return f"the first rank fits TP {tp}, and there are files of TP {mesh.tp}: {problem}"
             except ReshardError:
                 continue
@@ -380,24 +440,35 @@ class _Reading:
 
 def _sized(model: Model, sizes: dict[str, int]) -> Model:
     """The same model with other sizes."""
-    tensors = {name: replace(tensor, sizes=tuple(axis_size(axis, sizes) for axis in tensor.axes)) for name, tensor in model.tensors.items()}
+    tensors = {
+        name: replace(tensor, sizes=tuple(axis_size(axis, sizes) for axis in tensor.axes))
+        for name, tensor in model.tensors.items()
+    }
     return replace(model, sizes=sizes, tensors=tensors)
 
 
-# --- what it was -------------------------------------------------------------------------------------------------------------------
+# --- what it was ------------------------------------------------------------------------------------------------------
 
 
 def _one_time(stamps: Mapping[Path, Stamp]) -> int:
-    """One time for files made of many, in ns: the second of the newest; below it, whatever changes when any of them does."""
+    """One time for files made of many, in ns: the second of the newest; below it, whatever changes when any of them
+    does.
+    """
     text = "".join(f"{path.name} {stamp.size} {stamp.mtime_ns}\n" for path, stamp in sorted(stamps.items()))
     second = max(stamp.mtime_ns for stamp in stamps.values()) // NS
     return second * NS + int(of(text.encode()), 16) % NS
 
 
-def _as_transformers_would(model: Model, mtime_ns: int) -> tuple[tuple[Original, ...], dict[str, tuple[int, Entry]], dict[str, bytes]]:
-    """The files that transformers would write of a model it loaded, where each tensor is in them, and their bytes that are no tensors."""
+def _as_transformers_would(
+    model: Model, mtime_ns: int
+) -> tuple[tuple[Original, ...], dict[str, tuple[int, Entry]], dict[str, bytes]]:
+    """The files that transformers would write of a model it loaded, where each tensor is in them, and their bytes that
+    are no tensors.
+    """
     layout = lay_out(model.family.published, model, Mesh(), model.active)
-    stored = {slot.name(point): (layout.dtype(slot, point), slot.shape) for slot in layout.slots for point in slot.points()}
+    stored = {
+        slot.name(point): (layout.dtype(slot, point), slot.shape) for slot in layout.slots for point in slot.points()
+    }
     files, index = resplit([(name, *stored[name]) for name in loaded_order(stored)], MAX_FILE_SIZE)
     tensors = {name: (at, entry) for at, file in enumerate(files) for name, entry in file.tensors}
     residues = {file.name: file.header for file in files}

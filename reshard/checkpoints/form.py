@@ -25,7 +25,9 @@ class Form(ABC):
         """Raises ReshardError where the mesh does not fit the model or the form, or there is no such format."""
 
     @abstractmethod
-    def smallest_mesh(self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None) -> Mesh:
+    def smallest_mesh(
+        self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None
+    ) -> Mesh:
         """The smallest mesh whose ranks each fit a device of so many bytes; see `capacity.smallest`.
 
         Raises ReshardError where there is none, or where the form has no meshes.
@@ -43,11 +45,14 @@ class HuggingFace(Form):
     def target(self, source: Source, mesh: Mesh) -> Target:
         if mesh != Mesh():
             raise ReshardError(
-                f"--to hf writes one checkpoint for all ranks, {mesh} was asked for", "leave out --tp, --pp, --ep and --split"
+                f"--to hf writes one checkpoint for all ranks, {mesh} was asked for",
+                "leave out --tp, --pp, --ep and --split",
             )
         return restored(source) if self.max_file_size is None else split_anew(source, self.max_file_size)
 
-    def smallest_mesh(self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None) -> Mesh:
+    def smallest_mesh(
+        self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None
+    ) -> Mesh:
         raise ReshardError("--to hf writes one checkpoint for all ranks, --tp auto was asked for", "leave out --tp")
 
     def explained(self, error: ReshardError, source: Source, mesh: Mesh) -> ReshardError:
@@ -62,20 +67,29 @@ class Sharded(Form):
 
     def target(self, source: Source, mesh: Mesh) -> Target:
         if self.max_file_size is not None:
-            raise ReshardError("--max-file-size only goes with --to hf", "a rank's file is mapped whole; its size follows from the mesh")
+            raise ReshardError(
+                "--max-file-size only goes with --to hf",
+                "a rank's file is mapped whole; its size follows from the mesh",
+            )
         table, model = self._table(source), source.layout.model
         return ShardTarget.of(lay_out(table, model, mesh, tied=_stored_twice(source, table, mesh)))
 
-    def smallest_mesh(self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None) -> Mesh:
+    def smallest_mesh(
+        self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None
+    ) -> Mesh:
         from ..layout.capacity import smallest
         from ..text.units import binary
 
         if memory is None:
-            raise ReshardError("--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)")
+            raise ReshardError(
+                "--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)"
+            )
         table = self._table(source)
         mesh = smallest(source.layout.model, source.config, table, memory, context, batch, ep=ep, pp=pp)
         if mesh is None:
-            raise ReshardError(f"no mesh of this model fits {binary(memory)} per device", "use devices with more memory")
+            raise ReshardError(
+                f"no mesh of this model fits {binary(memory)} per device", "use devices with more memory"
+            )
         return mesh
 
     def explained(self, error: ReshardError, source: Source, mesh: Mesh) -> ReshardError:

@@ -1,25 +1,32 @@
-"""Hugging Face files cut anew: the files, headers and index that transformers' `save_pretrained(max_shard_size=…)` writes.
+"""Hugging Face files cut anew: the files, headers and index that transformers' `save_pretrained(max_shard_size=…)`
+writes.
 
-Knows nothing about checkpoints, layouts or disks: names, dtypes and shapes in, header bytes out. Read from and tested against
-transformers 5.23, huggingface_hub 2.4 and safetensors 0.8; equality is byte for byte, given equal tensor values.
+Knows nothing about checkpoints, layouts or disks: names, dtypes and shapes in, header bytes out. Read from and tested
+against transformers 5.23, huggingface_hub 2.4 and safetensors 0.8; equality is byte for byte, given equal tensor
+values.
 
 What decides the bytes
-    which tensors    A tied head is not written: the embedding stays, as `_tied_weights_keys` says. Buffers that are not persistent (rotary
-                     `inv_freq`, causal masks) never are, and layers that the class does not load (multi-token prediction) are gone.
-                     The caller passes the tensors to be written, and no others.
-    order            Decides which tensor falls into which file, and nothing else: that of a model that was loaded, by names in memory,
-                     numbers as numbers (`loaded_order`), since `from_pretrained` leaves a list of conversions, if only an empty one, and
-                     with a list `revert_weight_conversion` sorts. (A model built from its config may be saved in another order.)
-    filling          In order, into the one open file while it has room; a size is that of the tensor's bytes, headers are not counted,
-                     exactly full is full. What is larger than the limit gets a file of its own, numbered at once: *before* the open
-                     file, which stays open for what follows.
-    stacked experts  transformers 5 holds a layer's experts stacked, and saves views of the stack. Views of one storage are counted
-                     once, at the first, with the bytes of them all, and never parted: all `experts.*.w1` of a layer are one block. (If
-                     the layer has one expert, w1 and w3 are: to cut that stack in halves nothing had to be copied.)
+    which tensors    A tied head is not written: the embedding stays, as `_tied_weights_keys` says. Buffers that are not
+                     persistent (rotary `inv_freq`, causal masks) never are, and layers that the class does not load
+                     (multi-token prediction) are gone. The caller passes the tensors to be written, and no others.
+    order            Decides which tensor falls into which file, and nothing else: that of a model that was loaded, by
+                     names in memory, numbers as numbers (`loaded_order`), since `from_pretrained` leaves a list of
+                     conversions, if only an empty one, and with a list `revert_weight_conversion` sorts. (A model built
+                     from its config may be saved in another order.)
+    filling          In order, into the one open file while it has room; a size is that of the tensor's bytes, headers
+                     are not counted, exactly full is full. What is larger than the limit gets a file of its own,
+                     numbered at once: *before* the open file, which stays open for what follows.
+    stacked experts  transformers 5 holds a layer's experts stacked, and saves views of the stack. Views of one storage
+    are counted
+                     once, at the first, with the bytes of them all, and never parted: all `experts.*.w1` of a layer are
+                     one block. (If the layer has one expert, w1 and w3 are: to cut that stack in halves nothing had to
+                     be copied.)
     names            `model-00001-of-00003.safetensors`; one file is `model.safetensors` and has no index.
-    inside a file    As safetensors lays tensors (`library_order`), `__metadata__` {"format": "pt"}, header padded to 8 bytes.
-    index            JSON: keys sorted, two spaces, ASCII, a newline at the end. `total_size`: bytes of all tensors, without headers.
-                     `total_parameters`: elements of all parameters, tied ones once, without buffers (`e_score_correction_bias`).
+    inside a file    As safetensors lays tensors (`library_order`), `__metadata__` {"format": "pt"}, header padded to 8
+                     bytes.
+    index            JSON: keys sorted, two spaces, ASCII, a newline at the end. `total_size`: bytes of all tensors,
+                     without headers. `total_parameters`: elements of all parameters, tied ones once, without buffers
+                     (`e_score_correction_bias`).
 """
 
 import json
@@ -35,11 +42,13 @@ from ..containers.entry import Entry
 from ..errors import ReshardError
 from ..inputs.limits import DIGITS
 
-BUFFERS = ("e_score_correction_bias",)  # last parts of names that transformers saves without counting them as parameters
+# last parts of names that transformers saves without counting them as parameters
+BUFFERS = ("e_score_correction_bias",)
 
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?)\s*(?:([KMGT])(I?))?B?", re.ASCII | re.IGNORECASE)
 _EXPERT = re.compile(r"(.*\.experts\.)([0-9]+)\.(.*)", re.ASCII)
+# An expert's projection → the stacked parameter that holds it in memory, and which part of that.
 _STACKS = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
@@ -47,12 +56,14 @@ _STACKS = {
     "w1": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
     "w2": ("down_proj", 0),
-}  # an expert's projection → the stacked parameter that holds it in memory, and which part of that
+}
 
 
 @dataclass(frozen=True)
 class HfFile:
-    """One file to be written: `header` is the length word and the JSON, 8 + N bytes; `tensors` lie after it in this order."""
+    """One file to be written: `header` is the length word and the JSON, 8 + N bytes; `tensors` lie after it in this
+    order.
+    """
 
     name: str
     header: bytes
@@ -73,7 +84,8 @@ def resplit(
     """The files, and the bytes of `model.safetensors.index.json` (None where one file holds everything).
 
     `tensors`: (name, dtype, shape) in the order of `loaded_order`. `max_file_size`: bytes of tensors in a file.
-    `buffers`: last parts of names that are no parameters. Raises ReshardError where there is nothing to write, or a name comes twice.
+    `buffers`: last parts of names that are no parameters. Raises ReshardError where there is nothing to write, or a
+    name comes twice.
     """
     described = {name: (dtype, shape) for name, dtype, shape in tensors}
     if len(described) < len(tensors):
@@ -94,7 +106,9 @@ def resplit(
         return tuple(files), None
     index = {
         "metadata": {
-            "total_parameters": sum(math.prod(shape) for name, (_, shape) in described.items() if name.rpartition(".")[2] not in buffers),
+            "total_parameters": sum(
+                math.prod(shape) for name, (_, shape) in described.items() if name.rpartition(".")[2] not in buffers
+            ),
             "total_size": sum(entry.nbytes for file in files for _, entry in file.tensors),
         },
         "weight_map": {name: file.name for file in files for name, _ in file.tensors},
@@ -136,7 +150,9 @@ def _fill(blocks: Iterable[_Block], limit: int) -> list[list[str]]:
 
 
 def loaded_order(names: Iterable[str]) -> list[str]:
-    """`names` as transformers orders them in a model that `from_pretrained` read: by the names that they have in memory."""
+    """`names` as transformers orders them in a model that `from_pretrained` read:
+    by the names that they have in memory.
+    """
     return sorted(names, key=_natural)
 
 
@@ -160,7 +176,9 @@ def _stack(tail: str) -> tuple[str, int] | None:
 
 
 def _word(word: str) -> tuple[int, int, str, int]:
-    """Numbers first, by value; then words, by their letters, then without a trailing number before with one, then by that."""
+    """Numbers first, by value; then words, by their letters, then without a trailing number before with one,
+    then by that.
+    """
     if (value := _value(word)) is not None:
         return 0, value, "", 0
     text = word.rstrip("0123456789")
@@ -174,12 +192,16 @@ def _value(digits: str) -> int | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from "5GB" (decimal, as transformers reads it), "500MB", "1.5GiB" (binary) or plain digits; at least 1, else ReshardError."""
+    """Bytes from "5GB" (decimal, as transformers reads it), "500MB", "1.5GiB" (binary) or plain digits; at least 1,
+    else ReshardError.
+    """
     match = _SIZE.fullmatch(text.strip())
     size = 0
     if match:
         unit = (1024 if match[3] else 1000) ** _UNITS[match[2].upper()] if match[2] else 1
         size = int(match[1]) * unit if "." not in match[1] else int(float(match[1]) * unit)
     if size < 1:
-        raise ReshardError(f'"{text}" is no file size', 'write "5GB" (5·10⁹ bytes), "500MB", "5GiB" (5·2³⁰ bytes) or a number of bytes')
+        raise ReshardError(
+            f'"{text}" is no file size', 'write "5GB" (5·10⁹ bytes), "500MB", "5GiB" (5·2³⁰ bytes) or a number of bytes'
+        )
     return size

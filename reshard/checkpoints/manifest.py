@@ -1,6 +1,7 @@
 """manifest.json and source/files.json: what a shard directory is, and what it takes to restore the original files.
 
-Canonical: the same bytes by any route, any worker count, on any machine. No times, host names or paths. docs/format.md is the contract.
+Canonical: the same bytes by any route, any worker count, on any machine. No times, host names or paths. docs/format.md
+is the contract.
 """
 
 import json
@@ -26,7 +27,8 @@ from .shards import FORMAT_VERSION
 
 NAME = "manifest.json"
 FILES = "source/files.json"
-LEFT = "source/left.json"  # what was left out; not listed, since it depends on the copy of the checkpoint and not on the model
+# what was left out; not listed, since it depends on the copy of the checkpoint and not on the model
+LEFT = "source/left.json"
 SUMS = "source/SHA256SUMS"  # of the files carried along, where they were asked for; as sha256sum writes and checks it
 NOTATION = 1
 _LEFT_MAX = 1 << 20  # bytes
@@ -67,7 +69,8 @@ class Cut(Struct, frozen=True):
         tuple[_Range, ...],
         Meta(
             min_length=1,
-            description="Of each pipeline stage the first layer and the one after the last; with multi-token prediction layers.",
+            description="Of each pipeline stage the first layer and the one after the last; with multi-token "
+            "prediction layers.",
         ),
     ]
 
@@ -95,7 +98,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
         about("Axes with fewer indices than ranks: axis to how many consecutive ranks hold the same index."),
     ]
     tied: Annotated[dict[str, str], about("Tied tensors: logical name to the logical name whose bytes are its own.")]
-    padding: Annotated[dict[str, _Range], about("Axes padded with zeros at their end: axis to its size and its stored size.")]
+    padding: Annotated[
+        dict[str, _Range], about("Axes padded with zeros at their end: axis to its size and its stored size.")
+    ]
     plan: Annotated[Digest, about("Identifies tables, sizes, dtypes and mesh. Opaque: compare it, do not compute it.")]
     ranks: Annotated[tuple[RankFiles, ...], Meta(min_length=1, description="One entry per rank, in order.")]
     carried: Annotated[tuple[Listed, ...], about("Files taken over untouched: config.json, tokenizer, ...")]
@@ -236,7 +241,9 @@ def load(directory: Path) -> Manifest:
     if not isinstance(version, str):
         raise ReshardError(f"{path}: is no manifest of reshard", "is this the right directory?")
     if version.partition(".")[0] != _MAJOR:
-        raise ReshardError(f"{path}: format version {version}, this reshard reads {FORMAT_VERSION}", "install a newer reshard")
+        raise ReshardError(
+            f"{path}: format version {version}, this reshard reads {FORMAT_VERSION}", "install a newer reshard"
+        )
     manifest: Manifest = decode.json_of(text, limits.MANIFEST, str(path), Manifest, MismatchError, edited)
     try:
         mesh = manifest.mesh
@@ -249,7 +256,9 @@ def load(directory: Path) -> Manifest:
     small |= {file: limits.FILES for file in manifest.source if not file.name.endswith(".residue")}
     for file in manifest.files():
         if not inside(file.name):
-            raise MismatchError(f"{path}: lists {file.name!r}, which is no file of this directory", "do not use this directory")
+            raise MismatchError(
+                f"{path}: lists {file.name!r}, which is no file of this directory", "do not use this directory"
+            )
         hint = "do not use this directory: no conversion writes such a file"
         decode.fits(file.size, small.get(file, file.size), f"{path}: {file.name}", MismatchError, hint)
     check_links(directory, (file.name for file in (*manifest.carried, *manifest.source)))
@@ -265,7 +274,10 @@ def _tied(layout: Layout) -> dict[str, str]:
 
 def dump_originals(originals: Iterable[Original]) -> bytes:
     """The text of source/files.json: the original files, and which byte ranges of each are in the shards (`holes`)."""
-    kept = (_Kept(name=o.name, size=o.size, container=o.container, sha256=o.sha256 or UNSET, holes=o.holes) for o in originals)
+    kept = (
+        _Kept(name=o.name, size=o.size, container=o.container, sha256=o.sha256 or UNSET, holes=o.holes)
+        for o in originals
+    )
     return ("[\n" + ",\n".join(json.dumps(to_builtins(each), ensure_ascii=False) for each in kept) + "\n]\n").encode()
 
 
@@ -302,11 +314,15 @@ def load_sums(directory: Path, known: Manifest) -> dict[str, str]:
     if SUMS not in {file.name for file in known.source}:
         return {}
     try:
-        text = decode.read(directory / SUMS, limits.FILES, MismatchError, "the shard directory is damaged: convert again").decode()
+        text = decode.read(
+            directory / SUMS, limits.FILES, MismatchError, "the shard directory is damaged: convert again"
+        ).decode()
         lines = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in text.splitlines()]
         return {line[2]: line[1] for line in lines if line is not None}
     except UnicodeDecodeError as error:
-        raise MismatchError(f"{directory / SUMS}: cannot be read: {error}", "the shard directory is damaged: convert again") from None
+        raise MismatchError(
+            f"{directory / SUMS}: cannot be read: {error}", "the shard directory is damaged: convert again"
+        ) from None
 
 
 def dump_left(left: Iterable[Left]) -> bytes:

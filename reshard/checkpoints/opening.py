@@ -1,4 +1,6 @@
-"""Opening what a user names: a local directory, or a checkpoint in a store; and the family table that is used for it."""
+"""Opening what a user names: a local directory, or a checkpoint in a store;
+and the family table that is used for it.
+"""
 
 from pathlib import Path
 
@@ -13,11 +15,17 @@ from .source import Source, open_source
 
 
 def open_any(
-    src: str | Path, revision: str | None = None, family: str | None = None, *, headers_only: bool = True, progress: Progress | None = None
+    src: str | Path,
+    revision: str | None = None,
+    family: str | None = None,
+    *,
+    headers_only: bool = True,
+    progress: Progress | None = None,
 ) -> Source:
     """Open a path or a Hub id (org/name, hf://org/name). An existing path wins.
 
-    `family` names a shipped table, or is the path of one's own. With `headers_only` nothing but headers is fetched from the Hub.
+    `family` names a shipped table, or is the path of one's own. With `headers_only` nothing but headers is fetched from
+    the Hub.
     """
     table = table_of(family)
     if not str(src):
@@ -43,5 +51,7 @@ def table_of(family: str | None) -> Family | None:
     if path.is_file():
         return families.load_file(path)
     if path.suffix == ".toml" or "/" in family or path.exists():
-        raise ReshardError(f"--family {family}: there is no such file", "give the TOML file of a table, or the name of a shipped one")
+        raise ReshardError(
+            f"--family {family}: there is no such file", "give the TOML file of a table, or the name of a shipped one"
+        )
     raise ReshardError(f'no family table "{family}"', f"{families.nearest(family)}; or give a TOML file of your own")

@@ -1,7 +1,8 @@
 """Checkpoints as they are published: config.json, one weights file or an index of several, and what lies beside them.
 
 config.json or the index decides which files count; nothing is ever globbed, because repositories also hold
-`consolidated.safetensors`, `original/`, adapters and variants. Headers only: no tensor is read here. Knows nothing about shards or meshes.
+`consolidated.safetensors`, `original/`, adapters and variants. Headers only: no tensor is read here. Knows nothing
+about shards or meshes.
 """
 
 import os
@@ -86,9 +87,13 @@ class Tally:
         _fits(self.names, limits.NAMES, "characters of tensors' names", where)
         for name, entry in entries.items():
             if len(name) > limits.NAME:
-                raise ReshardError(f"{where}: {name[:40]}… has a name of {len(name)} characters, at most {limits.NAME} are read")
+                raise ReshardError(
+                    f"{where}: {name[:40]}… has a name of {len(name)} characters, at most {limits.NAME} are read"
+                )
             if len(entry.shape) > limits.DIMENSIONS:
-                raise ReshardError(f"{where}: {name} has {len(entry.shape)} dimensions, at most {limits.DIMENSIONS} are read")
+                raise ReshardError(
+                    f"{where}: {name} has {len(entry.shape)} dimensions, at most {limits.DIMENSIONS} are read"
+                )
         return entries
 
 
@@ -133,7 +138,9 @@ def open_published(root: Path, where: str | None = None) -> Published:
     where = where or str(root)
     stamps = stamps_of([root / "config.json"])  # before they are read: what changes in between must not go unnoticed
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
-    names, index, index_map = choose([path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights)
+    names, index, index_map = choose(
+        [path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights
+    )
     originals, found, tally = [], [], Tally()
     for file in names:
         original, entries, stamps[root / file] = _headers(root, file, index, tally)
@@ -152,7 +159,9 @@ def open_published(root: Path, where: str | None = None) -> Published:
 def understood(published: Published, table: Family | None = None) -> tuple[Model, tuple[Original, ...]]:
     """The model, and the originals with their holes; the family is `table`, or what config.json names."""
     table = table or family_table(published)
-    model = understand(table, published.config, {name: entry for name, (_, entry) in published.tensors.items()}, published.where)
+    model = understand(
+        table, published.config, {name: entry for name, (_, entry) in published.tensors.items()}, published.where
+    )
     aside = set(model.aside)
     holes: list[list[Range]] = [[] for _ in published.originals]
     for name, (at, entry) in published.tensors.items():
@@ -176,13 +185,17 @@ def family_table(published: Published) -> Family:
     kinds: dict[str, list[str]] = {}
     for name in published.tensors:
         kinds.setdefault(in_line(fold(name)[0]), []).append(name)
-    lines = [f"  {len(names):>6} × {kind}  {list(published.tensors[names[0]][1].shape)}" for kind, names in list(kinds.items())[:40]]
+    lines = [
+        f"  {len(names):>6} × {kind}  {list(published.tensors[names[0]][1].shape)}"
+        for kind, names in list(kinds.items())[:40]
+    ]
     said = f'no table for model_type "{config.model_type}"' if config.model_type else "config.json has no model_type"
     if len(kinds) > 40:
         lines.append(f"  … and {len(kinds) - 40} more")
     raise ReshardError(
         "\n".join([f"{published.where}: {said}; it holds", *lines]),
-        f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family my.toml takes it\n"
+        f"`reshard inspect {published.where} --draft-table > my.toml` writes a table to start from, --family "
+        f"my.toml takes it\n"
         f"(docs/notation.md); {families.nearest(config.model_type or '')}",
     )
 
@@ -203,7 +216,9 @@ def _spelled_as(family: Family, published: Published) -> bool:
 def merge(
     files: Sequence[str], found: Sequence[Mapping[str, Entry]], index: Mapping[str, str] | None, index_name: str
 ) -> dict[str, tuple[int, Entry]]:
-    """The tensors of all files under one roof; where two files hold one name, the index decides which of them counts."""
+    """The tensors of all files under one roof; where two files hold one name,
+    the index decides which of them counts.
+    """
     tensors: dict[str, tuple[int, Entry]] = {}
     for at, (file, entries) in enumerate(zip(files, found, strict=True)):
         for name, entry in entries.items():
@@ -212,7 +227,8 @@ def merge(
                 continue
             if name in tensors:
                 raise ReshardError(
-                    f"{name} stands both in {files[tensors[name][0]]} and in {file}", f"{index_name} must say which one counts"
+                    f"{name} stands both in {files[tensors[name][0]]} and in {file}",
+                    f"{index_name} must say which one counts",
                 )
             tensors[name] = (at, entry)
     lost = [name for name in index or () if name not in tensors]
@@ -239,7 +255,9 @@ def parse_json(text: bytes, where: str, most: int = limits.CONFIG) -> dict[str, 
 
 
 def index_map(text: bytes, where: str) -> dict[str, str]:
-    """The weight map of an index, each file name checked to lie inside the directory; without the "./" that some begin with."""
+    """The weight map of an index, each file name checked to lie inside the directory; without the "./" that some begin
+    with.
+    """
     found: _Index = decode.json_of(text, limits.INDEX, where, _Index, keys=limits.INDEX_KEYS)
     weights = found.weight_map
     if not weights:
@@ -247,7 +265,9 @@ def index_map(text: bytes, where: str) -> dict[str, str]:
     plain = {file: file.removeprefix("./") for file in set(weights.values())}
     for name, file in weights.items():
         if not inside(plain[file]):
-            raise ReshardError(f"{where}: {name} is said to be in {file!r}, outside of the directory", "do not use this checkpoint")
+            raise ReshardError(
+                f"{where}: {name} is said to be in {file!r}, outside of the directory", "do not use this checkpoint"
+            )
     return {name: plain[file] for name, file in weights.items()}
 
 
@@ -256,8 +276,9 @@ def choose(
 ) -> tuple[list[str], str | None, dict[str, str] | None]:
     """The weights files of a checkpoint, and the index that names them and what it says, if there is one.
 
-    As transformers chooses: what config.json names (`said`: its transformers_weights), one file before several. `names`: what is in
-    the top directory; `read` gives the bytes of an index. Raises ReshardError if there are no weights.
+    As transformers chooses: what config.json names (`said`: its transformers_weights), one file before several.
+    `names`: what is in the top directory; `read` gives the bytes of an index. Raises ReshardError if there are no
+    weights.
     """
     pairs = ((said, said),) if said is not None else WEIGHTS
     for single, index in pairs:
@@ -280,7 +301,9 @@ def choose(
 
 def natural(name: str) -> list[object]:
     """A key that sorts file names by the numbers in them."""
-    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(re.split(f"([0-9]{{1,{DIGITS}}})", name))]
+    return [
+        (int(part), "") if at % 2 else (-1, part) for at, part in enumerate(re.split(f"([0-9]{{1,{DIGITS}}})", name))
+    ]
 
 
 def origin_of(root: Path) -> Origin:
@@ -301,7 +324,7 @@ def origin_of(root: Path) -> Origin:
     return Origin(name, commit, found[1] if found else None)
 
 
-# --- local files -------------------------------------------------------------------------------------------------------------
+# --- local files ------------------------------------------------------------------------------------------------------
 
 
 def stamps_of(paths: Iterable[Path]) -> dict[Path, Stamp]:
@@ -321,7 +344,10 @@ def _read(root: Path, stamps: dict[Path, Stamp], name: str) -> bytes:
 
 def _check_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
-        raise ReshardError(f"{path}: is a link to {path.readlink()}, which is not there", "the download is not complete: fetch it again")
+        raise ReshardError(
+            f"{path}: is a link to {path.readlink()}, which is not there",
+            "the download is not complete: fetch it again",
+        )
 
 
 def _headers(root: Path, name: str, index: str | None, tally: Tally) -> tuple[Original, dict[str, Entry], Stamp]:
@@ -329,10 +355,13 @@ def _headers(root: Path, name: str, index: str | None, tally: Tally) -> tuple[Or
     if index is None:
         _check_link(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the other end of a pipe
+        # not to wait for the other end of a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         said = f"{index} names {name}, which is not there" if index else f"{path}: no such file"
-        raise ReshardError(f"{root}: {said}" if index else said, "the download is not complete: fetch the missing file") from None
+        raise ReshardError(
+            f"{root}: {said}" if index else said, "the download is not complete: fetch the missing file"
+        ) from None
     except OSError as error:
         raise failed("opening", path, error) from error
     try:
@@ -340,10 +369,16 @@ def _headers(root: Path, name: str, index: str | None, tally: Tally) -> tuple[Or
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
         container = of_file(name)
-        entries = tally.checked(container.read(of_descriptor(descriptor, name), status.st_size, name).entries, str(path))
+        entries = tally.checked(
+            container.read(of_descriptor(descriptor, name), status.st_size, name).entries, str(path)
+        )
     finally:
         os.close(descriptor)
-    return Original(name, status.st_size, container.name, status.st_mtime_ns, _known_sha256(path)), entries, Stamp.of(status)
+    return (
+        Original(name, status.st_size, container.name, status.st_mtime_ns, _known_sha256(path)),
+        entries,
+        Stamp.of(status),
+    )
 
 
 def _known_sha256(path: Path) -> str | None:

@@ -1,4 +1,5 @@
-"""Checkpoints in a store that is no local directory: headers by range for a plan; for a conversion the store's cache, or ranges again.
+"""Checkpoints in a store that is no local directory: headers by range for a plan; for a conversion the store's cache,
+or ranges again.
 
 Knows nothing about any particular store.
 """
@@ -20,13 +21,16 @@ from .companions import MODULES, Carried, Left, sort_out
 from .published import Origin, Original, Published, Tally, choose, merge, open_published, parse_json
 from .source_kinds import Source, from_published
 
-# Bytes asked for before the length of a header is known: 97 % of headers are shorter (huggingface_hub's count over the top 1000 models).
+# Bytes asked for before the length of a header is known: 97 % of headers are shorter (huggingface_hub's count over the
+# top 1000 models).
 AHEAD = 100_000
 SCATTERED = 4096  # bytes asked for at a time in a .bin file, whose tensors have a short header each
 PARALLEL = 8  # files at a time
 
 
-def open_remote(store: Store | Path, where: str, *, headers_only: bool, family: Family | None, progress: Progress | None) -> Source:
+def open_remote(
+    store: Store | Path, where: str, *, headers_only: bool, family: Family | None, progress: Progress | None
+) -> Source:
     """The source in a store, or in the local directory that stands for it; with `headers_only` no weights are fetched.
 
     Raises ReshardError for what is no checkpoint, PlaceError where the store fails.
@@ -49,7 +53,9 @@ def published(store: Store | Path, where: str) -> Published:
     config, names, index_name, index = _weights(store)
     tally = Tally()
     with ThreadPoolExecutor(PARALLEL) as pool:
-        headers = [(o, tally.checked(entries, o.name)) for o, entries in pool.map(lambda name: _header(store, name), names)]
+        headers = [
+            (o, tally.checked(entries, o.name)) for o, entries in pool.map(lambda name: _header(store, name), names)
+        ]
     originals = [original for original, _ in headers]
     tensors = merge(names, [entries for _, entries in headers], index, index_name or names[0])
     if not tensors:
@@ -58,7 +64,9 @@ def published(store: Store | Path, where: str) -> Published:
         originals.append(Original(index_name, store.files[index_name].size, "plain", 0))
     carried, left = _beside(store, {original.name for original in originals})
     along = tuple(Carried(name, Address.of(store, name), store.files[name].size, 0) for name in carried)
-    return Published(store.where, None, config, tuple(originals), tensors, along, left, Origin(*store.origin), store=store)
+    return Published(
+        store.where, None, config, tuple(originals), tensors, along, left, Origin(*store.origin), store=store
+    )
 
 
 def _weights(store: Store) -> tuple[Config, list[str], str | None, dict[str, str] | None]:
@@ -72,7 +80,8 @@ def _weights(store: Store) -> tuple[Config, list[str], str | None, dict[str, str
     if "config.json" not in top:
         seen = ", ".join(top[:8]) + (" …" if len(top) > 8 else "")
         raise ReshardError(
-            f"{store.where}: has no config.json; it holds {seen or 'nothing'}", "every checkpoint has one; is this the right model?"
+            f"{store.where}: has no config.json; it holds {seen or 'nothing'}",
+            "every checkpoint has one; is this the right model?",
         )
     config = Config(parse_json(store.whole("config.json", limits.CONFIG), f"{store.where}/config.json"))
     files, name, index = choose(top, store.where, lambda name: store.whole(name, limits.INDEX), config.weights)
@@ -99,14 +108,16 @@ def _header(store: Store, name: str) -> tuple[Original, dict[str, Entry]]:
     return Original(name, known.size, container.name, 0, known.sha256), entries
 
 
-# --- where a local directory stands for the store -----------------------------------------------------------------------------
+# --- where a local directory stands for the store ---------------------------------------------------------------------
 
 
 def _offline(root: Path, where: str) -> Published:
     """What a cache holds, without asking whether that is all of it. Raises PlaceError where weights are missing."""
     config = Config(parse_json(decode.read(root / "config.json", limits.CONFIG), str(root / "config.json")))
     names = [path.name for path in root.iterdir() if path.exists()]
-    files, _, _ = choose(names, f"{where} in {root}", lambda name: decode.read(root / name, limits.INDEX), config.weights)
+    files, _, _ = choose(
+        names, f"{where} in {root}", lambda name: decode.read(root / name, limits.INDEX), config.weights
+    )
     if lost := [file for file in files if not (root / file).exists()]:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise PlaceError(

@@ -67,10 +67,13 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
     for original, wanted in zip(originals, again, strict=True):
         if original.holes != wanted.holes:
             raise MismatchError(
-                f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors", "convert again"
+                f"{root / manifest.FILES}: the holes of {original.name} are not where its header has the tensors",
+                "convert again",
             )
     pairs = family.tied.items()
-    tied = {name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()}
+    tied = {
+        name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()
+    }
     layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=tied)
     shards = Shards(layout)
     if shards.digest != known.plan:
@@ -108,11 +111,17 @@ def _check_carried(root: Path, known: Manifest) -> None:
     """What a manifest lists as copied is what a conversion would copy: merging writes it where the user says."""
     names = [file.name for file in known.carried]
     if "config.json" not in names:
-        raise MismatchError(f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again")
+        raise MismatchError(
+            f"{root / manifest.NAME}: does not list config.json", "it was edited or damaged: convert again"
+        )
     for name in names:
-        why = companions.objection(name) or ("its own name" if name == manifest.NAME else "it is listed twice" * (names.count(name) > 1))
+        why = companions.objection(name) or (
+            "its own name" if name == manifest.NAME else "it is listed twice" * (names.count(name) > 1)
+        )
         if why:
-            raise MismatchError(f"{root / manifest.NAME}: lists {name} as a file to copy: {why}", "do not use this directory")
+            raise MismatchError(
+                f"{root / manifest.NAME}: lists {name} as a file to copy: {why}", "do not use this directory"
+            )
 
 
 def check_prologue(path: Path, prologue: bytes, size: int) -> None:
@@ -123,12 +132,15 @@ def check_prologue(path: Path, prologue: bytes, size: int) -> None:
         with path.open("rb") as file:
             found, actual = os.fstat(file.fileno()).st_size, file.read(len(prologue))
     except FileNotFoundError:
-        raise MismatchError(f"{path}: is missing; it should have {size} bytes", "fetch the file again, or convert again") from None
+        raise MismatchError(
+            f"{path}: is missing; it should have {size} bytes", "fetch the file again, or convert again"
+        ) from None
     except OSError as error:
         raise failed("reading", path, error) from error
     if found != size:
         raise MismatchError(
-            f"{path}: has {found} bytes, the manifest says {size}", "it is truncated or of another conversion: fetch it again"
+            f"{path}: has {found} bytes, the manifest says {size}",
+            "it is truncated or of another conversion: fetch it again",
         )
     if actual != prologue:
         raise MismatchError(
@@ -140,7 +152,11 @@ def check_prologue(path: Path, prologue: bytes, size: int) -> None:
 def _whose(actual: bytes, wanted: bytes) -> str:
     pattern = re.compile(rb'"reshard\.rank":"([0-9]+)"')
     one, other = pattern.search(actual), pattern.search(wanted)
-    return f": it says rank {one[1].decode()}, wanted is rank {other[1].decode()}" if one and other and one[1] != other[1] else ""
+    return (
+        f": it says rank {one[1].decode()}, wanted is rank {other[1].decode()}"
+        if one and other and one[1] != other[1]
+        else ""
+    )
 
 
 def check_small_files(root: Path, known: Manifest) -> None:
@@ -151,7 +167,9 @@ def check_small_files(root: Path, known: Manifest) -> None:
             size = path.stat().st_size
             same = size == file.size and (file.name.endswith(".residue") or of_file(path) == file.digest)
         except FileNotFoundError:
-            raise MismatchError(f"{path}: is missing, the manifest lists it", "fetch the file again, or convert again") from None
+            raise MismatchError(
+                f"{path}: is missing, the manifest lists it", "fetch the file again, or convert again"
+            ) from None
         if not same:
             raise MismatchError(
                 f"{path}: is not the file that the manifest lists ({size} bytes, {file.size} were written)",
@@ -168,7 +186,9 @@ def _tables(root: Path, known: Manifest) -> tuple[Family, Format]:
             try:
                 return decode.read(path, limits.TABLE, MismatchError, "convert again").decode()
             except UnicodeDecodeError as error:
-                raise MismatchError(f"{path}: is named by the manifest and cannot be read: {error}", "convert again") from None
+                raise MismatchError(
+                    f"{path}: is named by the manifest and cannot be read: {error}", "convert again"
+                ) from None
 
         return text
 
@@ -188,7 +208,9 @@ def _original_tensors(root: Path, originals: tuple[Original, ...]) -> dict[str, 
             entries: dict[str, Entry] = {}
             view = _View(original, manifest.residue_path(root, original.name), pool)
             if original.container in NAMED:
-                entries = tally.checked(NAMED[original.container].read(view, original.size, original.name).entries, original.name)
+                entries = tally.checked(
+                    NAMED[original.container].read(view, original.size, original.name).entries, original.name
+                )
             elif original.name.endswith(".index.json"):
                 decode.fits(original.size, limits.INDEX, original.name, MismatchError)
                 index, index_name = parse_index(view(original.size, 0), original.name), original.name

@@ -1,6 +1,8 @@
-"""Shard directories: which tensors each rank's file holds, in which order, behind which header. Computed, never measured.
+"""Shard directories: which tensors each rank's file holds, in which order, behind which header. Computed, never
+measured.
 
-    rank-00000/model.safetensors   header padded so that data starts at 4096; tensors of whole 64-byte lines first, so each is aligned
+    rank-00000/model.safetensors   header padded so that data starts at 4096; tensors of whole 64-byte lines first, so
+                                   each is aligned
     rank-00000/tensors.json        the same tensors for people and engines: segments, what repeats and pads, digests
 
 Knows nothing about where a directory is, or what is in its tensors.
@@ -92,7 +94,9 @@ class Shards:
                 nbytes = slot.elements * BITS[dtype] // 8
                 whole = nbytes % LINE == 0
                 place = _place(slot, point)
-                tensors.append(((not whole, 0 if whole else -BITS[dtype], *place), slot.name(point), dtype, slot, point))
+                tensors.append(
+                    ((not whole, 0 if whole else -BITS[dtype], *place), slot.name(point), dtype, slot, point)
+                )
         tensors.sort(key=lambda tensor: tensor[0])
         file, stored = shard_name(layout, rank), ((name, dtype, slot.shape) for _, name, dtype, slot, _ in tensors)
         prologue, head = of_file(file).build(stored, self._metadata(rank), align=ALIGN)
@@ -127,7 +131,9 @@ class Segment(Struct, frozen=True):
         about("Axis to the range of it that is here, [first, one after the last), counted in the whole model."),
     ]
     of: Annotated[dict[str, Size], about("Axis to its size in the whole model.")]
-    strides: Annotated[dict[str, Size], about("Axis to the step in elements from one index to the next in the stored tensor.")]
+    strides: Annotated[
+        dict[str, Size], about("Axis to the step in elements from one index to the next in the stored tensor.")
+    ]
 
 
 class Regular(Struct, frozen=True):
@@ -170,7 +176,9 @@ class Described(Struct, frozen=True):
     ep_rank: Size
     file: Annotated[str, about("The weights of this rank, below the directory.")]
     block: Annotated[Size, about("Bytes that one block digest covers; the last block of a tensor may be short.")]
-    rows: Annotated[tuple[Regular, ...], about("What regular sets of tensors hold. A tensor points to its row by number.")]
+    rows: Annotated[
+        tuple[Regular, ...], about("What regular sets of tensors hold. A tensor points to its row by number.")
+    ]
     tensors: Annotated[tuple[Stored, ...], about("Every tensor of the file, in the order in which they lie there.")]
 
 
@@ -212,7 +220,8 @@ def _regular(slot: Slot, layout: Layout) -> Regular:
 
 def _segment(piece: Piece) -> Segment:
     axes = list(zip(piece.tensor.axes, piece.box, piece.tensor.sizes, piece.strides, strict=True))
-    axes = [entry for entry in axes if entry[0] != "layer" or entry[3] is not None]  # its name says which layer a tensor is of
+    # its name says which layer a tensor is of
+    axes = [entry for entry in axes if entry[0] != "layer" or entry[3] is not None]
     return Segment(
         tensor=piece.tensor.name,
         offset=piece.offset,

@@ -23,7 +23,9 @@ def open_source(path: Path, family: Family | None = None) -> Source:
     """
     check_whole(path)
     if not path.exists():
-        raise ReshardError(f"{path}: no such file or directory", "a path to a checkpoint directory, or a Hub id such as org/name")
+        raise ReshardError(
+            f"{path}: no such file or directory", "a path to a checkpoint directory, or a Hub id such as org/name"
+        )
     if not path.is_dir():
         raise ReshardError(f"{path}: is a file; a checkpoint is a directory", f"give the directory: {path.parent}")
     try:

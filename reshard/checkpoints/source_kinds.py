@@ -23,15 +23,16 @@ from .companions import Carried, Left
 from .manifest import Manifest
 from .published import Origin, Original, Published, understood
 
-Extent = tuple[int, int, Path | bytes, int]  # offset in the published file, length, where those bytes are now, offset there
+# offset in the published file, length, where those bytes are now, offset there
+Extent = tuple[int, int, Path | bytes, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read.
 
-    `root`: the local directory; None in a store, where paths are addresses. `stamps`: what
-    every file that is read was like when it was first opened. `directory`: `root` as it was then.
+    `root`: the local directory; None in a store, where paths are addresses. `stamps`: what every file that is read was
+    like when it was first opened. `directory`: `root` as it was then.
     """
 
     where: str
@@ -134,7 +135,9 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSource(Source):
-    """A published checkpoint: its files are what is read. `files`: name → path, or address in a store if there is no `root`."""
+    """A published checkpoint: its files are what is read. `files`: name → path, or address in a store if there is no
+    `root`.
+    """
 
     files: dict[str, Path]
 

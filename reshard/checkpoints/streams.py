@@ -143,7 +143,9 @@ class _Room:
             if self._kept > KEPT:
                 self._rows.clear()
                 self._kept = count
-            self._rows[key] = batches([self.window[at : at + length] for at in range(start, start + count * pitch, pitch)])
+            self._rows[key] = batches(
+                [self.window[at : at + length] for at in range(start, start + count * pitch, pitch)]
+            )
         return self._rows[key]
 
 
@@ -172,7 +174,8 @@ class _Stored:
         if len(dims) == 1 and dims[0][1:] == (1, 1):
             self.pool.read_into(path, offset, room.window[to - low : to - low + dims[0][0]])
             return
-        if len(dims) == 2 and dims[0][1] == dims[1][0] >= ROW and dims[1][1:] == (1, 1):  # rows that follow each other in the source
+        # rows that follow each other in the source
+        if len(dims) == 2 and dims[0][1] == dims[1][0] >= ROW and dims[1][1:] == (1, 1):
             self.pool.scatter(path, offset, room.rows(to - low, *dims[0]))
             return
         count = math.prod(n for n, _, _ in dims)
@@ -219,10 +222,15 @@ def clip(box: Box, low: int, high: int) -> Iterator[Box]:
     (n, s, d), inner = dims[0], dims[1:]
     width = sum((m - 1) * e for m, _, e in inner) + 1
     reach = max(0, -(-(low - width + 1 - to) // d)), min(n, -(-(high - to) // d))  # those that reach into the window
-    start, stop = max(reach[0], -(-(low - to) // d)), min(reach[1], (high - width - to) // d + 1)  # those that lie in it
+    # those that lie in it
+    start, stop = max(reach[0], -(-(low - to) // d)), min(reach[1], (high - width - to) // d + 1)
     if start >= stop:
         start = stop = reach[1]
     for i in (*range(reach[0], start), *range(stop, reach[1])):
         yield from clip((offset + i * s, to + i * d, inner), low, high)
     if stop > start:
-        yield offset + start * s, to + start * d, ((stop - start, s, d), *inner) if stop - start > 1 else inner or ((1, 1, 1),)
+        yield (
+            offset + start * s,
+            to + start * d,
+            ((stop - start, s, d), *inner) if stop - start > 1 else inner or ((1, 1, 1),),
+        )

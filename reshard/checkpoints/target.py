@@ -93,7 +93,9 @@ class Target(ABC):
         """Bytes of the source's files, other than tensors and files copied as is, that `seal` stores."""
 
     @abstractmethod
-    def seal(self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool) -> str | None:
+    def seal(
+        self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool
+    ) -> str | None:
         """Write what follows from the rest: digests, residues, tables, the manifest, times.
 
         The digest over all files, None if none is recorded. `engine`: name and version of that which the format is for.
@@ -102,7 +104,9 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def recognise(self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool) -> Finished:
+    def recognise(
+        self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool
+    ) -> Finished:
         """Decide by names, sizes, times and what is no tensor that `out` holds this target, made from this source.
 
         Weights are left to the caller, by what `Finished.by` says: "content" is to be compared whole, "sample" in part.

@@ -34,7 +34,9 @@ class FilesTarget(Target):
     def kept(self, source: Source) -> int:
         return 0
 
-    def seal(self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool) -> str | None:
+    def seal(
+        self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool
+    ) -> str | None:
         for name, mtime in self.mtimes.items():
             os.utime(root / name, ns=(mtime, mtime))
         return None
@@ -42,7 +44,9 @@ class FilesTarget(Target):
     def lacks_sha256(self, out: Path) -> set[str]:
         return set()
 
-    def recognise(self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool) -> Finished:
+    def recognise(
+        self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool
+    ) -> Finished:
         """There are no digests to check `out` by: where that was asked for, all of its content is to be compared."""
         wanted = self.sizes | {name: len(data) for name, data in self.whole.items()}
         wanted |= {file.name: file.size for file in source.carried}

@@ -32,7 +32,9 @@ class ShardTarget(Target):
     def of(cls, layout: Layout) -> "ShardTarget":
         shards = Shards(layout)
         files = tuple(shards)
-        entries = {(shard.rank, name): (shard.file, entry) for shard in files for name, entry in shard.header.entries.items()}
+        entries = {
+            (shard.rank, name): (shard.file, entry) for shard in files for name, entry in shard.header.entries.items()
+        }
         literals: dict[str, list[Literal]] = {shard.file: [(0, shard.prologue)] for shard in files}
         for slot in layout.constants:
             assert isinstance(slot.template, Constant)
@@ -63,7 +65,9 @@ class ShardTarget(Target):
     def kept(self, source: Source) -> int:
         return sum(high - low for original in source.originals for low, high in original.residue())
 
-    def seal(self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool) -> str | None:
+    def seal(
+        self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool
+    ) -> str | None:
         ranks = []
         for shard in self.shards:
             mine = {name: digests[shard.rank, name] for name, _, _ in shard.tensors}
@@ -107,7 +111,9 @@ class ShardTarget(Target):
 
     # A re-run
 
-    def recognise(self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool) -> Finished:
+    def recognise(
+        self, out: Path, source: Source, engine: str | None, intact: Callable[[], None] | None, checksum: bool
+    ) -> Finished:
         if not manifest.present(out):
             manifest.check_lost(out)
             raise Other("it holds no shards")
@@ -173,7 +179,9 @@ def _same_files(source: Source, out: Path, known: Manifest, earlier: dict[str, O
         raise Other(f"{next(iter(gone))} was among its source files and is gone")
     mine, there = ({file.name: file.size for file in files} for files in (source.carried, known.carried))
     for name in sorted(mine.keys() ^ there.keys()):
-        raise Other(f"{name} was not there when it was made" if name in mine else f"{name}, which it was made with, is gone")
+        raise Other(
+            f"{name} was not there when it was made" if name in mine else f"{name}, which it was made with, is gone"
+        )
     for name in sorted(mine):
         if mine[name] != there[name]:
             raise Other(f"{name} has {mine[name]} bytes, it was made with {there[name]}")
@@ -188,8 +196,13 @@ def _same_digests(source: Source, known: Manifest) -> None:
             if digest_of(pool.chunks(file.path, 0, file.size)) != digests[file.name]:
                 raise Other(f"{file.name} is not the file that it was made with: it has other contents")
         for original in source.originals:
-            if digest_of(_residue(source, original, pool)) != digests[str(manifest.residue_path(Path(), original.name))]:
-                raise Other(f"{original.name} is not the file that it was made from: its header or its buffers are others")
+            if (
+                digest_of(_residue(source, original, pool))
+                != digests[str(manifest.residue_path(Path(), original.name))]
+            ):
+                raise Other(
+                    f"{original.name} is not the file that it was made from: its header or its buffers are others"
+                )
 
 
 def _evidence(source: Source, out: Path, known: Manifest, earlier: dict[str, Original], stale: dict[Path, int]) -> str:

@@ -59,9 +59,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the one place where errors are printed and exit codes are chosen."""
-    gc.set_threshold(
-        50_000,
-    )  # plans are many small values and little garbage: default collections cost 10 % of start-up
+    gc.set_threshold(50_000)  # plans are many small values and little garbage: default collections cost 10 %
     atexit.register(gc.freeze)  # no final collection either
     _open_all()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy only moves bytes here: no thread pool for linear algebra
@@ -70,9 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
             signal.signal(number, interrupted)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace",
-            )  # names of files may be any bytes; in JSON this is how to write them
+            # Names of files may be any bytes; in JSON this is how to write them.
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(cli.main(arguments, prog_name="reshard", standalone_mode=False) or 0)
     except ReshardError as error:

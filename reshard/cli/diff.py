@@ -16,7 +16,9 @@ from .output import Talk, show
 @options.workers
 @options.talk
 def command(a: str, b: str, as_json: bool, progress_kind: str, quiet: bool, **given: Any) -> None:
-    """Compare the tensors of A and B bit by bit, whatever their layouts, and report differences. Exit 1 if any differ."""
+    """Compare the tensors of A and B bit by bit, whatever their layouts, and report differences.
+    Exit 1 if any differ.
+    """
     from .. import api
 
     with Talk(progress_kind, quiet) as progress:

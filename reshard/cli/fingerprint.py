@@ -33,7 +33,8 @@ def command(
     progress_kind: str,
     quiet: bool,
 ) -> None:
-    """Print a hash per logical tensor and one of the model, the same for every layout of the weights. Not cryptographic.
+    """Print a hash per logical tensor and one of the model, the same for every layout of the weights. Not
+    cryptographic.
 
     Each node can hash its own rank's files; the shares are combined afterwards:
 

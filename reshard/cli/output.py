@@ -38,7 +38,9 @@ def say(quiet: bool, *lines: str) -> None:
 
 
 def _print(text: str) -> None:
-    """To stdout. If the reader has gone away (`| head`), exit with 128 + SIGPIPE as a shell would; 1 means a mismatch."""
+    """To stdout. If the reader has gone away (`| head`), exit with 128 + SIGPIPE as a shell would;
+    1 means a mismatch.
+    """
     try:
         click.echo(text)
     except BrokenPipeError:

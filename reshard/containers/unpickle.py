@@ -114,9 +114,7 @@ class Machine:
                 stack.append(value)
             elif op in _PUTS or op == b"\x94":
                 index = len(memo) if op == b"\x94" else self._index(_PUTS[op])
-                if (
-                    index > steps + 1000
-                ):  # an honest number counts values made so far; an absurd one would reserve memory
+                if index > steps + 1000:  # an honest number counts values made; an absurd one would reserve memory
                     raise ValueError(f"it keeps value {index} after {steps} steps")
                 while len(memo) <= index:
                     memo.append(_MISSING)

@@ -47,9 +47,8 @@ def _codes(dtype: str) -> Array:
     codes: Array = np.arange(1 << row.bits)
     exponent, fraction = codes >> mantissa & (1 << wide) - 1, (codes & (1 << mantissa) - 1) / (1 << mantissa)
     normal = (1 + fraction) * np.exp2(exponent - float(bias))
-    worth: Array = (
-        np.where(exponent > 0, normal, fraction * np.exp2(1.0 - bias)) if mantissa else normal
-    )  # else no subnormal numbers
+    subnormal = fraction * np.exp2(1.0 - bias)
+    worth: Array = np.where(exponent > 0, normal, subnormal) if mantissa else normal
     if wide + mantissa < row.bits:
         worth = np.where(codes >> row.bits - 1, -worth, worth)
     worth[list(nans or ())] = np.nan

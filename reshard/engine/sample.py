@@ -1,6 +1,8 @@
-"""A sample of a plan: a few windows of every source tensor. Comparing them is cheap, and notices another fine-tune; it proves nothing.
+"""A sample of a plan: a few windows of every source tensor. Comparing them is cheap, and notices another fine-tune; it
+proves nothing.
 
-The first and the last window of a tensor are in it, and one at a place that follows from its name, so that the sample is always the same.
+The first and the last window of a tensor are in it, and one at a place that follows from its name, so that the sample
+is always the same.
 """
 
 from collections import defaultdict
@@ -38,14 +40,20 @@ class _Sampled(Component):
         for key, copies in held.items():
             anywhere = xxhash.xxh3_64_intdigest(key[1].encode()) % (PARTS + 1)
             seen = set()
-            for copy, share in ((copies[0], 0), (copies[len(copies) * anywhere // (PARTS + 1)], anywhere), (copies[-1], PARTS)):
+            for copy, share in (
+                (copies[0], 0),
+                (copies[len(copies) * anywhere // (PARTS + 1)], anywhere),
+                (copies[-1], PARTS),
+            ):
                 window = self._window(copy, share)
                 if (place := (window.dst.rank, window.dst_name, window.dst_offset)) not in seen:
                     seen.add(place)
                     yield window
 
     def _window(self, copy: Copy, share: int) -> Copy:
-        """The part of a copy at `share` of each of its dimensions; all of a strided one, which cannot be cut before it is resolved."""
+        """The part of a copy at `share` of each of its dimensions; all of a strided one, which cannot be cut before it
+        is resolved.
+        """
         entry = self.source.locate((copy.src.rank, copy.src_name))[1]
         if entry.strides is not None or self.destination.locate((copy.dst.rank, copy.dst_name))[1].strides is not None:
             return copy

@@ -2,16 +2,19 @@
 
     pread into a small buffer that stays in cache → gather → hash → pwrite at an offset known beforehand
 
-Each source byte is read once and each output byte written once: copies that read the same stretch of a source (the ranks of a
-row-parallel weight, replicas) advance together, window by window. Memory is two buffers of TILE bytes per worker.
+Each source byte is read once and each output byte written once: copies that read the same stretch of a source (the
+ranks of a row-parallel weight, replicas) advance together, window by window. Memory is two buffers of TILE bytes per
+worker.
 
-numpy is imported by the first worker that has to gather (row-parallel weights, transpositions), while the others already move bytes.
+numpy is imported by the first worker that has to gather (row-parallel weights, transpositions), while the others
+already move bytes.
 """
 
 import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,7 +27,8 @@ from ..store.digest import BlockHasher
 from ..store.local import Batch, Pool, batches, buffer
 from ..threads import together
 
-TILE = 4 << 20  # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
+# bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
+TILE = 4 << 20
 RUN = 64 << 10  # a contiguous stretch of a source worth a read of its own
 STRIPE = 256  # bytes: the shortest piece of a row that a system call should lay down by itself
 NARROW = 1 << 10  # bytes: the narrowest column window of a transposition
@@ -121,7 +125,9 @@ def run(
 
 
 class _Jobs:
-    """Independent jobs in the order of their bytes in the source, split as finely as shared bytes allow; safe among threads."""
+    """Independent jobs in the order of their bytes in the source, split as finely as shared bytes allow;
+    safe among threads.
+    """
 
     def __init__(self, plan: Plan, source: Place) -> None:
         self._lock = threading.Lock()
@@ -137,7 +143,9 @@ class _Jobs:
         starts.sort()
         self._jobs = self._generate(plan, starts)
 
-    def _generate(self, plan: Plan, starts: list[tuple[int, int, int, tuple[tuple[str, int], ...]]]) -> Iterator[list[Copy]]:
+    def _generate(
+        self, plan: Plan, starts: list[tuple[int, int, int, tuple[tuple[str, int], ...]]]
+    ) -> Iterator[list[Copy]]:
         for _, _, number, point in starts:
             yield from split(list(plan.components[number].copies(dict(point))))
 
@@ -181,7 +189,9 @@ def split(copies: list[Copy]) -> Iterator[list[Copy]]:
 class Worker:
     """One thread's buffers, and how it carries out one job after another."""
 
-    def __init__(self, source: Place, destination: Place, sink: Sink, pool: Pool, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, source: Place, destination: Place, sink: Sink, pool: Pool, progress: Callable[[int], None]
+    ) -> None:
         self.source, self.destination, self.sink, self.pool, self.progress = source, destination, sink, pool, progress
         self._in, self._out = buffer(TILE), buffer(TILE)
         self._dealt: tuple[tuple[int, tuple[int, ...]], tuple[list[Batch], list[memoryview]]] = (0, ()), ([], [])
@@ -205,7 +215,9 @@ class Worker:
             offset, to_offset, dims, size = in_items(copy, entry, to)
             shape = tuple(sorted(((n, s) for n, s, _ in dims), key=lambda dim: -dim[1]))
             reads[offset, shape].append(Target(dst_key, to_offset, dims))
-        self._process(path, entry.offset, size, [Read(offset, shape, tuple(to)) for (offset, shape), to in reads.items()])
+        self._process(
+            path, entry.offset, size, [Read(offset, shape, tuple(to)) for (offset, shape), to in reads.items()]
+        )
 
     def _process(self, path: Path, base: int, item: int, reads: Iterable[Read]) -> None:
         for cluster in _clusters(reads):
@@ -226,7 +238,9 @@ class Worker:
             rows = min(count, TILE // NARROW, TILE // (step * item))
             width = max(1, TILE // (rows * item) // step) * step
             for row in range(0, count, rows):
-                self._columns(path, base, item, _rows_of(cluster, low, pitch, row, row + rows), low + row * pitch, width, pitch)
+                self._columns(
+                    path, base, item, _rows_of(cluster, low, pitch, row, row + rows), low + row * pitch, width, pitch
+                )
             return
         rows = TILE // (pitch * item) if _aligned(cluster, low) else 0  # overlapping rows of an odd view: one by one
         for row in range(0, count, rows or 1):
@@ -247,8 +261,12 @@ class Worker:
                 wide = max(read.end - 1 - (height - 1) * pitch for read in part) + 1 - first
                 self._window(path, base, item, part, first, height, wide, pitch)
 
-    def _window(self, path: Path, base: int, item: int, reads: Iterable[Read], low: int, height: int, width: int, pitch: int) -> None:
-        """Read `height` stretches of `width` items, `pitch` apart, from item `low` on, and hand each target its part."""
+    def _window(
+        self, path: Path, base: int, item: int, reads: Iterable[Read], low: int, height: int, width: int, pitch: int
+    ) -> None:
+        """Read `height` stretches of `width` items, `pitch` apart, from item `low` on,
+        and hand each target its part.
+        """
         if height == 1 and (columns := _columns_apart(reads, low, width, item)):
             self._deal(path, base + low * item, item, columns)
             return
@@ -262,7 +280,9 @@ class Worker:
                 self._scatter(target, read.offset - low, collapse(dims), item)
 
     def _deal(self, path: Path, at: int, item: int, columns: Sequence[tuple[int, Target]]) -> None:
-        """Rows whose every column goes to one target: the system call itself lays each row's pieces into the targets' own buffers."""
+        """Rows whose every column goes to one target: the system call itself lays each row's pieces into the
+        targets' own buffers.
+        """
         rows, widths = columns[0][1].dims[0][0], tuple(width * item for width, _ in columns)
         views, parts = self._views(rows, widths)
         self.pool.scatter(path, at, views)
@@ -271,11 +291,17 @@ class Worker:
             self.sink.put(target.key, target.offset * item, part)
 
     def _views(self, rows: int, widths: tuple[int, ...]) -> tuple[list[Batch], list[memoryview]]:
-        """Buffers of `rows` pieces each, as pieces in the order of the source's rows, and whole; kept for the next window of the shape."""
+        """Buffers of `rows` pieces each, as pieces in the order of the source's rows, and whole; kept for the next
+        window of the shape.
+        """
         if (rows, widths) != self._dealt[0]:
             starts = [rows * start for start in accumulate(widths, initial=0)]
             buffer = self._out
-            views = [buffer[at + row * n : at + (row + 1) * n] for row in range(rows) for at, n in zip(starts, widths, strict=False)]
+            views = [
+                buffer[at + row * n : at + (row + 1) * n]
+                for row in range(rows)
+                for at, n in zip(starts, widths, strict=False)
+            ]
             self._dealt = (rows, widths), (batches(views), [buffer[a:b] for a, b in pairwise(starts)])
         return self._dealt[1]
 
@@ -313,7 +339,9 @@ class Worker:
         view = np.ndarray(shape, kind, self._in, start * item, tuple(s * item for _, s, _ in dims))
         np.copyto(np.ndarray(shape, kind, self._out), view)
 
-    def _put(self, key: Key, offset: int, data: memoryview, at: int, outer: list[tuple[int, int, int]], nbytes: int) -> None:
+    def _put(
+        self, key: Key, offset: int, data: memoryview, at: int, outer: list[tuple[int, int, int]], nbytes: int
+    ) -> None:
         if not outer:
             self.sink.put(key, offset, data[at : at + nbytes])
             return
@@ -338,7 +366,9 @@ def _clusters(reads: Iterable[Read]) -> Iterator[list[Read]]:
 
 
 def _columns_apart(reads: Iterable[Read], low: int, width: int, item: int) -> list[tuple[int, Target]]:
-    """(width, target) of each column if a window of whole rows is dealt out to contiguous targets, each item to one; else nothing."""
+    """(width, target) of each column if a window of whole rows is dealt out to contiguous targets, each item to one;
+    else nothing.
+    """
     columns: list[tuple[int, int, Target]] = []
     for read in reads:
         if len(read.targets) != 1 or len(read.dims) != 2:
@@ -368,7 +398,9 @@ def _aligned(cluster: Sequence[Read], low: int) -> bool:
 
 
 def _tiled(cluster: Sequence[Read], low: int, pitch: int, item: int) -> int:
-    """The widest column step if all reads are the same rows of one matrix, each with one dimension along them, and one is transposed."""
+    """The widest column step if all reads are the same rows of one matrix, each with one dimension along them,
+    and one is transposed.
+    """
     shapes = {(read.dims[:1], (read.offset - low) // pitch, len(read.dims)) for read in cluster}
     if len(shapes) > 1 or len(cluster[0].dims) != 2 or cluster[0].dims[0][1] != pitch or not _aligned(cluster, low):
         return 0
@@ -446,7 +478,9 @@ def _strided(offset: int, dims: Sequence[Dim], entry: Entry, side: int) -> tuple
     for size in reversed(entry.shape):
         pitches.insert(0, pitch)
         pitch *= max(size, 1)
-    real = sum(offset // pitch % size * stride for pitch, size, stride in zip(pitches, entry.shape, entry.strides, strict=True))
+    real = sum(
+        offset // pitch % size * stride for pitch, size, stride in zip(pitches, entry.shape, entry.strides, strict=True)
+    )
     found: list[Dim] = []
     for dim in dims:
         found += _resolve(list(dim), side, pitches, entry)
@@ -469,7 +503,7 @@ def _resolve(dim: list[int], side: int, pitches: Sequence[int], entry: Entry) ->
         done *= here
 
 
-# --- sinks -----------------------------------------------------------------------------------------------------------------
+# --- sinks ------------------------------------------------------------------------------------------------------------
 
 
 class Writer:
@@ -494,4 +528,7 @@ class Writer:
         for key in keys:
             path, entry = self.destination.locate(key)
             hasher = self._hashers.pop(key, None) or BlockHasher(entry.nbytes)
-            self.digests[key] = hasher.blocks(lambda at, n, path=path, entry=entry: self.pool.read(path, entry.offset + at, n))  # type: ignore[misc]
+            self.digests[key] = hasher.blocks(partial(self._part, path, entry.offset))
+
+    def _part(self, path: Path, start: int, at: int, length: int) -> bytearray:
+        return self.pool.read(path, start + at, length)

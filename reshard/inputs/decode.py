@@ -34,9 +34,12 @@ _LONG_KEY = re.compile(rf"""(?:\.[ \t]*+(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+'
 
 
 def read(path: Path, most: int, kind: Kind = ReshardError, hint: str | None = None) -> bytes:
-    """All of a regular file of at most `most` bytes. `kind` is raised, with the hint, for one that is larger or is not there."""
+    """All of a regular file of at most `most` bytes. `kind` is raised, with the hint, for one that is larger or is not
+    there.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the other end of a pipe
+        # not to wait for the other end of a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise kind(f"{path}: no such file", hint) from None
     except OSError as error:
@@ -88,7 +91,9 @@ def json_of(
     try:
         value = json.loads(text)
     except RecursionError:
-        raise kind(f"{where}: not JSON that is read: it is nested more than {limits.DEPTH} levels deep", hint or _DAMAGED) from None
+        raise kind(
+            f"{where}: not JSON that is read: it is nested more than {limits.DEPTH} levels deep", hint or _DAMAGED
+        ) from None
     except ValueError as error:
         raise kind(f"{where}: not JSON: {str(error).partition(';')[0]}", hint or _DAMAGED) from None
     if _count(text, "[{") > limits.DEPTH:
@@ -138,7 +143,9 @@ def _shallow(value: Any, where: str, kind: Kind, hint: str | None) -> None:
         level = [each for values in inside for each in values if isinstance(each, dict | list)]
 
 
-def typed(value: Any, form: Any, where: str, kind: Kind = ReshardError, hint: str | None = None, path: str = "$") -> Any:
+def typed(
+    value: Any, form: Any, where: str, kind: Kind = ReshardError, hint: str | None = None, path: str = "$"
+) -> Any:
     """A value of a type, from JSON or TOML data. Raises `kind` with the path of the first thing that is not of it."""
     try:
         return msgspec.convert(value, form)

@@ -1,8 +1,10 @@
-"""How much of a file that somebody else wrote is read into memory, and how a number in it is spelled. Every limit stands here, once.
+"""How much of a file that somebody else wrote is read into memory, and how a number in it is spelled. Every limit
+stands here, once.
 
-What is larger than its limit is either streamed in small pieces (weights, residues, files copied as they are) or refused, naming the file,
-the limit and the size. Each limit is several times what any published checkpoint needs. The worst that they let through takes 1.4 GB of
-memory for the headers of a checkpoint, 1.8 GB for a tensors.json, 0.4 GB for any other file. Knows nothing about formats.
+What is larger than its limit is either streamed in small pieces (weights, residues, files copied as they are) or
+refused, naming the file, the limit and the size. Each limit is several times what any published checkpoint needs. The
+worst that they let through takes 1.4 GB of memory for the headers of a checkpoint, 1.8 GB for a tensors.json, 0.4 GB
+for any other file. Knows nothing about formats.
 """
 
 import re
@@ -48,5 +50,7 @@ _NUMBER = re.compile(f"0|[1-9][0-9]{{0,{DIGITS - 1}}}")
 
 
 def numeral(text: str) -> int | None:
-    """The number that a text spells in the one plain way: digits 0 to 9, no sign, no leading zero, at most DIGITS of them; else None."""
+    """The number that a text spells in the one plain way: digits 0 to 9, no sign, no leading zero, at most DIGITS of
+    them; else None.
+    """
     return int(text) if _NUMBER.fullmatch(text) else None

@@ -20,7 +20,9 @@ from . import verify_sha256
 from .job import Job, Options
 
 
-def add_sha256(job: Job, out: Path, found: Finished, options: Options, progress: Progress) -> tuple[Finished, tuple[str, ...]]:
+def add_sha256(
+    job: Job, out: Path, found: Finished, options: Options, progress: Progress
+) -> tuple[Finished, tuple[str, ...]]:
     """Add to finished shards the SHA-256 of the source's files where they lack it, as `convert --sha256` writes it.
 
     Merging the shards must make files of these digests, which proves the content. Everything else is linked into a new
@@ -43,7 +45,13 @@ def add_sha256(job: Job, out: Path, found: Finished, options: Options, progress:
     kept = [file for file in known.source if file.name not in texts]
     kept += [Listed(name, len(text), of(text)) for name, text in texts.items()]
     made = manifest.made(
-        job.target.layout, engine=job.engine, origin=known.origin, plan=known.plan, ranks=known.ranks, carried=known.carried, source=kept
+        job.target.layout,
+        engine=job.engine,
+        origin=known.origin,
+        plan=known.plan,
+        ranks=known.ranks,
+        carried=known.carried,
+        source=kept,
     )
     texts[manifest.NAME] = manifest.dump(made)
     publish.check_replaceable(out)
@@ -74,7 +82,8 @@ def _link(out: Path, work: Path) -> None:
         except OSError as error:
             raise PlaceError(
                 f"{path}: cannot be linked to {to}: {error.strerror}",
-                "--sha256 adds to a finished directory through hard links; use --overwrite --sha256 to write all of it again",
+                "--sha256 adds to a finished directory through hard links; use --overwrite --sha256 to write "
+                "all of it again",
             ) from error
 
     shutil.copytree(out, work, symlinks=True, ignore=theirs, copy_function=link, dirs_exist_ok=True)

@@ -161,7 +161,8 @@ def _copy(file: Carried, root: Path, reader: Pool) -> Listed:
     path = root / file.name
     if path.exists():
         raise PlaceError(
-            f"{file.name}: another file was written under this name: the file system takes upper and lower case for the same",
+            f"{file.name}: another file was written under this name: the file system takes upper and lower "
+            f"case for the same",
             "choose a destination that tells them apart",
         )
     size, digest = write_pieces(path, reader.chunks(file.path, 0, file.size))
@@ -175,12 +176,16 @@ def _check_names(job: Job) -> None:
     source, taken = job.source, job.target.reserved
     if "config.json" not in {file.name for file in source.carried}:
         why = next((file.why for file in source.left if file.name == "config.json"), "it is not there")
-        raise ReshardError(f"{source.where}: config.json cannot be copied ({why})", "no loader can open a checkpoint without it")
+        raise ReshardError(
+            f"{source.where}: config.json cannot be copied ({why})", "no loader can open a checkpoint without it"
+        )
     above = {str(parent) for name in taken for parent in PurePosixPath(name).parents}
     for file in source.carried:
         name = file.name
         if name in above or any(part in taken for part in (name, *map(str, PurePosixPath(name).parents))):
-            raise ReshardError(f"{source.where}: {name} would overwrite an output file of the same name", "rename or move it first")
+            raise ReshardError(
+                f"{source.where}: {name} would overwrite an output file of the same name", "rename or move it first"
+            )
 
 
 def _rerun(job: Job, out: Path, options: Options, progress: Progress, began: float) -> Result:
@@ -196,7 +201,9 @@ def _rerun(job: Job, out: Path, options: Options, progress: Progress, began: flo
     found.remember()
     root = manifest.load(out).root if manifest.present(out) else None
     seconds = time.monotonic() - began
-    return Result(out, True, root, 0, 0, seconds, job.source.left, job.towers, found.by, found.checked, added, _notes(out))
+    return Result(
+        out, True, root, 0, 0, seconds, job.source.left, job.towers, found.by, found.checked, added, _notes(out)
+    )
 
 
 def _notes(out: Path) -> tuple[str, ...]:

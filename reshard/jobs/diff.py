@@ -1,7 +1,9 @@
-"""Differences of two checkpoints of any layouts, logical tensor by logical tensor: the plan from one to the other, comparing.
+"""Differences of two checkpoints of any layouts, logical tensor by logical tensor: the plan from one to the other,
+comparing.
 
-Elements are equal if their bits are. Where they are not, floating-point values are decoded to float64, as they are stored: scales of
-block-quantised weights are tensors of their own. Of replicas the one on the lowest rank is read; `verify` is for the others.
+Elements are equal if their bits are. Where they are not, floating-point values are decoded to float64, as they are
+stored: scales of block-quantised weights are tensors of their own. Of replicas the one on the lowest rank is read;
+`verify` is for the others.
 """
 
 import math
@@ -39,9 +41,10 @@ class Row:
     """One logical tensor in one layer (None: it has no layers), or one buffer that is kept aside.
 
     `status`: "equal", "differs", "shape", "dtype", "only in A" or "only in B"; `a` and `b` say what it is there.
-    `differing`: elements whose bits differ; `odd`: those of them that are infinite or no number on either side. `largest`: the largest
-    difference of the others, and `rms` over all `elements`, the odd ones left out; both None unless floating point.
-    `side`, `worst`: in which checkpoint, and where, the first odd element or else the largest difference is, as `explain` takes it.
+    `differing`: elements whose bits differ; `odd`: those of them that are infinite or no number on either side.
+    `largest`: the largest difference of the others, and `rms` over all `elements`, the odd ones left out; both None
+    unless floating point. `side`, `worst`: in which checkpoint, and where, the first odd element or else the largest
+    difference is, as `explain` takes it.
     """
 
     tensor: str
@@ -71,7 +74,12 @@ class Row:
         else:
             found |= {"a": self.a, "b": self.b}
         if self.status == "differs":
-            found |= {"differing": self.differing, "max": _number(self.largest), "rms": _number(self.rms), "odd": self.odd}
+            found |= {
+                "differing": self.differing,
+                "max": _number(self.largest),
+                "rms": _number(self.rms),
+                "odd": self.odd,
+            }
             found["worst"] = {"in": self.side, "at": self.worst}
         return found
 
@@ -103,7 +111,14 @@ class Difference:
         def place(row: Row) -> tuple[Any, ...]:
             share = row.differing / max(1, row.elements)
             largest = math.inf if row.odd else row.largest or 0.0
-            return order.index(row.status), -largest, -(row.largest or 0.0), -share, row.tensor, -1 if row.layer is None else row.layer
+            return (
+                order.index(row.status),
+                -largest,
+                -(row.largest or 0.0),
+                -share,
+                row.tensor,
+                -1 if row.layer is None else row.layer,
+            )
 
         return sorted((row for row in self.rows if row.status != "equal"), key=place)
 
@@ -114,12 +129,16 @@ class Difference:
             "b": self.b,
             "equal": self.equal,
             "counts": {status: counts[status] for status in sorted(counts)},
-            "rows": [row.to_json() for row in [*self.worst_first, *(row for row in self.rows if row.status == "equal")]],
+            "rows": [
+                row.to_json() for row in [*self.worst_first, *(row for row in self.rows if row.status == "equal")]
+            ],
             "notes": list(self.notes),
         }
 
     def lines(self) -> list[str]:
-        """What a person wants to know, in at most 80 columns: equal tensors are counted, others listed, the worst first."""
+        """What a person wants to know, in at most 80 columns: equal tensors are counted, others listed,
+        the worst first.
+        """
         same = sum(row.status == "equal" for row in self.rows)
         lines = [*wrapped(f"A  {self.a}"), *wrapped(f"B  {self.b}")]
         shown: list[list[str]] = [*self._folded(), *(_told(row) for row in self.worst_first if row.status == "differs")]
@@ -134,7 +153,10 @@ class Difference:
             verdict = f"equal: all {same} tensors, {elements:,} elements, bit by bit"
         else:
             differing = sum(row.differing for row in self.rows)
-            verdict = f"{len(self.rows) - same} of {len(self.rows)} tensors differ, {differing:,} of {elements:,} elements compared"
+            verdict = (
+                f"{len(self.rows) - same} of {len(self.rows)} tensors differ, {differing:,} of "
+                f"{elements:,} elements compared"
+            )
         return [
             *lines,
             *wrapped(verdict),
@@ -148,9 +170,15 @@ class Difference:
             if row.status != "differs":
                 groups[row.tensor, row.status, row.a, row.b] += [row.layer] if row.layer is not None else []
         for (tensor, status, a, b), layers in groups.items():
-            where = ", ".join(str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in runs(sorted(layers)))
+            where = ", ".join(
+                str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in runs(sorted(layers))
+            )
             name = f"{tensor} layer{'s' if len(layers) > 1 else ''} {where}" if layers else tensor
-            yield wrapped(f"{name}  {status}: {a or b}" if status.startswith("only") else f"{name}  {status}: A has {a}, B has {b}")
+            yield wrapped(
+                f"{name}  {status}: {a or b}"
+                if status.startswith("only")
+                else f"{name}  {status}: A has {a}, B has {b}"
+            )
 
 
 def _told(row: Row) -> list[str]:
@@ -162,21 +190,22 @@ def _told(row: Row) -> list[str]:
     return [*wrapped(text), *(wrapped(f"worst in {row.side} at {row.worst}", 2) if row.worst else [])]
 
 
-# --- what can be compared ------------------------------------------------------------------------------------------------------------
+# --- what can be compared ---------------------------------------------------------------------------------------------
 
 
 def difference(a: Source, b: Source, threads: int, progress: Progress | None = None) -> Difference:
     """Compare two checkpoints, logical tensor by logical tensor; memory is the engine's.
 
-    Tensors that are missing on one side or have another shape or dtype there are told, the rest is compared. Raises ReshardError if they
-    have no tensor in common.
+    Tensors that are missing on one side or have another shape or dtype there are told, the rest is compared. Raises
+    ReshardError if they have no tensor in common.
     """
     progress = progress or Silent()
     mine, theirs = a.layout.model.tensors, b.layout.model.tensors
     if not mine.keys() & theirs.keys():
         one, other = a.layout.model.family.name, b.layout.model.family.name
         raise ReshardError(
-            f"{a.where} is a {one} model with {len(mine)} kinds of tensors, {b.where} is a {other} model with {len(theirs)}: "
+            f"{a.where} is a {one} model with {len(mine)} kinds of tensors, {b.where} is a {other} model with "
+            f"{len(theirs)}: "
             "they have none in common",
             "compare two checkpoints of the same architecture",
         )
@@ -190,7 +219,8 @@ def difference(a: Source, b: Source, threads: int, progress: Progress | None = N
                 else:
                     rows.append(row)
     forward = {name: layers for name, layers in alike.items() if name in b.layout.pieces}
-    backward = {name: layers for name, layers in alike.items() if name not in forward}  # in B only under the name that it is tied to
+    # in B only under the name that it is tied to
+    backward = {name: layers for name, layers in alike.items() if name not in forward}
     total = sum(mine[name].elements * BITS[mine[name].dtypes[0]] // 8 for name in alike)
     progress.start("comparing", total)
     with closing(Pool()) as pool:
@@ -203,7 +233,10 @@ def difference(a: Source, b: Source, threads: int, progress: Progress | None = N
 
 def _compared(name: str, a: Tensor | None, b: Tensor | None) -> Iterator[Row]:
     """A row for each layer; "equal" is what can be compared."""
-    layers = sorted({layer for tensor in (a, b) if tensor for layer in _layers(tensor)}, key=lambda layer: -1 if layer is None else layer)
+    layers = sorted(
+        {layer for tensor in (a, b) if tensor for layer in _layers(tensor)},
+        key=lambda layer: -1 if layer is None else layer,
+    )
     for layer in layers:
         one, other = (tensor if tensor is not None and layer in _layers(tensor) else None for tensor in (a, b))
         if one is None or other is None:
@@ -246,10 +279,12 @@ def _piece(piece: Piece, layers: tuple[int, ...]) -> Piece:
     order = sorted(range(len(tensor.axes)), key=lambda at: tensor.axes[at])
     axes, sizes = tuple(tensor.axes[at] for at in order), tuple(tensor.sizes[at] for at in order)
     seen = replace(tensor, axes=axes, sizes=sizes, layers=layers or tensor.layers)
-    return replace(piece, tensor=seen, box=tuple(piece.box[at] for at in order), strides=tuple(piece.strides[at] for at in order))
+    return replace(
+        piece, tensor=seen, box=tuple(piece.box[at] for at in order), strides=tuple(piece.strides[at] for at in order)
+    )
 
 
-# --- comparing -----------------------------------------------------------------------------------------------------------------------
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -307,7 +342,9 @@ class _Count:
 class _Comparer:
     """A sink that reads what the other side has and counts what differs."""
 
-    def __init__(self, place: Source, held: Mapping[Key, list[Piece]], pool: Pool, counts: dict[tuple[str, Key], _Count]) -> None:
+    def __init__(
+        self, place: Source, held: Mapping[Key, list[Piece]], pool: Pool, counts: dict[tuple[str, Key], _Count]
+    ) -> None:
         self.place, self.held, self.pool, self.counts = place, held, pool, counts
         self._buffer = np.empty(worker.TILE, np.uint8)
 
@@ -320,7 +357,8 @@ class _Comparer:
             one, other = wanted[at : at + CHUNK], found[at : at + CHUNK]
             if np.array_equal(one, other):
                 continue
-            if count is None:  # one copy is of one logical tensor, and of each stored tensor one thread at a time has a part
+            # one copy is of one logical tensor, and of each stored tensor one thread at a time has a part
+            if count is None:
                 count = self.counts.setdefault((self._tensor(key, entry, offset), key), _Count())
             count.add(entry.dtype, one, other, offset + at)
 
@@ -340,7 +378,9 @@ def _row_major(entry: Entry, at: int) -> int:
     if entry.strides is None:
         return at
     indices = dict.fromkeys(range(len(entry.shape)), 0)
-    for stride, axis in sorted(((stride, axis) for axis, stride in enumerate(entry.strides) if entry.shape[axis] > 1), reverse=True):
+    for stride, axis in sorted(
+        ((stride, axis) for axis, stride in enumerate(entry.strides) if entry.shape[axis] > 1), reverse=True
+    ):
         indices[axis], at = divmod(at, stride) if stride else (0, at)
     number = 0
     for axis, size in enumerate(entry.shape):
@@ -349,7 +389,13 @@ def _row_major(entry: Entry, at: int) -> int:
 
 
 def _run(
-    src: Source, dst: Source, alike: Mapping[str, list[int | None]], side: str, pool: Pool, threads: int, progress: Progress
+    src: Source,
+    dst: Source,
+    alike: Mapping[str, list[int | None]],
+    side: str,
+    pool: Pool,
+    threads: int,
+    progress: Progress,
 ) -> list[Row]:
     """Rows of what both have, alike in shape and dtype, and `dst`, which is `side`, under its own name."""
     wanted = {name: _restricted(dst.layout.distinct(name), layers) for name, layers in alike.items()}
@@ -376,20 +422,28 @@ def _run(
     for name, layers in alike.items():
         tensor = dst.layout.model.tensors[name]
         elements = math.prod(size for _, size in _shape(tensor))
-        stacked = "layer" in tensor.axes and any(piece.strides[piece.tensor.axes.index("layer")] is not None for piece in wanted[name])
+        stacked = "layer" in tensor.axes and any(
+            piece.strides[piece.tensor.axes.index("layer")] is not None for piece in wanted[name]
+        )
         if stacked:  # all layers in one stored tensor: told together
-            rows.append(_row(dst, name, None, elements * len(layers), found[name, None], side, _dtype(tensor, layers[0])))
+            rows.append(
+                _row(dst, name, None, elements * len(layers), found[name, None], side, _dtype(tensor, layers[0]))
+            )
             continue
         rows += [_row(dst, name, layer, elements, found[name, layer], side, _dtype(tensor, layer)) for layer in layers]
     return rows
 
 
-def _row(dst: Source, name: str, layer: int | None, elements: int, counts: list[tuple[Key, _Count]], side: str, dtype: str) -> Row:
+def _row(
+    dst: Source, name: str, layer: int | None, elements: int, counts: list[tuple[Key, _Count]], side: str, dtype: str
+) -> Row:
     if not counts:
         return Row(name, layer, "equal", elements=elements)
     differing = sum(count.differing for _, count in counts)
     odd = sum(count.odd for _, count in counts)
-    key, worst = next((item for item in counts if item[1].odd_at is not None), max(counts, key=lambda item: item[1].largest))
+    key, worst = next(
+        (item for item in counts if item[1].odd_at is not None), max(counts, key=lambda item: item[1].largest)
+    )
     at = worst.at if worst.odd_at is None else worst.odd_at
     entry = dst.locate(key)[1]
     text = f"{dst.address(key)}{bracketed(unravel(_row_major(entry, at), entry.shape))}"
@@ -400,7 +454,7 @@ def _row(dst: Source, name: str, layer: int | None, elements: int, counts: list[
     return Row(name, layer, "differs", "", "", elements, differing, largest, rms, odd, side, text)
 
 
-# --- what is kept aside ----------------------------------------------------------------------------------------------------------------
+# --- what is kept aside -----------------------------------------------------------------------------------------------
 
 
 def _buffers(a: Source, b: Source, pool: Pool) -> Iterator[Row]:
@@ -411,12 +465,17 @@ def _buffers(a: Source, b: Source, pool: Pool) -> Iterator[Row]:
         (one, (_, n, path, start)), (other, (_, m, place, there)) = a.buffer(name), b.buffer(name)
         elements, count = math.prod(one.shape), _Count()
         if (one.dtype, one.shape, one.strides, n) != (other.dtype, other.shape, other.strides, m):
-            said, also = (f"{entry.dtype} {list(entry.shape)}{' strided' if entry.strides else ''}" for entry in (one, other))
+            said, also = (
+                f"{entry.dtype} {list(entry.shape)}{' strided' if entry.strides else ''}" for entry in (one, other)
+            )
             yield Row(name, None, "dtype" if one.dtype != other.dtype else "shape", said, also, buffer=True)
             continue
         for at in range(0, n, CHUNK):
             size = min(CHUNK, n - at)
-            x, y = (np.frombuffer(pool.read(file, begin + at, size), np.uint8) for file, begin in ((path, start), (place, there)))
+            x, y = (
+                np.frombuffer(pool.read(file, begin + at, size), np.uint8)
+                for file, begin in ((path, start), (place, there))
+            )
             if not np.array_equal(x, y):
                 count.add(one.dtype, x, y, at)
         if not count.differing:
@@ -435,4 +494,7 @@ def _notes(a: Source, b: Source) -> Iterator[str]:
         alone = [name for name in one.layout.model.aside if name not in other.layout.model.aside]
         if alone:
             more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-            yield f"buffers that an engine recomputes are only in {side}, which does not count as a difference: {alone[0]}{more}"
+            yield (
+                f"buffers that an engine recomputes are only in {side}, which does not count as a "
+                f"difference: {alone[0]}{more}"
+            )

@@ -1,4 +1,5 @@
-"""Explaining: what an element of a stored tensor is, where it came from, and everything that holds it. Nothing is stored for that.
+"""Explaining: what an element of a stored tensor is, where it came from, and everything that holds it. Nothing is
+stored for that.
 
     3:layers.7.attn.qkv[700,12]                     an element of a rank's tensor
     model.layers.7.self_attn.k_proj.weight[3,4]     an element of the original, by its published name
@@ -41,16 +42,17 @@ Value = float | int | bool | str | None
 Locate = Callable[[int, str], tuple[str, Path | None, Entry]]  # rank, name → file, where to read it, entry
 
 
-# --- what is found -----------------------------------------------------------------------------------------------------------------
+# --- what is found ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Holding:
-    """A box in stored tensors: from element `first` of `tensor` to element `last` of `last_tensor`, which is another only if `tensors` > 1.
+    """A box in stored tensors: from element `first` of `tensor` to element `last` of `last_tensor`, which is another
+    only if `tensors` > 1.
 
-    `rank` is None for an original file. `bits`: of the first element, from the start of `file`, which is relative to the directory; a
-    byte's lowest is its first, as kernels take two F4. `box`: the part of the logical tensor. `value`: the first element as it is stored,
-    `raw`: every byte that it touches; None where the file is not at hand.
+    `rank` is None for an original file. `bits`: of the first element, from the start of `file`, which is relative to
+    the directory; a byte's lowest is its first, as kernels take two F4. `box`: the part of the logical tensor. `value`:
+    the first element as it is stored, `raw`: every byte that it touches; None where the file is not at hand.
     """
 
     rank: int | None
@@ -95,7 +97,11 @@ class Holding:
     def code(self) -> int | None:
         """The bits of the first element, without those of its neighbours."""
         low, high = self.bits
-        return None if self.raw is None else int.from_bytes(bytes.fromhex(self.raw), "little") >> low % 8 & (1 << high - low) - 1
+        return (
+            None
+            if self.raw is None
+            else int.from_bytes(bytes.fromhex(self.raw), "little") >> low % 8 & (1 << high - low) - 1
+        )
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
@@ -114,7 +120,9 @@ class Holding:
 
 @dataclass(frozen=True)
 class Part:
-    """A box of one logical tensor: who holds it, and the original's tensors that it came from. `sizes`: the whole tensor's."""
+    """A box of one logical tensor: who holds it, and the original's tensors that it came from. `sizes`:
+    the whole tensor's.
+    """
 
     tensor: str
     box: Box
@@ -138,9 +146,9 @@ class Part:
 class Explanation:
     """What was asked about, and what it is.
 
-    `kind`: "element", "box", "constant", or "buffer" for what is kept aside and given to no rank. `here`: the stored tensor that was
-    asked about, None if it was a logical one. `padding`: how many of its elements no logical tensor has. `kept`: where the bytes of
-    a buffer are now. `constant`: what the table says, in the table's precision.
+    `kind`: "element", "box", "constant", or "buffer" for what is kept aside and given to no rank. `here`: the stored
+    tensor that was asked about, None if it was a logical one. `padding`: how many of its elements no logical tensor
+    has. `kept`: where the bytes of a buffer are now. `constant`: what the table says, in the table's precision.
     """
 
     where: str
@@ -177,7 +185,9 @@ class Explanation:
     def lines(self) -> list[str]:
         """What a person wants to know, in at most 80 columns."""
         found = list(wrapped(f"{self.asked}{self._worth()}"))
-        found += wrapped(f"{self.dtype} tensor of shape {list(self.shape)}" if self.shape else f"{self.dtype} scalar", 2)
+        found += wrapped(
+            f"{self.dtype} tensor of shape {list(self.shape)}" if self.shape else f"{self.dtype} scalar", 2
+        )
         if self.here is not None:
             found += self._place(self.here)
         if self.constant is not None:
@@ -190,7 +200,11 @@ class Explanation:
             if self.kept is not None and self.here is not None and self.kept.file != self.here.file:
                 found += wrapped(f"its bytes are in the residue: {self.kept.place}", 2)
         if self.padding:
-            what = "is padding" if self.padding == self.elements else f"has padding: {self.padding} of its {self.elements} elements"
+            what = (
+                "is padding"
+                if self.padding == self.elements
+                else f"has padding: {self.padding} of its {self.elements} elements"
+            )
             found += wrapped(f"{what}, part of no logical tensor")
         for part in self.parts:
             found += self._part(part)
@@ -200,14 +214,18 @@ class Explanation:
 
     def _worth(self) -> str:
         known = self.here if self.here is not None and self.here.raw is not None else None
-        known = known or next((holding for part in self.parts for holding in part.held if holding.raw is not None), None)
+        known = known or next(
+            (holding for part in self.parts for holding in part.held if holding.raw is not None), None
+        )
         if not self.single or known is None:
             return ""
         return f" = {known.value} (bytes {known.raw})" if known.value is not None else f" (bytes {known.raw})"
 
     def _place(self, here: Holding) -> Iterator[str]:
         whose = "the original" if here.rank is None else f"rank {here.rank}"
-        count = "" if self.single else f"{here.elements} elements, from {bracketed(here.first)} to {bracketed(here.last)}, "
+        count = (
+            "" if self.single else f"{here.elements} elements, from {bracketed(here.first)} to {bracketed(here.last)}, "
+        )
         yield from wrapped(f"{whose}: {count}{here.place}", 2)
 
     def _part(self, part: Part) -> Iterator[str]:
@@ -216,7 +234,11 @@ class Explanation:
             yield "came from"
             yield from self._holdings(part, part.origins)
         here = self.here
-        others = [holding for holding in part.held if here is None or (holding.rank, holding.tensor) != (here.rank, here.tensor)]
+        others = [
+            holding
+            for holding in part.held
+            if here is None or (holding.rank, holding.tensor) != (here.rank, here.tensor)
+        ]
         if others:
             yield "also held by" if len(others) < len(part.held) else "held by"
             yield from self._holdings(part, others)
@@ -252,14 +274,15 @@ def wrapped(text: str, indent: int = 0) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]
 
 
-# --- arithmetic --------------------------------------------------------------------------------------------------------------------
+# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def inside(piece: Piece, start: int, pitch: int = 1) -> Box | None:
-    """What a piece has among elements [start, start + pitch) of its stored tensor, along the axes that are laid out; None if nothing.
+    """What a piece has among elements [start, start + pitch) of its stored tensor, along the axes that are laid out;
+    None if nothing.
 
-    `pitch` is a product of trailing dimensions and `start` a multiple of it. Strides are nested: each is at least what all smaller ones
-    reach together, so that an axis' index is a quotient and what is left belongs to the others.
+    `pitch` is a product of trailing dimensions and `start` a multiple of it. Strides are nested: each is at least what
+    all smaller ones reach together, so that an axis' index is a quotient and what is left belongs to the others.
     """
     spans = zip(piece.tensor.axes, piece.box, piece.strides, strict=True)
     laid_out = [(axis, span, stride) for axis, span, stride in spans if stride is not None]
@@ -300,7 +323,7 @@ def bits_of(entry: Entry, indices: Sequence[int]) -> Range:
     return entry.offset * 8 + at * bits, entry.offset * 8 + (at + 1) * bits
 
 
-# --- asking ------------------------------------------------------------------------------------------------------------------------
+# --- asking -----------------------------------------------------------------------------------------------------------
 
 
 def explain(source: Source, text: str) -> Explanation:
@@ -345,7 +368,10 @@ class _Asking:
         self.source, self.asked, self.pool = source, asked, pool
         self.originals = source.published()
         pairs = source.layout.alias.items()
-        self.same = {name: [name, *(b for a, b in pairs if a == name), *(a for a, b in pairs if b == name)] for name in self.tensors}
+        self.same = {
+            name: [name, *(b for a, b in pairs if a == name), *(a for a, b in pairs if b == name)]
+            for name in self.tensors
+        }
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -382,7 +408,11 @@ class _Asking:
             low, high = (bit + 8 * (start - begin) for bit in here.bits)
             kept = self._read(replace(here, file=self.source.relative(path), bits=(low, high)), path, entry.dtype)
         return self._explanation(
-            "buffer", entry.dtype, entry.shape, here=replace(here, value=kept.value, raw=kept.raw) if kept else here, kept=kept
+            "buffer",
+            entry.dtype,
+            entry.shape,
+            here=replace(here, value=kept.value, raw=kept.raw) if kept else here,
+            kept=kept,
         )
 
     def logical(self, name: str, indices: tuple[int, ...]) -> Explanation:
@@ -395,9 +425,15 @@ class _Asking:
         if "layer" in box and tensor.layers is not None and not any(low <= at < high for at in tensor.layers):
             there = ", ".join(in_words({"layer": span}) for span in runs(tensor.layers))
             raise ReshardError(f"{self.asked}: {name} does not exist in layer {low}", f"it exists in {there}")
-        dtypes = tensor.dtypes if "layer" not in box or not indices else (tensor.dtype({"layer": indices[tensor.axes.index("layer")]}),)
+        dtypes = (
+            tensor.dtypes
+            if "layer" not in box or not indices
+            else (tensor.dtype({"layer": indices[tensor.axes.index("layer")]}),)
+        )
         part = self._part(name, box, count == 1)
-        return self._explanation("element" if count == 1 else "box", "/".join(sorted(set(dtypes))), tensor.sizes, parts=(part,))
+        return self._explanation(
+            "element" if count == 1 else "box", "/".join(sorted(set(dtypes))), tensor.sizes, parts=(part,)
+        )
 
     def _slot(
         self,
@@ -441,7 +477,9 @@ class _Asking:
         return Part(name, box, dict(zip(tensor.axes, tensor.sizes, strict=True)), count, held, origins)
 
     def _holdings(self, layout: Layout, name: str, box: Box, locate: Locate, single: bool) -> Iterator[Holding]:
-        """Everything in a layout that holds some of a box of a logical tensor, or of one that it is tied to; rank by rank."""
+        """Everything in a layout that holds some of a box of a logical tensor, or of one that it is tied to;
+        rank by rank.
+        """
         pieces = [piece for same in self.same[name] for piece in layout.pieces.get(same, ())]
         for piece in sorted(pieces, key=lambda piece: piece.slot.rank):
             held = _intersection(piece, box)
@@ -481,7 +519,10 @@ class _Asking:
             raise ReshardError(f"{self.asked}: {given}, {name} has {_counted(len(shape), 'dimension')}: {list(shape)}")
         for dimension, (at, size) in enumerate(zip(indices, shape, strict=False)):
             if at >= size:
-                words = f"{self.asked}: index {at} is out of range for dimension {dimension} of {name}, which has size {size}"
+                words = (
+                    f"{self.asked}: index {at} is out of range for dimension {dimension} of {name}, which "
+                    f"has size {size}"
+                )
                 raise ReshardError(words, f"its shape is {list(shape)}")
         return math.prod(shape[len(indices) :])
 
@@ -529,7 +570,9 @@ class _Asking:
         for tied, same in self.same.items():  # a tied name that the original does not store
             row = next((row for row in layout.model.family.rows if row.leaves == (tied,)), None)
             if row is not None and row.name.text == name and len(same) > 1:
-                return ReshardError(f"{self.asked}: the original does not store {name}", f"it is tied to {same[1]}: ask for {same[1]}")
+                return ReshardError(
+                    f"{self.asked}: the original does not store {name}", f"it is tied to {same[1]}: ask for {same[1]}"
+                )
         stored = {f"{slot.rank}:{slot.name(point)}" for slot in layout.by_rank[0] for point in slot.points()}
         hint = _nearest(name, [*self.source.tensors, *self.tensors]) or _nearest(f"0:{name}", sorted(stored))
         return ReshardError(f"{self.asked}: {self.source.where} has no tensor {name}", hint)
@@ -547,7 +590,9 @@ def _find(slots: Sequence[Slot], name: str) -> tuple[Slot, Point] | None:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str | None:
-    """A hint with the nearest names. Compared without their numbers, there being tens of thousands; those with the same numbers win."""
+    """A hint with the nearest names. Compared without their numbers, there being tens of thousands;
+    those with the same numbers win.
+    """
     kinds: dict[str, dict[tuple[int, ...], str]] = {}
     for other in names:
         kind, numbers = fold(other)

@@ -1,30 +1,33 @@
 """Fingerprints: a line per logical tensor and one for the model, the same in whatever layout the weights lie.
 
-    tensor = sum over its elements e of  K(e) · (c + v(e))   mod p = 2^31 - 1, in four independent lanes, 128 bits printed
+    tensor = sum over its elements e of  K(e) · (c + v(e))   mod p = 2^31 - 1, in four independent lanes, 128 bits
+                                                             printed
     K(e)   = product over the named axes of  m[axis][index of e on that axis]
     v(e)   = the element's bits: one number of up to 16 bits, or u[0]·(lowest 16 bits) + u[1]·(next 16 bits) + …
     model  = xxh3-128 over the sorted lines
 
-m, u and c are drawn from 1 … p - 1 by SHAKE-128 of (seed, axis, index), c by the name of the dtype. A sum needs no order and no neighbours,
-so that a rank hashes the boxes that it holds, on its own node, and the shares of all ranks add up to the model's (`combine`). Of each
-box that several ranks hold (norms, repeated KV heads) the copy on the lowest of them counts: a fingerprint says nothing about the
-other copies, `verify` does. Padding, constants and buffers kept aside do not count.
+m, u and c are drawn from 1 … p - 1 by SHAKE-128 of (seed, axis, index), c by the name of the dtype. A sum needs no
+order and no neighbours, so that a rank hashes the boxes that it holds, on its own node, and the shares of all ranks add
+up to the model's (`combine`). Of each box that several ranks hold (norms, repeated KV heads) the copy on the lowest of
+them counts: a fingerprint says nothing about the other copies, `verify` does. Padding, constants and buffers kept aside
+do not count.
 
-What it detects. The difference of two contents of one tensor is a polynomial in the multipliers, linear in each, of degree d: the
-number of axes, one more for elements of over 16 bits (d ≤ 6). It is not zero as a polynomial if any bit differs, for a difference
-of two numbers of 16 bits is not zero modulo p. So by Schwartz and Zippel any two given contents have one fingerprint with probability
-at most (d / (p - 1))^4 < 2^-113 over the choice of the seed, be it one bit, elements exchanged, rows permuted, axes transposed or
-values moved to another layer. A change of a single element of up to 16 bits is always seen: no multiplier is zero. Because of c a zero
-counts at its place: that it is missing is seen, and so is another dtype with equal bits. What it is not: cryptographic. The seed is
-public, and who knows it can make, by solving linear equations, two contents of one fingerprint; against that only a seed drawn after
-the contents helps.
+What it detects. The difference of two contents of one tensor is a polynomial in the multipliers, linear in each, of
+degree d: the number of axes, one more for elements of over 16 bits (d ≤ 6). It is not zero as a polynomial if any bit
+differs, for a difference of two numbers of 16 bits is not zero modulo p. So by Schwartz and Zippel any two given
+contents have one fingerprint with probability at most (d / (p - 1))^4 < 2^-113 over the choice of the seed, be it one
+bit, elements exchanged, rows permuted, axes transposed or values moved to another layer. A change of a single element
+of up to 16 bits is always seen: no multiplier is zero. Because of c a zero counts at its place: that it is missing is
+seen, and so is another dtype with equal bits. What it is not: cryptographic. The seed is public, and who knows it can
+make, by solving linear equations, two contents of one fingerprint; against that only a seed drawn after the contents
+helps.
 
-Names have no part in a tensor's sum, so that equal tensors have equal lines, and two that were exchanged show each other's; names of
-axes have. Tied tensors: every logical name has its line, a name of which nothing is stored that of the tensor which it is tied to; so
-it makes no difference whether a layout stores one or both of two equal tensors.
+Names have no part in a tensor's sum, so that equal tensors have equal lines, and two that were exchanged show each
+other's; names of axes have. Tied tensors: every logical name has its line, a name of which nothing is stored that of
+the tensor which it is tied to; so it makes no difference whether a layout stores one or both of two equal tensors.
 
-Speed: elements become float64 and go through BLAS with the multipliers of the innermost axes, 256 at a time: |v| ≤ 2^15 and
-|m| < 2^30 make sums of at most 2^53, so every one is exact and in whatever order. The rest, a 64th, is integers.
+Speed: elements become float64 and go through BLAS with the multipliers of the innermost axes, 256 at a time: |v| ≤ 2^15
+and |m| < 2^30 make sums of at most 2^53, so every one is exact and in whatever order. The rest, a 64th, is integers.
 
 Knows nothing about the command line, engines or torch.
 """
@@ -78,7 +81,7 @@ Dim = tuple[str, int, int, int]  # axis, low, high, stride in elements
 Read = Callable[[int, int], Array]  # bytes [low, high) of a stored tensor's data
 
 
-# --- multipliers -------------------------------------------------------------------------------------------------------------------
+# --- multipliers ------------------------------------------------------------------------------------------------------
 
 
 class Keys:
@@ -95,9 +98,9 @@ class Keys:
         found = self._axes.get(name)
         if found is None or len(found) < n:
             with self._lock:
-                raw = hashlib.shake_128(f"reshard fingerprint {VERSION}\0{self.seed}\0{name}".encode(errors="surrogateescape")).digest(
-                    8 * LANES * n
-                )
+                raw = hashlib.shake_128(
+                    f"reshard fingerprint {VERSION}\0{self.seed}\0{name}".encode(errors="surrogateescape")
+                ).digest(8 * LANES * n)
                 numbers = np.frombuffer(raw, "<u8").reshape(n, LANES) % np.uint64(P - 1)
                 found = self._axes[name] = numbers.astype(np.int64) + 1
         return found
@@ -127,12 +130,14 @@ class Keys:
         return found
 
 
-# --- sums --------------------------------------------------------------------------------------------------------------------------
+# --- sums -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A strided box of a stored tensor that counts towards logical tensor `into`. `dims` by falling stride; `factor`: what K has beside."""
+    """A strided box of a stored tensor that counts towards logical tensor `into`. `dims` by falling stride;
+    `factor`: what K has beside.
+    """
 
     into: int
     offset: int  # elements
@@ -153,7 +158,9 @@ class Box:
 
 
 def tiles(boxes: Sequence[Box], most: int, keys: Keys) -> Iterator[list[Box]]:
-    """The boxes in groups whose stretches are at most `most` elements: those that overlap (gate and up by turns) are read together."""
+    """The boxes in groups whose stretches are at most `most` elements: those that overlap (gate and up by turns) are
+    read together.
+    """
     for cluster in _clusters(boxes):
         low, high = cluster[0].offset, max(box.end for box in cluster)
         if high - low <= most:
@@ -211,7 +218,9 @@ class Summer:
             level -= 1
             width *= extents[level]
         ranges = tuple((axis, low, high) for axis, low, high, _ in dims)
-        strided = as_strided(values, tuple(extents), tuple(stride * values.itemsize for *_, stride in dims), writeable=False)
+        strided = as_strided(
+            values, tuple(extents), tuple(stride * values.itemsize for *_, stride in dims), writeable=False
+        )
         rows = self._rows(strided.reshape(-1, width), self.keys.panel(ranges[level:]))
         return np.asarray((rows * self.keys.outer(ranges[:level]) % P).sum(axis=0) % P)
 
@@ -240,7 +249,9 @@ class Summer:
 
 
 def _values(data: Array, bits: int) -> Array:
-    """Bytes as numbers: signed of 16 bits, several to a wide element, lowest first; one of at most 8 bits to a narrow one."""
+    """Bytes as numbers: signed of 16 bits, several to a wide element, lowest first; one of at most 8 bits to a narrow
+    one.
+    """
     if bits >= 16:
         return data.view("<i2")
     if bits == 8:
@@ -249,12 +260,14 @@ def _values(data: Array, bits: int) -> Array:
     return np.packbits(one, axis=1, bitorder="little").reshape(-1)
 
 
-# --- what counts where ---------------------------------------------------------------------------------------------------------------
+# --- what counts where ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The sum of one logical tensor, or a share of it. `elements`: those that were counted; `sizes`: all, of `layer` those that exist."""
+    """The sum of one logical tensor, or a share of it. `elements`: those that were counted; `sizes`: all,
+    of `layer` those that exist.
+    """
 
     name: str
     dtype: str
@@ -290,7 +303,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Share:
-    """What some ranks of a layout have of a model's fingerprint. `facts`: the digest of model, layout and mesh, equal for all ranks."""
+    """What some ranks of a layout have of a model's fingerprint. `facts`: the digest of model, layout and mesh,
+    equal for all ranks.
+    """
 
     ranks: tuple[int, ...]
     world: int
@@ -326,7 +341,12 @@ class Fingerprint:
         return "\n".join([*(line.text for line in self.lines), f"{self.model}  model"])
 
     def to_json(self) -> dict[str, Any]:
-        return {"fingerprint": VERSION, "seed": self.seed, "model": self.model, "tensors": [line.to_json() for line in self.lines]}
+        return {
+            "fingerprint": VERSION,
+            "seed": self.seed,
+            "model": self.model,
+            "tensors": [line.to_json() for line in self.lines],
+        }
 
 
 _Number = Annotated[int, Meta(ge=0, le=MOST)]
@@ -359,7 +379,9 @@ def read_share(path: Path) -> Share:
     where, hint = f"{path}: is not a share of a fingerprint", "give the output of `reshard fingerprint PATH --rank N`"
     version = decode.json_of(text, limits.SHARE, where, _Version, hint=hint).fingerprint
     if version != VERSION:
-        raise ReshardError(f"{where}: fingerprint version {version!r}, this is version {VERSION}", "use one version for all ranks")
+        raise ReshardError(
+            f"{where}: fingerprint version {version!r}, this is version {VERSION}", "use one version for all ranks"
+        )
     share: _Share = decode.json_of(text, limits.SHARE, where, _Share, hint=hint)
     if odd := next((rank for rank in share.ranks if rank >= share.world), None):
         raise ReshardError(f"{where}: rank {odd} of a world of {share.world}", hint)
@@ -386,8 +408,8 @@ def _line(entry: _Line) -> Line:
 def combine(shares: Iterable[Share]) -> Fingerprint:
     """The fingerprint of the model from the shares of all ranks, in any order.
 
-    Raises ReshardError if they are not of one model, layout, mesh and seed, or a rank is missing or there twice; MismatchError if
-    elements are.
+    Raises ReshardError if they are not of one model, layout, mesh and seed, or a rank is missing or there twice;
+    MismatchError if elements are.
     """
     shares = list(shares)
     if not shares:
@@ -396,28 +418,43 @@ def combine(shares: Iterable[Share]) -> Fingerprint:
     seen: dict[int, Share] = {}
     for share in shares:
         if (share.facts, share.world, share.seed) != (first.facts, first.world, first.seed):
-            one, other = (f"ranks {_folded(s.ranks)} of {s.world}, facts {s.facts}, seed {s.seed!r}" for s in (first, share))
+            one, other = (
+                f"ranks {_folded(s.ranks)} of {s.world}, facts {s.facts}, seed {s.seed!r}" for s in (first, share)
+            )
             raise ReshardError(
-                f"the shares are of different models, layouts or seeds: {one}; {other}", "combine the ranks of one directory"
+                f"the shares are of different models, layouts or seeds: {one}; {other}",
+                "combine the ranks of one directory",
             )
         for line, beside in zip_longest(first.lines, share.lines):
-            if line is None or beside is None or replace(line, elements=0, sums=()) != replace(beside, elements=0, sums=()):
+            if (
+                line is None
+                or beside is None
+                or replace(line, elements=0, sums=()) != replace(beside, elements=0, sums=())
+            ):
                 one, other = (
-                    f"ranks {_folded(s.ranks)} have {at.tensor if at else 'no more'}" for s, at in ((first, line), (share, beside))
+                    f"ranks {_folded(s.ranks)} have {at.tensor if at else 'no more'}"
+                    for s, at in ((first, line), (share, beside))
                 )
-                raise ReshardError(f"the shares have different tensors: {one}; {other}", "compute the shares again, and do not edit them")
+                raise ReshardError(
+                    f"the shares have different tensors: {one}; {other}",
+                    "compute the shares again, and do not edit them",
+                )
         for rank in share.ranks:
             if rank in seen:
                 raise ReshardError(f"the share of rank {rank} was given twice", "give each rank's share once")
             seen[rank] = share
     missing = sorted(set(range(first.world)) - seen.keys())
     if missing:
-        raise ReshardError(f"{len(missing)} of {first.world} ranks are missing: {_folded(missing)}", "give the shares of all ranks")
+        raise ReshardError(
+            f"{len(missing)} of {first.world} ranks are missing: {_folded(missing)}", "give the shares of all ranks"
+        )
     lines = []
     for parts in zip(*(share.lines for share in shares), strict=True):
         line, elements = parts[0], sum(part.elements for part in parts)
         if elements != math.prod(line.sizes):
-            raise MismatchError(f"{line.name}: the shares have {elements} elements, the tensor has {math.prod(line.sizes)}")
+            raise MismatchError(
+                f"{line.name}: the shares have {elements} elements, the tensor has {math.prod(line.sizes)}"
+            )
         sums = tuple(sum(numbers) % P for numbers in zip(*(part.sums for part in parts), strict=True))
         lines.append(Line(line.name, line.dtype, line.axes, line.sizes, elements, sums))
     return Fingerprint(tuple(lines), first.seed)
@@ -505,7 +542,10 @@ def _facts(layout: Layout) -> str:
 
 
 def _run(
-    owned: _Owned, jobs: Iterable[tuple[Slot, Point, str, Callable[[Summer], Read]]], threads: int, advance: Callable[[int], None]
+    owned: _Owned,
+    jobs: Iterable[tuple[Slot, Point, str, Callable[[Summer], Read]]],
+    threads: int,
+    advance: Callable[[int], None],
 ) -> Share:
     """Sum every tile of every stored tensor with so many threads; each has its own buffers."""
     local, lock = threading.local(), threading.Lock()
@@ -529,11 +569,16 @@ def _run(
     return owned.share()
 
 
-# --- directories and live tensors ----------------------------------------------------------------------------------------------------
+# --- directories and live tensors -------------------------------------------------------------------------------------
 
 
 def of_source(
-    found: Source, ranks: Iterable[int] | None = None, *, seed: str = "", threads: int = 2, progress: Progress | None = None
+    found: Source,
+    ranks: Iterable[int] | None = None,
+    *,
+    seed: str = "",
+    threads: int = 2,
+    progress: Progress | None = None,
 ) -> Share:
     """The share of some ranks of a source, of all without `ranks`; reads what counts of their tensors, once.
 
@@ -542,7 +587,10 @@ def of_source(
     chosen, progress = _chosen(found.layout, ranks, found.where), progress or Silent()
     keys = Keys(seed)
     owned = _Owned(found.layout, chosen, keys)
-    stored = sorted(((*found.locate(key), slot, point) for key, slot, point, _ in owned.stored()), key=lambda t: (str(t[0]), t[1].offset))
+    stored = sorted(
+        ((*found.locate(key), slot, point) for key, slot, point, _ in owned.stored()),
+        key=lambda t: (str(t[0]), t[1].offset),
+    )
     progress.start("fingerprinting", sum(entry.nbytes for _, entry, _, _ in stored))
     with unchanged(found.directory), closing(Pool()) as pool:
         jobs = ((slot, point, entry.dtype, _reader(pool, path, entry)) for path, entry, slot, point in stored)
@@ -554,18 +602,22 @@ def of_source(
 def of_rank(out: Path, rank: int, *, seed: str = "", threads: int = 2, progress: Progress | None = None) -> Share:
     """One rank's share of a directory, of which nothing of the other ranks need be there if reshard wrote it.
 
-    That is manifest.json, the carried files, source/ and the rank's own files. Raises as `of_source` and `open_source` do.
+    That is manifest.json, the carried files, source/ and the rank's own files. Raises as `of_source` and `open_source`
+    do.
     """
     found = source.open_rank(out, rank) if manifest.present(out) else source.open_source(out)
     return of_source(found, [rank], seed=seed, threads=threads, progress=progress)
 
 
-def of_tensors(layout: Layout | Path | str, rank: int, tensors: Mapping[str, Any], *, seed: str = "", threads: int = 2) -> Share:
-    """The share of one rank from tensors in memory: `tensors` maps stored names to numpy arrays, torch tensors or buffers of bytes.
+def of_tensors(
+    layout: Layout | Path | str, rank: int, tensors: Mapping[str, Any], *, seed: str = "", threads: int = 2
+) -> Share:
+    """The share of one rank from tensors in memory: `tensors` maps stored names to numpy arrays, torch tensors or
+    buffers of bytes.
 
-    `layout` may be a directory that reshard wrote for as many ranks. Tensors that the layout does not know are left alone,
-    those of which the rank counts nothing may be missing. Tensors on a device are copied to the host one at a time.
-    Raises ReshardError for one that is missing, or of another shape, size or dtype.
+    `layout` may be a directory that reshard wrote for as many ranks. Tensors that the layout does not know are left
+    alone, those of which the rank counts nothing may be missing. Tensors on a device are copied to the host one at a
+    time. Raises ReshardError for one that is missing, or of another shape, size or dtype.
     """
     if not isinstance(layout, Layout):
         path = Path(layout)
@@ -576,7 +628,8 @@ def of_tensors(layout: Layout | Path | str, rank: int, tensors: Mapping[str, Any
         for (_, name), slot, point, dtype in owned.stored():
             if name not in tensors:
                 raise ReshardError(
-                    f"rank {rank}: {name} is not among the {len(tensors)} tensors given", "give tensors by their stored names"
+                    f"rank {rank}: {name} is not among the {len(tensors)} tensors given",
+                    "give tensors by their stored names",
                 )
             data = _bytes(tensors[name], name, slot.shape, dtype)
             yield slot, point, dtype, lambda _, data=data: lambda low, high: data[low:high]  # type: ignore[misc]
@@ -615,7 +668,9 @@ def _reader(pool: Pool, path: Path, entry: Entry) -> Callable[[Summer], Read]:
 
 
 def _packed(pool: Pool, path: Path, entry: Entry) -> Callable[[], Array]:
-    """The bytes of a tensor of a .bin file in row-major order, when first asked for: whole, because few files have strided ones."""
+    """The bytes of a tensor of a .bin file in row-major order, when first asked for: whole, because few files have
+    strided ones.
+    """
     lock = threading.Lock()
     found: list[Array] = []
 

@@ -55,7 +55,8 @@ class Description:
                 value = decimal(value)
             if isinstance(value, list):
                 lines += [
-                    f"{name + ':':<14}{in_line(str(item))}" if not n else f"{'':14}{in_line(str(item))}" for n, item in enumerate(value)
+                    f"{name + ':':<14}{in_line(str(item))}" if not n else f"{'':14}{in_line(str(item))}"
+                    for n, item in enumerate(value)
                 ]
             elif isinstance(value, dict):
                 lines += _wrap(name, [in_line(f"{k} {v}") for k, v in value.items()])
@@ -79,8 +80,8 @@ def _wrap(name: str, items: list[str], width: int = 80) -> list[str]:
 def describe(src: str | Path, revision: str | None = None, family: str | None = None) -> Description:
     """Describe a source, and what killed conversions left in it and next to it.
 
-    A checkpoint that no table fits is described by its headers, with the reason; so is a directory that is no checkpoint if
-    there are leftovers in it.
+    A checkpoint that no table fits is described by its headers, with the reason; so is a directory that is no
+    checkpoint if there are leftovers in it.
     """
     killed = _killed(Path(src))
     try:
@@ -118,7 +119,9 @@ def published(src: str, revision: str | None) -> Published:
 def _understood(source: Source, name: str) -> dict[str, Any]:
     model, layout, about = source.layout.model, source.layout, facts(source, name)
     beside = {row.leaves[0] for row in model.family.rows if row.tower}
-    own = {base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)} | model.family.sizes.keys()
+    own = {
+        base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)
+    } | model.family.sizes.keys()
     atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
     return {
         "source": name,
@@ -131,7 +134,9 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "bytes": about.nbytes,
         "files": about.files,
         "tensors": about.tensors,
-        "parameters": sum(_numbers(t, model) for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")),
+        "parameters": sum(
+            _numbers(t, model) for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")
+        ),
         "dtypes": dict(about.dtypes),
         "sizes": {axis: model.sizes[axis] for axis in sorted(atoms)},
         "tied": [f"{name} is {other}" for name, other in model.alias.items()],

@@ -68,7 +68,8 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     if not options.pad and out.layout.padding:
         axis, (size, padded) = next(iter(out.layout.padding.items()))
         raise ReshardError(
-            f"--no-pad: axis {axis} of {size} would be padded to {padded}", "choose a size that divides it, or leave out --no-pad"
+            f"--no-pad: axis {axis} of {size} would be padded to {padded}",
+            "choose a size that divides it, or leave out --no-pad",
         )
     if not options.repeat and out.layout.repeats:
         axis, times = next(iter(out.layout.repeats.items()))
@@ -80,7 +81,9 @@ def prepare(source: Source, to: str, mesh: Mesh, options: Options, max_file_size
     joined = plan(source.layout, out.layout)
     if any(BITS[dtype] % 8 for tensor in out.layout.model.tensors.values() for dtype in tensor.dtypes):
         for copy in joined.copies():
-            in_items(copy, source.locate((copy.src.rank, copy.src_name))[1], out.entries[copy.dst.rank, copy.dst_name][1])
+            in_items(
+                copy, source.locate((copy.src.rank, copy.src_name))[1], out.entries[copy.dst.rank, copy.dst_name][1]
+            )
     return Job(source, out, joined, engine_name)
 
 
@@ -89,7 +92,9 @@ def _engine(to: str, table: Format, version: str | None) -> str | None:
     known = table.engine
     if not known:
         if version is not None:
-            raise ReshardError(f'--engine-version {version}: format "{to}" is not for a particular engine', "leave it out")
+            raise ReshardError(
+                f'--engine-version {version}: format "{to}" is not for a particular engine', "leave it out"
+            )
         return None
     versions = [str(v) for v in known["versions"]]
     wanted, name = version or versions[-1], known["name"]

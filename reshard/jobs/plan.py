@@ -1,7 +1,8 @@
-"""The report of `reshard plan`: what a conversion will read, write and need, as data for programs and as text for people.
+"""The report of `reshard plan`: what a conversion will read, write and need, as data for programs and as text for
+people.
 
-Built from two layouts without enumerating a single copy. Sizes of files are decimal (GB), sizes of memory binary (GiB), never mixed in
-a row. Opens no file and prints nothing.
+Built from two layouts without enumerating a single copy. Sizes of files are decimal (GB), sizes of memory binary (GiB),
+never mixed in a row. Opens no file and prints nothing.
 """
 
 import json
@@ -38,7 +39,9 @@ def memory(workers: int, tensors: int) -> int:
 
 
 class SourceFacts(Struct, frozen=True):
-    """What a report says of the source and layouts do not know. `nbytes`: of the weight files; `dtypes`: tensors of each dtype."""
+    """What a report says of the source and layouts do not know. `nbytes`: of the weight files; `dtypes`:
+    tensors of each dtype.
+    """
 
     name: str  # directory or Hub id, as the user gave it
     files: int
@@ -51,7 +54,9 @@ class SourceFacts(Struct, frozen=True):
 
 
 class Ranks(Struct, frozen=True):
-    """Ranks that hold equally much: `ranks` folded (`0-7`), the tensors and bytes that each of them stores, its bytes of KV cache."""
+    """Ranks that hold equally much: `ranks` folded (`0-7`), the tensors and bytes that each of them stores,
+    its bytes of KV cache.
+    """
 
     ranks: str
     count: int
@@ -61,7 +66,9 @@ class Ranks(Struct, frozen=True):
 
 
 class StoredAs(Struct, frozen=True):
-    """What one row of the target format is on a rank. `least`, `shape`: per dimension the least and the most that any rank has."""
+    """What one row of the target format is on a rank. `least`, `shape`: per dimension the least and the most that any
+    rank has.
+    """
 
     name: str
     logical: tuple[str, ...]
@@ -136,7 +143,9 @@ class Report(Struct, frozen=True):
 
     @property
     def replicated(self) -> int:
-        """Bytes that ranks store beyond the first copy: norms, routers, repeated KV heads, tied embeddings of several stages."""
+        """Bytes that ranks store beyond the first copy: norms, routers, repeated KV heads, tied embeddings of several
+        stages.
+        """
         return sum(self.repeated_bytes.values())
 
     @property
@@ -147,7 +156,12 @@ class Report(Struct, frozen=True):
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values: bytes as integers, nothing rounded but the balance."""
-        of_model = {"family": self.family, "layers": self.layers, "extra_layers": self.extra_layers, "layout": self.came_from}
+        of_model = {
+            "family": self.family,
+            "layers": self.layers,
+            "extra_layers": self.extra_layers,
+            "layout": self.came_from,
+        }
         if self.around:
             of_model["around"] = self.around
         return {
@@ -194,8 +208,9 @@ def build(
 ) -> Report:
     """The report of a conversion from one layout to another.
 
-    `device_memory` in bytes, `context` in tokens; without a context no cache is counted. `disk`: bytes that the output takes, where
-    the caller knows them; otherwise they are estimated. Raises ReshardError where the source does not cover the destination.
+    `device_memory` in bytes, `context` in tokens; without a context no cache is counted. `disk`: bytes that the output
+    takes, where the caller knows them; otherwise they are estimated. Raises ReshardError where the source does not
+    cover the destination.
     """
     model, mesh = dst.model, dst.mesh
     published = not dst.format.cut
@@ -248,7 +263,7 @@ def build(
     )
 
 
-# --- gathering -------------------------------------------------------------------------------------------------------------
+# --- gathering --------------------------------------------------------------------------------------------------------
 
 
 def _ranks(dst: Layout, weights: Sequence[int], kept: capacity.Cache | None) -> tuple[Ranks, ...]:
@@ -260,7 +275,9 @@ def _ranks(dst: Layout, weights: Sequence[int], kept: capacity.Cache | None) -> 
 
 
 def _disk(src: Layout, dst: Layout, source: SourceFacts, stored: int) -> int:
-    """What the output takes: weights, carried files, headers and digests (a generous guess), and the residue of published files."""
+    """What the output takes: weights, carried files, headers and digests (a generous guess), and the residue of
+    published files.
+    """
     tensors = sum(slot.count() for slot in (*dst.slots, *dst.constants))
     books = 640 * tensors + 36 * (stored >> 23) + (16 << 10) * dst.mesh.world
     residue = max(0, source.nbytes - sum(capacity.weight_bytes(src))) if not src.format.cut and dst.format.cut else 0
@@ -282,7 +299,9 @@ def _command(source: SourceFacts, out: str, mesh: Mesh, to: str) -> tuple[str, .
 
 
 def _kinds(src: Layout, dst: Layout) -> tuple[LayerKind, ...]:
-    """What each kind of layer becomes: layers of identical rows and dtypes together, first what stands outside of layers."""
+    """What each kind of layer becomes: layers of identical rows and dtypes together, first what stands outside of
+    layers.
+    """
     model = dst.model
     slots: dict[int, list[Slot]] = defaultdict(list)
     pieces: dict[Slot, list[Piece]] = defaultdict(list)
@@ -292,7 +311,12 @@ def _kinds(src: Layout, dst: Layout) -> tuple[LayerKind, ...]:
         for piece in held:
             pieces[piece.slot].append(piece)
     firsts = range(0, dst.mesh.world, dst.mesh.tp)
-    gathered = {join.dst.slot.row for component in plan(src, dst, firsts).components for join in component.joins if _is_gathered(join)}
+    gathered = {
+        join.dst.slot.row
+        for component in plan(src, dst, firsts).components
+        for join in component.joins
+        if _is_gathered(join)
+    }
     layered: dict[int, list[tuple[int, str]]] = defaultdict(list)  # layer → its rows, and their dtypes
     outside: list[tuple[int, str]] = []
     for row, mine in sorted(slots.items()):
@@ -308,7 +332,11 @@ def _kinds(src: Layout, dst: Layout) -> tuple[LayerKind, ...]:
         groups[tuple(layered[layer]), _family_kinds(model, layer)].append(layer)
     found = []
     if outside:
-        found.append(LayerKind("", 0, (), tuple(_stored_as(dst, slots[row], pieces, dtype, row in gathered) for row, dtype in outside)))
+        found.append(
+            LayerKind(
+                "", 0, (), tuple(_stored_as(dst, slots[row], pieces, dtype, row in gathered) for row, dtype in outside)
+            )
+        )
     for (rows, kinds), layers in groups.items():
         stored = tuple(_stored_as(dst, slots[row], pieces, dtype, row in gathered) for row, dtype in rows)
         found.append(LayerKind(_span(layers), len(layers), kinds, stored))
@@ -322,7 +350,9 @@ def _family_kinds(model: Model, layer: int) -> tuple[str, ...]:
 
 
 def _is_gathered(join: Join) -> bool:
-    """Whether a copy transposes or interleaves: it keeps not the order of the axes, or has no axis of neighbours on one of the sides."""
+    """Whether a copy transposes or interleaves: it keeps not the order of the axes, or has no axis of neighbours on one
+    of the sides.
+    """
     spans = zip(join.box, join.src.strides, join.dst.strides, strict=True)
     steps = [(high - low > 1, a, b) for (low, high), a, b in spans if a is not None and b is not None]
     moved = [(a, b) for several, a, b in steps if several]
@@ -332,7 +362,9 @@ def _is_gathered(join: Join) -> bool:
     return apart or sorted(moved) != sorted(moved, key=lambda step: (step[1], step[0]))
 
 
-def _stored_as(dst: Layout, slots: Sequence[Slot], pieces: Mapping[Slot, list[Piece]], dtype: str, gathered: bool) -> StoredAs:
+def _stored_as(
+    dst: Layout, slots: Sequence[Slot], pieces: Mapping[Slot, list[Piece]], dtype: str, gathered: bool
+) -> StoredAs:
     slot = next((slot for slot in slots if slot in pieces), slots[0])
     row = slot.template if isinstance(slot.template, Row) else None
     cut: dict[str, None] = {}
@@ -366,15 +398,21 @@ def _stored_as(dst: Layout, slots: Sequence[Slot], pieces: Mapping[Slot, list[Pi
 
 
 def _compound(dst: Layout, piece: Piece, axis: str) -> str:
-    """The name under which an axis is cut in this tensor: kv is `heads` where the group stands beside it; inter/128 is `inter`."""
+    """The name under which an axis is cut in this tensor: kv is `heads` where the group stands beside it;
+    inter/128 is `inter`.
+    """
     block = block_of(axis)
     beside = block[0] if block else piece.tensor.axes
     own = block[0] if block else (axis,)
-    return next((name for name, atoms in dst.format.axes.items() if set(atoms) <= set(beside) and set(atoms) & set(own)), own[0])
+    return next(
+        (name for name, atoms in dst.format.axes.items() if set(atoms) <= set(beside) and set(atoms) & set(own)), own[0]
+    )
 
 
 def _how(dst: Layout, row: Row, axis: str) -> str:
-    """`column by heads`: a matrix' outputs are cut; `row by inter`: its inputs; `by experts`, `by heads`: what is cut is neither."""
+    """`column by heads`: a matrix' outputs are cut; `row by inter`: its inputs; `by experts`, `by heads`:
+    what is cut is neither.
+    """
     experts = set(dst.format.cut.get("ep", ()))
     wanted = set(dst.format.axes.get(axis, (axis,)))
     matrix = [names for dim in row.pattern.dims if not (names := set(_names(dim))) or not names <= experts]
@@ -394,7 +432,7 @@ def _names(dim: Product) -> Iterator[str]:
                 yield from _names(term)
 
 
-# --- as text ---------------------------------------------------------------------------------------------------------------
+# --- as text ----------------------------------------------------------------------------------------------------------
 
 LEGEND = "Per rank (column: outputs are split, row: inputs are split, whole: not split):"
 
@@ -423,7 +461,9 @@ def _head(report: Report, width: int) -> Iterator[str]:
     around = f" around {report.around}" if report.around else ""
     yield from _wrapped(f"{report.came_from}; family {report.family}{around}, {report.layers} layers{extra}", width)
     several = len(source.dtypes) > 1
-    dtypes = ", ".join(f"{dtype} ({n})" if several else dtype for dtype, n in sorted(source.dtypes.items(), key=lambda item: -item[1]))
+    dtypes = ", ".join(
+        f"{dtype} ({n})" if several else dtype for dtype, n in sorted(source.dtypes.items(), key=lambda item: -item[1])
+    )
     files = "1 file" if source.files == 1 else f"{source.files} files"
     yield from _wrapped(f"{files}, {decimal(source.nbytes)}, {source.tensors} tensors: {dtypes}", width)
     if report.format == "hf":
@@ -441,7 +481,11 @@ def _on_disk(report: Report, width: int) -> Iterator[str]:
         yield from (f"  {line}" for line in before)
         yield f"  {ranks:<{head}}  {group.tensors:>7}  {decimal(group.nbytes):>9}  {group.nbytes:>19,} bytes"
     yield f"  balance {report.balance:.3f} (largest over mean)"
-    parts = [f"{decimal(report.logical)} of the model", f"{decimal(report.replicated)} replicated", f"{decimal(report.padding)} padding"]
+    parts = [
+        f"{decimal(report.logical)} of the model",
+        f"{decimal(report.replicated)} replicated",
+        f"{decimal(report.padding)} padding",
+    ]
     if report.constants:
         parts.append(f"{decimal(report.constants)} constants")
     yield from _wrapped(f"stored {decimal(report.stored)}: {', '.join(parts)}", width)
@@ -527,7 +571,9 @@ def _words(row: StoredAs, name: str, alone: bool) -> str:
     if row.logical and row.logical != (name,):
         starts = {leaf[: leaf.rfind(".") + 1] for leaf in row.logical}
         start = starts.pop() if len(starts) == 1 and len(row.logical) > 1 else ""
-        parts.append("of " + ", ".join(leaf.removeprefix(start) if name.startswith(start) else leaf for leaf in row.logical))
+        parts.append(
+            "of " + ", ".join(leaf.removeprefix(start) if name.startswith(start) else leaf for leaf in row.logical)
+        )
     if row.gathered:
         parts.append("transposed or interleaved")
     return "; ".join(parts)
@@ -537,7 +583,10 @@ def _on_device(report: Report, width: int) -> Iterator[str]:
     cache, device = report.cache, report.device
     title = "At run time"
     if device is not None:
-        title += f" on {binary(device.memory)} per device, {binary(device.usable)} of it usable ({capacity.RESERVE_PERCENT} % reserved)"
+        title += (
+            f" on {binary(device.memory)} per device, {binary(device.usable)} of it usable "
+            f"({capacity.RESERVE_PERCENT} % reserved)"
+        )
     if report.context:
         title += f", context {report.context}, batch {report.batch}"
     yield from _wrapped(title + ":", width, "")
@@ -556,7 +605,9 @@ def _on_device(report: Report, width: int) -> Iterator[str]:
         if report.extra_layers:
             yield from _wrapped("multi-token prediction layers cache nothing in ordinary decoding", width)
     elif report.context:
-        yield from _wrapped(f"KV cache not counted: the table of family {report.family} does not say what is cached", width)
+        yield from _wrapped(
+            f"KV cache not counted: the table of family {report.family} does not say what is cached", width
+        )
     else:
         yield from _wrapped("KV cache not counted: give --context", width)
     if device is None:
@@ -634,7 +685,7 @@ def _span(numbers: Iterable[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs(numbers))
 
 
-# --- as JSON ---------------------------------------------------------------------------------------------------------------
+# --- as JSON ----------------------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:

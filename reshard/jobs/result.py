@@ -39,7 +39,11 @@ class Result:
         return {
             "out": str(self.out),
             "already": self.already,
-            **({"decided_by": self.decided_by, "checked": self.checked, "added": list(self.added)} if self.already else {}),
+            **(
+                {"decided_by": self.decided_by, "checked": self.checked, "added": list(self.added)}
+                if self.already
+                else {}
+            ),
             "root": self.root,
             "bytes_read": self.read,
             "bytes_written": self.written,
@@ -53,7 +57,10 @@ class Result:
     def lines(self, src: str, *options: str) -> list[str]:
         """What a person wants to know, the next command last; `options` are what it must say of the source, too."""
         if self.already:
-            how = {"sample": "same source, by a sample; --checksum compares everything", "content": "same source, byte by byte"}
+            how = {
+                "sample": "same source, by a sample; --checksum compares everything",
+                "content": "same source, byte by byte",
+            }
             unchecked = "" if self.checked else "; OUT was not checked"
             why = f"same plan, {how.get(self.decided_by or '', f'same source, by {self.decided_by}')}{unchecked}"
             done = textwrap.wrap(f"{self.out} is up to date ({why})", WIDTH, break_on_hyphens=False)
@@ -62,7 +69,9 @@ class Result:
             rate = decimal(round(self.read / max(self.seconds, 1e-9)))
             done = [f"{self.out}: {decimal(self.written)} written in {self.seconds:.1f} s ({rate}/s)"]
         if self.towers:
-            done += textwrap.wrap(f"kept whole: {', '.join(self.towers)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            done += textwrap.wrap(
+                f"kept whole: {', '.join(self.towers)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
+            )
         done += words(self.left, WIDTH)
         if self.root is not None:
             done.append(f"root digest: {self.root}")
@@ -74,7 +83,10 @@ class Result:
 def usage() -> dict[str, int]:
     """This process' own account of itself: peak memory and bytes moved by system calls."""
     found = {}
-    for path, keys in (("/proc/self/status", {"VmHWM": "peak_memory"}), ("/proc/self/io", {"rchar": "io_read", "wchar": "io_written"})):
+    for path, keys in (
+        ("/proc/self/status", {"VmHWM": "peak_memory"}),
+        ("/proc/self/io", {"rchar": "io_read", "wchar": "io_written"}),
+    ):
         try:
             lines = Path(path).read_text().splitlines()
         except OSError:

@@ -54,7 +54,12 @@ def irreplaceable(out: Path, job: Job) -> str | None:
             broken = True  # what it lists is not to be relied on
     known = job.target.names | {file.name for file in job.source.carried}
     beside = next(
-        (name for name in files if not (name in known or CHECKPOINT.fullmatch(name) or (broken and _SHARDS.fullmatch(name)))), None
+        (
+            name
+            for name in files
+            if not (name in known or CHECKPOINT.fullmatch(name) or (broken and _SHARDS.fullmatch(name)))
+        ),
+        None,
     )
     if broken:
         return beside
@@ -79,7 +84,9 @@ def finished(job: Job, out: Path, options: Options, progress: Progress) -> Finis
             _compare(job, out, options, progress, found.by == "sample")
         return found
     except Other as error:
-        raise ReshardError(f"{out}: is not empty, and {error}", "choose another destination, or --overwrite to replace it") from None
+        raise ReshardError(
+            f"{out}: is not empty, and {error}", "choose another destination, or --overwrite to replace it"
+        ) from None
     except MismatchError as error:
         raise MismatchError(f"{out}: is damaged: {error.message}", "--overwrite writes it again") from None
     except OSError as error:
@@ -108,7 +115,9 @@ def _compare(job: Job, out: Path, options: Options, progress: Progress, sampled:
             return sinks[-1]
 
         if sampled:
-            progress.start("comparing a sample", len({(copy.dst.rank, copy.dst_name) for copy in joined.copies()}), "tensors")
+            progress.start(
+                "comparing a sample", len({(copy.dst.rank, copy.dst_name) for copy in joined.copies()}), "tensors"
+            )
         else:
             progress.start("comparing weights", job.reads)
         advance = until(halt, (lambda _: None) if sampled else progress.advance)
@@ -121,6 +130,10 @@ def _compare(job: Job, out: Path, options: Options, progress: Progress, sampled:
 
 def _sources(job: Job, stored: Key, most: int = 3) -> str:
     """The tensors of the source that a stored tensor is made of, and their files."""
-    made = {copy.src_name: (copy.src.rank, copy.src_name) for copy in job.plan.copies() if (copy.dst.rank, copy.dst_name) == stored}
+    made = {
+        copy.src_name: (copy.src.rank, copy.src_name)
+        for copy in job.plan.copies()
+        if (copy.dst.rank, copy.dst_name) == stored
+    }
     named = [f"{job.source.relative(job.source.locate(key)[0])}: {name}" for name, key in sorted(made.items())]
     return " or ".join(named[:most]) + " …" * (len(named) > most)

@@ -17,16 +17,18 @@ WIDTH = 80  # columns
 RUNGS = ("integrity", "weights", "sha256", "numerics")
 PROVEN = "proven"  # what can be required besides the rungs: all of them, with nothing left out
 
-# What became of a check. Only OK is a pass; agreement with oneself and a comparison that says nothing are no passes, and no failures.
+# What became of a check. Only OK is a pass; agreement with oneself and a comparison that says nothing are no passes,
+# and no failures.
 OK, FAILED, SKIPPED, SELF_CONSISTENT, UNPROVEN = "ok", "failed", "skipped", "self-consistent", "unproven"
 
 
 @dataclass
 class Rung:
-    """One check: what was compared, what was found wrong, and what could not be compared. `skipped`: why nothing was; `words`: what was
-    done, where that is more than counts, and `details`, a line each.
+    """One check: what was compared, what was found wrong, and what could not be compared. `skipped`: why nothing was;
+    `words`: what was done, where that is more than counts, and `details`, a line each.
 
-    `best`: its status where nothing failed: OK, or less where what it was compared with is worth less; `hint`: how to get a better one.
+    `best`: its status where nothing failed: OK, or less where what it was compared with is worth less; `hint`: how to
+    get a better one.
     """
 
     name: str
@@ -63,7 +65,9 @@ class Rung:
         counts = f"{self.tensors} tensors, " * bool(self.tensors) + f"{self.files} files, {decimal(self.bytes)}"
         done = self.skipped or self.words or counts
         done += f", {self.seconds:.1f} s" if self.skipped is None else ""
-        yield from textwrap.wrap(f"{self.name:<10} {verdict:<10} {done}", WIDTH, subsequent_indent=" " * 22, break_on_hyphens=False)
+        yield from textwrap.wrap(
+            f"{self.name:<10} {verdict:<10} {done}", WIDTH, subsequent_indent=" " * 22, break_on_hyphens=False
+        )
         for detail in self.details:
             yield from textwrap.wrap(detail, WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 22)
         yield from (f"  {failure}" for failure in self.failures[:MOST])
@@ -144,7 +148,8 @@ class Report:
             return "FAILED: " + ", ".join(rung.name for rung in self.rungs if rung.failures)
         if self.proven:
             return (
-                f"proven: {len(RUNGS)} of {len(RUNGS)} checks passed: the files are intact, every element equals the original's,"
+                f"proven: {len(RUNGS)} of {len(RUNGS)} checks passed: the files are intact, every element "
+                f"equals the original's,"
                 " merging restores the published files, and the model computes the same"
             )
         said = {
@@ -156,14 +161,20 @@ class Report:
         }
         if any(rung.name == "integrity" and rung.notes for rung in self.rungs):
             said["integrity", OK] = "the files that the manifest lists are intact"
-        done = [said[rung.name, rung.status] for rung in self.rungs if (rung.name, rung.status) in said] or ["nothing is proven"]
+        done = [said[rung.name, rung.status] for rung in self.rungs if (rung.name, rung.status) in said] or [
+            "nothing is proven"
+        ]
         if [rung.name for rung in self.rungs if rung.skipped is None] == ["integrity"] and len(self.rungs) > 1:
             done.append("--against SRC compares every element with the original")
         return f"{self.passed} of {len(RUNGS)} checks passed: {'; '.join(done)}"
 
     def lines(self) -> list[str]:
         """What a person wants to know."""
-        found = [*(line for rung in self.rungs for line in rung.lines()), *words(self.left, WIDTH), *textwrap.wrap(self.verdict, WIDTH)]
+        found = [
+            *(line for rung in self.rungs for line in rung.lines()),
+            *words(self.left, WIDTH),
+            *textwrap.wrap(self.verdict, WIDTH),
+        ]
         if self.unmet:
             found += textwrap.wrap(f"NOT MET: --require {','.join(self.required)}: {', '.join(self.unmet)}", WIDTH)
         return found
@@ -184,10 +195,14 @@ class Report:
 
 
 def required(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """What `--require` says: PROVEN, or names of rungs, separated by commas. Raises ReshardError for what is neither."""
+    """What `--require` says: PROVEN, or names of rungs, separated by commas.
+    Raises ReshardError for what is neither.
+    """
     names = given.split(",") if isinstance(given, str) else given or ()
     names = tuple(dict.fromkeys(name.strip() for name in names))
     for name in names:
         if name not in (*RUNGS, PROVEN):
-            raise ReshardError(f"--require {name or given!r}: no such check", f"checks are {', '.join(RUNGS)}; {PROVEN} is all of them")
+            raise ReshardError(
+                f"--require {name or given!r}: no such check", f"checks are {', '.join(RUNGS)}; {PROVEN} is all of them"
+            )
     return names

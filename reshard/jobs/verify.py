@@ -1,4 +1,5 @@
-"""Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing instead of writing.
+"""Verifying: integrity against the manifest, and bit-exact weights against the original by the same plan, comparing
+instead of writing.
 
 The other checks are elsewhere: sha256 in verify_sha256, numerics in the runtime.
 """
@@ -39,13 +40,15 @@ from .verdict import Report, Rung
 
 FEW = 64 << 10  # bytes: below, importing ctypes takes longer than they do
 
-# --- integrity ---------------------------------------------------------------------------------------------------------------------
+# --- integrity --------------------------------------------------------------------------------------------------------
 
 
 def integrity(out: Path, threads: int, progress: Progress | None = None, strict: bool = False) -> Rung:
-    """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is missing.
+    """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is
+    missing.
 
-    Files that no manifest lists prove nothing: named as unproven, as a failure where an engine might load them, or if `strict`.
+    Files that no manifest lists prove nothing: named as unproven, as a failure where an engine might load them, or if
+    `strict`.
     """
     progress = progress or Silent()
     rung = Rung("integrity")
@@ -126,7 +129,8 @@ def _files_in(out: Path) -> Iterator[str]:
     seen = set()
     for base, folders, files in os.walk(out, followlinks=True):
         real = os.path.realpath(base)
-        folders[:] = [] if real in seen else [name for name in folders if Path(base) != out or name not in NOBODYS]  # links may lead round
+        # links may lead round
+        folders[:] = [] if real in seen else [name for name in folders if Path(base) != out or name not in NOBODYS]
         seen.add(real)
         yield from (str(Path(base, name).relative_to(out)) for name in files)
 
@@ -141,7 +145,9 @@ def _names(names: Sequence[str], most: int = 6) -> str:
 
 
 def _contradictions(out: Path, known: Manifest) -> list[str]:
-    """Where manifest.json or a tensors.json, although its digest is right, says other things than tables, config.json and headers."""
+    """Where manifest.json or a tensors.json, although its digest is right, says other things than tables,
+    config.json and headers.
+    """
     try:
         source = open_source(out)
     except PlaceError:
@@ -154,26 +160,35 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         wanted = described(shard, layout, {name: [b""] for name, _, _ in shard.tensors})
         if _undigested(read_described(out / rank.tensors.name)) != _undigested(wanted):
             found.append(f"{rank.tensors.name}: contradicts the tables and config.json")
-    kept = {manifest.FILES, *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals)}
+    kept = {
+        manifest.FILES,
+        *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals),
+    }
     kept |= {manifest.SUMS} if source.sums else set()
     kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
     kept |= {f"source/formats/{name}.toml" for name in layout.format.texts}
     odd = sorted(kept ^ {file.name for file in known.source})
     found += [f"{manifest.NAME}: {'does not list' if name in kept else 'lists'} {name}" for name in odd]
     engines = (
-        {f"{layout.format.engine['name']} {version}" for version in layout.format.engine["versions"]} if layout.format.engine else {None}
+        {f"{layout.format.engine['name']} {version}" for version in layout.format.engine["versions"]}
+        if layout.format.engine
+        else {None}
     )
     if known.engine not in engines:
         found.append(f"{manifest.NAME}: engine {known.engine!r} is not one that the format supports")
     same = {key: getattr(known, key) for key in ("engine", "origin", "ranks", "carried", "source")}
-    if known != structs.replace(manifest.made(layout, plan=shards.digest, **same), version=known.version, root=known.root):
+    if known != structs.replace(
+        manifest.made(layout, plan=shards.digest, **same), version=known.version, root=known.root
+    ):
         found.append(f"{manifest.NAME}: contradicts the tables and config.json")
     return found
 
 
 def _undigested(said: Described) -> Described:
     """The same without digests, which were checked with the bytes."""
-    return structs.replace(said, tensors=tuple(structs.replace(tensor, digest="", blocks=UNSET) for tensor in said.tensors))
+    return structs.replace(
+        said, tensors=tuple(structs.replace(tensor, digest="", blocks=UNSET) for tensor in said.tensors)
+    )
 
 
 def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], None]) -> str:
@@ -185,7 +200,7 @@ def _digest_small(pool: Pool, path: Path, size: int, advance: Callable[[int], No
     return state.hexdigest()
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 class Comparer:
@@ -207,13 +222,18 @@ class Comparer:
         if key in self.bad or _equal(found, data):
             return
         first = offset + next(at for at, (mine, theirs) in enumerate(zip(found, data, strict=True)) if mine != theirs)
-        self.fail(key, f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}")
+        self.fail(
+            key,
+            f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of "
+            f"{entry.nbytes}",
+        )
 
     def done(self, keys: Iterable[Key]) -> None:
         for key in keys:
             path, entry = self.place.locate(key)
             at = self._seen.pop(key, 0)
-            while self.padded and at < entry.nbytes and key not in self.bad and entry.strides is None:  # zero padding stands at the end
+            # zero padding stands at the end
+            while self.padded and at < entry.nbytes and key not in self.bad and entry.strides is None:
                 found = self._buffer[: min(worker.TILE, entry.nbytes - at)]
                 self.pool.read_into(path, entry.offset + at, found)
                 if bytes(found).count(0) < len(found):
@@ -230,7 +250,9 @@ class Comparer:
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
-    """Two buffers of one length, compared by the C library: without copies, and without the interpreter's lock. A few bytes as they are."""
+    """Two buffers of one length, compared by the C library: without copies, and without the interpreter's lock.
+    A few bytes as they are.
+    """
     if len(a) <= FEW:
         return bytes(a) == bytes(b)
     from ctypes import byref, c_char, c_size_t
@@ -298,7 +320,9 @@ class _Tied(Comparer):
 
 
 def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None, sampled: bool = False) -> Rung:
-    """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit, or in a sample."""
+    """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit,
+    or in a sample.
+    """
     progress = progress or Silent()
     rung, lock = Rung("tied"), threading.Lock()
     once = source.layout.beyond(out.layout)
@@ -309,11 +333,15 @@ def doubles(out: Source, source: Source, threads: int, progress: Progress | None
         joined, progress = sample(joined, out, source), Silent()
     sizes = source.layout.logical_bytes()
     progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
-    _hold_against(joined, out, source, lambda pool: _Tied(source, pool, rung, lock, padded=not sampled), threads, progress)
+    _hold_against(
+        joined, out, source, lambda pool: _Tied(source, pool, rung, lock, padded=not sampled), threads, progress
+    )
     return rung
 
 
-def check_tied(source: Source, out: Layout, threads: int, progress: Progress | None = None, sampled: bool = False) -> None:
+def check_tied(
+    source: Source, out: Layout, threads: int, progress: Progress | None = None, sampled: bool = False
+) -> None:
     """Tensors that `out` stores once where the source has two must be equal: ReshardError otherwise."""
     if not (lost := source.layout.beyond(out)):
         return
@@ -336,7 +364,9 @@ def replicas(out: Source, threads: int, progress: Progress | None = None) -> Run
     progress = progress or Silent()
     rung, lock, layout = Rung("replicas"), threading.Lock(), out.layout
     first = {name: set(map(id, layout.distinct(name))) for name in layout.pieces}
-    again = {name: tuple(piece for piece in held if id(piece) not in first[name]) for name, held in layout.pieces.items()}
+    again = {
+        name: tuple(piece for piece in held if id(piece) not in first[name]) for name, held in layout.pieces.items()
+    }
     again = {name: held for name, held in again.items() if held}
     if not again:
         return rung
@@ -347,7 +377,9 @@ def replicas(out: Source, threads: int, progress: Progress | None = None) -> Run
     return rung
 
 
-def _hold_against(joined: Plan, a: Source, b: Source, sink: Callable[[Pool], Comparer], threads: int, progress: Progress) -> None:
+def _hold_against(
+    joined: Plan, a: Source, b: Source, sink: Callable[[Pool], Comparer], threads: int, progress: Progress
+) -> None:
     """Carry out a plan, with comparing in the place of writing."""
     halt = threading.Event()
     with closing(Pool()) as pool:
@@ -362,7 +394,9 @@ def _same_model(out: Source, source: Source) -> None:
         a, b = mine.get(name), theirs.get(name)
         if a is None or b is None or (a.sizes, a.dtypes, a.layers) != (b.sizes, b.dtypes, b.layers):
             one, other = (f"{t.sizes} {'/'.join(t.dtypes)}" if t else "missing" for t in (a, b))
-            raise MismatchError(f"{name} is {one} in {out.where}, {other} in {source.where}", "these are different models")
+            raise MismatchError(
+                f"{name} is {one} in {out.where}, {other} in {source.where}", "these are different models"
+            )
 
 
 def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
@@ -372,7 +406,9 @@ def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
             (rung.notes if out.keeps_residues else rung.failures).append(f"{name}: is not in the source")
             continue
         (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
-        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(other, there, m):
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(
+            other, there, m
+        ):
             rung.failures.append(f"{out.originals[out.tensors[name][0]].name}: {name} differs from the source")
 
 
@@ -383,7 +419,9 @@ def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
         if (other.size, other.holes) != (original.size, original.holes):
             rung.failures.append(f"{original.name}: differs from the file that the shards were made from")
             continue
-        for (_, length, path, at), (_, _, other_path, other_at) in zip(source.residue(original), out.residue(other), strict=True):
+        for (_, length, path, at), (_, _, other_path, other_at) in zip(
+            source.residue(original), out.residue(other), strict=True
+        ):
             for start in range(0, length, BLOCK):
                 n = min(BLOCK, length - start)
                 if pool.read(path, at + start, n) != pool.read(other_path, other_at + start, n):
@@ -412,8 +450,8 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
 
 @dataclass(frozen=True)
 class Wish:
-    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no digest is known;
-    `strict`: files that no manifest lists are a failure; `required`: what has to pass."""
+    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no
+    digest is known; `strict`: files that no manifest lists are a failure; `required`: what has to pass."""
 
     only: str | None = None
     sha256: bool = False
@@ -423,10 +461,13 @@ class Wish:
     required: tuple[str, ...] = ()
 
 
-def verify(out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()) -> Report:
+def verify(
+    out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()
+) -> Report:
     """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails.
 
-    All of it is of one conversion: where `out` is replaced meanwhile it begins anew, and ends in Replaced if that happens again and again.
+    All of it is of one conversion: where `out` is replaced meanwhile it begins anew, and ends in Replaced if that
+    happens again and again.
     """
     talk = progress or Silent()
 
@@ -439,7 +480,9 @@ def verify(out: Path, source: Source | None = None, threads: int = 2, progress: 
     return reading(out, climb)
 
 
-def _verify(out: Path, source: Source | None, threads: int, progress: Progress, wish: Wish, directory: Directory) -> Report:
+def _verify(
+    out: Path, source: Source | None, threads: int, progress: Progress, wish: Wish, directory: Directory
+) -> Report:
     shards = manifest.present(out)
     if not shards and source is None and wish.published is None:
         manifest.check_lost(out)
@@ -507,7 +550,9 @@ def _verify(out: Path, source: Source | None, threads: int, progress: Progress, 
 
 
 def _left(out: Path | None, source: Source | None) -> tuple[Left, ...]:
-    """What is not in a directory of what lay beside the weights: as its conversion noted it, and as it lies there now."""
+    """What is not in a directory of what lay beside the weights: as its conversion noted it,
+    and as it lies there now.
+    """
     noted: tuple[Left, ...] = ()
     with suppress(MismatchError):  # whatever is wrong with it, integrity says it
         noted = manifest.load_left(out) if out is not None else ()

@@ -44,8 +44,12 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
     along = [file for file in out.carried if file.name in wanted]
     missing = len(out.originals) - len(known)
     if missing:
-        rung.notes.append(f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}")
-    progress.start("hashing what merging would write", sum(file.size for file in known) + sum(file.size for file in along))
+        rung.notes.append(
+            f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}"
+        )
+    progress.start(
+        "hashing what merging would write", sum(file.size for file in known) + sum(file.size for file in along)
+    )
     lock, halt = threading.Lock(), threading.Event()
     with closing(Pool()) as pool:
         streams = Streams(plan(out.layout, restored_files.layout), out, restored_files, pool)
@@ -62,7 +66,9 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
             if state.hexdigest() != digest.value:
                 with lock:
                     kind = "SHA-256" if digest.kind == "sha256" else "git id"
-                    rung.failures.append(f"{name}: merging gives {kind} {state.hexdigest()}, but {digest.value} {digest.by}")
+                    rung.failures.append(
+                        f"{name}: merging gives {kind} {state.hexdigest()}, but {digest.value} {digest.by}"
+                    )
 
         jobs: list[Job] = [(file.name, file.size, streams.windows(file.name)) for file in known]
         jobs += [(file.name, file.size, pool.chunks(file.path, 0, file.size)) for file in along]
@@ -94,7 +100,9 @@ def hashed(source: Source, threads: int, progress: Progress) -> Source:
     if not paths:
         return source
     halt = threading.Event()
-    files = {original.name: (paths[original.name], original.size) for original in source.originals if not original.sha256}
+    files = {
+        original.name: (paths[original.name], original.size) for original in source.originals if not original.sha256
+    }
     files |= {file.name: (file.path, file.size) for file in source.carried}
     found: dict[str, str] = {}
     progress.start("computing SHA-256", sum(size for _, size in files.values()))
@@ -112,5 +120,7 @@ def hashed(source: Source, threads: int, progress: Progress) -> Source:
 
         each(files.items(), digest, threads, halt)
     progress.finish()
-    originals = tuple(original._replace(sha256=found.get(original.name, original.sha256)) for original in source.originals)
+    originals = tuple(
+        original._replace(sha256=found.get(original.name, original.sha256)) for original in source.originals
+    )
     return replace(source, originals=originals, sums={file.name: found[file.name] for file in source.carried})

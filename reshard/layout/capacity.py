@@ -1,17 +1,20 @@
 """What a mesh costs at run time: weights and KV cache per rank, whether they fit a device, and which meshes would.
 
-Pure arithmetic on a model, its config and a layout. Knows nothing about files, and no family by name: a table's `[model]` says
+Pure arithmetic on a model, its config and a layout. Knows nothing about files, and no family by name: a table's
+`[model]` says
 
-    cache          the logical tensors whose output a decoder keeps per token and layer, e.g. ["attn.k", "attn.v"]; every axis but
-                   `layer` and `hidden` counts. Which heads a rank keeps follows from where the layout puts those tensors, so a
-                   repeated KV head is counted on each rank, and a latent cache (["attn.kv_a", "attn.k_rope"]) is whole on all
+    cache          the logical tensors whose output a decoder keeps per token and layer, e.g. ["attn.k", "attn.v"];
+                   every axis but `layer` and `hidden` counts. Which heads a rank keeps follows from where the layout
+                   puts those tensors, so a repeated KV head is counted on each rank, and a latent cache (["attn.kv_a",
+                   "attn.k_rope"]) is whole on all
     window         size expression for the tokens that a windowed layer keeps; missing, null or 0: no layer has a window
     window_if      config key that must be true (`!key`: false), else no layer has a window
     window_layers  which layers have it, by a rule, see `reshard.tables.layer_rules`. Default: all
-    borrowed       the layers that keep nothing and look up what earlier ones keep, by such a rule; stages behind these keep it, too
+    borrowed       the layers that keep nothing and look up what earlier ones keep, by such a rule; stages behind these
+                   keep it, too
 
-A cache element has the dtype of the weights that make it, at least 16 bits: checkpoints in FP8 are served with a 16-bit cache.
-Layers beyond the main ones (multi-token prediction) keep nothing in ordinary decoding and are not counted.
+A cache element has the dtype of the weights that make it, at least 16 bits: checkpoints in FP8 are served with a 16-bit
+cache. Layers beyond the main ones (multi-token prediction) keep nothing in ordinary decoding and are not counted.
 """
 
 import math
@@ -32,7 +35,7 @@ RESERVE_PERCENT = 10  # of the device memory: activations, communication buffers
 WIDEST_TP = 64  # what `smallest` tries before it adds pipeline stages
 TRIED_TP = 128  # `sizes_that_work` looks at least this far
 
-# --- bytes -----------------------------------------------------------------------------------------------------------------
+# --- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def slot_bytes(layout: Layout, slot: Slot) -> int:
@@ -69,12 +72,14 @@ def weight_bytes(layout: Layout) -> tuple[int, ...]:
     return tuple(sum(slot_bytes(layout, slot) for slot in slots) for slots in layout.by_rank)
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------------
+# --- cache ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """What decoding keeps: bytes per rank for `batch` sequences of `context` tokens. `windowed`: layers that keep `window` tokens."""
+    """What decoding keeps: bytes per rank for `batch` sequences of `context` tokens. `windowed`: layers that keep
+    `window` tokens.
+    """
 
     context: int
     batch: int
@@ -141,20 +146,27 @@ def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | N
 
 
 def _holds_values(name: str, layer: int, model: Model) -> bool:
-    """Whether a layer that keeps what a tensor gives has no values beside these keys: the same, normalised otherwise, are its values."""
+    """Whether a layer that keeps what a tensor gives has no values beside these keys: the same, normalised otherwise,
+    are its values.
+    """
     return name.partition("@")[0] == "attn.k" and model.form("attn.v", layer) is None
 
 
 def _keeping(layer: int, rank: int, layout: Layout, borrowed: Mapping[int, int]) -> Iterator[int]:
     """The rank that has a layer, and in other stages with layers that borrow from it those that have the same heads."""
-    beside, borrowers = layout.mesh.world // layout.mesh.pp, [other for other, lender in borrowed.items() if lender == layer]
+    beside, borrowers = (
+        layout.mesh.world // layout.mesh.pp,
+        [other for other, lender in borrowed.items() if lender == layer],
+    )
     for stage, (start, end) in enumerate(layout.stages):
         if stage == rank // beside or any(start <= other < end for other in borrowers):
             yield rank + (stage - rank // beside) * beside
 
 
 def lenders(model: Model, config: Config) -> dict[int, int]:
-    """For each layer that borrows keys and values the last one before it of its kind, with a window or without, that has its own."""
+    """For each layer that borrows keys and values the last one before it of its kind, with a window or without,
+    that has its own.
+    """
     if "borrowed" not in model.family.model:
         return {}
     borrowing, windowed = layers_of_rule("borrowed", model, config), set(window(model, config)[1])
@@ -162,9 +174,13 @@ def lenders(model: Model, config: Config) -> dict[int, int]:
     for layer in borrowing:
         own = [other for other in range(layer) if other not in borrowing and (other in windowed) == (layer in windowed)]
         if model.form("attn.k", layer) is not None:
-            raise ReshardError(f"[model] borrowed: layer {layer} would borrow keys and values, and the checkpoint has its own")
+            raise ReshardError(
+                f"[model] borrowed: layer {layer} would borrow keys and values, and the checkpoint has its own"
+            )
         if not own:
-            raise ReshardError(f"config.json: layer {layer} borrows keys and values, and no layer of its kind before it has its own")
+            raise ReshardError(
+                f"config.json: layer {layer} borrows keys and values, and no layer of its kind before it has its own"
+            )
         found[layer] = own[-1]
     return found
 
@@ -173,7 +189,7 @@ def _cache_dtype(dtype: str) -> str:
     return dtype if wide(dtype) else "BF16"
 
 
-# --- fitting ---------------------------------------------------------------------------------------------------------------
+# --- fitting ----------------------------------------------------------------------------------------------------------
 
 
 def usable(device_memory: int) -> int:
@@ -204,10 +220,11 @@ def smallest(
     ep: int = 1,
     pp: int | None = None,
 ) -> Mesh | None:
-    """The smallest mesh that fits: tensor parallel alone up to 64 ranks, and only where none of these does, pipeline stages too.
+    """The smallest mesh that fits: tensor parallel alone up to 64 ranks, and only where none of these does, pipeline
+    stages too.
 
-    Then the fewest ranks win, and among these the mesh with more tensor parallel ones. `pp` fixes the number of stages. None where
-    nothing fits.
+    Then the fewest ranks win, and among these the mesh with more tensor parallel ones. `pp` fixes the number of stages.
+    None where nothing fits.
     """
     room = usable(device_memory)
 
@@ -232,7 +249,8 @@ def smallest(
         last = worst(tp, model.main_layers)  # one layer per stage: where this does not fit, no number of stages does
         if last is None or last > room:
             continue
-        fewest = max(2, -(-(alone[tp] or 0) // room))  # the stages of a rank add up to no less than the rank without stages
+        # the stages of a rank add up to no less than the rank without stages
+        fewest = max(2, -(-(alone[tp] or 0) // room))
         for stages in range(fewest, model.main_layers + 1):
             if found is not None and tp * stages >= found.world:
                 break
@@ -246,7 +264,8 @@ def smallest(
 class _Firsts(Mesh):
     """A mesh of which only the first rank of each stage is looked at.
 
-    Equal ranks of a stage are accepted or refused alike and hold equally much; where a table allows a remainder, the first has it.
+    Equal ranks of a stage are accepted or refused alike and hold equally much; where a table allows a remainder, the
+    first has it.
     """
 
     __slots__ = ()
@@ -262,11 +281,13 @@ class _Firsts(Mesh):
         return Mesh.coordinate(self, axis, rank * self.tp)
 
 
-# --- sizes that work -------------------------------------------------------------------------------------------------------
+# --- sizes that work --------------------------------------------------------------------------------------------------
 
 
 def sizes_that_work(table: Format, model: Model, mesh: Mesh) -> tuple[int, ...]:
-    """The TP sizes for which a format lays a model out, with this mesh's EP and PP and equal ranks; empty where PP itself is refused."""
+    """The TP sizes for which a format lays a model out, with this mesh's EP and PP and equal ranks;
+    empty where PP itself is refused.
+    """
     table = table.refined(model.family.axes)
     if mesh.pp > 1 and not _works(table, model, Mesh(pp=mesh.pp, layers=mesh.layers)):
         return ()
@@ -276,9 +297,11 @@ def sizes_that_work(table: Format, model: Model, mesh: Mesh) -> tuple[int, ...]:
 
 
 def split_that_works(table: Format, model: Model, mesh: Mesh) -> tuple[int, ...] | None:
-    """The `--split` weights with which this TP works although it does not divide; 8 KV heads on TP 3: (3, 3, 2). None where none do.
+    """The `--split` weights with which this TP works although it does not divide; 8 KV heads on TP 3: (3, 3, 2). None
+    where none do.
 
-    The weights are whole units of the first axis that the format cuts and that has one for each rank: KV groups, then heads, …
+    The weights are whole units of the first axis that the format cuts and that has one for each rank: KV groups, then
+    heads, …
     """
     table = table.refined(model.family.axes)
     units, held = model.units, {axis for tensor in model.tensors.values() for axis in tensor.axes}
@@ -303,7 +326,9 @@ def _works(table: Format, model: Model, mesh: Mesh) -> bool:
 
 
 def explain_refusal(error: ReshardError, table: Format, model: Model, mesh: Mesh) -> ReshardError:
-    """The same refusal of a mesh, its hint naming the sizes that would work; unchanged where the sizes are not what is wrong."""
+    """The same refusal of a mesh, its hint naming the sizes that would work; unchanged where the sizes are not what is
+    wrong.
+    """
     hint = "; or ".join(_remedies(table.refined(model.family.axes), model, mesh))
     if not hint:
         return error
@@ -325,7 +350,9 @@ def _remedies(table: Format, model: Model, mesh: Mesh) -> Iterator[str]:
     if sizes:
         yield f"TP sizes that work{beside}: {listed(sizes)}"
     elif mesh.ep > 1:
-        others = [ep for ep in range(1, mesh.tp + 1) if mesh.tp % ep == 0 and _works(table, model, _Firsts(tp=mesh.tp, ep=ep))]
+        others = [
+            ep for ep in range(1, mesh.tp + 1) if mesh.tp % ep == 0 and _works(table, model, _Firsts(tp=mesh.tp, ep=ep))
+        ]
         if others:
             yield f"EP sizes that work with TP {mesh.tp}: {listed(others)}"
         elif plain := sizes_that_work(table, model, Mesh(tp=mesh.tp, pp=mesh.pp)):

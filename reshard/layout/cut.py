@@ -1,7 +1,7 @@
 """Layouts: where each box of each logical tensor lies in stored files.
 
-A Hugging Face directory is a layout on one rank; a shard directory is one on many. Everything here is arithmetic on names, axes
-and sizes in elements: no file is known, let alone opened.
+A Hugging Face directory is a layout on one rank; a shard directory is one on many. Everything here is arithmetic on
+names, axes and sizes in elements: no file is known, let alone opened.
 
     Slot    one row on one rank: the stored tensors `layers.0.attn.qkv`, `layers.1.attn.qkv`, … of one shape
     Piece   one leaf of a slot: this box of that logical tensor, with the strides that it has there
@@ -28,7 +28,9 @@ Point = dict[str, int]  # enumerated axis → index
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """The stored tensors of one row on one rank. `box`: the range of each enumerated axis; `layers`: those that exist."""
+    """The stored tensors of one row on one rank. `box`: the range of each enumerated axis; `layers`:
+    those that exist.
+    """
 
     row: int
     rank: int
@@ -43,7 +45,9 @@ class Slot:
         ranges: list[Sequence[int]] = []
         for axis in axes:
             low, high = self.box[axis]
-            ranges.append([layer for layer in self.layers or () if low <= layer < high] if axis == "layer" else range(low, high))
+            ranges.append(
+                [layer for layer in self.layers or () if low <= layer < high] if axis == "layer" else range(low, high)
+            )
         for numbers in product(*ranges):
             yield dict(zip(axes, numbers, strict=True))
 
@@ -82,7 +86,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of a checkpoint, without data. `repeats`: how often an axis is repeated; both empty for a published one."""
+    """The shape of a checkpoint, without data. `repeats`: how often an axis is repeated;
+    both empty for a published one.
+    """
 
     format: Format
     model: Model
@@ -93,7 +99,8 @@ class Layout:
     padding: dict[str, tuple[int, int]] = field(default_factory=dict)  # axis → (size, stored size)
     pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     stages: tuple[Range, ...] = ((0, 0),)
-    tied: dict[str, str] = field(default_factory=dict)  # beyond the model's: stored twice in the original with equal bytes, once here
+    # beyond the model's: stored twice in the original with equal bytes, once here
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def alias(self) -> dict[str, str]:
@@ -115,12 +122,16 @@ class Layout:
         return self.pieces.get(other, ())
 
     def beyond(self, other: "Layout") -> dict[str, tuple[Piece, ...]]:
-        """What this layout stores beside the tensor that it is tied to, and `other` only once, under the other's name."""
+        """What this layout stores beside the tensor that it is tied to, and `other` only once,
+        under the other's name.
+        """
         pairs = [pair for pair in other.alias.items() if self.pieces.keys() >= set(pair)]
         return {name: self.pieces[name] for pair in pairs for name in pair if name not in other.pieces}
 
     def distinct(self, tensor: str) -> tuple[Piece, ...]:
-        """One piece for every distinct box, the one on the lowest rank: replicas left out. Proves that they cover the tensor."""
+        """One piece for every distinct box, the one on the lowest rank: replicas left out. Proves that they cover the
+        tensor.
+        """
         return _distinct(self.holding(tensor), self.model.tensors[tensor])
 
     def logical_bytes(self) -> dict[str, int]:
@@ -129,7 +140,9 @@ class Layout:
         for name, tensor in self.model.tensors.items():
             if name not in alias:
                 bits = [BITS[dtype] for dtype in tensor.dtypes]
-                found[name] = tensor.elements * bits[0] // 8 if len(bits) == 1 else tensor.elements // len(bits) * sum(bits) // 8
+                found[name] = (
+                    tensor.elements * bits[0] // 8 if len(bits) == 1 else tensor.elements // len(bits) * sum(bits) // 8
+                )
         return found
 
     def dtype(self, slot: Slot, point: Mapping[str, int]) -> str:
@@ -146,19 +159,23 @@ def _distinct(pieces: Sequence[Piece], tensor: Tensor) -> tuple[Piece, ...]:
     found = tuple(boxes.values())
     if sum(_held(piece) for piece in found) != tensor.elements:
         held = sum(_held(piece) for piece in found)
-        raise ReshardError(f"{tensor.name}: the layout holds {held} of {tensor.elements} elements, each must be there once")
+        raise ReshardError(
+            f"{tensor.name}: the layout holds {held} of {tensor.elements} elements, each must be there once"
+        )
     return found
 
 
 def _held(piece: Piece) -> int:
     """Elements of a piece, only the slot's own layers counted."""
     return math.prod(
-        sum(low <= layer < high for layer in piece.slot.layers or ()) if axis == "layer" and piece.slot.layers is not None else high - low
+        sum(low <= layer < high for layer in piece.slot.layers or ())
+        if axis == "layer" and piece.slot.layers is not None
+        else high - low
         for axis, (low, high) in zip(piece.tensor.axes, piece.box, strict=True)
     )
 
 
-# --- laying out ------------------------------------------------------------------------------------------------------------
+# --- laying out -------------------------------------------------------------------------------------------------------
 
 
 def lay_out(
@@ -226,7 +243,9 @@ def _with_towers(table: Format, model: Model) -> Format:
 def _in_stage(row: Row, stage: int, stages: int) -> bool:
     if "layer" in row.name.axes or any("layer" in path for path in row.pattern.axes):
         return True
-    return row.stage == "every" or (row.stage == "first" and stage == 0) or (row.stage == "last" and stage == stages - 1)
+    return (
+        row.stage == "every" or (row.stage == "first" and stage == 0) or (row.stage == "last" and stage == stages - 1)
+    )
 
 
 def _choose(
@@ -248,7 +267,10 @@ def _choose(
         chosen.append((at, row, tuple(sorted(here)) if "layer" in row.name.axes else None))
     for name, layers in left.items():
         if layers:
-            problems.add(f"no row for the logical tensor {name}", f"{name} {' '.join(model.tensors[name].axes)}{_named(layers - {-1})}")
+            problems.add(
+                f"no row for the logical tensor {name}",
+                f"{name} {' '.join(model.tensors[name].axes)}{_named(layers - {-1})}",
+            )
     return chosen
 
 
@@ -265,7 +287,9 @@ def _fitting(row: Row, model: Model) -> Pattern:
     """Of alternative patterns the first that has the axes of the tensors, or else the first."""
     wanted = [sorted(model.tensors[leaf].axes) for leaf in row.leaves]
     patterns = (row.pattern, *row.layouts)
-    return next((one for one in patterns if [sorted((*row.name.axes, *path)) for path in one.axes] == wanted), row.pattern)
+    return next(
+        (one for one in patterns if [sorted((*row.name.axes, *path)) for path in one.axes] == wanted), row.pattern
+    )
 
 
 def _tied_rows(table: Format, alias: Mapping[str, str]) -> dict[int, int]:
@@ -290,7 +314,9 @@ def _constants(table: Format, slots: Sequence[Slot]) -> tuple[Slot, ...]:
 
 
 class _Cutter:
-    """Cuts the axes of logical tensors as a format says; collects what does not divide, what is repeated and what is padded."""
+    """Cuts the axes of logical tensors as a format says; collects what does not divide, what is repeated and what is
+    padded.
+    """
 
     def __init__(self, table: Format, model: Model, mesh: Mesh, problems: Problems) -> None:
         self.table, self.model, self.mesh, self.problems = table, model, mesh, problems
@@ -316,7 +342,8 @@ class _Cutter:
         if given is None and main % pp and "layer" not in self.table.uneven:
             counts = ",".join(str(high - low) for low, high in shares(main, (1,) * pp))
             self.problems.add(
-                f'{main} layers do not divide among {pp} stages, and format "{self.table.name}" wants --pp-layers then, e.g. {counts}'
+                f'{main} layers do not divide among {pp} stages, and format "{self.table.name}" wants '
+                f"--pp-layers then, e.g. {counts}"
             )
             return ((0, main),) * pp
         stages = list(shares(main, given or (1,) * pp))
@@ -329,7 +356,10 @@ class _Cutter:
         for tensor, path in zip(tensors, row.pattern.axes, strict=True):
             axes = (*row.name.axes, *path)
             if sorted(axes) != sorted(tensor.axes):
-                words = f"{row.name.text}: stores {tensor.name} by ({', '.join(axes)}), the family table says ({', '.join(tensor.axes)})"
+                words = (
+                    f"{row.name.text}: stores {tensor.name} by ({', '.join(axes)}), the family table says "
+                    f"({', '.join(tensor.axes)})"
+                )
                 self.problems.add(words)
                 return None
         try:
@@ -345,13 +375,19 @@ class _Cutter:
             return None
         if any(tensor.dtypes != tensors[0].dtypes for tensor in tensors):
             kinds = ", ".join(f"{tensor.name} {'/'.join(sorted(set(tensor.dtypes)))}" for tensor in tensors)
-            self.problems.add(f"{row.name.text} cannot hold tensors of different dtypes, cast them to one before: {kinds}")
+            self.problems.add(
+                f"{row.name.text} cannot hold tensors of different dtypes, cast them to one before: {kinds}"
+            )
         pieces = []
         for tensor, box, span in zip(tensors, boxes, spans, strict=True):
             if row.zero and self.mesh.coordinate("tp", rank).index:
                 continue
-            logical = tuple((min(low, size), min(high, size)) for (low, high), size in zip(box, tensor.sizes, strict=True))
-            pieces.append(Piece(tensor, slot, logical, span.offset, tuple(span.strides.get(axis) for axis in tensor.axes)))
+            logical = tuple(
+                (min(low, size), min(high, size)) for (low, high), size in zip(box, tensor.sizes, strict=True)
+            )
+            pieces.append(
+                Piece(tensor, slot, logical, span.offset, tuple(span.strides.get(axis) for axis in tensor.axes))
+            )
         return slot, pieces
 
     def box(self, tensor: Tensor, row: Row, rank: int) -> tuple[Range, ...]:
@@ -370,7 +406,9 @@ class _Cutter:
                 if name in self.mesh_axis and not row.whole and set(atoms) <= set(axes):
                     at = self._coordinate(self.mesh_axis[name], family, rank)
                     sizes = [self.model.sizes[atom] for atom in atoms]
-                    ranges.update(zip(atoms, cut_compound(atoms, sizes, at, self._rule(atoms[0], compound=True)), strict=True))
+                    ranges.update(
+                        zip(atoms, cut_compound(atoms, sizes, at, self._rule(atoms[0], compound=True)), strict=True)
+                    )
         for axis in axes:
             if axis in ranges:
                 continue
@@ -410,8 +448,12 @@ class _Cutter:
         if padded > size and not (rule.replicate and size < at.count):
             self.padding[axis] = (size, padded)
 
-    def _blocks(self, axis: str, block: tuple[tuple[str, ...], int], family: Sequence[str], row: Row, rank: int) -> Range:
-        """A cut of block-quantised weights must fall on block borders; it is contiguous, because whole outer axes are cut first."""
+    def _blocks(
+        self, axis: str, block: tuple[tuple[str, ...], int], family: Sequence[str], row: Row, rank: int
+    ) -> Range:
+        """A cut of block-quantised weights must fall on block borders; it is contiguous, because whole outer axes are
+        cut first.
+        """
         base, unit = block
         ranges = self._ranges(base, (*family, *base), row, rank)
         low, extent, total = 0, 1, 1
@@ -430,4 +472,7 @@ class _Cutter:
         """A mesh axis that cuts nothing is refused."""
         for mesh_axis in ("tp", "pp", "ep"):
             if getattr(self.mesh, mesh_axis) > 1 and mesh_axis not in self.used and not self.problems:
-                self.problems.add(f'--{mesh_axis} {getattr(self.mesh, mesh_axis)} cuts nothing of this model in format "{self.table.name}"')
+                self.problems.add(
+                    f"--{mesh_axis} {getattr(self.mesh, mesh_axis)} cuts nothing of this model in format "
+                    f'"{self.table.name}"'
+                )

@@ -2,8 +2,8 @@
 
     plan(hf, tp8)  splits        plan(tp8, hf)  merges        plan(tp8, tp4_pp2)  reshapes
 
-The inverse is the arguments swapped. Joins are templates: one per pair of pieces, not per tensor. Copies are yielded job by job,
-so that a million of them cost nothing until they are made.
+The inverse is the arguments swapped. Joins are templates: one per pair of pieces, not per tensor. Copies are yielded
+job by job, so that a million of them cost nothing until they are made.
 """
 
 import math
@@ -22,7 +22,9 @@ Dim = tuple[int, int, int]  # extent, source stride, destination stride
 
 
 class Copy(NamedTuple):
-    """One strided copy between two stored tensors; offsets and strides in elements, outermost destination dimension first."""
+    """One strided copy between two stored tensors; offsets and strides in elements, outermost destination dimension
+    first.
+    """
 
     src: Slot
     src_name: str
@@ -39,7 +41,9 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """The intersection of two pieces: a box of one logical tensor. Enumerated axes are iterated, the others are copied."""
+    """The intersection of two pieces: a box of one logical tensor. Enumerated axes are iterated,
+    the others are copied.
+    """
 
     src: Piece
     dst: Piece
@@ -72,7 +76,9 @@ class Join:
             return
         src, dst = self.src.slot, self.dst.slot
         names = [axis for axis, _, _, _ in loops]
-        ranges = [indices if axis not in at else (at[axis],) if at[axis] in indices else () for axis, indices, _, _ in loops]
+        ranges = [
+            indices if axis not in at else (at[axis],) if at[axis] in indices else () for axis, indices, _, _ in loops
+        ]
         for numbers in product(*ranges):
             point = dict(zip(names, numbers, strict=True))
             src_offset, dst_offset = src_start, dst_start
@@ -83,7 +89,9 @@ class Join:
 
     @cached_property
     def _template(self) -> tuple[int, int, tuple[Dim, ...] | None, list[tuple[str, Sequence[int], int, int]]]:
-        """What all copies share: offsets at index 0, dimensions (None if empty), and per enumerated axis its indices and steps."""
+        """What all copies share: offsets at index 0, dimensions (None if empty), and per enumerated axis its indices
+        and steps.
+        """
         src_start, dst_start = self.src.offset, self.dst.offset
         dims: list[Dim] = []
         loops: list[tuple[str, Sequence[int], int, int]] = []
@@ -92,7 +100,9 @@ class Join:
             src_start -= self.src.box[n][0] * (src or 0)
             dst_start -= self.dst.box[n][0] * (dst or 0)
             if src is None or dst is None:
-                loops.append((axis, self._layers(low, high) if axis == "layer" else range(low, high), src or 0, dst or 0))
+                loops.append(
+                    (axis, self._layers(low, high) if axis == "layer" else range(low, high), src or 0, dst or 0)
+                )
                 continue
             if high == low:
                 return 0, 0, None, []
@@ -120,7 +130,9 @@ def collapse(dims: Iterable[Dim]) -> tuple[Dim, ...]:
 
 @dataclass(frozen=True)
 class Component:
-    """Rows that are tied together by copies, e.g. q, k, v on one side and qkv on the other; `axes` both sides enumerate."""
+    """Rows that are tied together by copies, e.g. q, k, v on one side and qkv on the other;
+    `axes` both sides enumerate.
+    """
 
     joins: tuple[Join, ...]
     axes: tuple[str, ...]
@@ -133,7 +145,9 @@ class Component:
             per_axis = []
             for axis in self.axes:
                 low, high = join.box[tensor.axes.index(axis)]
-                per_axis.append([(axis, at) for at in (join._layers(low, high) if axis == "layer" else range(low, high))])
+                per_axis.append(
+                    [(axis, at) for at in (join._layers(low, high) if axis == "layer" else range(low, high))]
+                )
             ranges.update(dict.fromkeys(product(*per_axis)))
         return [dict(point) for point in sorted(ranges)]
 
@@ -158,7 +172,8 @@ class Plan:
 
 
 def plan(src: Layout, dst: Layout, ranks: Iterable[int] | None = None) -> Plan:
-    """Join two layouts of one model; `ranks` restricts the destination. Raises ReshardError if any element has no source.
+    """Join two layouts of one model; `ranks` restricts the destination. Raises ReshardError if any element has no
+    source.
 
     Replicas in the source are read once, from the lowest rank that holds them.
     """
@@ -176,7 +191,9 @@ def plan(src: Layout, dst: Layout, ranks: Iterable[int] | None = None) -> Plan:
             found = [Join(source, piece, box) for source in sources if (box := _intersect(source, piece)) is not None]
             covered = sum(_elements(join) for join in found)
             if covered != _elements(Join(piece, piece, piece.box)):
-                raise ReshardError(f"{name}: {covered} of {piece.elements} elements on rank {piece.slot.rank} have a source")
+                raise ReshardError(
+                    f"{name}: {covered} of {piece.elements} elements on rank {piece.slot.rank} have a source"
+                )
             joins += found
     return Plan(src, dst, _components(joins))
 

@@ -26,7 +26,9 @@ class Coordinate:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """How many ranks, and along which axes; `weights` makes tensor-parallel ranks unequal, `layers` fixes the stages."""
+    """How many ranks, and along which axes; `weights` makes tensor-parallel ranks unequal,
+    `layers` fixes the stages.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -42,18 +44,23 @@ class Mesh:
             raise ReshardError(f"--tp {self.tp} × --pp {self.pp} makes {self.world} ranks, at most 65536 are supported")
         if self.tp % self.ep:
             raise ReshardError(
-                f"--ep {self.ep} does not divide --tp {self.tp}", "expert parallel ranks are tensor parallel ranks: --ep must divide --tp"
+                f"--ep {self.ep} does not divide --tp {self.tp}",
+                "expert parallel ranks are tensor parallel ranks: --ep must divide --tp",
             )
         for name, numbers in (("split", self.weights), ("pp-layers", self.layers)):
             if not all(type(n) is int for n in numbers or ()):
                 raise ReshardError(f"--{name} {numbers}: whole numbers are needed", "for example 3:3:2 or 10,11,11")
         if self.weights is not None and (len(self.weights) != self.tp or min(self.weights) < 1):
             split = ":".join(map(str, self.weights))
-            raise ReshardError(f"--split {split} names {len(self.weights)} ranks, --tp is {self.tp}", "give one positive weight per rank")
+            raise ReshardError(
+                f"--split {split} names {len(self.weights)} ranks, --tp is {self.tp}",
+                "give one positive weight per rank",
+            )
         if self.layers is not None and (len(self.layers) != self.pp or min(self.layers) < 1):
             stages = ",".join(map(str, self.layers))
             raise ReshardError(
-                f"--pp-layers {stages} names {len(self.layers)} stages, --pp is {self.pp}", "give one positive number of layers per stage"
+                f"--pp-layers {stages} names {len(self.layers)} stages, --pp is {self.pp}",
+                "give one positive number of layers per stage",
             )
 
     @property
@@ -102,7 +109,9 @@ def shares(size: int, weights: tuple[int, ...], unit: int = 1) -> tuple[Range, .
 
 
 class Rule(NamedTuple):
-    """What a table allows for one axis: repetition, zero padding to a multiple, an uneven remainder; `unit` binds weights."""
+    """What a table allows for one axis: repetition, zero padding to a multiple, an uneven remainder;
+    `unit` binds weights.
+    """
 
     replicate: bool = False
     pad: int = 1

@@ -1,5 +1,6 @@
-"""How one checkpoint spells what its family table says: which of several names, which prefix, where extra layers are counted from, and
-what other towers stand beside the language model. Out comes the same table with nothing left open. Knows nothing of sizes or files.
+"""How one checkpoint spells what its family table says: which of several names, which prefix, where extra layers are
+counted from, and what other towers stand beside the language model. Out comes the same table with nothing left open.
+Knows nothing of sizes or files.
 """
 
 from collections import defaultdict
@@ -24,15 +25,19 @@ class Shaped(Protocol):
 def settle(table: Family, stored: Mapping[str, Shaped], sizes: Mapping[str, int]) -> Family:
     """The table as this checkpoint spells it. `sizes`: what config.json says of axes.
 
-    Of alternative names, and of prefixes, the first that occurs counts, and the first where none does; of alternative patterns the only one
-    that the shapes fit, and the first where none or several do. Numbers of `{layer:extra}` count from the main layers on, which are as many
-    as `sizes` says, or as there are; a number that counts a compound is divided by the sizes of its parts. Every tensor below a tower's
-    name that no row claims gets a row of its own.
+    Of alternative names, and of prefixes, the first that occurs counts, and the first where none does; of alternative
+    patterns the only one that the shapes fit, and the first where none or several do. Numbers of `{layer:extra}` count
+    from the main layers on, which are as many as `sizes` says, or as there are; a number that counts a compound is
+    divided by the sizes of its parts. Every tensor below a tower's name that no row claims gets a row of its own.
     """
     open_names = table.prefixes or any(row.others for row in table.rows)
     kinds = {kind for name in stored for kind in (name, fold(name)[0])} if open_names else set()
     prefix = next(
-        (p for p in table.prefixes if any(p + row.name.folded[1:] in kinds for row in table.rows if row.name.text[0] == "~")),
+        (
+            p
+            for p in table.prefixes
+            if any(p + row.name.folded[1:] in kinds for row in table.rows if row.name.text[0] == "~")
+        ),
         table.prefixes[0] if table.prefixes else "",
     )
     rows = [_spelled(row, kinds, prefix) for row in table.rows]
@@ -42,10 +47,17 @@ def settle(table: Family, stored: Mapping[str, Shaped], sizes: Mapping[str, int]
     if any(row.name.extra for row in rows):
         counted = sizes["layer"] if "layer" in sizes else _layers(rows, stored)
         rows = [row._replace(name=row.name._replace(base=counted)) if row.name.extra else row for row in rows]
-    rows = [row._replace(name=row.name._replace(sizes=_sizes(row.name, sizes))) if row.name.compounds else row for row in rows]
+    rows = [
+        row._replace(name=row.name._replace(sizes=_sizes(row.name, sizes))) if row.name.compounds else row
+        for row in rows
+    ]
     aside = tuple(_prefixed(template, prefix) for template in table.aside)
     settled = replace(table, rows=tuple(rows), aside=aside, prefixes=())
-    return replace(settled, rows=(*rows, *tower_rows(table.towers, stored, settled.claimed()))) if table.towers else settled
+    return (
+        replace(settled, rows=(*rows, *tower_rows(table.towers, stored, settled.claimed())))
+        if table.towers
+        else settled
+    )
 
 
 def _spelled(row: Row, kinds: Collection[str], prefix: str) -> Row:
@@ -74,7 +86,9 @@ def _prefixed(template: Template, prefix: str) -> Template:
 
 
 def _sizes(name: Template, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Of the axes in a name, one for each: what is not said of the parts of a compound follows from the compound. () if nothing does."""
+    """Of the axes in a name, one for each: what is not said of the parts of a compound follows from the compound.
+    () if nothing does.
+    """
     known = dict(sizes)
     for whole, parts in name.compounds:
         unknown = [part for part in parts[1:] if part not in known]
@@ -89,7 +103,11 @@ def _sizes(name: Template, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:
     """As many as the highest number of a layer that is not extra."""
     names = {row.name.folded: row.name for row in rows if "layer" in row.name.axes and not row.name.extra}
-    found = [(names[kind], numbers) for kind, holes in map(fold, stored) if kind in names and (numbers := names[kind].numbers(holes))]
+    found = [
+        (names[kind], numbers)
+        for kind, holes in map(fold, stored)
+        if kind in names and (numbers := names[kind].numbers(holes))
+    ]
     return max((numbers[name.axes.index("layer")] for name, numbers in found), default=-1) + 1
 
 
@@ -123,5 +141,9 @@ def _tower_row(name: str, counts: tuple[int, ...], shape: tuple[int, ...]) -> Ro
     axes = [f"{chr(ord('a') + at)}{size}" for at, size in enumerate((*counts, *shape))]
     over, own = tuple(axes[: len(counts)]), tuple(axes[len(counts) :])
     form = name.replace("{}", "{{{}}}").format(*over) if over else name
-    row = Row(Template(form, over, frozenset(), form), Pattern(tuple((axis,) for axis in own), (own,)), (name.replace("{}", "*"),))
+    row = Row(
+        Template(form, over, frozenset(), form),
+        Pattern(tuple((axis,) for axis in own), (own,)),
+        (name.replace("{}", "*"),),
+    )
     return row._replace(stage="first", whole=True)

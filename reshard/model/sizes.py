@@ -1,4 +1,5 @@
-"""Sizes of axes: every dimension of every stored tensor is an equation. The unknown ones are solved, then all are checked.
+"""Sizes of axes: every dimension of every stored tensor is an equation. The unknown ones are solved, then all are
+checked.
 
 Knows nothing about what the axes mean.
 """
@@ -23,7 +24,9 @@ class Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def solve(table: Family, stored: Mapping[str, Shaped], sizes: dict[str, int], points: Mapping[int, Points], problems: Problems) -> None:
+def solve(
+    table: Family, stored: Mapping[str, Shaped], sizes: dict[str, int], points: Mapping[int, Points], problems: Problems
+) -> None:
     """Sizes of all axes: from config, the rest from the shapes; then every equation is checked."""
     equations: list[tuple[Any, int, str]] = []  # (dimension of a pattern, its stored size, what it is)
     for at, names in points.items():
@@ -37,7 +40,9 @@ def solve(table: Family, stored: Mapping[str, Shaped], sizes: dict[str, int], po
                 problems.add(f"{dotted(row)}: shape {list(shape)} here, {list(usual)} elsewhere", examples[0])
         if len(usual) != len(row.pattern.dims):
             if shapes:
-                problems.add(f"{dotted(row)}: {len(usual)} dimensions {list(usual)}, the table says {len(row.pattern.dims)}")
+                problems.add(
+                    f"{dotted(row)}: {len(usual)} dimensions {list(usual)}, the table says {len(row.pattern.dims)}"
+                )
             continue
         equations += [
             (dim, size, f"{dotted(row)}: dimension {d} is {size}, {_words(dim)}")
@@ -88,7 +93,9 @@ def _paths(nodes: Sequence[Any]) -> list[tuple[str, ...]]:
     return paths
 
 
-def _compounded(path: tuple[str, ...], compounds: Mapping[str, tuple[str, ...]], known: Mapping[str, int]) -> tuple[str, ...]:
+def _compounded(
+    path: tuple[str, ...], compounds: Mapping[str, tuple[str, ...]], known: Mapping[str, int]
+) -> tuple[str, ...]:
     """Atoms among others replaced by their compound where only the compound's size is known: kv × group is heads."""
     for name, atoms in compounds.items():
         if name in known and set(atoms) < set(path) and not set(atoms) <= known.keys():
@@ -117,7 +124,8 @@ def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
 def extent(product_: Sequence[Any], sizes: Mapping[str, int]) -> int:
     """Elements along one dimension of a pattern."""
     return math.prod(
-        axis_size(node, sizes) if isinstance(node, str) else sum(extent(term, sizes) for term in node.terms) for node in product_
+        axis_size(node, sizes) if isinstance(node, str) else sum(extent(term, sizes) for term in node.terms)
+        for node in product_
     )
 
 

@@ -1,8 +1,8 @@
 """What a checkpoint holds: logical tensors, understood from a family table, config.json and the headers.
 
-Strict: every stored tensor is claimed by exactly one row or is on the family's `aside` list, every row is present as the table
-says, and every dimension of every tensor is an equation that must hold. All problems are found and reported together.
-Knows nothing about files, ranks or other formats.
+Strict: every stored tensor is claimed by exactly one row or is on the family's `aside` list, every row is present as
+the table says, and every dimension of every tensor is an equation that must hold. All problems are found and reported
+together. Knows nothing about files, ranks or other formats.
 """
 
 import math
@@ -62,8 +62,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """All logical tensors of a checkpoint. `family`: as this checkpoint spells it; `active`: the rows in use and the layers of each;
-    `alias`: tied names."""
+    """All logical tensors of a checkpoint. `family`: as this checkpoint spells it; `active`: the rows in use and the
+    layers of each; `alias`: tied names."""
 
     family: Family
     tensors: dict[str, Tensor]
@@ -93,7 +93,8 @@ class Model:
 def understand(table: Family, config: Config, stored: Mapping[str, Stored], where: str = "checkpoint") -> Model:
     """The model in a directory that the family table describes; `stored` maps stored names to dtype and shape.
 
-    Raises ReshardError listing every unclaimed, missing, doubled or misshapen tensor, every unknown or contradictory size.
+    Raises ReshardError listing every unclaimed, missing, doubled or misshapen tensor, every unknown or contradictory
+    size.
     """
     config = config.with_defaults(table.defaults)
     problems = Problems()
@@ -113,7 +114,8 @@ def understand(table: Family, config: Config, stored: Mapping[str, Stored], wher
     solve(table, stored, sizes, {row: points[row] for row in active}, problems)
     problems.raise_if_any(
         f'{where}: does not fit the table of family "{table.name}":',
-        "if the checkpoint is right, bring a table of your own with --family my.toml; inspect --draft-table writes one to start from",
+        "if the checkpoint is right, bring a table of your own with --family my.toml; inspect --draft-table "
+        "writes one to start from",
     )
     tensors = _tensors(table, stored, sizes, points, active, alias, problems)
     problems.raise_if_any(f'{where}: does not fit the table of family "{table.name}":')
@@ -131,7 +133,9 @@ def check_quantization(table: Family, config: Config) -> None:
     nameless = "mlx" if {"bits", "group_size"} <= said.keys() else "unnamed"  # as MLX writes it
     method = said.get("quant_method") or said.get("quant_algo") or nameless
     details = ", ".join(
-        f"{key} {said[key]}" for key in ("bits", "group_size", "weight_block_size", "format", "load_in_4bit") if said.get(key)
+        f"{key} {said[key]}"
+        for key in ("bits", "group_size", "weight_block_size", "format", "load_in_4bit")
+        if said.get(key)
     )
     known = [" ".join(f"{key} {value}" for key, value in entry.items()) for entry in table.quantization]
     shown = f'"{method}" ({details})' if details else f'"{method}"'
@@ -144,16 +148,23 @@ def check_quantization(table: Family, config: Config) -> None:
 Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored name
 
 
-Ruled = list[tuple[frozenset[str], dict[int, str]]]  # sets of kinds of which config.json gives each layer one, and which
+# sets of kinds of which config.json gives each layer one, and which
+Ruled = list[tuple[frozenset[str], dict[int, str]]]
 
 
 def _ruled(table: Family, config: Config, sizes: Mapping[str, int], stored: Iterable[str]) -> Ruled:
-    """The kinds that config.json gives the main layers: of each set those that a rule names, the others the first kind without a rule."""
+    """The kinds that config.json gives the main layers: of each set those that a rule names, the others the first kind
+    without a rule.
+    """
     found: Ruled = []
     for group in table.one_of:
         if not table.layers.keys() & set(group):
             continue
-        main = sizes["layer"] if "layer" in sizes else 1 + max((max(fold(name)[1], default=-1) for name in stored), default=-1)
+        main = (
+            sizes["layer"]
+            if "layer" in sizes
+            else 1 + max((max(fold(name)[1], default=-1) for name in stored), default=-1)
+        )
         rest = next((kind for kind in group if kind not in table.layers), group[-1])
         kind_of = dict.fromkeys(range(main), rest)
         for kind in group:
@@ -164,14 +175,21 @@ def _ruled(table: Family, config: Config, sizes: Mapping[str, int], stored: Iter
 
 
 def _is_in(row: Row, numbers: Sequence[int], ruled: Ruled) -> bool:
-    """Whether a row can be in the layer that the numbers of its placeholders name, as far as config.json gives it kinds."""
+    """Whether a row can be in the layer that the numbers of its placeholders name,
+    as far as config.json gives it kinds.
+    """
     layer = _layer(row, numbers)
     return all(kind_of.get(layer) in row.kinds for group, kind_of in ruled if row.kinds & group and layer in kind_of)
 
 
 def _beyond(row: Row, numbers: Sequence[int], sizes: Mapping[str, int]) -> bool:
-    """Whether the numbers of a row's placeholders are beyond its axes; how many layers there are is not known from config.json alone."""
-    return any(axis != "layer" and number >= sizes.get(axis, number + 1) for axis, number in zip(row.name.axes, numbers, strict=True))
+    """Whether the numbers of a row's placeholders are beyond its axes; how many layers there are is not known from
+    config.json alone.
+    """
+    return any(
+        axis != "layer" and number >= sizes.get(axis, number + 1)
+        for axis, number in zip(row.name.axes, numbers, strict=True)
+    )
 
 
 def _claim(
@@ -186,7 +204,10 @@ def _claim(
 
     def claims(name: str, key: str, numbers: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
         """The rows that a tensor can be of, each with the numbers of its placeholders."""
-        all_found = [(at, table.rows[at].name.numbers(numbers if name not in rows else ())) for at in rows.get(name, rows.get(key, ()))]
+        all_found = [
+            (at, table.rows[at].name.numbers(numbers if name not in rows else ()))
+            for at in rows.get(name, rows.get(key, ()))
+        ]
         return [(at, found) for at, found in all_found if found is not None and _is_in(table.rows[at], found, ruled)]
 
     def place(at: int, found: tuple[int, ...], name: str) -> None:
@@ -209,7 +230,9 @@ def _claim(
             problems.add(f"no row claims {key}", f"{name} {list(stored[name].shape)}")
     seen = _seen(table, points)
     for name, here in unclear.items():  # one name in layers of several kinds: the other tensors of the layer tell
-        at, found = next((one for one in here if table.rows[one[0]].within(seen[_layer(table.rows[one[0]], one[1])])), here[0])
+        at, found = next(
+            (one for one in here if table.rows[one[0]].within(seen[_layer(table.rows[one[0]], one[1])])), here[0]
+        )
         place(at, found, name)
     return points, aside
 
@@ -263,22 +286,30 @@ def _layers(table: Family, config: Config, sizes: dict[str, int], points: Mappin
     number = (config.size(key) or 0) if kind else 0
     extra = number if kind and number and max(seen, default=-1) >= main else 0
     if main + extra > 4 * len(seen) + 1000:  # all that follows is as large as the number of layers
-        raise ReshardError(f"config.json or a name promises {main + extra} layers, the files hold {len(seen)} tensors of layers")
+        raise ReshardError(
+            f"config.json or a name promises {main + extra} layers, the files hold {len(seen)} tensors of layers"
+        )
     if not stacked:
         sizes["layer"] = main + extra
     return _Layers(main, main + extra, kind if extra else None)
 
 
 def _tags(
-    table: Family, config: Config, points: Mapping[int, Points], kind_of: Mapping[int, frozenset[str]], problems: Problems
+    table: Family,
+    config: Config,
+    points: Mapping[int, Points],
+    kind_of: Mapping[int, frozenset[str]],
+    problems: Problems,
 ) -> set[str]:
-    """The tags whose rows are there. A tag bound to a config key that is true must be, where a layer is of the kind; of rows with several
-    tags, all."""
+    """The tags whose rows are there. A tag bound to a config key that is true must be, where a layer is of the kind; of
+    rows with several tags, all."""
     on = {tag for at, row in enumerate(table.rows) if points.get(at) for tag in row.tags}
     for tag, key in table.optional.items():
         if tag not in on and config.says(key):
             mine = (row for row in table.rows if tag in row.tags and row.tags - {tag} <= on)
-            names = [row.name.text for row in mine if not (row.kinds or row.either) or any(map(row.within, kind_of.values()))]
+            names = [
+                row.name.text for row in mine if not (row.kinds or row.either) or any(map(row.within, kind_of.values()))
+            ]
             if names:
                 said = key if "=" in key else f"{key.lstrip('!')} = {config.get(key.lstrip('!'))!r}"
                 problems.add(f"config.json says {said}, yet {', '.join(names)} are missing")
@@ -294,7 +325,9 @@ def _presence(
     tags: set[str],
     problems: Problems,
 ) -> dict[int, tuple[int, ...] | None]:
-    """Which rows are in use and in which layers; reports every tensor that should be there and is not, or should not and is."""
+    """Which rows are in use and in which layers; reports every tensor that should be there and is not,
+    or should not and is.
+    """
     held = {leaf for at in points for leaf in table.rows[at].leaves}
     tied = _alias_names(table) - held  # `_tied` decides about these
     active: dict[int, tuple[int, ...] | None] = {}
@@ -305,7 +338,8 @@ def _presence(
         at_layer = row.name.axes.index("layer") if "layer" in row.name.axes else None
         if at_layer is None:
             mine: tuple[int, ...] | None = None
-            beside = not (row.kinds or row.either) or any(map(row.within, kind_of.values()))  # some layer is of the kind
+            # some layer is of the kind
+            beside = not (row.kinds or row.either) or any(map(row.within, kind_of.values()))
             wanted_layers: tuple[int, ...] = (0,) if beside else ()
         else:
             mine = tuple(layer for layer in layers.of(row, table) if row.within(kind_of[layer]))
@@ -323,7 +357,9 @@ def _presence(
                 ranges.append(range(sizes.setdefault(axis, seen)))
                 count *= sizes[axis]
         if count > 4 * len(have) + 100_000:
-            problems.add(f"{row.name.text}: config.json promises far more tensors than the files hold", f"{len(have)} are there")
+            problems.add(
+                f"{row.name.text}: config.json promises far more tensors than the files hold", f"{len(have)} are there"
+            )
             continue
         wanted = set(product(*ranges)) if wanted_layers else set()
         if at not in points and row.leaves[0] in tied:
@@ -340,8 +376,12 @@ def _alias_names(table: Family) -> set[str]:
     return {name for pair in table.tied.items() for name in pair}
 
 
-def _kinds(table: Family, points: Mapping[int, Points], layers: _Layers, ruled: Ruled, problems: Problems) -> dict[int, frozenset[str]]:
-    """The kinds of each layer: one of every set of `one_of`, as config.json or the headers say; a kind without rows is what is left."""
+def _kinds(
+    table: Family, points: Mapping[int, Points], layers: _Layers, ruled: Ruled, problems: Problems
+) -> dict[int, frozenset[str]]:
+    """The kinds of each layer: one of every set of `one_of`, as config.json or the headers say; a kind without rows is
+    what is left.
+    """
     seen: dict[int, set[str]] = {layer: set() for layer in range(layers.total)}
     for at, row in enumerate(table.rows):
         if "layer" not in row.name.axes or not row.kinds:
@@ -364,16 +404,22 @@ def _kinds(table: Family, points: Mapping[int, Points], layers: _Layers, ruled: 
                 problems.add(f"a layer must be one of {', '.join(group)}: {found} found", f"layer {layer}")
             mine.update(here)
         if layers.extra and layer >= layers.main and layer < layers.total and layers.extra not in mine:
-            problems.add(f"layer {layer} lies beyond the {layers.main} of config.json and is not of kind {layers.extra}")
+            problems.add(
+                f"layer {layer} lies beyond the {layers.main} of config.json and is not of kind {layers.extra}"
+            )
         beyond = mine & table.extra.keys()
         if beyond and layer < layers.main:
-            problems.add(f"layer {layer} is of kind {min(beyond)}, yet config.json counts it among its {layers.main} layers")
+            problems.add(
+                f"layer {layer} is of kind {min(beyond)}, yet config.json counts it among its {layers.main} layers"
+            )
         result[layer] = frozenset(mine)
     return result
 
 
 def _tied(table: Family, config: Config, active: Mapping[int, Any], problems: Problems) -> dict[str, str]:
-    """Tied names: either may be missing if config says that they are one; where both are stored they are two tensors."""
+    """Tied names: either may be missing if config says that they are one;
+    where both are stored they are two tensors.
+    """
     alias = {}
     held = {leaf for at in active for leaf in table.rows[at].leaves}
     for head, embed in table.tied.items():

@@ -1,6 +1,7 @@
 """Digests: xxh3-128 per 8 MiB block of a stored tensor, a tensor's digest over its blocks', one root over all files.
 
-Blocks can be hashed by whoever completes them, checked in parallel and repaired alone. Knows nothing about tensors' meaning.
+Blocks can be hashed by whoever completes them, checked in parallel and repaired alone. Knows nothing about tensors'
+meaning.
 """
 
 from collections.abc import Callable, Iterable
@@ -46,8 +47,8 @@ def root(files: Iterable[tuple[str, int, str]]) -> str:
 class BlockHasher:
     """Hashes one stored tensor while its bytes arrive, in any order; bytes that come late are read back.
 
-    `read(offset, length)` returns bytes that have been written. Blocks whose bytes come in order cost one pass over the data in
-    cache; the others (the seam of an interleaved tensor, zero padding) are read back once, at the end.
+    `read(offset, length)` returns bytes that have been written. Blocks whose bytes come in order cost one pass over the
+    data in cache; the others (the seam of an interleaved tensor, zero padding) are read back once, at the end.
     """
 
     __slots__ = ("_blocks", "_open", "nbytes")
@@ -88,7 +89,9 @@ class BlockHasher:
 
 
 class FileDigest(NamedTuple):
-    """What the digest of a file must be. `kind`: "sha256", or "git" for the id that git gives a file; `by`: who says so, in words."""
+    """What the digest of a file must be. `kind`: "sha256", or "git" for the id that git gives a file; `by`:
+    who says so, in words.
+    """
 
     kind: str
     value: str

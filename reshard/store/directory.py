@@ -1,8 +1,9 @@
-"""A directory that is being read, and that another job may replace meanwhile: what was read is of one conversion, or is refused.
+"""A directory that is being read, and that another job may replace meanwhile: what was read is of one conversion, or is
+refused.
 
-A descriptor is held on the directory and on its commit point, so that neither's identity can be given to another one; whoever has read
-something asks whether both are still what its path leads to. An exchanged directory and one whose files were renamed in place are noticed
-alike, and nobody has to wait. Knows nothing about what is in it.
+A descriptor is held on the directory and on its commit point, so that neither's identity can be given to another one;
+whoever has read something asks whether both are still what its path leads to. An exchanged directory and one whose
+files were renamed in place are noticed alike, and nobody has to wait. Knows nothing about what is in it.
 """
 
 import os
@@ -23,7 +24,9 @@ _WAITS = (0.01, 0.05)  # seconds, before it is read again
 
 
 class Directory:
-    """A directory as it is now. Raises OSError where there is none, PlaceError where one is being published at this moment."""
+    """A directory as it is now. Raises OSError where there is none, PlaceError where one is being published at this
+    moment.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,14 +72,19 @@ def _which(status: os.stat_result) -> tuple[int, int]:
 def _still(before: os.stat_result, held: os.stat_result, now: os.stat_result) -> bool:
     """Whether a name still leads to the file that it led to, and has done so all the time.
 
-    Renamed away and back, as when a commit fails, a file has another change time. One that was written to is not meant here.
+    Renamed away and back, as when a commit fails, a file has another change time. One that was written to is not meant
+    here.
     """
-    return _which(now) == _which(held) and (now.st_ctime_ns == before.st_ctime_ns or now.st_mtime_ns != before.st_mtime_ns)
+    return _which(now) == _which(held) and (
+        now.st_ctime_ns == before.st_ctime_ns or now.st_mtime_ns != before.st_mtime_ns
+    )
 
 
 @contextmanager
 def unchanged(*directories: Directory | None, finally_too: bool = True) -> Iterator[None]:
-    """Where an error is raised inside because a directory was replaced, Replaced is raised in its place; and at the end, if it was."""
+    """Where an error is raised inside because a directory was replaced, Replaced is raised in its place;
+    and at the end, if it was.
+    """
     try:
         yield
     except Exception:

@@ -1,7 +1,9 @@
-"""The Hugging Face Hub as a store: the files of one model at one commit, read by range, or fetched into the Hub's cache.
+"""The Hugging Face Hub as a store: the files of one model at one commit, read by range, or fetched into the Hub's
+cache.
 
-Knows ids and revisions. Knows nothing about checkpoints. Everything goes through public names of huggingface_hub, so that HF_ENDPOINT,
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean everywhere; it follows redirects, and gives its token to the Hub alone.
+Knows ids and revisions. Knows nothing about checkpoints. Everything goes through public names of huggingface_hub, so
+that HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean everywhere; it follows redirects, and gives
+its token to the Hub alone.
 """
 
 import re
@@ -38,7 +40,9 @@ _US: dict[str, Any] = {"library_name": "reshard", "library_version": __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Repo(Store):
-    """A model at one commit. `snapshot`: its directory in the Hub's cache, where its files are to be fetched to; None: read by range."""
+    """A model at one commit. `snapshot`: its directory in the Hub's cache, where its files are to be fetched to;
+    None: read by range.
+    """
 
     id: str
     commit: str
@@ -61,8 +65,15 @@ class Repo(Store):
         with asking(self.at, name):
             data, total = patiently(lambda: _range(self.url(name), offset, offset + length, where))
         if total not in (None, size):
-            hint = "the server gives the LFS pointer instead of the file" if data.startswith(b"version https://git-lfs") else None
-            raise PlaceError(f"{where}: has {total} bytes, the Hub's list says {size}", hint or "is it a proxy or a mirror? try again")
+            hint = (
+                "the server gives the LFS pointer instead of the file"
+                if data.startswith(b"version https://git-lfs")
+                else None
+            )
+            raise PlaceError(
+                f"{where}: has {total} bytes, the Hub's list says {size}",
+                hint or "is it a proxy or a mirror? try again",
+            )
         return data
 
     def whole(self, name: str, most: int) -> bytes:
@@ -79,7 +90,8 @@ class Repo(Store):
 
 
 def opened(text: str, revision: str | None, *, keep: bool) -> Repo | Path:
-    """The model that a text and `--revision` name; with `keep`, its files are fetched into the Hub's cache. Offline, what is there.
+    """The model that a text and `--revision` name; with `keep`, its files are fetched into the Hub's cache. Offline,
+    what is there.
 
     Raises ReshardError where the text is no id or the Hub refuses, PlaceError where it cannot be reached.
     """
@@ -90,19 +102,24 @@ def opened(text: str, revision: str | None, *, keep: bool) -> Repo | Path:
     if not keep or "config.json" not in repo.files:
         return repo
     decode.fits(repo.files["config.json"].size, limits.CONFIG, f"{repo.id}/config.json")
-    root = _download(where, "config.json").parent  # by revision, so that the cache notes which commit it is, for later use offline
+    # by revision, so that the cache notes which commit it is, for later use offline
+    root = _download(where, "config.json").parent
     if root.name != repo.commit:  # the branch has moved on since
         repo = _listing(Ref(where.id, root.name)) or repo
     return replace(repo, snapshot=root)
 
 
 def is_id(text: str) -> bool:
-    """Whether a text reads as a Hub id: org/name, hf://org/name or hf://org/name@revision. Whether there is such a model is not asked."""
+    """Whether a text reads as a Hub id: org/name, hf://org/name or hf://org/name@revision. Whether there is such a
+    model is not asked.
+    """
     return _ID.fullmatch(text) is not None
 
 
 def ref(text: str, revision: str | None) -> Ref:
-    """The id and revision that a text and `--revision` name. Raises ReshardError if it is no id, or if they contradict each other."""
+    """The id and revision that a text and `--revision` name. Raises ReshardError if it is no id, or if they contradict
+    each other.
+    """
     found = _ID.fullmatch(text)
     if found is None:
         raise ReshardError(
@@ -117,11 +134,14 @@ def ref(text: str, revision: str | None) -> Ref:
 def digests(text: str, revision: str | None) -> dict[str, FileDigest]:
     """What the Hub publishes of every file of a model: the SHA-256 of those in LFS, the git id of the others.
 
-    Only metadata is asked for. Raises ReshardError where the Hub refuses or says nothing; PlaceError where it cannot be reached.
+    Only metadata is asked for. Raises ReshardError where the Hub refuses or says nothing; PlaceError where it cannot be
+    reached.
     """
     repo = _listing(ref(text, revision))
     if repo is None:
-        raise ReshardError(f"{text}: HF_HUB_OFFLINE is set, so its digests cannot be asked for", "unset it, or leave out --hub")
+        raise ReshardError(
+            f"{text}: HF_HUB_OFFLINE is set, so its digests cannot be asked for", "unset it, or leave out --hub"
+        )
     known = {name: ("sha256", file.sha256) if file.sha256 else ("git", file.blob) for name, file in repo.files.items()}
     return {name: FileDigest(kind, digest, "is published") for name, (kind, digest) in known.items() if digest}
 
@@ -131,7 +151,9 @@ def _listing(where: Ref) -> Repo | None:
     api, timeout = HfApi(**_US), constants.HF_HUB_DOWNLOAD_TIMEOUT
     with asking(where, "its list of files"):
         try:
-            info = patiently(lambda: api.model_info(where.id, revision=where.revision, files_metadata=True, timeout=timeout))
+            info = patiently(
+                lambda: api.model_info(where.id, revision=where.revision, files_metadata=True, timeout=timeout)
+            )
         except hf.OfflineModeIsEnabled:
             return None
         tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
@@ -139,7 +161,9 @@ def _listing(where: Ref) -> Repo | None:
         if info.sha is None:
             raise ValueError("no commit is named")
         files: dict[str, File] = {}
-        repo = Repo(where=where.id, files=files, id=where.id, commit=info.sha, license=licenses[0] if licenses else None)
+        repo = Repo(
+            where=where.id, files=files, id=where.id, commit=info.sha, license=licenses[0] if licenses else None
+        )
 
         def add(file: Any) -> None:
             size = file.lfs.size if file.lfs else file.size
@@ -153,16 +177,22 @@ def _listing(where: Ref) -> Repo | None:
 
 
 def _range(url: str, low: int, high: int, where: str) -> tuple[bytes, int | None]:
-    """Bytes `low` to `high` of a file, and the size of the whole, if told. Of an answer that is longer no more than that is read."""
+    """Bytes `low` to `high` of a file, and the size of the whole, if told. Of an answer that is longer no more than
+    that is read.
+    """
     headers = build_hf_headers(**_US) | {"Range": f"bytes={low}-{high - 1}", "Accept-Encoding": "identity"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         hf_raise_for_status(response)
         skip = 0
         if response.status_code == 206:
-            said = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", response.headers.get("Content-Range", ""))
+            said = re.fullmatch(
+                r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", response.headers.get("Content-Range", "")
+            )
             if said is None or int(said[1]) != low:
-                raise ConnectionError(f"bytes from {low} on were asked for, the answer is {response.headers.get('Content-Range')!r}")
+                raise ConnectionError(
+                    f"bytes from {low} on were asked for, the answer is {response.headers.get('Content-Range')!r}"
+                )
             total = None if said[2] == "*" else int(said[2])
         else:
             skip, length = low, response.headers.get("Content-Length")
@@ -184,7 +214,7 @@ def _range(url: str, low: int, high: int, where: str) -> tuple[bytes, int | None
     return bytes(data[skip : skip + high - low]), total
 
 
-# --- the cache ---------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def _download_all(repo: Repo, names: list[str], progress: Progress) -> None:

@@ -18,7 +18,8 @@ from ..errors import PlaceError, ReshardError, failed
 PAUSES = (0.5, 2.0)  # seconds before the second and third attempt
 BUSY = (408, 429, 500, 502, 503, 504)  # status codes that may be others in a moment
 
-# What the HTTP library of huggingface_hub (httpx, httpx2 …) raises where a request fails: the errors of the Hub descend from it.
+# What the HTTP library of huggingface_hub (httpx, httpx2 …) raises where a request fails: the errors of the Hub descend
+# from it.
 TRANSPORT: tuple[type[Exception], ...] = (
     ConnectionError,
     *(base for base in hf.HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError),
@@ -42,7 +43,9 @@ def patiently(ask: Callable[[], T]) -> T:
             return ask()
         except TRANSPORT as error:
             response = getattr(error, "response", None)
-            passes = response.status_code in BUSY if response is not None else not isinstance(error, hf.OfflineModeIsEnabled)
+            passes = (
+                response.status_code in BUSY if response is not None else not isinstance(error, hf.OfflineModeIsEnabled)
+            )
             if not passes:
                 raise
             time.sleep(pause)
@@ -51,7 +54,9 @@ def patiently(ask: Callable[[], T]) -> T:
 
 @contextmanager
 def asking(where: Ref, what: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises, in words: its types differ from version to version, and some are those of its HTTP library."""
+    """Whatever huggingface_hub raises, in words: its types differ from version to version, and some are those of its
+    HTTP library.
+    """
     try:
         yield
     except ReshardError:
@@ -72,7 +77,8 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
 
     if isinstance(error, hf.GatedRepoError):
         return ReshardError(
-            f"{name}: {what} is not given to {who}: the model is gated", f"accept its conditions at {hub}/{name}, and {log_in}"
+            f"{name}: {what} is not given to {who}: the model is gated",
+            f"accept its conditions at {hub}/{name}, and {log_in}",
         )
     if isinstance(error, hf.RepositoryNotFoundError):
         return ReshardError(
@@ -85,17 +91,23 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
             f"a branch, tag or commit is needed; see {hub}/{name}/tree/main",
         )
     if isinstance(error, hf.EntryNotFoundError):
-        return ReshardError(f"{name}: {what} is not there at revision {where.revision or 'main'}", "was it just removed? try again")
+        return ReshardError(
+            f"{name}: {what} is not there at revision {where.revision or 'main'}", "was it just removed? try again"
+        )
     if isinstance(error, hf.HFValidationError):
         return ReshardError(f"{name}: there is no such path here, and it is no Hub id: {said}", "a Hub id is org/name")
     if isinstance(error, hf.OfflineModeIsEnabled):
         return PlaceError(f"{name}: HF_HUB_OFFLINE is set, {what} cannot be fetched", "unset it")
     if status == 429:
         return PlaceError(
-            f"{name}: {hub} refuses {what}: too many requests of {who} (429)", f"wait some minutes; or {log_in} for a higher limit"
+            f"{name}: {hub} refuses {what}: too many requests of {who} (429)",
+            f"wait some minutes; or {log_in} for a higher limit",
         )
     if status in (401, 403):
-        return ReshardError(f"{name}: {hub} refuses {what} to {who} ({status}): {said}", f"check the token and its permissions: {log_in}")
+        return ReshardError(
+            f"{name}: {hub} refuses {what} to {who} ({status}): {said}",
+            f"check the token and its permissions: {log_in}",
+        )
     if status is not None:
         return PlaceError(f"{name}: {hub} failed to give {what} ({status}): {said}", "try again later")
     if "Timeout" in type(error).__name__ or isinstance(error, TimeoutError):
@@ -111,7 +123,8 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
     if isinstance(error, OSError) and error.errno:
         return failed(f"{name}: using HF_HOME for {what}:", Path(error.filename or constants.HF_HUB_CACHE), error)
     return PlaceError(
-        f"{name}: {what} could not be had from {hub}: {type(error).__name__}: {said}", "does a Hub answer there (HF_ENDPOINT)?"
+        f"{name}: {what} could not be had from {hub}: {type(error).__name__}: {said}",
+        "does a Hub answer there (HF_ENDPOINT)?",
     )
 
 

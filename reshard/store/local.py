@@ -1,4 +1,5 @@
-"""Reading and writing files by offset: a bounded pool of descriptors, whole transfers or a clear error. Never maps a file.
+"""Reading and writing files by offset: a bounded pool of descriptors, whole transfers or a clear error. Never maps a
+file.
 
 Files of other stores are read through it too.
 """
@@ -20,7 +21,8 @@ Buffer = bytes | bytearray | memoryview
 Views = Sequence[memoryview]
 Batch = tuple[Views, int]  # what one system call fills, and how many bytes that are
 
-# Bytes per write: ext4 answers larger ones with folios so large that filling them misses every cache, at four times the CPU.
+# Bytes per write: ext4 answers larger ones with folios so large that filling them misses every cache, at four times the
+# CPU.
 PIECE = 1 << 20
 
 VIEWS = os.sysconf("SC_IOV_MAX")  # buffers that one system call fills
@@ -31,8 +33,8 @@ CHUNK = 4 << 20  # bytes: residues and carried files are moved in such pieces
 
 
 class Stamp(NamedTuple):
-    """Tells one state of a file from another. Size and mtime can be the same by intent or by chance (`cp -p`, image layers that set every
-    time to 1970); ctime and inode cannot be chosen."""
+    """Tells one state of a file from another. Size and mtime can be the same by intent or by chance (`cp -p`, image
+    layers that set every time to 1970); ctime and inode cannot be chosen."""
 
     size: int
     mtime_ns: int
@@ -51,10 +53,14 @@ def check_stamp(path: Path, stamp: Stamp, status: os.stat_result | None) -> None
         if found is None:
             what = "it is gone"
         elif found[:2] != stamp[:2]:
-            what = f"it had {stamp.size} bytes, now {found.size}" if found.size != stamp.size else "its mtime is another"
+            what = (
+                f"it had {stamp.size} bytes, now {found.size}" if found.size != stamp.size else "its mtime is another"
+            )
         else:
             what = "another file has taken its place" if found.inode != stamp.inode else "its ctime is another"
-        raise PlaceError(f"{path}: was changed while it was being read: {what}", "convert again, when nobody writes to it any more")
+        raise PlaceError(
+            f"{path}: was changed while it was being read: {what}", "convert again, when nobody writes to it any more"
+        )
 
 
 def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
@@ -73,7 +79,9 @@ def buffer(size: int) -> memoryview:
 
 
 def batches(buffers: Views) -> list[Batch]:
-    """Many buffers as system calls take them; to be kept where they are filled again, since counting takes as long as a call."""
+    """Many buffers as system calls take them; to be kept where they are filled again, since counting takes as long as a
+    call.
+    """
     parts = [buffers[first : first + VIEWS] for first in range(0, len(buffers), VIEWS)]
     return [(part, sum(map(len, part))) for part in parts]
 
@@ -123,7 +131,9 @@ class Pool:
             piece = view[at : at + PIECE]
             self._transfer(path, offset + at, (piece,), len(piece), os.pwritev, "writing")
 
-    def _transfer(self, path: Path, offset: int, buffers: Views, left: int, call: Callable[[int, Views, int], int], doing: str) -> None:
+    def _transfer(
+        self, path: Path, offset: int, buffers: Views, left: int, call: Callable[[int, Views, int], int], doing: str
+    ) -> None:
         """All of the buffers, which are `left` bytes."""
         if isinstance(path, Address):
             data, at = exactly(path.store, str(path), offset, left), 0
@@ -187,7 +197,9 @@ class Pool:
         return False
 
     def close(self) -> None:
-        """Close everything. Raises PlaceError where a file that was written to fails to close: it may lack what was written last."""
+        """Close everything. Raises PlaceError where a file that was written to fails to close: it may lack what was
+        written last.
+        """
         problem = None
         with self._lock:
             while self._open:

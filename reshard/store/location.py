@@ -1,4 +1,5 @@
-"""Locations: where a user's words say that files are: local paths, and stores by the scheme of a URL, from which checkpoints are read.
+"""Locations: where a user's words say that files are: local paths, and stores by the scheme of a URL, from which
+checkpoints are read.
 
 A URL is not a path: taken for one, `s3://bucket/out` would be a folder `s3:` here.
 """
@@ -33,8 +34,10 @@ def _hub(text: str, revision: str | None, keep: bool) -> "Store | Path":
     return hub.opened(text, revision, keep=keep)
 
 
-# How the URL of a source is opened, by its scheme. A factory takes the URL, `--revision`, and whether a conversion needs
-# the files, so that a cache pays; it gives a store, or a local directory that stands for it. It imports its module itself.
+# How the URL of a source is opened, by its scheme. A factory takes the URL, `--revision`, and whether a conversion
+# needs
+# the files, so that a cache pays; it gives a store, or a local directory that stands for it. It imports its module
+# itself.
 SCHEMES: "dict[str, Callable[[str, str | None, bool], Store | Path]]" = {"hf": _hub}
 
 
@@ -45,7 +48,9 @@ def scheme(given: Location) -> str | None:
 
 
 def opened(text: str, revision: str | None, *, keep: bool) -> "Store | Path":
-    """The store that a text names; one that is neither a URL nor a path here is read as a Hub id. Raises as the store does."""
+    """The store that a text names; one that is neither a URL nor a path here is read as a Hub id. Raises as the store
+    does.
+    """
     return SCHEMES[scheme(text) or "hf"](text, revision, keep)
 
 
@@ -53,7 +58,12 @@ def local(given: Location, what: str) -> Path:
     """The local path that is meant; `what` it is for, in an error. Raises ReshardError for a URL, which is named."""
     text = os.fspath(given)
     found = _URL.match(text)
-    if found is None and not isinstance(given, str) and (found := _STRIPPED.match(text)) and Path(f"{found[1]}:").exists():
+    if (
+        found is None
+        and not isinstance(given, str)
+        and (found := _STRIPPED.match(text))
+        and Path(f"{found[1]}:").exists()
+    ):
         found = None  # a path, as its spelling no longer tells: a folder of that name is here
     if found is None:
         return Path(text)

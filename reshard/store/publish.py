@@ -1,11 +1,13 @@
-"""Publishing: a directory appears whole or not at all. One writer per destination; a killed job leaves nothing under its name.
+"""Publishing: a directory appears whole or not at all. One writer per destination; a killed job leaves nothing under
+its name.
 
 OUT absent          work grows next to it; one rename publishes
 OUT there           (often a mounted volume) work grows inside it; entries are renamed up, the commit point last
 OUT to be replaced  directories are exchanged, or the old entries are set aside and restored on failure
 
-What is published is on the device before its name is (`sync`), and the old is deleted after that. What a killed job left is mended by the
-next one (`recover`): before its commit point the old is restored, after it the new is kept. Knows nothing about what is published.
+What is published is on the device before its name is (`sync`), and the old is deleted after that. What a killed job
+left is mended by the next one (`recover`): before its commit point the old is restored, after it the new is kept. Knows
+nothing about what is published.
 """
 
 import errno
@@ -25,7 +27,8 @@ from . import workfolder
 from .workfolder import WorkFolder, beside, inside, names
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-NOBODYS = (workfolder.INSIDE, "lost+found")  # names that do not make a directory occupied, and that are never published or replaced
+# names that do not make a directory occupied, and that are never published or replaced
+NOBODYS = (workfolder.INSIDE, "lost+found")
 
 published: Path | None = None  # by the last job of this process that did: whoever interrupts it after that is told so
 
@@ -41,7 +44,9 @@ class Publication:
         self.replace, self.durable = replace, durable
         self._lock: int | None = None
         self._parents: list[Path] = []  # directories that had to be made for OUT
-        self._inside = self.out.is_dir() and (not replace or _mounted(self.out) or not os.access(self.out.parent, os.W_OK))
+        self._inside = self.out.is_dir() and (
+            not replace or _mounted(self.out) or not os.access(self.out.parent, os.W_OK)
+        )
         self._folder = inside(self.out) if self._inside else beside(self.out)
         self.work = self._folder.new
 
@@ -83,7 +88,8 @@ class Publication:
             raise failed("writing", self.out, error) from error
 
     def commit(self, last: str) -> None:
-        """Publish everything in the work directory; inside an existing directory the entry named `last` is renamed last.
+        """Publish everything in the work directory; inside an existing directory the entry named `last` is renamed
+        last.
 
         Signals wait until it is done: it moves names, not bytes. When it raises, OUT is what it was.
         """
@@ -173,7 +179,9 @@ class Publication:
                 except OSError:
                     break  # somebody else uses it by now
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._withdraw()
         self._unlock()
@@ -191,7 +199,8 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing of directories
+        # some network file systems know no such thing of directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -205,7 +214,8 @@ def occupied(out: Path) -> bool:
 def recover(out: Path) -> None:
     """Mend what a killed job left at a destination and remove its work.
 
-    Raises PlaceError while another job is at it, ReshardError where a work folder's name is taken by something that is not reshard's.
+    Raises PlaceError while another job is at it, ReshardError where a work folder's name is taken by something that is
+    not reshard's.
     """
     out = _real(out)
     for folder in (beside(out), inside(out)):
@@ -226,7 +236,8 @@ def recover(out: Path) -> None:
 def _settle(folder: WorkFolder) -> None:
     """End a commit that was begun: all entries are in their place, or none is and the old ones are back.
 
-    It may itself be killed at any point and done again: what was published goes back to the work, then the old entries come back.
+    It may itself be killed at any point and done again: what was published goes back to the work, then the old entries
+    come back.
     """
     out, old = folder.out, folder.old
     if not folder.inside:  # where directories could not be exchanged in one step
@@ -265,7 +276,9 @@ def undisturbed() -> Iterator[None]:
 
 
 def _mounted(path: Path) -> bool:
-    """Whether a directory is a mount point; also one of a directory of the same file system, which only the kernel's list tells."""
+    """Whether a directory is a mount point; also one of a directory of the same file system, which only the kernel's
+    list tells.
+    """
     if os.path.ismount(path):
         return True
     try:
@@ -288,7 +301,8 @@ def _rename_exchange(one: Path, other: Path) -> bool:
 
 
 def check_destination(out: Path, source: Path | None, files: Iterable[Path] = ()) -> None:
-    """Refuse a destination that is a file, or lies in the source, or holds it, or one of its `files`, which may be links.
+    """Refuse a destination that is a file, or lies in the source, or holds it, or one of its `files`, which may be
+    links.
 
     Directories are the same where the file system says so: a bind mount gives one of them two paths.
     """
@@ -315,7 +329,9 @@ def check_destination(out: Path, source: Path | None, files: Iterable[Path] = ()
 
 
 class _Above:
-    """What a path leads to, and the directories above it: each by device and inode, or by path where there is none yet."""
+    """What a path leads to, and the directories above it: each by device and inode,
+    or by path where there is none yet.
+    """
 
     def __init__(self, path: Path) -> None:
         real = _real(path)
@@ -334,7 +350,10 @@ def check_replaceable(out: Path) -> None:
     """Refuse to replace what cannot be deleted: a directory in it is read-only."""
     for base, _, _ in os.walk(out):
         if not os.access(base, os.W_OK | os.X_OK):
-            raise PlaceError(f"{base}: is read-only, --overwrite would delete what is in it", "chmod -R u+w, or choose another destination")
+            raise PlaceError(
+                f"{base}: is read-only, --overwrite would delete what is in it",
+                "chmod -R u+w, or choose another destination",
+            )
 
 
 def check_space(out: Path, needed: int) -> None:

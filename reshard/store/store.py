@@ -1,8 +1,8 @@
 """What a place that holds files has to offer: `Store`, and reading from one by offset.
 
-A byte's address is (store, name, offset, length). Local directories are read and written by descriptors, in `local`, and
-published by renaming, in `publish`; any other place is a `Store` in a module of its own, with a row in `location.SCHEMES`.
-Knows nothing about what the bytes are.
+A byte's address is (store, name, offset, length). Local directories are read and written by descriptors, in `local`,
+and published by renaming, in `publish`; any other place is a `Store` in a module of its own, with a row in
+`location.SCHEMES`. Knows nothing about what the bytes are.
 """
 
 from abc import ABC, abstractmethod
@@ -28,8 +28,8 @@ class File(NamedTuple):
 class Store(ABC):
     """The files of one place, in one state: whoever opens a store fixes which (a commit, an etag of each file).
 
-    `where`: what messages call it. `files`: every path in it. Whatever is refused raises ReshardError; PlaceError is raised where the store
-    or the way to it fails, and where a file is no longer what `files` says of it.
+    `where`: what messages call it. `files`: every path in it. Whatever is refused raises ReshardError; PlaceError is
+    raised where the store or the way to it fails, and where a file is no longer what `files` says of it.
     """
 
     where: str
@@ -39,7 +39,8 @@ class Store(ABC):
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Exactly the bytes from `offset` on, which lie within the file; called by several threads at once.
 
-        Retries by itself what may be different in a moment. Of a server that sends more, no more than a bounded excess is received.
+        Retries by itself what may be different in a moment. Of a server that sends more, no more than a bounded excess
+        is received.
         """
 
     def whole(self, name: str, most: int) -> bytes:
@@ -49,7 +50,9 @@ class Store(ABC):
         return self.read(name, 0, size) if size else b""
 
     def fetch(self, names: list[str], progress: Progress) -> Path | None:
-        """A local directory that holds these files from now on, where the store keeps a cache of them; None: they are read by range."""
+        """A local directory that holds these files from now on, where the store keeps a cache of them; None:
+        they are read by range.
+        """
         return None
 
     @property
@@ -59,7 +62,9 @@ class Store(ABC):
 
 
 class Ahead:
-    """A file of a store that is read like a local one: a request brings `ahead` bytes at least, and no byte is asked for twice."""
+    """A file of a store that is read like a local one: a request brings `ahead` bytes at least, and no byte is asked
+    for twice.
+    """
 
     def __init__(self, store: Store, name: str, ahead: int) -> None:
         self.store, self.name, self.size, self.ahead = store, name, store.files[name].size, ahead

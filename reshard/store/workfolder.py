@@ -1,4 +1,5 @@
-"""The work folder: where a conversion works until it publishes. Nothing that is not reshard's own is ever touched in it.
+"""The work folder: where a conversion works until it publishes. Nothing that is not reshard's own is ever touched in
+it.
 
     .OUT.reshard/        next to OUT, where OUT is absent or can be exchanged; else OUT/.reshard-work/
       reshard.marker     whose folder this is: without it a folder that holds anything is refused
@@ -84,7 +85,10 @@ class WorkFolder:
 
     def begin(self, descriptor: int) -> None:
         """Mark a folder that was taken as reshard's, and have an empty `new` in it."""
-        text = f"reshard works here on {self.out.name}, or was killed. Converting to {self.out.name} again clears this folder.\n"
+        text = (
+            f"reshard works here on {self.out.name}, or was killed. Converting to {self.out.name} again "
+            f"clears this folder.\n"
+        )
         marker = os.open(_MARKER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=descriptor)
         try:
             os.write(marker, os.fsencode(text))
@@ -94,7 +98,9 @@ class WorkFolder:
         self.new.mkdir()
 
     def clear(self) -> None:
-        """Remove a folder that was taken. The marker goes last but one: killed at any point, what is left is known as reshard's."""
+        """Remove a folder that was taken. The marker goes last but one: killed at any point, what is left is known as
+        reshard's.
+        """
         self._empty()
         (self.path / _MARKER).unlink(missing_ok=True)
         self.path.rmdir()
@@ -109,7 +115,9 @@ class WorkFolder:
         return set(names(self.new))
 
     def entries(self) -> list[str]:
-        """What a commit that was begun publishes; empty: none was begun. Anything else that it says was not written by reshard."""
+        """What a commit that was begun publishes; empty: none was begun. Anything else that it says was not written by
+        reshard.
+        """
         try:
             if not stat.S_ISREG(self.listing.lstat().st_mode):
                 return []
@@ -118,7 +126,8 @@ class WorkFolder:
             return names
         except PlaceError:
             raise
-        except (FileNotFoundError, NotADirectoryError, ReshardError):  # killed while it was written: nothing had been moved
+        # killed while it was written: nothing had been moved
+        except (FileNotFoundError, NotADirectoryError, ReshardError):
             return []
 
     def torn(self) -> bool:
@@ -179,7 +188,8 @@ class WorkFolder:
             except BlockingIOError:
                 if not left:
                     raise PlaceError(
-                        f"{self.out}: another job is writing it", "wait until it has finished, or choose another destination"
+                        f"{self.out}: another job is writing it",
+                        "wait until it has finished, or choose another destination",
                     ) from None
                 time.sleep(_WAIT)
             except OSError as error:
@@ -189,7 +199,9 @@ class WorkFolder:
                 ) from error
 
     def _check_names(self, descriptor: int) -> None:
-        """An empty folder is one that was just made; one with anything else in it must be marked, and hold nothing but ours."""
+        """An empty folder is one that was just made; one with anything else in it must be marked, and hold nothing but
+        ours.
+        """
         found = sorted(os.listdir(descriptor))
         odd = [name for name in found if not _ours(name, descriptor)] if _MARKER in found else found
         if odd:
@@ -203,7 +215,9 @@ class WorkFolder:
 
 
 def _ours(name: str, folder: int) -> bool:
-    """Whether an entry of a work folder is one that reshard makes: a link of such a name would lead it to somebody else's files."""
+    """Whether an entry of a work folder is one that reshard makes: a link of such a name would lead it to somebody
+    else's files.
+    """
     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if name in (_NEW, _OLD):
         return stat.S_ISDIR(status.st_mode)
@@ -225,7 +239,9 @@ def inside(out: Path) -> WorkFolder:
 
 
 def check_whole(path: Path) -> None:
-    """Raise PlaceError where a directory is being published at this moment, or where a killed job left it half published."""
+    """Raise PlaceError where a directory is being published at this moment, or where a killed job left it half
+    published.
+    """
     out = Path(os.path.realpath(path))
     for folder in (inside(out), beside(out)):
         if not folder.marked():
@@ -234,7 +250,8 @@ def check_whole(path: Path) -> None:
             if folder.locked():
                 raise Replaced(path, "is being replaced at this moment")
             raise PlaceError(
-                f"{path}: a conversion was killed while it replaced this directory; what was there before is in {folder.old}",
+                f"{path}: a conversion was killed while it replaced this directory; what was there before is "
+                f"in {folder.old}",
                 f"start a conversion to {path} again: before anything else it puts that back",
             )
         if not folder.inside and not out.exists():
@@ -263,9 +280,14 @@ def left_by_killed(place: Path) -> list[WorkFolder]:
 def told(folder: WorkFolder) -> str:
     """What a person should know of the folder of a killed conversion."""
     if folder.torn():
-        return f"a conversion to {folder.out} was killed while publishing; the next one to it restores what was there from {folder.old}"
+        return (
+            f"a conversion to {folder.out} was killed while publishing; the next one to it restores what "
+            f"was there from {folder.old}"
+        )
     size = decimal(folder.size())
-    return f"a killed conversion to {folder.out} left {size} in {folder.path}; the next one to it, or rm -r, removes that"
+    return (
+        f"a killed conversion to {folder.out} left {size} in {folder.path}; the next one to it, or rm -r, removes that"
+    )
 
 
 def names(directory: Path) -> list[str]:

@@ -22,7 +22,9 @@ def atoms(axes: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
 
     for name in parts:
         if (atoms := count(name, ())) > limits.ATOMS:
-            raise ReshardError(f"{where}: compound axis {name} stands for {atoms} axes, at most {limits.ATOMS} are allowed")
+            raise ReshardError(
+                f"{where}: compound axis {name} stands for {atoms} axes, at most {limits.ATOMS} are allowed"
+            )
 
     def expand(axis: str) -> tuple[str, ...]:
         return tuple(atom for part in parts[axis] for atom in expand(part)) if axis in parts else (axis,)

@@ -1,4 +1,6 @@
-"""config.json, read in either spelling: dotted keys, nested sections, defaults of the family. Knows no key by name but theirs."""
+"""config.json, read in either spelling: dotted keys, nested sections, defaults of the family. Knows no key by name but
+theirs.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +11,9 @@ INNER = ("text_config", "llm_config", "language_config")  # where multimodal che
 
 
 class Config:
-    """A parsed config.json: dotted look-up, the language model's section first, then the top level, then the family's defaults."""
+    """A parsed config.json: dotted look-up, the language model's section first, then the top level,
+    then the family's defaults.
+    """
 
     def __init__(self, data: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.data = data
@@ -32,7 +36,9 @@ class Config:
 
     @property
     def tied(self) -> bool:
-        """Whether embedding and head are one: a multimodal checkpoint may say so outside or inside of its language model's section."""
+        """Whether embedding and head are one: a multimodal checkpoint may say so outside or inside of its language
+        model's section.
+        """
         return self.says("tie_word_embeddings") or bool(self.data.get("tie_word_embeddings"))
 
     def value(self, text: str) -> Any:
@@ -71,7 +77,9 @@ class Config:
 
 
 def _follow(level: Mapping[str, Any], key: str) -> tuple[Any, bool]:
-    """The value of a dotted key, and whether the key is there at all; a part `any` is the first entry, whatever its key."""
+    """The value of a dotted key, and whether the key is there at all; a part `any` is the first entry,
+    whatever its key.
+    """
     value: Any = level
     for part in key.split("."):
         if part == "any" and isinstance(value, Mapping) and part not in value:

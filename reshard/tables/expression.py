@@ -1,4 +1,5 @@
-"""The one expression grammar of tables: sizes, facts, conditions and the numbers in layer rules, answered by config.json.
+"""The one expression grammar of tables: sizes, facts, conditions and the numbers in layer rules, answered by
+config.json.
 
     expression  = alternative { "|" alternative }        the first that config.json answers counts
     alternative = sum [ "if" condition ]                  answered only where the condition is true
@@ -40,7 +41,9 @@ class Expression(NamedTuple):
     alternatives: tuple[Node, ...]
 
     def value(self, get: Lookup) -> Any:
-        """What the first alternative that is answered comes to, None where none is. Raises ReshardError for arithmetic on no number."""
+        """What the first alternative that is answered comes to, None where none is. Raises ReshardError for arithmetic
+        on no number.
+        """
         return next((found for node in self.alternatives if (found := _value(node, get)) is not None), None)
 
     def says(self, get: Lookup) -> bool:
@@ -48,8 +51,12 @@ class Expression(NamedTuple):
         return any(_value(node, get) for node in self.alternatives)
 
     def size(self, get: Lookup) -> int | None:
-        """As a number of elements. Raises ReshardError where a key is no non-negative integer, or a quotient is not whole."""
-        found = next((found for node in self.alternatives if (found := _value(node, get, whole=True)) is not None), None)
+        """As a number of elements. Raises ReshardError where a key is no non-negative integer, or a quotient is not
+        whole.
+        """
+        found = next(
+            (found for node in self.alternatives if (found := _value(node, get, whole=True)) is not None), None
+        )
         return None if found is None else _elements(self.text, found)
 
     @property
@@ -162,7 +169,13 @@ def _value(node: Node, get: Lookup, whole: bool = False) -> Any:
         return _elements(parts[0], found) if whole and found is not None else found
     if word == "count":
         found = get(parts[0])
-        return len(found) if isinstance(found, list | str) else found if found is None else _elements(node_text(node), found)
+        return (
+            len(found)
+            if isinstance(found, list | str)
+            else found
+            if found is None
+            else _elements(node_text(node), found)
+        )
     if word == "!":
         return not get(parts[0])
     if word == "if":

@@ -1,7 +1,7 @@
 """The facts of `[model]`: what a family computes, beyond what its tensors say.
 
-Each is defined here once: the reader checks tables by it, docs/notation.md lists it, the runtime takes its default and refuses values
-that are not legal, and a numeric difference in a part of a step is explained by the facts of that part.
+Each is defined here once: the reader checks tables by it, docs/notation.md lists it, the runtime takes its default and
+refuses values that are not legal, and a numeric difference in a part of a step is explained by the facts of that part.
 """
 
 import sys
@@ -59,7 +59,9 @@ ACTIVATIONS = (
 
 
 class Fact(NamedTuple):
-    """`kind`: a key of FORMS; `meaning`: Markdown; `default`: where a family does not say it; `legal`: what it may come to."""
+    """`kind`: a key of FORMS; `meaning`: Markdown; `default`: where a family does not say it; `legal`:
+    what it may come to.
+    """
 
     kind: str
     meaning: str
@@ -71,16 +73,26 @@ ROUTING: Mapping[str, Fact] = {
     "top": Fact("number", "experts per token, default `num_experts_per_tok`", "num_experts_per_tok", legal=COUNT),
     "score": Fact(
         "name",
-        '`"softmax"` (default), `"sigmoid"`, `"chosen"`: softmax over those chosen, `"sparsemixer"`: each choice by softmax over what is '
+        '`"softmax"` (default), `"sigmoid"`, `"chosen"`: softmax over those chosen, `"sparsemixer"`: each '
+        "choice by softmax over what is "
         "left, without what is much worse than the best of that; or what config.json says: `score_function | =softmax`",
         "softmax",
         legal=SCORES,
     ),
     "jitter": Fact("number", "of the sparsemixer: half of what counts as much worse, relatively", 0.0, legal=UNSIGNED),
-    "renormalize": Fact("either", "weights are divided by their sum, or, if this is a number, by their norm of that order", legal=UNSIGNED),
+    "renormalize": Fact(
+        "either",
+        "weights are divided by their sum, or, if this is a number, by their norm of that order",
+        legal=UNSIGNED,
+    ),
     "scale": Fact("number", "weights are multiplied by it, after renormalization", 1.0, legal=ANY),
     "groups": Fact("number", "experts are chosen in `group_top` of this many groups", 1.0, legal=COUNT),
-    "group_top": Fact("number", "groups to choose from: those with the greatest sum of their `group_best` best scores", 1.0, legal=COUNT),
+    "group_top": Fact(
+        "number",
+        "groups to choose from: those with the greatest sum of their `group_best` best scores",
+        1.0,
+        legal=COUNT,
+    ),
     "group_best": Fact("number", "scores that count for a group, default 2", 2.0, legal=COUNT),
     "divide": Fact("number", "the output of the router's own norm is divided by its square root", 1.0, legal=POSITIVE),
     "weigh_input": Fact("truth", "weights multiply an expert's input, not its output"),
@@ -93,7 +105,8 @@ GROWTH: Mapping[str, Fact] = {
     "unrotated": Fact("truth", "only in layers without rotary positions"),
     "if": Fact("truth", "only where this is true", "true"),
 }
-# Which facts bear on which part of a step; `layer`: on how its parts are put together; "": on whether and what anything runs at all.
+# Which facts bear on which part of a step; `layer`: on how its parts are put together; "": on whether and what anything
+# runs at all.
 PARTS: Mapping[str, Mapping[str, Fact]] = {
     "embedding": {
         "embed_scale": Fact("number", "embeddings are multiplied by its square root", 1.0, legal=UNSIGNED),
@@ -119,13 +132,16 @@ PARTS: Mapping[str, Mapping[str, Fact]] = {
         ),
         "rope_near": Fact(
             "number",
-            "base of the angles of layers with a window, never scaled; default: config.json gives each kind of layer its own, or all "
+            "base of the angles of layers with a window, never scaled; default: config.json gives each kind of "
+            "layer its own, or all "
             "have the same",
             legal=POSITIVE,
         ),
         "alibi": Fact("truth", "positions are a bias on the scores"),
         "alibi_scaled": Fact("truth", "that bias is in bfloat16, and scaled as scores are"),
-        "attn_scale": Fact("number", "scores are divided by its square root; default: features of a head", legal=POSITIVE),
+        "attn_scale": Fact(
+            "number", "scores are divided by its square root; default: features of a head", legal=POSITIVE
+        ),
         "attn_factor": Fact("number", "scores are multiplied by it instead", legal=ANY),
         "scale_by_layer": Fact("truth", "scores are also divided by the layer's number, from 1"),
         "attn_cap": Fact("number", "soft cap of scores; 0: none", legal=UNSIGNED),
@@ -133,7 +149,8 @@ PARTS: Mapping[str, Mapping[str, Fact]] = {
         "value_factor": Fact("number", "values are multiplied by it", legal=ANY),
         "growth": Fact(
             "facts",
-            "`{ by, span }`: queries are multiplied by 1 + by · log(1 + ⌊position / span⌋); `start`: positions count from it; "
+            "`{ by, span }`: queries are multiplied by 1 + by · log(1 + ⌊position / span⌋); `start`: positions "
+            "count from it; "
             "`unrotated`: in layers that do not rotate; `if`: where this is true",
             {},
         ),
@@ -142,10 +159,13 @@ PARTS: Mapping[str, Mapping[str, Fact]] = {
         "window": Fact("size", "size expression: tokens that a windowed layer keeps"),
         "window_if": Fact("condition", "config key that must be true, else no layer has a window"),
         "window_layers": Fact("rule", "the layers that have it, by a rule, see below; default: `all`", "all"),
-        "window_chunks": Fact("truth", "windows do not slide: a token sees what came before it in its own chunk of so many tokens"),
+        "window_chunks": Fact(
+            "truth", "windows do not slide: a token sees what came before it in its own chunk of so many tokens"
+        ),
         "borrowed": Fact(
             "rule",
-            "the layers that look up keys and values of the last one of their kind, with a window or without, that has its own, by a rule",
+            "the layers that look up keys and values of the last one of their kind, with a window or without, "
+            "that has its own, by a rule",
             "",
         ),
         "index_top": Fact("number", "tokens that a layer's indexer lets a token see", legal=COUNT),
@@ -154,7 +174,9 @@ PARTS: Mapping[str, Mapping[str, Fact]] = {
     },
     "feed-forward": {
         "activation": Fact("word", "default: `hidden_act`", "hidden_act | =silu", legal=ACTIVATIONS),
-        "gate_limit": Fact("number", "clamp of a gated unit: (up + up_offset) · gate · sigmoid(gate_alpha · gate)", legal=POSITIVE),
+        "gate_limit": Fact(
+            "number", "clamp of a gated unit: (up + up_offset) · gate · sigmoid(gate_alpha · gate)", legal=POSITIVE
+        ),
         "gate_alpha": Fact("number", "of that unit", 1.0, legal=ANY),
         "up_offset": Fact("number", "of that unit", 0.0, legal=ANY),
     },
@@ -162,7 +184,9 @@ PARTS: Mapping[str, Mapping[str, Fact]] = {
     "residual": {"residual_factor": Fact("number", "what a layer adds is multiplied by it", legal=ANY)},
     "layer": {
         "parallel": Fact("truth", "attention and feed-forward both start from the layer's input"),
-        "post_norm": Fact("truth", "`attn_norm` and `mlp_norm` come after the residual addition, and there is no final norm"),
+        "post_norm": Fact(
+            "truth", "`attn_norm` and `mlp_norm` come after the residual addition, and there is no final norm"
+        ),
     },
     "head": {
         "logit_factor": Fact("number", "logits are multiplied by it", legal=ANY),
@@ -173,7 +197,8 @@ PARTS: Mapping[str, Mapping[str, Fact]] = {
         "cache": Fact("names", "the logical tensors whose outputs decoding keeps, per token", ()),
         "runs": Fact(
             "runs",
-            "`false`: these facts are not enough; the family converts, merges and does not run. Or what must be true of config.json, a "
+            "`false`: these facts are not enough; the family converts, merges and does not run. Or what must "
+            "be true of config.json, a "
             "list, as in `[optional]`, alternatives by `|`",
             (),
         ),
@@ -183,7 +208,9 @@ FACTS: Mapping[str, Fact] = {name: fact for part in PARTS.values() for name, fac
 
 
 def check(model: Mapping[str, Any], where: str) -> None:
-    """Raises ReshardError for a fact that is not known, not of its form, no expression, or a constant that is not legal."""
+    """Raises ReshardError for a fact that is not known, not of its form, no expression,
+    or a constant that is not legal.
+    """
     for place, data, known in (
         ("model", model, FACTS),
         ("model.routing", model.get("routing", {}), ROUTING),

@@ -18,14 +18,28 @@ from .row import Row, parse_rows
 from .shipped import Shipped, own
 
 BASE = "_base"  # ends the name of the table of a base model
-_SAME = ("match", "sizes", "defaults", "model", "one_of", "layers", "optional", "extra", "tied", "towers", "quantization")
+_SAME = (
+    "match",
+    "sizes",
+    "defaults",
+    "model",
+    "one_of",
+    "layers",
+    "optional",
+    "extra",
+    "tied",
+    "towers",
+    "quantization",
+)
 _SHIPPED = Shipped("families", "family")
 shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family table, with `like` and compounds resolved. `chain`: the tables that it was read from, as their authors wrote them."""
+    """A family table, with `like` and compounds resolved. `chain`: the tables that it was read from,
+    as their authors wrote them.
+    """
 
     name: str
     rows: tuple[Row, ...]
@@ -40,7 +54,8 @@ class Family:
     one_of: tuple[tuple[str, ...], ...] = ()
     layers: dict[str, str] = field(default_factory=dict)  # kind → the rule by which config.json names its layers
     optional: dict[str, str] = field(default_factory=dict)
-    extra: dict[str, str] = field(default_factory=dict)  # kind of the layers beyond `layer` → config key with their number
+    # kind of the layers beyond `layer` → config key with their number
+    extra: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     towers: tuple[str, ...] = ()  # what the names of components other than the language model begin with
     quantization: tuple[dict[str, Any], ...] = ()
@@ -137,7 +152,10 @@ def _consistent(table: Family) -> Family:
             raise ReshardError(f"{where}: optional names the tag {tag}, which no row has")
     leaves = {leaf for row in table.rows for leaf in row.leaves}
     plain = leaves | {leaf.partition("@")[0] for leaf in leaves}
-    for key, names in (("tied", [name for pair in table.tied.items() for name in pair]), ("model.cache", table.model.get("cache", ()))):
+    for key, names in (
+        ("tied", [name for pair in table.tied.items() for name in pair]),
+        ("model.cache", table.model.get("cache", ())),
+    ):
         if missing := [name for name in names if name not in plain]:
             raise ReshardError(f"{where}: {key} names the logical tensor {missing[0]}, which no row has")
     layered = {
@@ -164,7 +182,9 @@ def digest(name: str) -> str:
 
 
 def base(family: Family) -> Family:
-    """The table of a family's base model, stored without `model.` and perhaps without a head; without one it runs if that is tied."""
+    """The table of a family's base model, stored without `model.` and perhaps without a head; without one it runs if
+    that is tied.
+    """
     name = f"{family.name}{BASE}"
     rows = [[*row[:3], " ".join([*row[3:], "head?"])] for row in family.written["rows"] if row[2] == "head"]
     own: dict[str, Any] = {"name": name, "rows": rows, "names": {"model.": [""]}}

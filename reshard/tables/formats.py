@@ -63,7 +63,9 @@ class Format:
         where = f'table "{self.name}", [family.{family}]'
         keys.check_format(data := {**special, "name": self.name}, where)
         own = _of_data(data, {}, self.axes)
-        return replace(self, rows=own.rows + self.rows, constants=own.constants or self.constants, tied=own.tied or self.tied)
+        return replace(
+            self, rows=own.rows + self.rows, constants=own.constants or self.constants, tied=own.tied or self.tied
+        )
 
     def refined(self, axes: Mapping[str, tuple[str, ...]]) -> "Format":
         """The same format with the compounds of a family written out too: two layouts meet at the atoms of both."""
@@ -71,13 +73,17 @@ class Format:
         if not new:
             return self
         rows = tuple(
-            row._replace(pattern=row.pattern.refined(new), layouts=tuple(pattern.refined(new) for pattern in row.layouts))
+            row._replace(
+                pattern=row.pattern.refined(new), layouts=tuple(pattern.refined(new) for pattern in row.layouts)
+            )
             for row in self.rows
         )
         return replace(self, rows=rows, axes=self.axes | new)
 
     def varied(self, tensors: Mapping[str, tuple[str, ...]]) -> "Format":
-        """This format with every row and every key about axes repeated for each variant among `tensors` (name → axes)."""
+        """This format with every row and every key about axes repeated for each variant among `tensors` (name
+        → axes).
+        """
         variants = sorted({variant_of(name) for name in tensors} - {""})
         if not variants:
             return self
@@ -87,7 +93,9 @@ class Format:
         def also(names: Iterable[str]) -> tuple[str, ...]:
             return tuple(name for base in names for name in (base, *(varied(base, variant) for variant in also_axes)))
 
-        rows = [other for row in self.rows for other in (row, *(_varied_row(row, variant, tensors) for variant in variants))]
+        rows = [
+            other for row in self.rows for other in (row, *(_varied_row(row, variant, tensors) for variant in variants))
+        ]
         axes = {
             varied(name, variant): tuple(varied(atom, variant) for atom in atoms)
             for name, atoms in self.axes.items()
@@ -105,7 +113,9 @@ class Format:
 
 
 def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) -> Row | None:
-    """A format's row for the tensors of a variant, which may have axes of other sizes; None where there are no such tensors."""
+    """A format's row for the tensors of a variant, which may have axes of other sizes; None where there are no such
+    tensors.
+    """
     leaves = tuple(varied(leaf, variant) for leaf in row.leaves)
     if not all(leaf in tensors for leaf in leaves):
         return None
@@ -123,12 +133,15 @@ def load(name: str) -> Format:
 def parse(text: str, where: str, parent: merge.Parent | None = None, leaves: Set[str] | None = None) -> Format:
     """A format from TOML; `parent(name)` gives the text of the table that `like` names.
 
-    `leaves`: of a format that has been used before, only the rows of these logical tensors, which a family has; the rest is not looked at.
+    `leaves`: of a format that has been used before, only the rows of these logical tensors, which a family has; the
+    rest is not looked at.
     """
     tables, texts = merge.chain(text, where, keys.check_format, parent)
     data = merge.merged(tables)
     if leaves is not None:
-        return _of_data(data | {"rows": [row for row in data.get("rows", ()) if leaves >= set(row[2].split())]}, texts, {})
+        return _of_data(
+            data | {"rows": [row for row in data.get("rows", ()) if leaves >= set(row[2].split())]}, texts, {}
+        )
     return _consistent(_of_data(data, texts, {}))
 
 
@@ -167,9 +180,13 @@ def _consistent(table: Format) -> Format:
         raise ReshardError(f"{where}: tied names the logical tensor {table.tied}, which no row has")
     for constant in table.constants:
         if constant.beside not in leaves:
-            raise ReshardError(f"{where}: constant {constant.name.text} stands beside {constant.beside}, which no row has")
+            raise ReshardError(
+                f"{where}: constant {constant.name.text} stands beside {constant.beside}, which no row has"
+            )
     engine = table.engine
-    if engine and not (isinstance(engine.get("name"), str) and isinstance(engine.get("versions"), list) and engine["versions"]):
+    if engine and not (
+        isinstance(engine.get("name"), str) and isinstance(engine.get("versions"), list) and engine["versions"]
+    ):
         raise ReshardError(f"{where}: engine = {engine!r} wants a name and a list of versions")
     return table
 
@@ -183,9 +200,15 @@ def _check_files(files: Mapping[str, str], where: str) -> None:
         try:
             if not _FILE.fullmatch(text):
                 raise ValueError
-            names = {text.format(rank=2 * pp + tp, tp=tp, pp=pp, part=0) for pp in range(2 if key == "staged" else 1) for tp in range(2)}
+            names = {
+                text.format(rank=2 * pp + tp, tp=tp, pp=pp, part=0)
+                for pp in range(2 if key == "staged" else 1)
+                for tp in range(2)
+            }
         except (KeyError, ValueError, IndexError, AttributeError):
             names = set()
         outside = any(name.startswith("/") or ".." in name for name in names)
         if key not in ("shard", "staged") or len(names) < (4 if key == "staged" else 2) or outside:
-            raise ReshardError(f'{where}: files.{key} = "{text}" does not name a file for every rank', "use {rank}, or {tp} and {pp}")
+            raise ReshardError(
+                f'{where}: files.{key} = "{text}" does not name a file for every rank', "use {rank}, or {tp} and {pp}"
+            )

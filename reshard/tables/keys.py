@@ -81,7 +81,9 @@ def check_format(data: dict[str, Any], where: str) -> None:
 
 def _check(data: dict[str, Any], where: str, kind: type[Table]) -> None:
     if unknown := sorted(set(data) - {*kind.__struct_fields__}):
-        raise ReshardError(f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(kind.__struct_fields__))}")
+        raise ReshardError(
+            f"{where}: unknown key {unknown[0]}", f"keys are {', '.join(sorted(kind.__struct_fields__))}"
+        )
     rows = decode.typed(data, kind, where, hint="docs/notation.md shows the form of every key", path="").rows
     if len(rows) > limits.ROWS:
         raise ReshardError(f"{where}: {len(rows)} rows, at most {limits.ROWS} are read")

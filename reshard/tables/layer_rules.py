@@ -3,8 +3,8 @@
     all             every layer
     even            0, 2, 4, …
     layer_types     the "sliding_attention" entries of that list
-    KEY WORD        the entries of another such list that are this word, or number; the list may be of pairs, of a list and how often it
-                    comes
+    KEY WORD        the entries of another such list that are this word, or number; the list may be of pairs, of a list
+                    and how often it comes
     from KEY        layers ≥ that number
     last KEY        so many layers at the end
     each KEY        each KEY-th: of 4 these are 3, 7, 11, …
@@ -105,7 +105,9 @@ def _repeated(key: str, entries: list[Any], layers: int) -> list[Any]:
     for entry in entries:
         some, times = entry if len(entry) == 2 else (None, None)
         if not isinstance(some, list) or isinstance(times, bool) or not isinstance(times, int) or times < 0:
-            raise ReshardError(f"config.json: {key} has the entry {shown(entry)}, a list and how often it comes are needed")
+            raise ReshardError(
+                f"config.json: {key} has the entry {shown(entry)}, a list and how often it comes are needed"
+            )
         found += some * min(times, layers)
     return found
 

@@ -12,7 +12,9 @@ Parent = Callable[[str], str]  # the text of the table that `like` names
 
 
 class Chain(NamedTuple):
-    """A table as its author wrote it, and those that it is like, each after its child: data without `like`, and TOML by name."""
+    """A table as its author wrote it, and those that it is like, each after its child: data without `like`,
+    and TOML by name.
+    """
 
     tables: tuple[Data, ...]
     texts: dict[str, str]
@@ -46,7 +48,9 @@ def leads_nowhere(where: str, like: str) -> ReshardError:
 
 
 def merged(tables: Sequence[Data]) -> Data:
-    """The tables of a chain as one. Each adds rows and keys to those of the next; a row of the same stored name replaces its."""
+    """The tables of a chain as one. Each adds rows and keys to those of the next; a row of the same stored name
+    replaces its.
+    """
     whole: Data = {}
     for child in reversed(tables):
         whole = _on(child, whole)
@@ -60,7 +64,8 @@ def _on(child: Data, parent: Data) -> Data:
     if missing := next((name for name in gone if name not in there), None):
         raise ReshardError(f'table "{child.get("name")}": no table that it is like has the row {missing}')
     parent = _without(parent, gone)
-    found = {key: value for key, value in parent.items() if key != "match"}  # what another table is for, this one is not
+    # what another table is for, this one is not
+    found = {key: value for key, value in parent.items() if key != "match"}
     for key, value in child.items():
         if isinstance(value, dict) and isinstance(parent.get(key), dict):
             found[key] = {**parent[key], **value}
@@ -96,11 +101,16 @@ def _without(parent: Data, gone: Sequence[str]) -> Data:
         return parent
     rows = [row for row in parent["rows"] if row[0] not in gone]
     words = {word for row in rows for word in (row[3] if len(row) > 3 else "").split()}
-    return parent | {"rows": rows, "optional": {tag: key for tag, key in parent.get("optional", {}).items() if tag in words}}
+    return parent | {
+        "rows": rows,
+        "optional": {tag: key for tag, key in parent.get("optional", {}).items() if tag in words},
+    }
 
 
 def _respelled(parent: Data, names: Mapping[str, list[str]]) -> Data:
-    """The rows of a table whose names begin in other ways: `"model." = ["language_model.model.", "model.language_model."]`."""
+    """The rows of a table whose names begin in other ways: `"model." = ["language_model.model.",
+    "model.language_model."]`.
+    """
 
     def spelled(text: str) -> list[str]:
         start = next((start for start in sorted(names, key=len, reverse=True) if text.startswith(start)), None)
@@ -112,7 +122,8 @@ def _respelled(parent: Data, names: Mapping[str, list[str]]) -> Data:
     prefix = parent.get("prefix", [])
     found["prefix"] = [other for text in ([prefix] if isinstance(prefix, str) else prefix) for other in spelled(text)]
     found["rows"] = [
-        [" | ".join(other for text in row[0].split(" | ") for other in spelled(text)), *row[1:]] for row in parent.get("rows", ())
+        [" | ".join(other for text in row[0].split(" | ") for other in spelled(text)), *row[1:]]
+        for row in parent.get("rows", ())
     ]
     found["aside"] = [other for text in parent.get("aside", ()) for other in spelled(text)]
     return found

@@ -37,7 +37,8 @@ class Pattern(NamedTuple):
     axes: tuple[tuple[str, ...], ...]
 
     def measure(self, size: Callable[[int, str], int]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-        """Shape of the stored tensor and the span of every leaf, when leaf i holds `size(i, axis)` elements along an axis.
+        """Shape of the stored tensor and the span of every leaf, when leaf i holds `size(i, axis)` elements along an
+        axis.
 
         Raises ReshardError where leaves that share an axis in memory hold different amounts of it.
         """
@@ -106,12 +107,16 @@ def _extent(product: Product, leaves: range, size: Callable[[int, str], int]) ->
         sizes = {size(leaf, node) for leaf in leaves}
         if len(sizes) > 1:
             held = " and ".join(map(str, sorted(sizes)))
-            raise ReshardError(f"axis {node} is shared in memory by tensors that hold {held} of it", "give each its own term")
+            raise ReshardError(
+                f"axis {node} is shared in memory by tensors that hold {held} of it", "give each its own term"
+            )
         extent *= sizes.pop()
     return extent
 
 
-def _place(product: Product, leaves: range, offset: int, stride: int, size: Callable[[int, str], int], spans: list[Span]) -> None:
+def _place(
+    product: Product, leaves: range, offset: int, stride: int, size: Callable[[int, str], int], spans: list[Span]
+) -> None:
     seam: tuple[Sum, int] | None = None
     for node in reversed(product):
         if isinstance(node, Sum):
@@ -129,7 +134,7 @@ def _place(product: Product, leaves: range, offset: int, stride: int, size: Call
         offset += _extent(term, own, size) * step
 
 
-# --- parsing -----------------------------------------------------------------------------------------------------------
+# --- parsing ----------------------------------------------------------------------------------------------------------
 
 LONGEST = 250  # characters of a pattern; tables in a manifest come from strangers
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*(?:@[a-z_][a-z0-9_]*)?|[0-9]+|[()+/])")
@@ -139,7 +144,8 @@ def parse_pattern(text: str, compounds: Mapping[str, Sequence[str]]) -> Pattern:
     """Parse a pattern, with compound axes (`heads = kv group`) written out.
 
     A factor followed by `/128` is stored per block of 128: it becomes one derived axis, named "kv group head_dim/128".
-    Raises ReshardError: unbalanced parentheses, an unknown character, an axis used twice by one leaf, several seams in one product.
+    Raises ReshardError: unbalanced parentheses, an unknown character, an axis used twice by one leaf, several seams in
+    one product.
     """
     tokens = _tokens(text)
     dims: list[Product] = []
@@ -210,7 +216,9 @@ def _product(tokens: list[str], text: str, compounds: Mapping[str, Sequence[str]
 def _one_seam(product: Product, text: str) -> None:
     seams = [node for node in product if isinstance(node, Sum)]
     if len(seams) > 1:
-        raise ReshardError(f'pattern "{text}": several sums along one product', "cut the tensor into rows with one seam each")
+        raise ReshardError(
+            f'pattern "{text}": several sums along one product', "cut the tensor into rows with one seam each"
+        )
     for seam in seams:
         for term in seam.terms:
             _one_seam(term, text)
@@ -229,7 +237,7 @@ def _paths(product: Product) -> Iterator[tuple[str, ...]]:
             yield (*(str(axis) for axis in before), *path, *(str(axis) for axis in after))
 
 
-# --- axes stored per block -----------------------------------------------------------------------------------------------
+# --- axes stored per block --------------------------------------------------------------------------------------------
 
 
 def derived(axes: tuple[str, ...], unit: int) -> str:
@@ -252,7 +260,7 @@ def bases(axes: Iterable[str]) -> set[str]:
     return found
 
 
-# --- variants ------------------------------------------------------------------------------------------------------------
+# --- variants ---------------------------------------------------------------------------------------------------------
 
 
 def varied(name: str, variant: str) -> str:
@@ -265,7 +273,7 @@ def variant_of(name: str) -> str:
     return name.partition("@")[2]
 
 
-# --- names ---------------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------------------
 
 _HOLE = re.compile(r"\{([a-z_][a-z_0-9]*)(:local|:extra|//[1-9][0-9]{0,3}|%[1-9][0-9]{0,3})?\}")
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a whole path segment
@@ -282,7 +290,8 @@ class Template(NamedTuple):
     base: int = 0
     compounds: tuple[tuple[str, tuple[str, ...]], ...] = ()  # holes that count several axes, row-major
     sizes: tuple[int, ...] = ()  # of `axes`, once they are known; only those of parts of compounds matter
-    steps: tuple[tuple[str, int], ...] = ()  # axes that are counted in steps: `{layer//2}`, and inside one by `{layer%2}`, else the first
+    # axes that are counted in steps: `{layer//2}`, and inside one by `{layer%2}`, else the first
+    steps: tuple[tuple[str, int], ...] = ()
 
     def name(self, point: Mapping[str, int]) -> str:
         """The stored name at a point of the enumerated axes."""
@@ -305,19 +314,27 @@ class Template(NamedTuple):
         return found
 
     def numbers(self, found: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The numbers of the axes where a name has those found in its holes; None where these are too few or too many, or nothing is
-        known of a compound's parts."""
+        """The numbers of the axes where a name has those found in its holes; None where these are too few or too many,
+        or nothing is known of a compound's parts."""
         if self.compounds:
             found = self._parted(found)
         elif self.steps:
             found = self._stepped(found)
         if len(found) != len(self.axes):
             return None
-        return tuple(n + self.base if axis == "layer" else n for axis, n in zip(self.axes, found, strict=True)) if self.base else found
+        return (
+            tuple(n + self.base if axis == "layer" else n for axis, n in zip(self.axes, found, strict=True))
+            if self.base
+            else found
+        )
 
     def _parted(self, found: tuple[int, ...]) -> tuple[int, ...]:
         """Numbers of holes as numbers of axes."""
-        holes, compounds, sizes = _HOLE.findall(self.text), dict(self.compounds), dict(zip(self.axes, self.sizes, strict=False))
+        holes, compounds, sizes = (
+            _HOLE.findall(self.text),
+            dict(self.compounds),
+            dict(zip(self.axes, self.sizes, strict=False)),
+        )
         if len(found) != len(holes) or not sizes:
             return ()
         numbers: list[int] = []
@@ -356,7 +373,8 @@ def parse_template(text: str, compounds: Mapping[str, Sequence[str]] = MappingPr
     rest = _HOLE.sub("", text)
     if "{" in rest or "}" in rest:
         raise ReshardError(
-            f'stored name "{text}": a brace that is no placeholder', "write {axis}, {axis:local}, {layer:extra}, {axis//2} or {axis%2}"
+            f'stored name "{text}": a brace that is no placeholder',
+            "write {axis}, {axis:local}, {layer:extra}, {axis//2} or {axis%2}",
         )
     own = tuple((hole[1], tuple(compounds[hole[1]])) for hole in holes if hole[1] in compounds and not hole[2])
     axes = tuple(axis for hole in holes for axis in dict(own).get(hole[1], (hole[1],)))
@@ -364,7 +382,10 @@ def parse_template(text: str, compounds: Mapping[str, Sequence[str]] = MappingPr
     for axis, step in steps.items():
         words = [hole[2] or "" for hole in holes if hole[1] == axis]
         if sorted(words) not in ([f"//{step}"], [f"%{step}", f"//{step}"]) or own:
-            raise ReshardError(f'stored name "{text}": {axis} is not counted in steps', f"write {{{axis}//2}}, or that and {{{axis}%2}}")
+            raise ReshardError(
+                f'stored name "{text}": {axis} is not counted in steps',
+                f"write {{{axis}//2}}, or that and {{{axis}%2}}",
+            )
     axes = tuple(axis for at, axis in enumerate(axes) if axis not in steps or axes.index(axis) == at)
     if len(set(axes)) < len(axes):
         raise ReshardError(f'stored name "{text}": a placeholder occurs twice')

@@ -45,9 +45,14 @@ class Constant(NamedTuple):
 
 
 def parse_rows(
-    data: Mapping[str, Any], where: str, groups: Sequence[Sequence[str]] = (), axes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    data: Mapping[str, Any],
+    where: str,
+    groups: Sequence[Sequence[str]] = (),
+    axes: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> tuple[tuple[Row, ...], dict[str, tuple[str, ...]]]:
-    """The rows of a table, and its compound axes with those of variants. `groups`: its `one_of`; `axes`: compounds defined elsewhere."""
+    """The rows of a table, and its compound axes with those of variants. `groups`: its `one_of`; `axes`:
+    compounds defined elsewhere.
+    """
     compounds = {**axes, **atoms(data.get("axes", {}), where)}
     kinds = {kind for group in groups for kind in group}
     rows = tuple(_row(row, compounds, kinds, where) for row in data.get("rows", ()))
@@ -63,7 +68,9 @@ def parse_rows(
 
 
 def _doubled(rows: Iterable[Row], groups: Sequence[Set[str]]) -> str:
-    """A stored name that two rows have in one layer, or nothing. `groups`: kinds of which each layer is known to have one."""
+    """A stored name that two rows have in one layer, or nothing. `groups`: kinds of which each layer is known to have
+    one.
+    """
     seen: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         for name in (row.name, *row.others):
@@ -76,7 +83,9 @@ def _doubled(rows: Iterable[Row], groups: Sequence[Set[str]]) -> str:
 def _told(rows: Sequence[Row], group: Sequence[str]) -> bool:
     """Whether every kind of a set shows itself in a layer by a tensor that layers of no other kind have."""
     count = Counter(name.folded for row in rows for name in (row.name, *row.others))
-    telling = [row.kinds for row in rows if not row.tags and all(count[name.folded] == 1 for name in (row.name, *row.others))]
+    telling = [
+        row.kinds for row in rows if not row.tags and all(count[name.folded] == 1 for name in (row.name, *row.others))
+    ]
     return all(any(kind in kinds for kinds in telling) for kind in group)
 
 
@@ -102,7 +111,8 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     for one in (pattern, *layouts):
         if len(leaves) != len(one.axes):
             raise ReshardError(
-                f'{where}: {text}: pattern "{pattern_text}" has {len(one.axes)} leaves, {len(leaves)} logical names are given'
+                f'{where}: {text}: pattern "{pattern_text}" has {len(one.axes)} leaves, {len(leaves)} logical '
+                f"names are given"
             )
     if len(set(leaves)) < len(leaves):
         raise ReshardError(f"{where}: {text}: a logical tensor is named twice")
@@ -120,10 +130,15 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         raise ReshardError(f"{where}: {text}: {' and '.join(stages)}: one word says the stage")
     known = kinds | set(STAGES) | {"whole", "zero"}
     either = tuple(frozenset(word.split("|")) for word in plain if "|" in word)
-    bad = [word for word in plain if word not in known and not word.endswith("?") and not ("|" in word and set(word.split("|")) <= kinds)]
+    bad = [
+        word
+        for word in plain
+        if word not in known and not word.endswith("?") and not ("|" in word and set(word.split("|")) <= kinds)
+    ]
     if bad:
         raise ReshardError(
-            f'{where}: {text}: unknown word "{bad[0]}"', f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?"
+            f'{where}: {text}: unknown word "{bad[0]}"',
+            f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?",
         )
     return Row(
         name,
@@ -142,6 +157,10 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
 
 
 def parse_constant(entry: Sequence[Any], where: str) -> Constant:
-    if [type(part) for part in entry] not in ([str, str, int, str], [str, str, float, str]) or entry[1] not in CONSTANTS:
-        raise ReshardError(f"{where}: constant {entry!r} is not [name, {' or '.join(CONSTANTS)}, value, logical tensor]")
+    if [type(part) for part in entry] not in ([str, str, int, str], [str, str, float, str]) or entry[
+        1
+    ] not in CONSTANTS:
+        raise ReshardError(
+            f"{where}: constant {entry!r} is not [name, {' or '.join(CONSTANTS)}, value, logical tensor]"
+        )
     return Constant(parse_template(entry[0]), entry[1], float(entry[2]), entry[3])

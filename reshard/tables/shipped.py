@@ -31,7 +31,9 @@ class Shipped:
         names = self.names()
         if len(names) < 9:
             return f"there are {', '.join(names)}{self.besides}"
-        close = get_close_matches(name.lower(), names, 5, 0.5) or [other for other in names if other in name or name in other]
+        close = get_close_matches(name.lower(), names, 5, 0.5) or [
+            other for other in names if other in name or name in other
+        ]
         similar = f", with such names: {', '.join(close[:5])}" if close else ", the README lists them"
         return f"there are {len(names)} {self.folder}{similar}"
 

@@ -14,10 +14,11 @@ _SHIPPED = Shipped("wrappers", "wrapper")
 
 
 def wrapper_of(config: Config, key: str | None = None) -> Family | None:
-    """The table of a multimodal checkpoint: a shipped wrapper around the family of its language model, which config.json names.
+    """The table of a multimodal checkpoint: a shipped wrapper around the family of its language model, which
+    config.json names.
 
-    The wrapper that lists its `model_type`, or `key`: "*" is for whatever names the family. Raises ReshardError where a wrapper lists it
-    and there is no table for the language model.
+    The wrapper that lists its `model_type`, or `key`: "*" is for whatever names the family. Raises ReshardError where a
+    wrapper lists it and there is no table for the language model.
     """
     kind = config.model_type
     for name in _SHIPPED.names() if kind is not None else ():
@@ -32,12 +33,16 @@ def wrapper_of(config: Config, key: str | None = None) -> Family | None:
             return _wrapped(str(kind), family, text, about)
         if key is None:
             hint = f"{families.nearest(str(inner))}; or bring one with --family my.toml (docs/notation.md)"
-            raise ReshardError(f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint)
+            raise ReshardError(
+                f'config.json: "{kind}" around a language model "{inner}", for which there is no table', hint
+            )
     return None
 
 
 def _wrapped(kind: str, family: Family, text: str, about: Mapping[str, Any]) -> Family:
-    """The family with what a wrapper says; `text`: its TOML, of which what stands before [wraps] is kept as the author wrote it."""
+    """The family with what a wrapper says; `text`: its TOML, of which what stands before [wraps] is kept as the author
+    wrote it.
+    """
     left_out = about.get("left_out", {})
     defaults = left_out.get(family.name, {}) | left_out.get(kind, {})
     own = {key: value for key, value in about.items() if key not in ("wraps", "left_out")}
@@ -45,13 +50,19 @@ def _wrapped(kind: str, family: Family, text: str, about: Mapping[str, Any]) -> 
     keys.check_family(own, kind)
     written = "".join(f"{key} = {value}\n" for key, value in defaults.items())
     head = text.partition("\n[wraps]")[0]
-    return families.of_chain(family.chain.on(own, f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{written}'))
+    return families.of_chain(
+        family.chain.on(own, f'name = "{kind}"\nlike = "{family.name}"\n{head}\n[defaults]\n{written}')
+    )
 
 
 def named(name: str, config: Config) -> Family:
     """The shipped family of that name, which may be that of a multimodal checkpoint, or of a base model."""
     if name.endswith(BASE):
         return families.base(families.load(name.removesuffix(BASE)))
-    if name not in families.shipped() and (wrapper := wrapper_of(config) or wrapper_of(config, "*")) is not None and wrapper.name == name:
+    if (
+        name not in families.shipped()
+        and (wrapper := wrapper_of(config) or wrapper_of(config, "*")) is not None
+        and wrapper.name == name
+    ):
         return wrapper
     return families.load(name)

@@ -1,11 +1,13 @@
 """Text for people, parts of which may be untrusted: control characters are escaped. Prints nothing.
 
-A name in a checkpoint may hold what moves a terminal's cursor, sets its title, or turns the order of the text around it.
+A name in a checkpoint may hold what moves a terminal's cursor, sets its title, or turns the order of the text around
+it.
 """
 
 import re
 
-# C0 but tab and newline; delete; C1; marks, embeddings, overrides, isolates of direction; line and paragraph separators; surrogates alone.
+# C0 but tab and newline; delete; C1; marks, embeddings, overrides, isolates of direction; line and paragraph
+# separators; surrogates alone.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -1,4 +1,6 @@
-"""Progress on stderr: a bar on a terminal, plain lines with a heartbeat in a log, JSON lines for programs, or nothing."""
+"""Progress on stderr: a bar on a terminal, plain lines with a heartbeat in a log, JSON lines for programs,
+or nothing.
+"""
 
 import json
 import os
@@ -101,7 +103,9 @@ class _Counting:
     def __enter__(self) -> "_Counting":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
 
 
@@ -125,7 +129,9 @@ class Lines(_Counting):
 
 
 class Json(_Counting):
-    """One JSON object per second: what, done, total, rate (per second), left (seconds), end; bytes, where `what` does not say of what."""
+    """One JSON object per second: what, done, total, rate (per second), left (seconds), end; bytes,
+    where `what` does not say of what.
+    """
 
     def show(self, seconds: float, end: bool) -> None:
         left = self.left(seconds)
@@ -152,7 +158,8 @@ class Bar(_Counting):
             known = os.get_terminal_size(self.stream.fileno()).columns > 0
         except (OSError, ValueError):
             known = False
-        width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80}  # a terminal in a container may not know its size
+        # a terminal in a container may not know its size
+        width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80}
         counted: dict[str, Any] = {"unit": unit, "unit_scale": unit == BYTES}
         self._bar = tqdm(total=total, desc=visible(what), leave=False, file=self.stream, miniters=1, **counted, **width)
         super().start(what, total, unit)
