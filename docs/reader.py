@@ -1,5 +1,4 @@
-"""Reads one rank of a shard directory with the standard library alone: json, mmap, struct. docs/format.md explains what
-it reads.
+"""Reads one rank of a shard directory with the standard library alone. docs/format.md explains what it reads.
 
 python docs/reader.py OUT 3          rank 3: each tensor, and which part of the model it is
 """
@@ -12,9 +11,7 @@ from pathlib import Path
 
 
 def open_rank(directory, rank):
-    """({name: (dtype, shape, bytes)}, {name: segments}) of one rank; the bytes are views of the mapped file,
-    nothing is copied.
-    """
+    """({name: (dtype, shape, bytes)}, {name: segments}) of one rank; the bytes are views of the mapped file."""
     root = Path(directory)
     manifest = json.loads((root / "manifest.json").read_text("utf-8"))
     if manifest["reshard"].split(".")[0] != "1":

@@ -310,12 +310,6 @@ ODD = {
         'like = "llama"\n[sizes]\nkv = "0"\nheads = "h"',
         r'\[sizes\] kv = "0"\) has size 0, expected 1',
     ),
-    "half a sum": ('like = "llama"\n[sizes]\nvocab = "hidden+"', r'\[sizes\] vocab = "hidden\+"\) has no size'),
-    "half a sum of layers": ('like = "llama"\n[sizes]\nlayer = "a+"', r'\[sizes\] layer = "a\+"\) has no size'),
-    "half a sum elsewhere": (
-        'like = "granitemoehybrid"\n[sizes]\nvocab = "a + "',
-        r'\[sizes\] vocab = "a \+ "\) has no size',
-    ),
     "a compound of nothing": ('like = "llama"\n[axes]\nheads = ""', r'\[axes\] heads = "" has no parts'),
     "extra layers only": (
         'like = "deepseek_v3"\none_of = [["mtp"]]',

@@ -183,7 +183,8 @@ def test_config_json_may_name_the_weights(tmp_path: Path) -> None:
 def test_pipes_and_what_cannot_be_read_are_refused_at_once(tmp_path: Path) -> None:
     source = llama(tmp_path / "model")
     os.mkfifo(source / "README.md")
-    assert reshard("convert", source, tmp_path / "out", "--tp", "2").code == 0
+    refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 2, "README.md: not a regular file")
+    (source / "README.md").unlink()
     (source / "config.json").unlink()
     os.mkfifo(source / "config.json")
     refused(reshard("plan", source, "--tp", "2"), 2, "config.json: is not a regular file")

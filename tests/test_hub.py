@@ -47,9 +47,10 @@ from reshard.store.store import Ahead
 
 def facts(source):
     originals = [(o.name, o.size, o.sha256) for o in source.originals]
-    tensors = {name: (originals[at][0], e.dtype, list(e.shape), e.offset, e.nbytes) for name, (at,
-    e) in source.tensors.items()}
-    carried, left = [(c.name, c.size) for c in source.carried], list(source.left)
+    tensors = {
+        name: (originals[at][0], e.dtype, list(e.shape), e.offset, e.nbytes) for name, (at, e) in source.tensors.items()
+    }
+    carried, left = [(c.name, c.size) for c in source.carried], [(e.name, e.size, e.why) for e in source.left]
     origin = source.origin.id, source.origin.commit, source.origin.license
     where, root = source.where, source.root and str(source.root)
     return dict(originals=originals, tensors=tensors, carried=carried, left=left, origin=origin, where=where, root=root)

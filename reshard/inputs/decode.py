@@ -159,8 +159,9 @@ def _words(error: str, value: Any, form: Any, path: str) -> str:
     """What msgspec says, with the value and the key that it leaves out (`$.tied[...]`). `path`: what `$` is called."""
     said, _, at = error.partition(" - at `$")
     found = value
-    for key, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", at):
-        step = int(index) if index.isdecimal() else key or _refused(error, value, found, form)
+    for key, index in re.findall(r"\.(\w+)|\[([0-9]+|\.\.\.)\]", at):
+        number = limits.numeral(index)
+        step = number if number is not None else key or _refused(error, value, found, form)
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
         found = found[step]
     if name := re.fullmatch("Object missing required field `(.*)`", said):

@@ -44,7 +44,7 @@ class Range(NamedTuple):
 
 
 _MOST = 1e30  # far below where float32 ends, far above every fact of every published model
-ANY = Range(-_MOST, _MOST, "a finite number")
+ANY = Range(-1e300, 1e300, "a finite number")
 UNSIGNED = Range(0, _MOST, "a finite number that is not negative")
 POSITIVE = Range(sys.float_info.min, _MOST, "a positive number")
 PART = Range(0, 1, "a number from 0 to 1")
