@@ -1,5 +1,6 @@
 """Ranks as processes: torch.distributed, with gloo or NCCL, watched by a heartbeat."""
 
+import ctypes
 import os
 import zlib
 from collections import defaultdict
@@ -66,7 +67,10 @@ class Processes(World):
         """The frames of some ranks, and their process group, created by these ranks alone when they first need it."""
         if ranks not in self._frames:
             wait, me = self._timeout * WAIT, ranks.index(self.rank)
-            group = self._dist.new_group(list(ranks), timeout=timedelta(seconds=wait), use_local_synchronization=True)
+            with _greetings_aside():
+                group = self._dist.new_group(
+                    list(ranks), timeout=timedelta(seconds=wait), use_local_synchronization=True
+                )
             found: Sent | Shared | None = None
             if group.name() == "gloo" and self._life.near(ranks):
                 name = f"reshard/frames/{self._life.job}/{next(self._life.numbers[ranks])}/{ranks}"
@@ -214,6 +218,20 @@ def joined(backend: str, forked: int | None, timeout: float) -> Iterator[World]:
                 distributed.destroy_process_group()
 
 
+@contextmanager
+def _greetings_aside() -> Iterator[None]:
+    """What libraries print on stdout is dropped: gloo of torch 2.8 greets there, where results belong."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _join(backend: str, forked: int | None, timeout: float) -> None:
     """Initialise torch.distributed."""
     from torch import distributed
@@ -222,11 +240,13 @@ def _join(backend: str, forked: int | None, timeout: float) -> None:
     limit = timedelta(seconds=timeout)
     try:
         if forked is None:
-            distributed.init_process_group(backend, timeout=limit)
+            with _greetings_aside():
+                distributed.init_process_group(backend, timeout=limit)
             return
         rank = int(os.environ["RANK"])
         store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
+        with _greetings_aside():
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
     except RuntimeError as error:
         words = str(error).splitlines()[0]
         raise Lost(f"rank {os.environ['RANK']} cannot join: {words}", "start all ranks at the same time") from None
