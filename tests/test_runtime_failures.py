@@ -207,7 +207,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=WATCHDOG,
     )
     assert done.returncode == 0, done.stderr.decode()
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
