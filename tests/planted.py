@@ -101,7 +101,7 @@ def _found(out: Path, source: Path, rung: str) -> bool:
 def without_transformers(folder: Path) -> dict[str, str]:
     """The environment of a process in which transformers cannot be imported."""
     folder.mkdir(exist_ok=True)
-    (folder / "transformers.py").write_text("raise ImportError('not installed')\n")
+    (folder / "transformers.py").write_text("raise ModuleNotFoundError('not installed', name='transformers')\n")
     there = environment(OMP_NUM_THREADS="1")
     return there | {"PYTHONPATH": f"{folder}:{there['PYTHONPATH']}"}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def numerics(out: Path, source: Path, **given: Any) -> Rung:
 def swapped(path: Path) -> Path:
     """The llama table with k and v exchanged: it fits, and merges back byte for byte."""
     return respelled(path, {}, EXCHANGED)
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('boom')", "1 / 0", "def f(:", "import no_such_module_of_its_own"])
+def test_a_transformers_that_cannot_be_imported_is_no_reference(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a broken installation raises is told as the reason, and nothing is proven."""
+    (tmp_path / "transformers.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    found = reference_for(open_source(checkpoint("llama")))
+    assert not found.independent
+    assert re.search("transformers cannot be imported: (RuntimeError|ZeroDivision|Syntax|ModuleNotFound)", found.name)
 
 
 # --- without transformers ---------------------------------------------------------------------------------------------

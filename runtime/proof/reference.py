@@ -110,8 +110,10 @@ def reference_for(source: Source) -> Reference:
     """The reference of a published checkpoint: transformers if possible, else this runtime at TP 1."""
     try:
         import transformers
-    except ImportError:
-        return own_reference(source, "transformers is not installed", EXTRA)
+    except Exception as error:  # a broken installation raises anything
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        why = "is not installed" if missing else f"cannot be imported: {type(error).__name__}: {error}"
+        return own_reference(source, f"transformers {why}", EXTRA)
     if (method := _quantised(source)) is not None and method not in TRUSTED:
         return own_reference(source, f"transformers is not known to read {method} weights correctly")
     with torch.inference_mode():
