@@ -3,6 +3,7 @@
 import errno
 import re
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 
 from .text.escapes import in_line
@@ -20,6 +21,17 @@ class ReshardError(Exception):
 
     def __str__(self) -> str:
         return told(self.message, self.hint)
+
+
+def unusable(package: str, called: str) -> str | None:
+    """Why a package cannot be imported, whatever its installation raises; None where it can be."""
+    try:
+        import_module(package)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]:
+            return f"{called} is not installed"
+        return f"{called} cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def told(message: str, hint: str | None) -> str:

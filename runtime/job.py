@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reshard.errors import ReshardError
+from reshard.errors import ReshardError, unusable
 from reshard.layout.mesh import Mesh
 from reshard.store.directory import Directory
 from reshard.text.escapes import in_json, visible
@@ -110,11 +110,10 @@ def start(job: Job) -> None:
 
 def _torch() -> None:
     """Import torch, so that forked ranks need not. Raises ReshardError if it is missing."""
-    try:
-        import torch.distributed
-    except ImportError:
-        words = "running a model needs PyTorch, which is not installed"
-        raise ReshardError(words, "pip install 'reshard[runtime]'") from None
+    if (why := unusable("torch", "PyTorch")) is not None:
+        raise ReshardError(f"running a model needs PyTorch: {why}", "pip install 'reshard[runtime]'")
+    import torch.distributed
+
     if not torch.distributed.is_available():
         raise ReshardError("this PyTorch was built without torch.distributed", "pip install 'reshard[runtime]'")
 

@@ -401,10 +401,10 @@ def test_progress_is_told_damage_by_damage(monkeypatch: pytest.MonkeyPatch) -> N
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
-def test_without_torch_the_last_rung_is_not_climbed_and_nothing_is_called_caught_by_it(
+def test_without_torch_numerics_is_skipped_and_nothing_is_called_caught_by_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(table_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(table_check, "unusable", lambda *_: "PyTorch is not installed")
     monkeypatch.setattr(Bench, "_prepare", lambda *_: pytest.fail("nothing may be run"))
     found = check_table(family("phi3"), sample=120)
     assert found.ok and not found.proven

@@ -20,11 +20,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReshardError
+from ..errors import ReshardError, unusable
 from ..jobs.verdict import WIDTH
 from ..tables.families import Family
 from ..text.progress import Progress, Silent
@@ -152,7 +151,8 @@ def check_table(
     table itself does not fit, or no synthetic checkpoint can be generated from it.
     """
     progress = progress or Silent()
-    skipped = None if find_spec("torch") is not None else "PyTorch is not installed: pip install 'reshard[runtime]'"
+    why = unusable("torch", "PyTorch")
+    skipped = None if why is None else f"{why}: pip install 'reshard[runtime]'"
     with tempfile.TemporaryDirectory(prefix="reshard-check-") as scratch, _quiet_torch(skipped):
         benches = [Bench(str(given), given, table, skipped)] if given is not None else []
         for number, root in enumerate(made_up(table, Path(scratch)), 1):

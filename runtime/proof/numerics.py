@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reshard.errors import PlaceError, ReshardError
+from reshard.errors import PlaceError, ReshardError, unusable
 from reshard.jobs.verdict import SELF_CONSISTENT, UNPROVEN, Rung
 from reshard.text.progress import Progress
 from reshard.text.units import binary
@@ -99,10 +99,10 @@ def numerics(
     if (needed := MEMORY * elements) > UNASKED and not (must or asked):
         words = f"needs {binary(needed)} of memory: ask for it with --numerics, or use --layers for less"
         return Rung("numerics", skipped=words)
-    try:
-        import torch
-    except ImportError:
-        return skipped("PyTorch is not installed", "pip install 'reshard[runtime]'")
+    if (why := unusable("torch", "PyTorch")) is not None:
+        return skipped(why, "pip install 'reshard[runtime]'")
+    import torch
+
     if (why := _cannot_run(source)) is not None:
         return Rung("numerics", skipped=f"cannot run it: {why}")
     if layers:

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from reshard.checkpoints.source import Source
+from reshard.errors import unusable
 from reshard.tables import families
 from reshard.tables.notation import fold
 
@@ -108,12 +109,10 @@ class Reference:
 
 def reference_for(source: Source) -> Reference:
     """The reference of a published checkpoint: transformers if possible, else this runtime at TP 1."""
-    try:
-        import transformers
-    except Exception as error:  # a broken installation raises anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
-        why = "is not installed" if missing else f"cannot be imported: {type(error).__name__}: {error}"
-        return own_reference(source, f"transformers {why}", EXTRA)
+    if (why := unusable("transformers", "transformers")) is not None:
+        return own_reference(source, why, EXTRA)
+    import transformers
+
     if (method := _quantised(source)) is not None and method not in TRUSTED:
         return own_reference(source, f"transformers is not known to read {method} weights correctly")
     with torch.inference_mode():
