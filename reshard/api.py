@@ -147,13 +147,11 @@ def verify(
 
     - integrity: by its manifest.
     - weights: bit-exact, `against` the original.
-    - sha256: the files that merging would write have the digests that were recorded, or those that the Hub publishes of
-    the model
-      `hub`. With `sha256` it is an error if none is known.
+    - sha256: the files that merging would write have the digests that were recorded, or those that the Hub publishes
+      of the model `hub`. With `sha256` it is an error if none is known.
     - numerics: the model computes what the original does. None: where it can be run here. `exhaustive`: with prompts
-    for every row of
-      the vocabulary. `layers`: layer by layer, in the memory of one. `processes`: ranks are processes connected by
-      gloo, not threads.
+      for every row of the vocabulary. `layers`: layer by layer, in the memory of one. `processes`: ranks are processes
+      connected by gloo, not threads.
 
     `only` names one check. `strict`: files that the manifest does not list are a mismatch, not just unproven.
     `require`: checks that have to pass, or "proven"; what was skipped, or compared with this runtime alone, has not

@@ -17,10 +17,9 @@ What decides the bytes
                      are not counted, exactly full is full. What is larger than the limit gets a file of its own,
                      numbered at once: *before* the open file, which stays open for what follows.
     stacked experts  transformers 5 holds a layer's experts stacked, and saves views of the stack. Views of one storage
-    are counted
-                     once, at the first, with the bytes of them all, and never parted: all `experts.*.w1` of a layer are
-                     one block. (If the layer has one expert, w1 and w3 are: to cut that stack in halves nothing had to
-                     be copied.)
+                     are counted once, at the first, with the bytes of them all, and never parted: all `experts.*.w1` of
+                     a layer are one block. (If the layer has one expert, w1 and w3 are: to cut that stack in halves
+                     nothing had to be copied.)
     names            `model-00001-of-00003.safetensors`; one file is `model.safetensors` and has no index.
     inside a file    As safetensors lays tensors (`library_order`), `__metadata__` {"format": "pt"}, header padded to 8
                      bytes.
