@@ -221,6 +221,15 @@ def test_every_command_is_shown() -> None:
         assert script in _text("README.md")
 
 
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """As scripts/docs builds it: links within it lead somewhere, and docstrings are well formed."""
+    pytest.importorskip("sphinx")
+    build = (sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-b", "html")
+    done = subprocess.run([*build, "-d", tmp_path / "trees", "docs", tmp_path / "html"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "html" / "index.html").stat().st_size > 0
+
+
 def test_the_readme_is_short() -> None:
     assert len(_text("README.md").encode()) < 9000
 
