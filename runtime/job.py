@@ -110,7 +110,7 @@ def start(job: Job) -> None:
 
 def _torch() -> None:
     """Import torch, so that forked ranks need not. Raises ReshardError if it is missing."""
-    if (why := unusable("torch", "PyTorch")) is not None:
+    if (why := unusable("torch.distributed", "PyTorch")) is not None:
         raise ReshardError(f"running a model needs PyTorch: {why}", "pip install 'reshard[runtime]'")
     import torch.distributed
 
