@@ -33,6 +33,8 @@ from running import (
     stamps,
 )
 
+from reshard.errors import unusable
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -504,3 +506,23 @@ main(sys.argv[1:])
         f"error: reading {source / 'model.safetensors'} failed: Input/output error\n\nhint: the storage"
     )
     assert names(source.parent) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise OSError('libx.so: cannot open shared object file')", "It cannot be imported: OSError: libx.so: cannot"),
+        ("import no_such_module_of_its_own", "It cannot be imported: ModuleNotFoundError: No module named 'no_such"),
+        ("def f(:", "It cannot be imported: SyntaxError"),
+        (None, "It is not installed"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_named_with_the_reason(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "a_broken_package.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = unusable("a_broken_package", "It")
+    assert found is not None and found.startswith(said)
+    assert unusable("json", "It") is None

@@ -16,7 +16,7 @@ import torch
 from faults import EXCHANGED, UNKNOWN, WRAPPED, much_in_common, respelled, unknown, wrapped
 from fixtures import State, checkpoint, configure, copy, rewrite
 from planted import without_transformers
-from running import process, refused, reshard, sign
+from running import environment, process, refused, reshard, sign
 
 import reshard as api
 from reshard.checkpoints.opening import table_of
@@ -54,6 +54,19 @@ def test_a_transformers_that_cannot_be_imported_is_no_reference(
     found = reference_for(open_source(checkpoint("llama")))
     assert not found.independent
     assert re.search("transformers cannot be imported: (RuntimeError|ZeroDivision|Syntax|ModuleNotFound)", found.name)
+
+
+def test_a_pytorch_that_cannot_be_imported_skips_numerics_with_the_reason(tmp_path: Path) -> None:
+    """As where a shared library of CUDA is missing."""
+    source, out, stub = checkpoint("llama"), tmp_path / "out", tmp_path / "stub"
+    assert reshard("convert", source, out, "--tp", "2").code == 0
+    stub.mkdir()
+    (stub / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    env = environment() | {"PYTHONPATH": f"{stub}:{environment()['PYTHONPATH']}"}
+    done = process("verify", out, "--against", source, env=env)
+    assert done.code == 0 and "proven" not in done.out
+    assert "PyTorch cannot be imported: OSError: libcudart.so.12" in " ".join(done.out.split())
+    refused(process("generate", out, "--tokens", "1 2", env=env), 2, "libcudart.so.12", "pip install")
 
 
 # --- without transformers ---------------------------------------------------------------------------------------------
