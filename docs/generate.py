@@ -238,14 +238,14 @@ def comparable(text: str) -> str:
     text = re.sub(r"^numerics .*(?:\n {11,}.*)*", _without_numbers, text, flags=re.M)
     text = re.sub(r", [0-9.]+ s\b", ", T s", text)
     text = re.sub(r"in [0-9.]+ s \([0-9.]+ [kMG]?B/s\)", "in T s (R B/s)", text)
-    return re.sub(r"memory while converting \S+ MiB at most \([0-9]+ workers?\)", "memory while converting M", text)
+    return re.sub(r"memory while converting at most \S+ MiB \([0-9]+ workers?\)", "memory while converting M", text)
 
 
 def _without_numbers(check: re.Match[str]) -> str:
     """What the numeric check says, on one line, since long numbers wrap it elsewhere. Every number is of float
     rounding, or a version, but for the rows of the vocabulary: those are the prompts'."""
     lines = re.sub(r"\n {12,}", " ", check[0]).split("\n")
-    return "\n".join(line if line.strip().startswith("reached: ") else re.sub(NUMBER, "N", line) for line in lines)
+    return "\n".join(line if line.strip().startswith("covered: ") else re.sub(NUMBER, "N", line) for line in lines)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -99,8 +99,11 @@ numerics   ok         transformers 5.23.0; logits off by 0.83 × its own error;
                       128 tokens agreed, 6.1 s
            float32: max 1.5e-05 (at most 7.1e-05), rms 1.7e-06, KL 4.7e-13
            bfloat16: max 0.16, rms 0.03 (at most 0.046), KL 0.00015
-           reached: 259 of 259 rows of the vocabulary
+           covered: 259 of 259 rows of the vocabulary
 proven: all
+
+$ reshard plan model --tp 4
+  memory while converting at most 64.1 MiB (2 workers)
 ```"""
 
 
@@ -111,9 +114,10 @@ proven: all
         {"max 0.16": "max 1", "0.03 (": "0.031 (", "0.83": "1", "128 tokens": "97 tokens"},
         {"0.1 s (35.91 MB/s)": "12.5 s (1.2 kB/s)", "6.1 s": "106.3 s", "3.26 MB, 0.1 s": "3.26 MB, 1.0 s"},
         {"5.23.0": "5.24.0.dev0"},
+        {"64.1 MiB (2 workers)": "56.1 MiB (1 worker)"},
         {"0.83 × its own error;\n" + " " * 22: "0.830001 × its own\n" + " " * 22 + "error; "},
     ],
-    ids=["float32", "bfloat16", "times", "version", "line breaks"],
+    ids=["float32", "bfloat16", "times", "version", "workers", "line breaks"],
 )
 def test_what_depends_on_the_cpu_does_not_count(changes: dict[str, str]) -> None:
     other = SESSION
