@@ -28,7 +28,8 @@ from ..layout.join import plan
 from ..model.understand import Tensor
 from ..store.local import Pool
 from ..text.progress import Progress, Silent, until
-from .explain import bracketed, inside, runs, unravel, wrapped
+from ..text.units import folded
+from .explain import bracketed, inside, unravel, wrapped
 
 MOST = 20  # differences that lines() tells one by one
 CHUNK = 256 << 10  # bytes decoded at a time: float64 is up to eight times as large, and there are several of them
@@ -170,10 +171,7 @@ class Difference:
             if row.status != "differs":
                 groups[row.tensor, row.status, row.a, row.b] += [row.layer] if row.layer is not None else []
         for (tensor, status, a, b), layers in groups.items():
-            where = ", ".join(
-                str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in runs(sorted(layers))
-            )
-            name = f"{tensor} layer{'s' if len(layers) > 1 else ''} {where}" if layers else tensor
+            name = f"{tensor} layer{'s' if len(layers) > 1 else ''} {folded(sorted(layers))}" if layers else tensor
             yield wrapped(
                 f"{name}  {status}: {a or b}"
                 if status.startswith("only")

@@ -32,6 +32,7 @@ from ..layout.mesh import Range
 from ..store.local import Pool
 from ..tables.notation import fold
 from ..tables.row import Constant
+from ..text.units import folded, runs
 
 MOST = 64  # holders that lines() tells one by one
 WIDTH = 80  # columns
@@ -423,7 +424,7 @@ class _Asking:
         box |= {axis: (at, at + 1) for axis, at in zip(tensor.axes, indices, strict=False)}
         low, high = box.get("layer", (0, 0))
         if "layer" in box and tensor.layers is not None and not any(low <= at < high for at in tensor.layers):
-            there = ", ".join(in_words({"layer": span}) for span in runs(tensor.layers))
+            there = ", ".join(in_words({"layer": (low, high + 1)}) for low, high in runs(tensor.layers))
             raise ReshardError(f"{self.asked}: {name} does not exist in layer {low}", f"it exists in {there}")
         dtypes = (
             tensor.dtypes
@@ -552,8 +553,7 @@ class _Asking:
         layout = self.source.layout
         ranks = [other for other in range(layout.mesh.world) if _find(layout.by_rank[other], name) is not None]
         if ranks:
-            said = ", ".join(str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in runs(ranks))
-            who = f"rank {said} has it" if len(ranks) == 1 else f"ranks {said} have it"
+            who = f"rank {folded(ranks)} has it" if len(ranks) == 1 else f"ranks {folded(ranks)} have it"
             return ReshardError(f"{self.asked}: rank {rank} has no {name}", who)
         names = [slot.name(point) for slot in layout.by_rank[rank] for point in slot.points()]
         hint = _nearest(name, names)
@@ -634,17 +634,6 @@ def _points(piece: Piece, box: Box) -> Iterator[Point]:
     ranges = [[at for at in range(*box[axis]) if axis != "layer" or there is None or at in there] for axis in axes]
     for numbers in product(*ranges):
         yield dict(zip(axes, numbers, strict=True))
-
-
-def runs(numbers: Sequence[int]) -> list[Range]:
-    """Rising numbers as ranges."""
-    found: list[Range] = []
-    for number in numbers:
-        if found and found[-1][1] == number:
-            found[-1] = (found[-1][0], number + 1)
-        else:
-            found.append((number, number + 1))
-    return found
 
 
 def _plain(value: Any) -> Value:

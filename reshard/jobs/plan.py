@@ -11,7 +11,7 @@ import re
 import shlex
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct, to_builtins
@@ -26,7 +26,7 @@ from ..layout.mesh import Mesh
 from ..model.understand import Config, Model
 from ..tables.notation import Product, block_of
 from ..tables.row import Row
-from ..text.units import binary, decimal, runs
+from ..text.units import binary, decimal, folded
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …
 MEMORY_WORKER = 8 << 20  # … each worker's buffers …
@@ -271,7 +271,7 @@ def _ranks(dst: Layout, weights: Sequence[int], kept: capacity.Cache | None) -> 
     for rank, slots in enumerate(dst.by_rank):
         tensors = sum(slot.count() for slot in slots)
         groups[tensors, weights[rank], kept.ranks[rank] if kept else None].append(rank)
-    return tuple(Ranks(_span(ranks), len(ranks), *key) for key, ranks in groups.items())
+    return tuple(Ranks(folded(ranks), len(ranks), *key) for key, ranks in groups.items())
 
 
 def _disk(src: Layout, dst: Layout, source: SourceFacts, stored: int) -> int:
@@ -339,7 +339,7 @@ def _kinds(src: Layout, dst: Layout) -> tuple[LayerKind, ...]:
         )
     for (rows, kinds), layers in groups.items():
         stored = tuple(_stored_as(dst, slots[row], pieces, dtype, row in gathered) for row, dtype in rows)
-        found.append(LayerKind(_span(layers), len(layers), kinds, stored))
+        found.append(LayerKind(folded(layers), len(layers), kinds, stored))
     return tuple(found)
 
 
@@ -678,11 +678,6 @@ def _common_start(kind: LayerKind) -> str:
     while start and not all(name.startswith(start) for name in names):
         start = start[: start[:-1].rfind(".") + 1]
     return start
-
-
-def _span(numbers: Iterable[int]) -> str:
-    """Ranks or layers, runs folded: 0-7, 9."""
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs(numbers))
 
 
 # --- as JSON ----------------------------------------------------------------------------------------------------------

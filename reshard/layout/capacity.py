@@ -27,7 +27,7 @@ from ..model.understand import Config, Model
 from ..tables.facts import FACTS
 from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
-from ..text.units import runs
+from ..text.units import folded
 from .cut import Layout, Piece, Slot, lay_out
 from .mesh import Coordinate, Mesh, shares
 
@@ -379,7 +379,4 @@ def _as_many_ranks(table: Format, model: Model, mesh: Mesh) -> Mesh | None:
 
 def listed(numbers: Iterable[int]) -> str:
     """Numbers as people write them, runs of four or more folded: 1-8, 12, 16."""
-    parts: list[str] = []
-    for low, high in runs(numbers):
-        parts += [f"{low}-{high}"] if high - low >= 3 else [str(n) for n in range(low, high + 1)]
-    return ", ".join(parts)
+    return folded(numbers, 4)

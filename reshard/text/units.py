@@ -32,3 +32,11 @@ def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, number))
     return found
+
+
+def folded(numbers: Iterable[int], least: int = 2) -> str:
+    """Numbers as people write them, runs of `least` or more folded: 0-7, 9."""
+    parts: list[str] = []
+    for low, high in runs(numbers):
+        parts += [f"{low}-{high}"] if high - low + 1 >= least else map(str, range(low, high + 1))
+    return ", ".join(parts)
