@@ -114,7 +114,7 @@ def convert(
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
         raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
-    destination = location.local(out, "a destination")
+    destination = location.destination(out)
     source = open_any(src, revision, family, headers_only=False, progress=progress)
     mesh = choose_mesh(
         source, to, tp, pp, ep, split, pp_layers, _size("--device-memory", device_memory), context, batch

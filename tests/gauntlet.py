@@ -21,6 +21,7 @@ from reshard.runtime.comm.collectives import World
 from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model
 from reshard.runtime.proof.bounds import TIMES
+from reshard.store.destination import LocalDestination
 
 OPTIONS = Options(workers=2)
 # tokens; those of them that go through at once before the rest follow one by one; tokens generated
@@ -34,18 +35,18 @@ def convert_and_back(original: Path, meshes: Iterable[Mapping[str, Any]], scratc
     before: Path | None = None
     for number, arguments in enumerate(meshes):
         mesh, out = Mesh(**arguments), scratch / str(number)
-        convert(prepare(open_source(original), "native", mesh, OPTIONS), out, OPTIONS)
+        convert(prepare(open_source(original), "native", mesh, OPTIONS), LocalDestination(out), OPTIONS)
         report = verify.verify(out, open_source(original))
         assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (
             arguments,
             report,
         )
         merged = scratch / f"{number}-merged"
-        convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)
+        convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), LocalDestination(merged), OPTIONS)
         assert differing(original, merged) == [], arguments
         if before is not None:
             reshaped = scratch / f"{number}-reshaped"
-            convert(prepare(open_source(before), "native", mesh, OPTIONS), reshaped, OPTIONS)
+            convert(prepare(open_source(before), "native", mesh, OPTIONS), LocalDestination(reshaped), OPTIONS)
             assert differing(out, reshaped) == [], arguments
         before = out
 

@@ -30,7 +30,7 @@ from reshard import api
 from reshard import inspect as api_inspect
 from reshard.errors import ReshardError
 from reshard.jobs import convert, verify_sha256
-from reshard.store import publish
+from reshard.store import destination, publish
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_nothing_is_written_when_anything_can_be_refused_before(
     refused(reshard("convert", source, tmp_path / "out", "--tp", "3"), 2)
     refused(reshard("convert", source, tmp_path / "out", "--tp", "8", "--no-repeat"), 2)
     monkeypatch.setattr(
-        publish, "check_space", lambda out, needed: (_ for _ in ()).throw(publish.PlaceError("no space"))
+        destination, "check_space", lambda out, needed: (_ for _ in ()).throw(publish.PlaceError("no space"))
     )
     refused(reshard("convert", source, tmp_path / "out", "--tp", "2"), 3, "no space")
     (source / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}))

@@ -27,7 +27,7 @@ from reshard.engine.worker import Key, Worker, Writer, in_items, split
 from reshard.errors import PlaceError, ReshardError
 from reshard.layout.join import Copy, collapse
 from reshard.store import digest, local
-from reshard.store.local import Pool
+from reshard.store.local import FileUpload, Pool
 
 Array = np.ndarray[Any, Any]
 
@@ -67,6 +67,18 @@ class Store:
         return np.lib.stride_tricks.as_strided(
             storage, entry.shape, [s * storage.itemsize for s in strides], writeable=False
         )
+
+
+@dataclass
+class Uploads:
+    """The same, being written through a pool."""
+
+    store: Store
+    pool: Pool
+
+    def locate(self, key: Key) -> tuple[FileUpload, Entry]:
+        path, entry = self.store.locate(key)
+        return FileUpload(self.pool, path), entry
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -198,7 +210,7 @@ def carry_out(case: Case, workers: int, tile: int, block: int) -> dict[Key, list
                 as_plan(case.copies),
                 case.source,
                 case.target,
-                lambda: Writer(case.target, pool, digests),
+                lambda: Writer(Uploads(case.target, pool), digests),
                 workers=workers,
                 pool=reader,
             )
@@ -311,7 +323,14 @@ def test_a_strided_destination_gets_what_a_strided_source_has(
     copies = [copy_of((0, "s"), shape, [slice(0, n) for n in shape], range(len(shape)), (0, "d"), 0, row_major(shape))]
     with patch.multiple(engine, TILE=tile, RUN=16, NARROW=8, STRIPE=4):
         pool, reader = Pool(os.O_RDWR), Pool()
-        engine.run(as_plan(copies), source, target, lambda: Writer(target, pool, None), workers=1, pool=reader)
+        engine.run(
+            as_plan(copies),
+            source,
+            target,
+            lambda: Writer(Uploads(target, pool), {}, hashed=False),
+            workers=1,
+            pool=reader,
+        )
         pool.close()
         reader.close()
     path, _ = target.locate((0, "d"))
@@ -357,7 +376,7 @@ def matrix(folder: Path, rows: int, columns: int) -> tuple[Store, Store, Array]:
 def move(source: Store, target: Store, copies: list[Copy]) -> tuple[Counted, Counted]:
     reader, writer = Counted(), Counted(os.O_RDWR)
     with patch.multiple(engine, TILE=1024, RUN=256, NARROW=32, STRIPE=8):
-        engine.run(as_plan(copies), source, target, lambda: Writer(target, writer, {}), workers=1, pool=reader)
+        engine.run(as_plan(copies), source, target, lambda: Writer(Uploads(target, writer), {}), workers=1, pool=reader)
     reader.close()
     writer.close()
     return reader, writer
@@ -437,7 +456,7 @@ def test_a_truncated_source_ends_all_workers_with_an_error_that_names_the_file(t
             as_plan(*[[copy] for copy in copies]),
             source,
             target,
-            lambda: Writer(target, pool, {}),
+            lambda: Writer(Uploads(target, pool), {}),
             workers=3,
             pool=reader,
         )
@@ -454,7 +473,14 @@ def test_a_source_that_cannot_be_opened_is_a_failure_of_the_machine(tmp_path: Pa
     target.add((0, "d"), "BF16", (4, 4), np.zeros(16, np.uint64), 0)
     copy = copy_of((0, "s"), (4, 4), [slice(0, 4), slice(0, 4)], (0, 1), (0, "d"), 0, (4, 1))
     with pytest.raises(PlaceError, match="0-s"):
-        engine.run(as_plan([copy]), source, target, lambda: Writer(target, Pool(os.O_RDWR), {}), workers=2, pool=Pool())
+        engine.run(
+            as_plan([copy]),
+            source,
+            target,
+            lambda: Writer(Uploads(target, Pool(os.O_RDWR)), {}),
+            workers=2,
+            pool=Pool(),
+        )
 
 
 def test_nothing_is_done_after_a_stop(tmp_path: Path) -> None:
@@ -464,7 +490,9 @@ def test_nothing_is_done_after_a_stop(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
     pool = Pool(os.O_RDWR)
-    engine.run(as_plan([copy]), source, target, lambda: Writer(target, pool, {}), workers=1, pool=Pool(), stop=stop)
+    engine.run(
+        as_plan([copy]), source, target, lambda: Writer(Uploads(target, pool), {}), workers=1, pool=Pool(), stop=stop
+    )
     assert not any((tmp_path / "0-d").read_bytes()[:32])
 
 
@@ -479,7 +507,7 @@ def test_progress_adds_up_to_the_bytes_read(tmp_path: Path) -> None:
             as_plan([copy]),
             source,
             target,
-            lambda: Writer(target, pool, None),
+            lambda: Writer(Uploads(target, pool), {}, hashed=False),
             workers=1,
             pool=Pool(),
             progress=seen.append,
@@ -532,5 +560,7 @@ def test_a_torn_byte_is_refused(dtype: str, offset: int, n: int) -> None:
 
 
 def test_a_worker_allocates_two_tiles_and_no_more(tmp_path: Path) -> None:
-    worker = Worker(Store(tmp_path), Store(tmp_path), Writer(Store(tmp_path), Pool(), None), Pool(), lambda _: None)
+    worker = Worker(
+        Store(tmp_path), Store(tmp_path), Writer(Uploads(Store(tmp_path), Pool()), {}), Pool(), lambda _: None
+    )
     assert worker._in.nbytes + worker._out.nbytes == 2 * engine.TILE <= 8 << 20

@@ -28,6 +28,7 @@ from reshard.errors import PlaceError, ReshardError
 from reshard.jobs import inspect, verify
 from reshard.jobs.convert import Options, convert, prepare
 from reshard.layout.mesh import Mesh
+from reshard.store.destination import LocalDestination
 
 State = dict[str, torch.Tensor]
 
@@ -203,7 +204,7 @@ def configured(directory: Path, **changes: Any) -> None:
 
 def to(source: Source | Path, out: Path, what: str = "hf", mesh: Mesh | None = None, limit: int | None = None) -> Path:
     source = source if isinstance(source, Source) else open_source(source)
-    convert(prepare(source, what, mesh or Mesh(), Options(), limit), out, Options())
+    convert(prepare(source, what, mesh or Mesh(), Options(), limit), LocalDestination(out), Options())
     return out
 
 
@@ -840,7 +841,9 @@ def test_the_same_job_again_is_recognised_until_a_shard_changes(tmp_path: Path, 
     source = saved(tmp_path / "vllm", "llama", 2)
 
     def again() -> bool:
-        return convert(prepare(open_source(source), "native", Mesh(4), Options()), tmp_path / "out", Options()).already
+        return convert(
+            prepare(open_source(source), "native", Mesh(4), Options()), LocalDestination(tmp_path / "out"), Options()
+        ).already
 
     assert not again()
     assert again()
@@ -860,5 +863,5 @@ def test_a_shard_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     job = prepare(open_source(directory), "native", Mesh(4), Options())
     os.utime(directory / R.format(1), ns=(1, 1))
     with pytest.raises(PlaceError, match=r"model-rank-1-part-0\.safetensors: was changed while it was being read"):
-        convert(job, tmp_path / "out", Options())
+        convert(job, LocalDestination(tmp_path / "out"), Options())
     assert not (tmp_path / "out").exists()

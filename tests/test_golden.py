@@ -30,6 +30,7 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import Plan, plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, understand
+from reshard.store.destination import LocalDestination
 from reshard.tables import families, formats
 
 State = dict[str, torch.Tensor]
@@ -292,7 +293,9 @@ def vllm_layer(state: State, at: str, heads: int, kv: int, tp: int, rank: int) -
 
 
 def to_vllm(directory: Path, out: Path, mesh: Mesh) -> dict[str, State]:
-    convert(prepare(open_source(directory), "vllm", mesh, Options(workers=2)), out, Options(workers=2))
+    convert(
+        prepare(open_source(directory), "vllm", mesh, Options(workers=2)), LocalDestination(out), Options(workers=2)
+    )
     return {path.name: load_file(path) for path in sorted(out.glob("*.safetensors"))}
 
 

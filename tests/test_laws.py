@@ -37,6 +37,7 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Model
+from reshard.store.destination import LocalDestination
 from reshard.tables import formats
 
 
@@ -113,7 +114,11 @@ def moved(source: Path, out: Path, mesh: Mesh | None, workers: int, tile: int = 
     """Convert to `mesh`, or back to the original files; with tiles so small that each tensor is many."""
     options = Options(workers=workers)
     with patch.multiple(worker, TILE=tile, RUN=256, NARROW=64, STRIPE=16):
-        convert(prepare(open_source(source), "native" if mesh else "hf", mesh or Mesh(), options), out, options)
+        convert(
+            prepare(open_source(source), "native" if mesh else "hf", mesh or Mesh(), options),
+            LocalDestination(out),
+            options,
+        )
     return out
 
 

@@ -19,6 +19,7 @@ from reshard.checkpoints.source import open_source
 from reshard.jobs import verify
 from reshard.jobs.convert import Options, convert, prepare
 from reshard.layout.mesh import Mesh
+from reshard.store.destination import LocalDestination
 from reshard.tables.families import Family
 
 OPTIONS = Options(workers=2)
@@ -55,7 +56,7 @@ def test_each_rank_stores_what_the_reference_says_and_every_way_back_is_exact(
     before: Path | None = None
     for number, arguments in enumerate(meshes):
         mesh, out = Mesh(**arguments), tmp_path / str(number)
-        convert(prepare(open_source(original), "native", mesh, OPTIONS), out, OPTIONS)
+        convert(prepare(open_source(original), "native", mesh, OPTIONS), LocalDestination(out), OPTIONS)
         stored = [load_file(out / f"rank-{rank:05}" / "model.safetensors") for rank in range(mesh.world)]
         assert differences(expected(original, family, **arguments), stored) == [], arguments
         report = verify.verify(out, open_source(original))
@@ -64,11 +65,11 @@ def test_each_rank_stores_what_the_reference_says_and_every_way_back_is_exact(
             report,
         )
         merged = tmp_path / f"{number}-merged"
-        convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), merged, OPTIONS)
+        convert(prepare(open_source(out), "hf", Mesh(), OPTIONS), LocalDestination(merged), OPTIONS)
         assert differing(original, merged) == [], arguments
         if before is not None:
             reshaped = tmp_path / f"{number}-reshaped"
-            convert(prepare(open_source(before), "native", mesh, OPTIONS), reshaped, OPTIONS)
+            convert(prepare(open_source(before), "native", mesh, OPTIONS), LocalDestination(reshaped), OPTIONS)
             assert differing(out, reshaped) == [], arguments
         before = out
 
@@ -102,7 +103,7 @@ def test_two_logical_names_exchanged_in_a_table_are_seen_by_the_reference(name: 
     for number, (one, two) in enumerate((a, b) for a, b in swaps if {a, b} <= leaves):
         out = tmp_path / str(number)
         source = open_source(checkpoint(name), exchanged(table, one, two))
-        convert(prepare(source, "native", Mesh(tp=2), OPTIONS), out, OPTIONS)
+        convert(prepare(source, "native", Mesh(tp=2), OPTIONS), LocalDestination(out), OPTIONS)
         stored = [load_file(out / f"rank-{rank:05}" / "model.safetensors") for rank in range(2)]
         assert differences(expected(checkpoint(name), FIXTURES[name].family, tp=2), stored), (one, two)
 

@@ -19,6 +19,7 @@ from reshard.layout.mesh import Mesh
 from reshard.runtime.comm.collectives import World
 from reshard.runtime.comm.threads import alone, run_threads
 from reshard.runtime.load import load_model
+from reshard.store.destination import LocalDestination
 
 IDS = torch.randint(3, 331, (2, 5), generator=torch.Generator().manual_seed(1))
 MESHES = [Mesh(pp=6), Mesh(tp=2, pp=3), Mesh(tp=4, pp=2), Mesh(tp=8, pp=3)]
@@ -30,7 +31,7 @@ def wanted(name: str) -> Tensor:
 
 
 def converted(name: str, mesh: Mesh, out: Path) -> Path:
-    convert(prepare(open_source(checkpoint(name)), "native", mesh, OPTIONS), out, OPTIONS)
+    convert(prepare(open_source(checkpoint(name)), "native", mesh, OPTIONS), LocalDestination(out), OPTIONS)
     return out
 
 

@@ -41,7 +41,7 @@ def stored(root: Path) -> Memory:
 def memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Memory]]:
     """What mem://model is: the last of the list."""
     stores = [stored(model)]
-    monkeypatch.setitem(location.SCHEMES, "mem", lambda text, revision, keep: stores[-1])
+    monkeypatch.setitem(location.SCHEMES, "mem", location.Scheme(lambda text, revision, keep: stores[-1]))
     yield stores
 
 

@@ -25,6 +25,7 @@ from reshard.layout.cut import lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Config, Model, understand
+from reshard.store.destination import LocalDestination
 from reshard.tables import families, formats
 from reshard.tables.families import Family
 from reshard.tables.notation import fold, parse_template
@@ -480,7 +481,9 @@ def test_a_table_whose_logical_tensor_has_other_axes_than_the_format_is_told_bot
 
 def shards(folder: Path, name: str = "llama") -> Path:
     options = Options(workers=1)
-    convert(prepare(open_source(checkpoint(name)), "native", Mesh(tp=2, pp=2), options), folder, options)
+    convert(
+        prepare(open_source(checkpoint(name)), "native", Mesh(tp=2, pp=2), options), LocalDestination(folder), options
+    )
     return folder
 
 
@@ -498,7 +501,11 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data[-7] ^= 1
         path.write_bytes(data)
     folder = tmp_path_factory.mktemp("other") / "out"
-    convert(prepare(open_source(model), "native", Mesh(tp=2, pp=2), Options(workers=1)), folder, Options(workers=1))
+    convert(
+        prepare(open_source(model), "native", Mesh(tp=2, pp=2), Options(workers=1)),
+        LocalDestination(folder),
+        Options(workers=1),
+    )
     return folder
 
 
@@ -512,7 +519,7 @@ def refused(damaged: Path, tmp_path: Path, to: str = "hf") -> ReshardError:
     with pytest.raises(ReshardError) as caught:
         convert(
             prepare(open_source(damaged), to, Mesh() if to == "hf" else Mesh(tp=4), Options(workers=1)),
-            out,
+            LocalDestination(out),
             Options(workers=1),
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == [damaged.name]
@@ -590,7 +597,11 @@ def test_residues_exchanged_between_original_files_are_refused(converted: Path, 
 
 def test_a_rank_of_another_mesh_or_another_model_is_refused(converted: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(converted, tmp_path / "damaged"))
-    convert(prepare(open_source(checkpoint("llama")), "native", Mesh(tp=4), Options()), tmp_path / "tp4", Options())
+    convert(
+        prepare(open_source(checkpoint("llama")), "native", Mesh(tp=4), Options()),
+        LocalDestination(tmp_path / "tp4"),
+        Options(),
+    )
     shutil.copy(tmp_path / "tp4" / "rank-00001" / "model.safetensors", damaged / "rank-00001")
     shutil.rmtree(tmp_path / "tp4")
     assert "rank-00001/model.safetensors" in str(refused(damaged, tmp_path))

@@ -25,6 +25,7 @@ from reshard.layout.mesh import Mesh
 from reshard.model.naming import settle
 from reshard.runtime.proof.prompts import placeholders, prompts_for
 from reshard.runtime.proof.reference import reference_for
+from reshard.store.destination import LocalDestination
 from reshard.tables import families, wrappers
 from reshard.tables.config import Config
 from reshard.tables.shipped import HOME
@@ -306,7 +307,7 @@ def test_given_text_shards_compute_what_transformers_makes_of_the_whole_model(
         logits, exact = (found.logits(ids, dtype) for dtype in (torch.float32, torch.float64))
         tokens = found.greedy(ids, MORE)[0]
     mesh, out = Mesh(tp=2, pp=2), tmp_path / "out"
-    convert(prepare(source, "native", mesh, OPTIONS), out, OPTIONS)
+    convert(prepare(source, "native", mesh, OPTIONS), LocalDestination(out), OPTIONS)
     shutil.rmtree(out / "source")
     run_like(out, mesh, Reference(ids, logits, tokens, (logits - exact).abs().max().item()))
 

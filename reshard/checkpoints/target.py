@@ -6,17 +6,22 @@ asks which one it is.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from ..containers.entry import Entry
+from ..containers.entry import Entry, extent
 from ..engine.worker import Key
 from ..layout.cut import Layout
 from ..store.local import Pool
+from ..store.writable import Stretch, Transaction
 from .manifest import Listed
 from .source_kinds import Extent, Source
+
+F = TypeVar("F")
 
 Literal = tuple[int, bytes]  # offset, bytes
 Digests = Mapping[Key, list[bytes]]  # of stored tensors: the digest of each block
@@ -46,29 +51,30 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Below:
-    """The files of a target below the directory where they are being written, or were."""
+class Files(Generic[F]):
+    """The files of a target where they are: paths, or uploads while they are being written."""
 
-    root: Path
     entries: dict[Key, tuple[str, Entry]]
-    paths: dict[str, Path]
+    files: dict[str, F]
 
-    def locate(self, key: Key) -> tuple[Path, Entry]:
+    def locate(self, key: Key) -> tuple[F, Entry]:
         name, entry = self.entries[key]
-        return self.paths[name], entry
+        return self.files[name], entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target(ABC):
     """The files to be written. `entries`: stored tensor → its file and where it lies in that.
 
-    What is no tensor: `literals`, bytes of ours in the files of tensors; `moved`, stretches that come from the source;
-    `whole`, small files; and what `seal` adds. Files that are copied as is are no part of a target.
+    `constants`: those of them that no source has. What is no tensor: `literals`, bytes of ours in the files of tensors;
+    `moved`, stretches that come from the source; `whole`, small files; and what `seal` adds. Files that are copied as
+    is are no part of a target.
     """
 
     layout: Layout
     sizes: dict[str, int]  # of the files of tensors
     entries: dict[Key, tuple[str, Entry]]
+    constants: dict[Key, bytes] = field(default_factory=dict)
     literals: dict[str, list[Literal]] = field(default_factory=dict)
     moved: dict[str, list[Extent]] = field(default_factory=dict)
     whole: dict[str, bytes] = field(default_factory=dict)
@@ -94,13 +100,19 @@ class Target(ABC):
 
     @abstractmethod
     def seal(
-        self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool
+        self,
+        to: Transaction,
+        source: Source,
+        engine: str | None,
+        carried: Sequence[Listed],
+        digests: Digests,
+        reader: Pool,
     ) -> str | None:
         """Write what follows from the rest: digests, residues, tables, the manifest, times.
 
         The digest over all files, None if none is recorded. `engine`: name and version of that which the format is for.
-        `digests`: of all stored tensors, where they are `digested`. Raises OSError where a file cannot be written,
-        PlaceError where the source has changed.
+        `digests`: of all stored tensors, where they are `digested`. Raises as `to` does, and PlaceError where the
+        source has changed.
         """
 
     @abstractmethod
@@ -128,5 +140,18 @@ class Target(ABC):
         """Size in bytes of these files."""
         return sum(self.sizes.values()) + sum(map(len, self.whole.values()))
 
-    def below(self, root: Path) -> Below:
-        return Below(root, self.entries, {name: root / name for name in self.sizes})
+    def below(self, root: Path) -> Files[Path]:
+        return Files(self.entries, {name: root / name for name in self.sizes})
+
+    def stretches(self, name: str) -> Iterator[Stretch]:
+        """Of one file of tensors: all that is written to it. Tensors of a `.bin` file may share a storage."""
+        yield from ((offset, len(data)) for offset, data in self.literals.get(name, ()))
+        yield from ((offset, length) for offset, length, _, _ in self.moved.get(name, ()))
+        yield from self._tensors[name]
+
+    @cached_property
+    def _tensors(self) -> dict[str, list[Stretch]]:
+        found: dict[str, list[Stretch]] = {name: [] for name in self.sizes}
+        for name, entry in self.entries.values():
+            found[name].append((entry.offset, extent(entry)))
+        return found

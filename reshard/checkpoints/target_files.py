@@ -1,6 +1,5 @@
 """Writing Hugging Face files: the published ones restored byte for byte, or split anew as transformers would."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from ..store.local import Pool
 from ..store.publish import NOBODYS
+from ..store.writable import Transaction
 from .manifest import Listed
 from .source_kinds import Source
 from .target import Digests, Finished, Other, Target
@@ -35,10 +35,16 @@ class FilesTarget(Target):
         return 0
 
     def seal(
-        self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool
+        self,
+        to: Transaction,
+        source: Source,
+        engine: str | None,
+        carried: Sequence[Listed],
+        digests: Digests,
+        reader: Pool,
     ) -> str | None:
         for name, mtime in self.mtimes.items():
-            os.utime(root / name, ns=(mtime, mtime))
+            to.date(name, mtime)
         return None
 
     def lacks_sha256(self, out: Path) -> set[str]:

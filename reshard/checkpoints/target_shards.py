@@ -1,16 +1,16 @@
 """Writing a shard directory: next to the weights what describes them and what restores the published files."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..engine.worker import Key
 from ..errors import MismatchError
 from ..layout.cut import Layout
-from ..store.digest import of, of_blocks
+from ..store.digest import of_blocks, of_pieces
 from ..store.local import Pool
-from ..store.whole import digest_of, write, write_pieces
+from ..store.writable import Transaction
 from ..tables.row import Constant
 from . import manifest
 from .manifest import Listed, Manifest, RankFiles
@@ -18,7 +18,7 @@ from .published import Original
 from .shard_directory import check_small_files
 from .shards import Shard, Shards, described, dump, scalar, shard_digest
 from .source_kinds import Source
-from .target import Digests, Finished, Literal, Other, Target
+from .target import Digests, Finished, Other, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,16 @@ class ShardTarget(Target):
         entries = {
             (shard.rank, name): (shard.file, entry) for shard in files for name, entry in shard.header.entries.items()
         }
-        literals: dict[str, list[Literal]] = {shard.file: [(0, shard.prologue)] for shard in files}
+        constants: dict[Key, bytes] = {}
         for slot in layout.constants:
             assert isinstance(slot.template, Constant)
-            for point in slot.points():
-                file, entry = entries[slot.rank, slot.name(point)]
-                literals[file].append((entry.offset, scalar(slot.template)))
+            constants |= {(slot.rank, slot.name(point)): scalar(slot.template) for point in slot.points()}
         return cls(
             layout=layout,
             sizes={shard.file: shard.size for shard in files},
             entries=entries,
-            literals=literals,
+            constants=constants,
+            literals={shard.file: [(0, shard.prologue)] for shard in files},
             shards=files,
             plan=shards.digest,
         )
@@ -66,17 +65,21 @@ class ShardTarget(Target):
         return sum(high - low for original in source.originals for low, high in original.residue())
 
     def seal(
-        self, root: Path, source: Source, engine: str | None, carried: Sequence[Listed], digests: Digests, reader: Pool
+        self,
+        to: Transaction,
+        source: Source,
+        engine: str | None,
+        carried: Sequence[Listed],
+        digests: Digests,
+        reader: Pool,
     ) -> str | None:
         ranks = []
         for shard in self.shards:
             mine = {name: digests[shard.rank, name] for name, _, _ in shard.tensors}
             text = dump(described(shard, self.layout, mine))
-            name = f"{shard.folder}/tensors.json"
-            write(root / name, text)
             of_tensors = (of_blocks(mine[name]) for name, _, _ in shard.tensors)
             weights = Listed(shard.file, shard.size, shard_digest(shard.prologue, of_tensors))
-            ranks.append(RankFiles(shard.rank, weights, Listed(name, len(text), of(text))))
+            ranks.append(RankFiles(shard.rank, weights, _put(to, f"{shard.folder}/tensors.json", text)))
         made = manifest.made(
             self.layout,
             engine=engine,
@@ -84,24 +87,22 @@ class ShardTarget(Target):
             plan=self.plan,
             ranks=ranks,
             carried=carried,
-            source=self._keep_source(root, source, reader),
+            source=self._keep_source(to, source, reader),
         )
-        write(root / manifest.NAME, manifest.dump(made))
+        to.put(manifest.NAME, manifest.dump(made))
         return made.root
 
-    def _keep_source(self, root: Path, source: Source, reader: Pool) -> list[Listed]:
+    def _keep_source(self, to: Transaction, source: Source, reader: Pool) -> list[Listed]:
         """The folder `source`: residues, which get the times of the files that they are from, tables, files.json."""
         kept = []
         for original in source.originals:
-            path = manifest.residue_path(root, original.name)
-            size, digest = write_pieces(path, _residue(source, original, reader))
-            os.utime(path, ns=(original.mtime_ns, original.mtime_ns))
-            kept.append(Listed(str(path.relative_to(root)), size, digest))
-        for name, content in source_texts(self.layout, source).items():
-            write(root / name, content)
-            kept.append(Listed(name, len(content), of(content)))
+            name = str(manifest.residue_path(Path(), original.name))
+            size = sum(high - low for low, high in original.residue())
+            digest = to.write(name, size, _residue(source, original, reader), original.mtime_ns)
+            kept.append(Listed(name, size, digest))
+        kept += [_put(to, name, content) for name, content in source_texts(self.layout, source).items()]
         if source.left:
-            write(root / manifest.LEFT, manifest.dump_left(source.left))
+            to.put(manifest.LEFT, manifest.dump_left(source.left))
         return kept
 
     def lacks_sha256(self, out: Path) -> set[str]:
@@ -137,6 +138,10 @@ class ShardTarget(Target):
         _same_digests(source, known)
         by = "content" if checksum else _evidence(source, out, known, earlier, stale)
         return Finished(by, intact is not None, stale)
+
+
+def _put(to: Transaction, name: str, text: bytes) -> Listed:
+    return Listed(name, len(text), to.put(name, text))
 
 
 def source_texts(layout: Layout, source: Source) -> dict[str, bytes]:
@@ -193,11 +198,11 @@ def _same_digests(source: Source, known: Manifest) -> None:
     digests = {file.name: file.digest for file in (*known.carried, *known.source)}
     with closing(Pool(stamps=source.stamps)) as pool:
         for file in source.carried:
-            if digest_of(pool.chunks(file.path, 0, file.size)) != digests[file.name]:
+            if of_pieces(pool.chunks(file.path, 0, file.size)) != digests[file.name]:
                 raise Other(f"{file.name} is not the file that it was made with: it has other contents")
         for original in source.originals:
             if (
-                digest_of(_residue(source, original, pool))
+                of_pieces(_residue(source, original, pool))
                 != digests[str(manifest.residue_path(Path(), original.name))]
             ):
                 raise Other(

@@ -40,15 +40,15 @@ def command(src: str, out: str, as_json: bool, progress_kind: str, quiet: bool, 
     if given["pp"] == 1 and all(given[option] is None for option in ("tp", "split", "pp_layers", "to")):
         raise ReshardError("neither --tp nor --to was given", "--tp 8 for shards, --to hf for Hugging Face files")
     from ..jobs.plan import said
-    from ..store import publish
+    from ..store import writable
 
-    publish.published = None
+    writable.published = None
     try:
         with Talk(progress_kind, quiet) as progress:
             result = api.convert(src, out, **options.arguments(given), progress=progress)
         deaf()  # it is published: only the result remains to be printed
     except KeyboardInterrupt:
-        if publish.published is None:
+        if writable.published is None:
             raise
         click.echo(visible(f"{out} is complete: it was published before the signal arrived"), err=True)
         return

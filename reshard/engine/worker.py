@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..containers.dtypes import BITS
-from ..containers.entry import Entry
+from ..containers.entry import Entry, extent
 from ..errors import ReshardError
 from ..layout.join import Copy, Dim, Plan, collapse
-from ..store.digest import BlockHasher
+from ..store.digest import BlockHasher, Buffer
 from ..store.local import Batch, Pool, batches, buffer
+from ..store.writable import Upload
 from ..threads import together
 
 # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
@@ -40,6 +41,18 @@ class Place(Protocol):
     """Where the stored tensors of a layout are: the source's or the destination's files."""
 
     def locate(self, key: Key) -> tuple[Path, Entry]: ...
+
+
+class Form(Protocol):
+    """How the stored tensors of a destination lie in its files, wherever those are."""
+
+    def locate(self, key: Key) -> tuple[object, Entry]: ...
+
+
+class Written(Protocol):
+    """Where the stored tensors of a destination are being written."""
+
+    def locate(self, key: Key) -> tuple[Upload, Entry]: ...
 
 
 class Sink(Protocol):
@@ -99,7 +112,7 @@ class Read(NamedTuple):
 def run(
     plan: Plan,
     source: Place,
-    destination: Place,
+    destination: Form,
     sink: Callable[[], Sink],
     *,
     workers: int,
@@ -190,7 +203,7 @@ class Worker:
     """One thread's buffers, and how it carries out one job after another."""
 
     def __init__(
-        self, source: Place, destination: Place, sink: Sink, pool: Pool, progress: Callable[[int], None]
+        self, source: Place, destination: Form, sink: Sink, pool: Pool, progress: Callable[[int], None]
     ) -> None:
         self.source, self.destination, self.sink, self.pool, self.progress = source, destination, sink, pool, progress
         self._in, self._out = buffer(TILE), buffer(TILE)
@@ -507,28 +520,33 @@ def _resolve(dim: list[int], side: int, pitches: Sequence[int], entry: Entry) ->
 
 
 class Writer:
-    """Writes stored tensors and hashes them as they arrive; `digests` collects each tensor's block digests."""
+    """Writes stored tensors, and hashes them as they arrive if they are `hashed`; `digests` collects each tensor's
+    block digests, none of one that is not.
+    """
 
-    def __init__(self, destination: Place, pool: Pool, digests: dict[Key, list[bytes]] | None) -> None:
-        self.destination, self.pool, self.digests = destination, pool, digests
+    def __init__(self, destination: Written, digests: dict[Key, list[bytes]], hashed: bool = True) -> None:
+        self.destination, self.digests, self.hashed = destination, digests, hashed
         self._hashers: dict[Key, BlockHasher] = {}
 
     def put(self, key: Key, offset: int, data: memoryview) -> None:
-        path, entry = self.destination.locate(key)
-        self.pool.write(path, entry.offset + offset, data)
-        if self.digests is not None:
+        file, entry = self.destination.locate(key)
+        file.write(entry.offset + offset, data)
+        if self.hashed:
             hasher = self._hashers.get(key)
             if hasher is None:
                 hasher = self._hashers[key] = BlockHasher(entry.nbytes)
             hasher.update(offset, data)
 
     def done(self, keys: Iterable[Key]) -> None:
-        if self.digests is None:
-            return
         for key in keys:
-            path, entry = self.destination.locate(key)
-            hasher = self._hashers.pop(key, None) or BlockHasher(entry.nbytes)
-            self.digests[key] = hasher.blocks(partial(self._part, path, entry.offset))
+            file, entry = self.destination.locate(key)
+            blocks: list[bytes] = []
+            if self.hashed:
+                hasher = self._hashers.pop(key, None) or BlockHasher(entry.nbytes)
+                blocks = hasher.blocks(partial(_part, file, entry.offset))
+            self.digests[key] = blocks
+            file.settle(entry.offset, extent(entry))
 
-    def _part(self, path: Path, start: int, at: int, length: int) -> bytearray:
-        return self.pool.read(path, start + at, length)
+
+def _part(file: Upload, start: int, at: int, length: int) -> Buffer:
+    return file.read(start + at, length)

@@ -12,9 +12,9 @@ from ..checkpoints.target import Finished
 from ..checkpoints.target_shards import source_texts
 from ..errors import PlaceError, ReshardError, failed
 from ..store import publish
+from ..store.destination import check_replaceable
 from ..store.digest import FileDigest, of
 from ..store.local import check_unchanged
-from ..store.whole import write
 from ..text.progress import Progress
 from . import verify_sha256
 from .job import Job, Options
@@ -54,19 +54,17 @@ def add_sha256(
         source=kept,
     )
     texts[manifest.NAME] = manifest.dump(made)
-    publish.check_replaceable(out)
-    with publish.Publication(out, replace=True, durable=options.fsync) as publication:
+    check_replaceable(out)
+    with publish.Publication(out, manifest.NAME, replace=True, durable=options.fsync) as publication:
         try:
             _link(out, publication.work)
             for name, text in texts.items():
                 (publication.work / name).unlink(missing_ok=True)  # never through the link
-                write(publication.work / name, text)
+                publication.put(name, text)
             check_unchanged(source.stamps)
         except OSError as error:
             raise failed("writing", out, error) from error
-        if options.fsync:
-            publication.sync(options.threads)
-        publication.commit(manifest.NAME)
+        publication.commit(options.threads)
     return replace(found, by="sha256"), ("SHA-256",)
 
 

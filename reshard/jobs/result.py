@@ -22,7 +22,7 @@ class Result:
     added to it.
     """
 
-    out: Path
+    out: Path | str
     already: bool
     root: str | None
     read: int

@@ -18,6 +18,7 @@ BLOCK = 8 << 20
 
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32, description="xxh3-128 in hexadecimal.")]
 Buffer = bytes | bytearray | memoryview
+Hasher = xxhash.xxh3_128
 
 
 def of(data: Buffer) -> str:
@@ -31,6 +32,14 @@ def of_file(path: Path) -> str:
     with path.open("rb") as file:
         while piece := file.read(BLOCK):
             state.update(piece)
+    return state.hexdigest()
+
+
+def of_pieces(pieces: Iterable[Buffer]) -> str:
+    """The digest of the file that these pieces make."""
+    state = Hasher()
+    for piece in pieces:
+        state.update(piece)
     return state.hexdigest()
 
 

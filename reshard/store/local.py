@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import PlaceError, failed
+from .digest import Buffer
 from .store import Address, exactly
+from .writable import Upload
 
-Buffer = bytes | bytearray | memoryview
 Views = Sequence[memoryview]
 Batch = tuple[Views, int]  # what one system call fills, and how many bytes that are
 
@@ -210,6 +211,24 @@ class Pool:
                     problem = problem or failed("closing", path, error)
         if problem is not None and self._flags & os.O_ACCMODE != os.O_RDONLY:
             raise problem
+
+
+class FileUpload(Upload):
+    """A local file that is being written, through a pool that opens for reading and writing."""
+
+    __slots__ = ("path", "pool")
+
+    def __init__(self, pool: Pool, path: Path) -> None:
+        self.pool, self.path = pool, path
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self.pool.write(self.path, offset, data)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        return self.pool.read(self.path, offset, length)
+
+    def settle(self, offset: int, length: int) -> None:
+        """It is where it belongs."""
 
 
 def _after(buffers: Views, done: int) -> Views:

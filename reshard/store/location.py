@@ -1,5 +1,4 @@
-"""Locations: where a user's words say that files are: local paths, and stores by the scheme of a URL, from which
-checkpoints are read.
+"""Locations: where a user's words say that files are: local paths, and stores by the scheme of a URL.
 
 A URL is not a path: taken for one, `s3://bucket/out` would be a folder `s3:` here.
 """
@@ -8,12 +7,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ReshardError
 
 if TYPE_CHECKING:
     from .store import Store
+    from .writable import Destination
 
 Location = str | os.PathLike[str]
 
@@ -34,15 +34,22 @@ def _hub(text: str, revision: str | None, keep: bool) -> "Store | Path":
     return hub.opened(text, revision, keep=keep)
 
 
-# How the URL of a source is opened, by its scheme. A factory takes the URL, `--revision`, and whether a conversion
-# needs
-# the files, so that a cache pays; it gives a store, or a local directory that stands for it. It imports its module
-# itself.
-SCHEMES: "dict[str, Callable[[str, str | None, bool], Store | Path]]" = {"hf": _hub}
+class Scheme(NamedTuple):
+    """How URLs are opened. Each function imports its module itself.
+
+    `source` takes the URL, `--revision`, and whether a conversion needs the files, so that a cache pays; it gives a
+    store, or a local directory that stands for it. `destination` takes the URL; None: it is only read from.
+    """
+
+    source: "Callable[[str, str | None, bool], Store | Path]"
+    destination: "Callable[[str], Destination] | None" = None
+
+
+SCHEMES = {"hf": Scheme(_hub)}
 
 
 def scheme(given: Location) -> str | None:
-    """The scheme of a source's URL, which has a row in SCHEMES; None for a path, or a Hub id without one."""
+    """The scheme of a URL, which has a row in SCHEMES; None for a path, or a Hub id without one."""
     found = _URL.match(given) if isinstance(given, str) else None
     return found[1] if found and found[1] in SCHEMES else None
 
@@ -51,7 +58,17 @@ def opened(text: str, revision: str | None, *, keep: bool) -> "Store | Path":
     """The store that a text names; one that is neither a URL nor a path here is read as a Hub id. Raises as the store
     does.
     """
-    return SCHEMES[scheme(text) or "hf"](text, revision, keep)
+    return SCHEMES[scheme(text) or "hf"].source(text, revision, keep)
+
+
+def destination(given: Location) -> "Destination":
+    """Where a conversion is written. Raises ReshardError for the URL of what is not written to."""
+    row = SCHEMES.get(scheme(given) or "")
+    if row is not None and row.destination is not None:
+        return row.destination(os.fspath(given))
+    from .destination import LocalDestination
+
+    return LocalDestination(local(given, "a destination"))
 
 
 def local(given: Location, what: str) -> Path:

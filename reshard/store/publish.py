@@ -19,29 +19,31 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from ..errors import PlaceError, ReshardError, failed
-from ..text.units import decimal
+from ..errors import PlaceError, failed
 from ..threads import each
-from . import workfolder
+from . import workfolder, writable
+from .digest import Buffer, Hasher
+from .local import FileUpload, Pool
 from .workfolder import WorkFolder, beside, inside, names
+from .writable import Stretch, Transaction
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # names that do not make a directory occupied, and that are never published or replaced
 NOBODYS = (workfolder.INSIDE, "lost+found")
 
-published: Path | None = None  # by the last job of this process that did: whoever interrupts it after that is told so
 
-
-class Publication:
-    """A place to work in that becomes `out` on `commit` and vanishes otherwise. Use as a context manager.
+class Publication(Transaction):
+    """A place to work in that becomes `out` on `commit` and vanishes otherwise.
 
     With `durable`, what was published survives a power cut from then on.
     """
 
-    def __init__(self, out: Path, *, replace: bool = False, durable: bool = True) -> None:
-        self.out = _real(out)
-        self.replace, self.durable = replace, durable
+    def __init__(self, out: Path, last: str, *, replace: bool = False, durable: bool = True) -> None:
+        self.out = real(out)
+        self.last, self.replace, self.durable = last, replace, durable
+        self._pool = Pool(os.O_RDWR)
         self._lock: int | None = None
         self._parents: list[Path] = []  # directories that had to be made for OUT
         self._inside = self.out.is_dir() and (
@@ -51,8 +53,7 @@ class Publication:
         self.work = self._folder.new
 
     def __enter__(self) -> "Publication":
-        global published
-        published = None
+        writable.published = None
         try:
             self._parents = [parent for parent in self.out.parents if not parent.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,48 +69,75 @@ class Publication:
             raise
         return self
 
-    def sync(self, threads: int = 1, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Have everything in the work directory on the device, files before the directories that name them."""
-        folders, files = [self.work], []
-        for base, inner, found in os.walk(self.work):
-            # A link is a name, and on the device with its directory.
-            folders += [path for name in inner if not (path := Path(base, name)).is_symlink()]
-            files += [path for name in found if not (path := Path(base, name)).is_symlink()]
+    def create(self, name: str, size: int, stretches: Iterable[Stretch]) -> FileUpload:
+        with self._new(name) as file:
+            file.truncate(size)
+        return FileUpload(self._pool, self.work / name)
 
-        def sync(path: Path) -> None:
-            _sync(path)
-            advance(path.stat().st_size)
+    def write(self, name: str, size: int, pieces: Iterable[Buffer], mtime_ns: int | None = None) -> str:
+        state = Hasher()
+        with self._new(name) as file:
+            for piece in pieces:
+                state.update(piece)
+                file.write(piece)
+        if mtime_ns is not None:
+            self.date(name, mtime_ns)
+        return state.hexdigest()
 
+    def _new(self, name: str) -> BinaryIO:
+        path = self.work / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            each(files, sync, threads)
-            for folder in reversed(folders):
-                _sync(folder)
-        except OSError as error:
-            raise failed("writing", self.out, error) from error
+            return path.open("xb")
+        except FileExistsError:
+            raise PlaceError(
+                f"{name}: another file was written under this name: the file system takes upper and lower case for the "
+                f"same",
+                "choose a destination that tells them apart",
+            ) from None
 
-    def commit(self, last: str) -> None:
+    def date(self, name: str, mtime_ns: int) -> None:
+        os.utime(self.work / name, ns=(mtime_ns, mtime_ns))
+
+    def commit(self, threads: int = 1) -> None:
         """Publish everything in the work directory; inside an existing directory the entry named `last` is renamed
         last.
 
-        Signals wait until it is done: it moves names, not bytes. When it raises, OUT is what it was.
+        Signals wait until that is done: it moves names, not bytes. When it raises, OUT is what it was.
         """
-        global published
+        self._pool.close()
+        if self.durable:
+            self._sync_work(threads)
         try:
             with undisturbed():
                 if self._inside:
-                    self._commit_inside(last)
+                    self._commit_inside(self.last)
                 elif self.replace and self.out.exists():
                     self._exchange()
                 else:
                     self._check_vacant()
                     self._move(lambda: self.work.rename(self.out), lambda: self.out.rename(self.work))
                 self._parents = []
-                published = self.out
+                writable.published = self.out
                 with suppress(OSError):  # what cannot be deleted now is deleted by the next job
                     self._folder.clear()
                 self._unlock()
         except OSError as error:
             raise failed("publishing", self.out, error) from error
+
+    def _sync_work(self, threads: int) -> None:
+        """Have everything in the work directory on the device, files before the directories that name them."""
+        folders, files = [self.work], []
+        for base, inner, found in os.walk(self.work):
+            # A link is a name, and on the device with its directory.
+            folders += [path for name in inner if not (path := Path(base, name)).is_symlink()]
+            files += [path for name in found if not (path := Path(base, name)).is_symlink()]
+        try:
+            each(files, _sync, threads)
+            for folder in reversed(folders):
+                _sync(folder)
+        except OSError as error:
+            raise failed("writing", self.out, error) from error
 
     def _check_vacant(self) -> None:
         """What was not there when the job was planned is not replaced by it."""
@@ -183,6 +211,8 @@ class Publication:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
+            with suppress(PlaceError):  # it is lost with the work
+                self._pool.close()
             self._withdraw()
         self._unlock()
 
@@ -217,7 +247,7 @@ def recover(out: Path) -> None:
     Raises PlaceError while another job is at it, ReshardError where a work folder's name is taken by something that is
     not reshard's.
     """
-    out = _real(out)
+    out = real(out)
     for folder in (beside(out), inside(out)):
         if not os.path.lexists(folder.path):
             continue
@@ -253,7 +283,7 @@ def _settle(folder: WorkFolder) -> None:
             (old / name).rename(out / name)
 
 
-def _real(path: Path) -> Path:
+def real(path: Path) -> Path:
     """Absolute, without links: what is published replaces a directory, never the link that led to it."""
     return Path(os.path.realpath(path))
 
@@ -298,76 +328,3 @@ def _rename_exchange(one: Path, other: Path) -> bool:
         return False
     at_cwd, exchange = -100, 2
     return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
-
-
-def check_destination(out: Path, source: Path | None, files: Iterable[Path] = ()) -> None:
-    """Refuse a destination that is a file, or lies in the source, or holds it, or one of its `files`, which may be
-    links.
-
-    Directories are the same where the file system says so: a bind mount gives one of them two paths.
-    """
-    if out.exists() and not out.is_dir():
-        raise ReshardError(f"{out}: is a file; a directory is written", "choose another destination")
-    above = next((parent for parent in out.absolute().parents if parent.exists()), Path("/"))
-    if not above.is_dir():
-        raise ReshardError(f"{out}: {above} is a file, not a directory", "choose another destination")
-    if out.is_symlink() and not out.exists():
-        raise ReshardError(f"{out}: is a link to {out.readlink()}, which is not there", "choose another destination")
-    if source is None:
-        return
-    here, there = _Above(out), _Above(source)
-    if here.itself == there.itself:
-        raise ReshardError(f"{out}: is the source itself", "choose another destination")
-    if there.itself in here.parents:
-        raise ReshardError(f"{out}: lies inside the source {source}", "choose a destination outside of it")
-    if here.itself in there.parents:
-        raise ReshardError(f"{out}: holds the source {source}", "choose a destination that does not contain it")
-    for file in {_real(file).parent: file for file in files}.values():  # one for each directory
-        if here.itself in _Above(file).parents:
-            what = f"{out}: holds {file.name} of the source {source}, which is a link to it"
-            raise ReshardError(what, "choose a destination that does not contain it")
-
-
-class _Above:
-    """What a path leads to, and the directories above it: each by device and inode,
-    or by path where there is none yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        real = _real(path)
-        self.itself, *self.parents = (_identity(each) for each in (real, *real.parents))
-
-
-def _identity(path: Path) -> object:
-    try:
-        status = path.stat()
-    except OSError:
-        return path
-    return (status.st_dev, status.st_ino) if status.st_ino else path
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuse to replace what cannot be deleted: a directory in it is read-only."""
-    for base, _, _ in os.walk(out):
-        if not os.access(base, os.W_OK | os.X_OK):
-            raise PlaceError(
-                f"{base}: is read-only, --overwrite would delete what is in it",
-                "chmod -R u+w, or choose another destination",
-            )
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse if the file system of `out` has less than `needed` bytes free."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    try:
-        status = os.statvfs(place)
-    except OSError as error:
-        raise failed("looking at", place, error) from error
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise PlaceError(
-            f"{out}: {decimal(needed)} are needed, {decimal(free)} are free ({needed} and {free} bytes)",
-            "free some space, or choose another destination",
-        )

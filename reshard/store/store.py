@@ -1,8 +1,8 @@
 """What a place that holds files has to offer: `Store`, and reading from one by offset.
 
-A byte's address is (store, name, offset, length). Local directories are read and written by descriptors, in `local`,
-and published by renaming, in `publish`; any other place is a `Store` in a module of its own, with a row in
-`location.SCHEMES`. Knows nothing about what the bytes are.
+A byte's address is (store, name, offset, length). Local directories are read by descriptors, in `local`; any other
+place is a `Store` in a module of its own, with a row in `location.SCHEMES`. Writing is in `writable`. Knows nothing
+about what the bytes are.
 """
 
 from abc import ABC, abstractmethod
