@@ -9,9 +9,10 @@ from threading import Lock
 
 import pytest
 from fixtures import copy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from running import tree
+from strategies import law
 
 from reshard import api
 from reshard.api import open_any
@@ -115,11 +116,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_bin", "gpt_oss", "mixtral", "falcon_7b", "deepseek_v3_fp8"])
+@pytest.mark.parametrize("name", ["llama", "llama_bin", "gpt_oss", "mixtral", "falcon_7b", "deepseek_v3_fp8", "qwen2"])
 def test_what_is_written_to_a_store_is_what_would_be_written_here(name: str, server: Server, tmp_path: Path) -> None:
     """Shards, shards of an engine's format, and the published files: the same names and bytes, sent once each."""
     model = copy(name, tmp_path / "model")
-    for number, wish in enumerate(({"tp": 2, "pp": 2}, {"tp": 1}, {"to": "hf"}, {"to": "hf", "max_file_size": "90kB"})):
+    wishes = [{"tp": 2, "pp": 2}, {"tp": 1}, {"to": "hf"}, {"to": "hf", "max_file_size": "90kB"}]
+    for number, wish in enumerate([*wishes, *([{"tp": 2, "to": "vllm"}] if name == "qwen2" else [])]):
         server.files.clear()
         api.convert(model, here := tmp_path / str(number), **wish)
         result = api.convert(model, "mem://out", workers=3, **wish)
@@ -210,7 +212,7 @@ def drafts(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], list[tuple[int,
 
 
 @given(drafts(), st.integers(1, 20))
-@settings(max_examples=300)
+@law(300)
 def test_a_file_is_the_same_in_whatever_order_its_bytes_come(
     draft: tuple[int, list[tuple[int, int]], list[tuple[int, int, int]]], part: int
 ) -> None:

@@ -12,7 +12,8 @@ from reshard.api import open_any
 from reshard.errors import PlaceError, ReshardError
 from reshard.jobs.inspect import describe
 from reshard.store import location
-from reshard.store.store import Ahead, File, Store
+from reshard.store.local import Pool
+from reshard.store.store import Address, Ahead, File, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +112,12 @@ def test_reading_ahead_asks_for_no_byte_twice() -> None:
         assert ahead(length, offset) == text[offset : offset + length]
     covered = [at for _, low, length in store.asked for at in range(low, low + length)]
     assert len(covered) == len(set(covered))
+
+
+def test_a_file_has_its_store_in_its_address() -> None:
+    """Files of one name in two stores are two files; of one store, one, however often it is addressed."""
+    one, other = (Memory(where=f"mem://{name}", files={"x": File(1)}, data={"x": name.encode()}) for name in "ab")
+    assert {Address(one, "x"), Address(other, "x"), Address(one, "x")} == {Address(one, "x"), Address(other, "x")}
+    assert len({Address(one, "x"), Address(other, "x")}) == 2
+    pool = Pool()
+    assert [pool.read(Address(store, "x"), 0, 1) for store in (one, other)] == [b"a", b"b"]

@@ -21,6 +21,7 @@ from msgspec import Struct
 from ..containers.container import CONTAINERS
 from ..errors import MismatchError, ReshardError, failed
 from ..inputs import decode, limits
+from ..store.store import AnyFile
 from ..text.escapes import in_line
 
 FOLDER_MAX = 1000  # files in a folder
@@ -54,7 +55,7 @@ class Carried(NamedTuple):
     """A small file that is copied as it is."""
 
     name: str
-    path: Path
+    path: AnyFile
     size: int
     mtime_ns: int
 

@@ -112,7 +112,7 @@ def open_shards(root: Path, table: Format, family: Family | None = None) -> Engi
         carried=carried,
         left=left,
         origin=published.origin,
-        stamps=stamps_of(file.path for file in carried) | earlier | stamps,
+        stamps=stamps_of(root / file.name for file in carried) | earlier | stamps,
         residues=residues,
     )
 

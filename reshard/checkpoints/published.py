@@ -27,7 +27,7 @@ from ..layout.mesh import Range
 from ..model.naming import settle
 from ..model.understand import Config, Model, understand
 from ..store.local import Stamp
-from ..store.store import Address, Store
+from ..store.store import Address, AnyFile, Store
 from ..tables import families, wrappers
 from ..tables.families import Family
 from ..tables.notation import fold
@@ -123,9 +123,9 @@ class Published:
         """Size of all weights files."""
         return sum(original.size for original in self.originals if not original.plain)
 
-    def path(self, original: Original) -> Path:
+    def path(self, original: Original) -> AnyFile:
         if self.store is not None:
-            return Address.of(self.store, original.name)
+            return Address(self.store, original.name)
         assert self.root is not None
         return self.root / original.name
 
@@ -152,7 +152,7 @@ def open_published(root: Path, where: str | None = None) -> Published:
     if index is not None:
         originals.append(_plain(root, index))
     carried, left = beside(root, {original.name for original in originals})
-    stamps = stamps_of(file.path for file in carried) | stamps
+    stamps = stamps_of(root / file.name for file in carried) | stamps
     return Published(where, root, config, tuple(originals), tensors, carried, left, origin_of(root), stamps)
 
 

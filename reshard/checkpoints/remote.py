@@ -63,7 +63,7 @@ def published(store: Store | Path, where: str) -> Published:
     if index_name is not None:
         originals.append(Original(index_name, store.files[index_name].size, "plain", 0))
     carried, left = _beside(store, {original.name for original in originals})
-    along = tuple(Carried(name, Address.of(store, name), store.files[name].size, 0) for name in carried)
+    along = tuple(Carried(name, Address(store, name), store.files[name].size, 0) for name in carried)
     return Published(
         store.where, None, config, tuple(originals), tensors, along, left, Origin(*store.origin), store=store
     )

@@ -17,6 +17,7 @@ from ..layout.mesh import Mesh
 from ..model.understand import Config
 from ..store.directory import Directory
 from ..store.local import Stamp
+from ..store.store import AnyFile
 from ..tables.families import Family
 from . import manifest
 from .companions import Carried, Left
@@ -24,14 +25,14 @@ from .manifest import Manifest
 from .published import Origin, Original, Published, understood
 
 # offset in the published file, length, where those bytes are now, offset there
-Extent = tuple[int, int, Path | bytes, int]
+Extent = tuple[int, int, AnyFile | bytes, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """Where tensors are read from. `originals` and `tensors` describe the published files, whatever is being read.
 
-    `root`: the local directory; None in a store, where paths are addresses. `stamps`: what every file that is read was
+    `root`: the local directory; None in a store. `stamps`: what every file that is read was
     like when it was first opened. `directory`: `root` as it was then.
     """
 
@@ -39,7 +40,7 @@ class Source(ABC):
     root: Path | None
     config: Config
     layout: Layout
-    places: dict[Key, tuple[Path, Entry]]
+    places: Mapping[Key, tuple[AnyFile, Entry]]
     originals: tuple[Original, ...]
     tensors: dict[str, tuple[int, Entry]]  # of the published files: name → (index into `originals`, entry)
     carried: tuple[Carried, ...] = ()
@@ -60,7 +61,7 @@ class Source(ABC):
         """The name of a stored tensor as `reshard explain` takes it."""
 
     @abstractmethod
-    def _kept(self, original: Original, offset: int, at: int) -> tuple[Path | bytes, int]:
+    def _kept(self, original: Original, offset: int, at: int) -> tuple[AnyFile | bytes, int]:
         """Where a stretch of residue is now: at `offset` of the published file, at byte `at` of all its residue."""
 
     @property
@@ -95,17 +96,18 @@ class Source(ABC):
 
     # What is the same
 
-    def locate(self, key: Key) -> tuple[Path, Entry]:
+    def locate(self, key: Key) -> tuple[AnyFile, Entry]:
         return self.places[key]
 
-    def relative(self, path: Path) -> str:
-        """A path as it is shown: relative to `root`, where it is below that."""
-        root = self.root or Path()
-        return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    def relative(self, file: AnyFile) -> str:
+        """A file as it is shown: relative to `root`, where it is below that."""
+        if self.root is not None and isinstance(file, Path) and file.is_relative_to(self.root):
+            return str(file.relative_to(self.root))
+        return str(file)
 
-    def local(self, place: Path | bytes) -> Path | None:
+    def local(self, place: AnyFile | bytes) -> Path | None:
         """The file to read some bytes from; None where they are in no file of this machine."""
-        return place if isinstance(place, Path) and self.root is not None else None
+        return place if isinstance(place, Path) else None
 
     @property
     def bytes(self) -> int:
@@ -135,11 +137,9 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSource(Source):
-    """A published checkpoint: its files are what is read. `files`: name → path, or address in a store if there is no
-    `root`.
-    """
+    """A published checkpoint: its files are what is read."""
 
-    files: dict[str, Path]
+    files: dict[str, AnyFile]
 
     def published(self) -> Layout:
         return self.layout
@@ -147,7 +147,7 @@ class PublishedSource(Source):
     def address(self, key: Key) -> str:
         return key[1]
 
-    def _kept(self, original: Original, offset: int, at: int) -> tuple[Path | bytes, int]:
+    def _kept(self, original: Original, offset: int, at: int) -> tuple[AnyFile | bytes, int]:
         return self.files[original.name], offset
 
     @property
@@ -156,7 +156,7 @@ class PublishedSource(Source):
 
     @property
     def published_paths(self) -> Mapping[str, Path]:
-        return self.files if self.root is not None else {}
+        return {name: file for name, file in self.files.items() if isinstance(file, Path)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class ShardSource(Source):
     def address(self, key: Key) -> str:
         return f"{key[0]}:{key[1]}"
 
-    def _kept(self, original: Original, offset: int, at: int) -> tuple[Path | bytes, int]:
+    def _kept(self, original: Original, offset: int, at: int) -> tuple[AnyFile | bytes, int]:
         return manifest.residue_path(self.root or Path(), original.name), at
 
     @property
@@ -199,6 +199,7 @@ class EngineSource(Source):
     `residues`: name → the bytes of such a file that are no tensors.
     """
 
+    places: Mapping[Key, tuple[Path, Entry]]
     residues: dict[str, bytes]
 
     def published(self) -> Layout:
@@ -207,7 +208,7 @@ class EngineSource(Source):
     def address(self, key: Key) -> str:
         return f"{key[0]}:{key[1]}"
 
-    def _kept(self, original: Original, offset: int, at: int) -> tuple[Path | bytes, int]:
+    def _kept(self, original: Original, offset: int, at: int) -> tuple[AnyFile | bytes, int]:
         return self.residues[original.name], at
 
     @property

@@ -9,7 +9,6 @@ models.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from ..containers.dtypes import BITS
 from ..containers.entry import Entry, extent
@@ -18,6 +17,7 @@ from ..errors import MismatchError
 from ..layout.cut import Point
 from ..layout.join import Copy, Dim, Plan, collapse
 from ..store.local import Batch, Pool, batches, buffer
+from ..store.store import AnyFile
 from .target import Target
 
 WINDOW = 4 << 20  # bytes
@@ -98,10 +98,10 @@ class Streams:
             start, stop = max(offset, low), min(offset + length, high)
             if start >= stop:
                 continue
-            if isinstance(place, Path):
-                self.pool.read_into(place, at + start - offset, window[start - low : stop - low])
-            else:
+            if isinstance(place, bytes):
                 window[start - low : stop - low] = place[at + start - offset : at + stop - offset]
+            else:
+                self.pool.read_into(place, at + start - offset, window[start - low : stop - low])
             covered += stop - start
         return covered
 
@@ -154,7 +154,7 @@ class _Stored:
 
     def __init__(self, streams: Streams, low: int, high: int, key: Key, entry: Entry) -> None:
         self.low, self.high, self.pool = low, high, streams.pool
-        self.boxes: list[tuple[int, int, Path, Box]] = []  # where each begins and ends in the file
+        self.boxes: list[tuple[int, int, AnyFile, Box]] = []  # where each begins and ends in the file
         for copy in streams.copies(key):
             path, source = streams.source.locate((copy.src.rank, copy.src_name))
             offset, to, dims, item = in_items(copy, source, entry)
@@ -168,7 +168,7 @@ class _Stored:
                 for part in clip(box, low, high):
                     self._read(path, part, room, low)
 
-    def _read(self, path: Path, box: Box, room: _Room, low: int) -> None:
+    def _read(self, path: AnyFile, box: Box, room: _Room, low: int) -> None:
         """One box into the window: by one read where its bytes are close, else split at the widest dimension."""
         offset, to, dims = box
         if len(dims) == 1 and dims[0][1:] == (1, 1):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..store.local import Pool
 from ..store.publish import NOBODYS
+from ..store.store import AnyFile
 from ..store.writable import Transaction
 from .manifest import Listed
 from .source_kinds import Source
@@ -78,7 +79,7 @@ class FilesTarget(Target):
         """Whatever is no tensor is what this job would write."""
         with closing(Pool(stamps=source.stamps)) as pool:
 
-            def check(name: str, offset: int, place: Path | bytes, at: int, length: int, what: str) -> None:
+            def check(name: str, offset: int, place: AnyFile | bytes, at: int, length: int, what: str) -> None:
                 mine, theirs = pool.chunks(place, at, length), pool.chunks(out / name, offset, length)
                 if any(one != other for one, other in zip(mine, theirs, strict=True)):
                     raise Other(f"{what} {name} differs from the source")

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..containers.dtypes import BITS
@@ -25,6 +24,7 @@ from ..errors import ReshardError
 from ..layout.join import Copy, Dim, Plan, collapse
 from ..store.digest import BlockHasher, Buffer
 from ..store.local import Batch, Pool, batches, buffer
+from ..store.store import AnyFile
 from ..store.writable import Upload
 from ..threads import together
 
@@ -40,7 +40,7 @@ Key = tuple[int, str]  # rank, stored name
 class Place(Protocol):
     """Where the stored tensors of a layout are: the source's or the destination's files."""
 
-    def locate(self, key: Key) -> tuple[Path, Entry]: ...
+    def locate(self, key: Key) -> tuple[AnyFile, Entry]: ...
 
 
 class Form(Protocol):
@@ -145,7 +145,7 @@ class _Jobs:
     def __init__(self, plan: Plan, source: Place) -> None:
         self._lock = threading.Lock()
         starts = []
-        files: dict[Path, int] = {}
+        files: dict[AnyFile, int] = {}
         for number, component in enumerate(plan.components):
             for point in component.points():
                 first = next(component.copies(point), None)
@@ -232,7 +232,7 @@ class Worker:
             path, entry.offset, size, [Read(offset, shape, tuple(to)) for (offset, shape), to in reads.items()]
         )
 
-    def _process(self, path: Path, base: int, item: int, reads: Iterable[Read]) -> None:
+    def _process(self, path: AnyFile, base: int, item: int, reads: Iterable[Read]) -> None:
         for cluster in _clusters(reads):
             low, high = min(read.offset for read in cluster), max(read.end for read in cluster)
             if (high - low) * item <= TILE:
@@ -243,7 +243,7 @@ class Worker:
             else:
                 self._rows(path, base, item, cluster, low)
 
-    def _rows(self, path: Path, base: int, item: int, cluster: list[Read], low: int) -> None:
+    def _rows(self, path: AnyFile, base: int, item: int, cluster: list[Read], low: int) -> None:
         """Window by window along the outermost dimension of the source; rows wider than a tile one by one."""
         pitch = max(read.dims[0][1] for read in cluster if read.dims)
         count = max((read.end - 1 - low) // pitch for read in cluster) + 1
@@ -264,7 +264,9 @@ class Worker:
             else:
                 self._process(path, base, item, taken)
 
-    def _columns(self, path: Path, base: int, item: int, reads: list[Read], low: int, width: int, pitch: int) -> None:
+    def _columns(
+        self, path: AnyFile, base: int, item: int, reads: list[Read], low: int, width: int, pitch: int
+    ) -> None:
         """A transposition, tile by tile: the same columns of many rows, so that both sides move long runs."""
         height = reads[0].dims[0][0] if len(reads[0].dims) > 1 else 1
         for column in range(0, pitch, width):
@@ -275,7 +277,7 @@ class Worker:
                 self._window(path, base, item, part, first, height, wide, pitch)
 
     def _window(
-        self, path: Path, base: int, item: int, reads: Iterable[Read], low: int, height: int, width: int, pitch: int
+        self, path: AnyFile, base: int, item: int, reads: Iterable[Read], low: int, height: int, width: int, pitch: int
     ) -> None:
         """Read `height` stretches of `width` items, `pitch` apart, from item `low` on,
         and hand each target its part.
@@ -292,7 +294,7 @@ class Worker:
                 dims = [(n, width if height > 1 and s == pitch else s, d) for n, s, d in target.dims]
                 self._scatter(target, read.offset - low, collapse(dims), item)
 
-    def _deal(self, path: Path, at: int, item: int, columns: Sequence[tuple[int, Target]]) -> None:
+    def _deal(self, path: AnyFile, at: int, item: int, columns: Sequence[tuple[int, Target]]) -> None:
         """Rows whose every column goes to one target: the system call itself lays each row's pieces into the
         targets' own buffers.
         """

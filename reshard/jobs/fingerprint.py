@@ -60,6 +60,7 @@ from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import of
 from ..store.directory import unchanged
 from ..store.local import Pool
+from ..store.store import AnyFile
 from ..text.progress import Progress, Silent
 from ..threads import each
 
@@ -651,7 +652,7 @@ def _chosen(layout: Layout, ranks: Iterable[int] | None, where: str) -> list[int
     return chosen
 
 
-def _reader(pool: Pool, path: Path, entry: Entry) -> Callable[[Summer], Read]:
+def _reader(pool: Pool, path: AnyFile, entry: Entry) -> Callable[[Summer], Read]:
     if entry.strides is not None:
         data = _packed(pool, path, entry)
         return lambda _: lambda low, high: data()[low:high]
@@ -667,7 +668,7 @@ def _reader(pool: Pool, path: Path, entry: Entry) -> Callable[[Summer], Read]:
     return bound
 
 
-def _packed(pool: Pool, path: Path, entry: Entry) -> Callable[[], Array]:
+def _packed(pool: Pool, path: AnyFile, entry: Entry) -> Callable[[], Array]:
     """The bytes of a tensor of a .bin file in row-major order, when first asked for: whole, because few files have
     strided ones.
     """

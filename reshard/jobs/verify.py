@@ -33,6 +33,7 @@ from ..store.digest import BLOCK, FileDigest
 from ..store.directory import Directory, reading
 from ..store.local import Pool, buffer
 from ..store.publish import NOBODYS
+from ..store.store import short
 from ..tables.row import Constant
 from ..text.progress import Progress, Silent, until
 from ..threads import each
@@ -224,8 +225,7 @@ class Comparer:
         first = offset + next(at for at, (mine, theirs) in enumerate(zip(found, data, strict=True)) if mine != theirs)
         self.fail(
             key,
-            f"{path.parent.name}/{path.name}: {key[1]} differs from {self.than}, first at byte {first} of "
-            f"{entry.nbytes}",
+            f"{short(path)}: {key[1]} differs from {self.than}, first at byte {first} of {entry.nbytes}",
         )
 
     def done(self, keys: Iterable[Key]) -> None:
@@ -237,7 +237,7 @@ class Comparer:
                 found = self._buffer[: min(worker.TILE, entry.nbytes - at)]
                 self.pool.read_into(path, entry.offset + at, found)
                 if bytes(found).count(0) < len(found):
-                    self.fail(key, f"{path.parent.name}/{path.name}: {key[1]}: padding is not zero from byte {at} on")
+                    self.fail(key, f"{short(path)}: {key[1]}: padding is not zero from byte {at} on")
                 at += len(found)
             with self.lock:
                 self.rung.tensors += 1

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 from ..checkpoints.source import Source
 from ..checkpoints.streams import Streams
@@ -16,6 +15,7 @@ from ..errors import ReshardError, failed
 from ..layout.join import plan
 from ..store.digest import FileDigest
 from ..store.local import Pool
+from ..store.store import AnyFile
 from ..text.progress import Progress, Silent
 from ..threads import each
 from .verdict import Rung
@@ -100,7 +100,7 @@ def hashed(source: Source, threads: int, progress: Progress) -> Source:
     if not paths:
         return source
     halt = threading.Event()
-    files = {
+    files: dict[str, tuple[AnyFile, int]] = {
         original.name: (paths[original.name], original.size) for original in source.originals if not original.sha256
     }
     files |= {file.name: (file.path, file.size) for file in source.carried}
@@ -108,7 +108,7 @@ def hashed(source: Source, threads: int, progress: Progress) -> Source:
     progress.start("computing SHA-256", sum(size for _, size in files.values()))
     with closing(Pool(stamps=source.stamps)) as pool:
 
-        def digest(item: tuple[str, tuple[Path, int]]) -> None:
+        def digest(item: tuple[str, tuple[AnyFile, int]]) -> None:
             name, (path, size) = item
             state = hashlib.sha256()
             for piece in pool.chunks(path, 0, size):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..errors import PlaceError, failed
 from .digest import Buffer
-from .store import Address, exactly
+from .store import Address, AnyFile, exactly
 from .writable import Upload
 
 Views = Sequence[memoryview]
@@ -102,17 +102,17 @@ class Pool:
         self._open: OrderedDict[Path, tuple[int, list[int]]] = OrderedDict()  # path → (descriptor, [users])
         self._lock = threading.Lock()
 
-    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+    def read_into(self, path: AnyFile, offset: int, buffer: memoryview) -> None:
         """Fill a buffer from `offset` on."""
         self._transfer(path, offset, (buffer,), len(buffer), os.preadv, "reading")
 
-    def scatter(self, path: Path, offset: int, batches: Iterable[Batch]) -> None:
+    def scatter(self, path: AnyFile, offset: int, batches: Iterable[Batch]) -> None:
         """Fill many buffers, one after another, from `offset` on."""
         for buffers, size in batches:
             self._transfer(path, offset, buffers, size, os.preadv, "reading")
             offset += size
 
-    def read(self, path: Path | bytes, offset: int, length: int) -> bytearray:
+    def read(self, path: AnyFile | bytes, offset: int, length: int) -> bytearray:
         """Bytes of a file, or of bytes that are at hand."""
         if isinstance(path, bytes):
             return bytearray(path[offset : offset + length])
@@ -120,7 +120,7 @@ class Pool:
         self.read_into(path, offset, memoryview(data))
         return data
 
-    def chunks(self, path: Path | bytes, offset: int, length: int) -> Iterator[bytearray]:
+    def chunks(self, path: AnyFile | bytes, offset: int, length: int) -> Iterator[bytearray]:
         """The same, in pieces of CHUNK bytes."""
         for at in range(0, length, CHUNK):
             yield self.read(path, offset + at, min(CHUNK, length - at))
@@ -133,11 +133,11 @@ class Pool:
             self._transfer(path, offset + at, (piece,), len(piece), os.pwritev, "writing")
 
     def _transfer(
-        self, path: Path, offset: int, buffers: Views, left: int, call: Callable[[int, Views, int], int], doing: str
+        self, path: AnyFile, offset: int, buffers: Views, left: int, call: Callable[[int, Views, int], int], doing: str
     ) -> None:
         """All of the buffers, which are `left` bytes."""
         if isinstance(path, Address):
-            data, at = exactly(path.store, str(path), offset, left), 0
+            data, at = exactly(path.store, path.name, offset, left), 0
             for buffer in buffers:
                 buffer[:] = data[at : at + len(buffer)]
                 at += len(buffer)

@@ -7,8 +7,8 @@ about what the bytes are.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PosixPath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import PlaceError
@@ -87,16 +87,23 @@ class Ahead:
         return b"".join(parts)
 
 
-class Address(PosixPath):
-    """Where a file of a store is, in the place of a local path: `Pool` reads either."""
+@dataclass(frozen=True)
+class Address:
+    """Where a file of a store is. `local.Pool` reads it as it reads a local path."""
 
-    store: Store
+    store: Store = field(hash=False)  # it has a mapping
+    name: str
 
-    @classmethod
-    def of(cls, store: Store, name: str) -> "Address":
-        made = cls(name)
-        made.store = store
-        return made
+    def __str__(self) -> str:
+        return self.name
+
+
+AnyFile = Path | Address
+
+
+def short(file: AnyFile) -> str:
+    """A file as messages name it: its own name and that of its folder."""
+    return "/".join(PurePosixPath(str(file)).parts[-2:])
 
 
 def exactly(store: Store, name: str, offset: int, length: int) -> bytes:
