@@ -865,3 +865,12 @@ def test_a_shard_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(PlaceError, match=r"model-rank-1-part-0\.safetensors: was changed while it was being read"):
         convert(job, LocalDestination(tmp_path / "out"), Options())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_at_once(tmp_path: Path) -> None:
+    """It has no other end, which would be waited for."""
+    directory = saved(tmp_path / "vllm", "llama", 2)
+    (directory / R.format(1)).unlink()
+    os.mkfifo(directory / R.format(1))
+    with pytest.raises(ReshardError, match=r"model-rank-1-part-0\.safetensors: is not a regular file"):
+        open_source(directory)

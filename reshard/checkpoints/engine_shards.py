@@ -8,9 +8,7 @@ write, down to the header bytes. Opens headers only.
 """
 
 import math
-import os
 import re
-import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,9 +17,8 @@ from pathlib import Path
 
 from ..containers.container import of_file
 from ..containers.entry import Entry
-from ..containers.reading import of_descriptor
 from ..engine.worker import Key
-from ..errors import Problems, ReshardError, failed
+from ..errors import Problems, ReshardError
 from ..inputs import decode, limits
 from ..layout.cut import Layout, Slot, lay_out
 from ..layout.mesh import Mesh
@@ -46,6 +43,7 @@ from .published import (
     index_map,
     natural,
     origin_of,
+    read_header,
     read_json,
     stamps_of,
     understood,
@@ -180,7 +178,7 @@ def _read(
     for (stage, rank), names in sorted(files.items()):
         for name in names:
             path = root / name
-            entries, stamps[path] = _header(path, tally)
+            entries, stamps[path] = read_header(path, str(path), tally)
             for key, entry in entries.items():
                 other = places.setdefault((stage * tp + rank, key), (path, entry))[0]
                 if other != path:
@@ -189,23 +187,6 @@ def _read(
                         "parts of an earlier save are left over: move those away that do not belong to this one",
                     )
     return places, stamps
-
-
-def _header(path: Path, tally: Tally) -> tuple[dict[str, Entry], Stamp]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise failed("opening", path, error) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ReshardError(f"{path}: is not a regular file")
-        pread = of_descriptor(descriptor, str(path))
-        return tally.checked(of_file(path.name).read(pread, status.st_size, str(path)).entries, str(path)), Stamp.of(
-            status
-        )
-    finally:
-        os.close(descriptor)
 
 
 # --- understanding ----------------------------------------------------------------------------------------------------

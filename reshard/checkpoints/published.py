@@ -355,30 +355,35 @@ def _headers(root: Path, name: str, index: str | None, tally: Tally) -> tuple[Or
     if index is None:
         _check_link(path)
     try:
-        # not to wait for the other end of a pipe
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        entries, stamp = read_header(path, name, tally)
     except FileNotFoundError:
         said = f"{index} names {name}, which is not there" if index else f"{path}: no such file"
         raise ReshardError(
             f"{root}: {said}" if index else said, "the download is not complete: fetch the missing file"
         ) from None
+    return Original(name, stamp.size, of_file(name).name, stamp.mtime_ns, _known_sha256(path)), entries, stamp
+
+
+def read_header(path: Path, where: str, tally: Tally) -> tuple[dict[str, Entry], Stamp]:
+    """The tensors of a local file, which messages call `where`, and its stamp as they were read.
+
+    Raises FileNotFoundError; PlaceError where it cannot be opened, ReshardError where it is no such file.
+    """
+    try:
+        # not to wait for the other end of a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise failed("opening", path, error) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ReshardError(f"{path}: is not a regular file")
-        container = of_file(name)
-        entries = tally.checked(
-            container.read(of_descriptor(descriptor, name), status.st_size, name).entries, str(path)
-        )
+        entries = of_file(path.name).read(of_descriptor(descriptor, where), status.st_size, where).entries
+        return tally.checked(entries, str(path)), Stamp.of(status)
     finally:
         os.close(descriptor)
-    return (
-        Original(name, status.st_size, container.name, status.st_mtime_ns, _known_sha256(path)),
-        entries,
-        Stamp.of(status),
-    )
 
 
 def _known_sha256(path: Path) -> str | None:

@@ -63,10 +63,14 @@ class Slot:
 
     def count(self) -> int:
         """How many stored tensors this slot has."""
-        return math.prod(
-            sum(low <= layer < high for layer in self.layers or ()) if axis == "layer" else high - low
-            for axis, (low, high) in self.box.items()
-        )
+        return math.prod(self.within(axis, held) for axis, held in self.box.items())
+
+    def within(self, axis: str, held: Range) -> int:
+        """How many indices of an axis there are in a range; of layers, those that exist."""
+        low, high = held
+        if axis == "layer" and self.layers is not None:
+            return sum(low <= layer < high for layer in self.layers)
+        return high - low
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,8 +161,7 @@ def _distinct(pieces: Sequence[Piece], tensor: Tensor) -> tuple[Piece, ...]:
     for piece in pieces:
         boxes.setdefault((piece.box, piece.slot.layers), piece)
     found = tuple(boxes.values())
-    if sum(_held(piece) for piece in found) != tensor.elements:
-        held = sum(_held(piece) for piece in found)
+    if (held := sum(_held(piece) for piece in found)) != tensor.elements:
         raise ReshardError(
             f"{tensor.name}: the layout holds {held} of {tensor.elements} elements, each must be there once"
         )
@@ -167,12 +170,7 @@ def _distinct(pieces: Sequence[Piece], tensor: Tensor) -> tuple[Piece, ...]:
 
 def _held(piece: Piece) -> int:
     """Elements of a piece, only the slot's own layers counted."""
-    return math.prod(
-        sum(low <= layer < high for layer in piece.slot.layers or ())
-        if axis == "layer" and piece.slot.layers is not None
-        else high - low
-        for axis, (low, high) in zip(piece.tensor.axes, piece.box, strict=True)
-    )
+    return math.prod(piece.slot.within(axis, held) for axis, held in zip(piece.tensor.axes, piece.box, strict=True))
 
 
 # --- laying out -------------------------------------------------------------------------------------------------------
@@ -334,21 +332,20 @@ class _Cutter:
         extra = self.model.sizes.get("layer", main) - main
         given = self.mesh.layers
         if given is not None and sum(given) != main:
-            self.problems.add(f"--pp-layers {','.join(map(str, given))} is {sum(given)} layers, the model has {main}")
-            return ((0, main),) * pp
-        if pp > main and pp > 1:
-            self.problems.add(f"--pp {pp} leaves a stage empty: the model has {main} layers")
-            return ((0, main),) * pp
-        if given is None and main % pp and "layer" not in self.table.uneven:
+            problem = f"--pp-layers {','.join(map(str, given))} is {sum(given)} layers, the model has {main}"
+        elif pp > main and pp > 1:
+            problem = f"--pp {pp} leaves a stage empty: the model has {main} layers"
+        elif given is None and main % pp and "layer" not in self.table.uneven:
             counts = ",".join(str(high - low) for low, high in shares(main, (1,) * pp))
-            self.problems.add(
+            problem = (
                 f'{main} layers do not divide among {pp} stages, and format "{self.table.name}" wants '
                 f"--pp-layers then, e.g. {counts}"
             )
-            return ((0, main),) * pp
-        stages = list(shares(main, given or (1,) * pp))
-        stages[-1] = (stages[-1][0], main + extra)  # extra layers stand on the last stage
-        return tuple(stages)
+        else:
+            *before, (low, _) = shares(main, given or (1,) * pp)
+            return (*before, (low, main + extra))  # extra layers stand on the last stage
+        self.problems.add(problem)
+        return ((0, main),) * pp
 
     def place(self, at: int, row: Row, layers: tuple[int, ...] | None, rank: int) -> tuple[Slot, list[Piece]] | None:
         """The slot of a row on a rank and its pieces; None where the rank has none of its layers."""

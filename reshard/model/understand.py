@@ -8,7 +8,7 @@ together. Knows nothing about files, ranks or other formats.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Protocol
 
@@ -252,12 +252,8 @@ def _seen(table: Family, points: Mapping[int, Points]) -> dict[int, set[str]]:
 
 
 def _from_config(table: Family, config: Config) -> dict[str, int]:
-    sizes = {}
-    for axis, expression in table.sizes.items():
-        value = config.size(expression)
-        if value is not None:
-            sizes[axis] = value
-    return sizes
+    told = {axis: config.size(expression) for axis, expression in table.sizes.items()}
+    return {axis: size for axis, size in told.items() if size is not None}
 
 
 @dataclass(frozen=True)
@@ -275,7 +271,7 @@ class _Layers:
 
 def _layers(table: Family, config: Config, sizes: dict[str, int], points: Mapping[int, Points]) -> _Layers:
     seen = [
-        numbers[row.name.axes.index("layer")]
+        _layer(row, numbers)
         for at, row in enumerate(table.rows)
         if "layer" in row.name.axes
         for numbers in points.get(at, ())
@@ -383,12 +379,7 @@ def _kinds(
     what is left.
     """
     seen: dict[int, set[str]] = {layer: set() for layer in range(layers.total)}
-    for at, row in enumerate(table.rows):
-        if "layer" not in row.name.axes or not row.kinds:
-            continue
-        where = row.name.axes.index("layer")
-        for numbers in points.get(at, ()):
-            seen.setdefault(numbers[where], set()).update(row.kinds)
+    seen |= {layer: kinds for layer, kinds in _seen(table, points).items() if layer >= 0 and kinds}
     result = {}
     for layer, kinds in seen.items():
         mine = set()
@@ -451,10 +442,9 @@ def _tensors(
     found: dict[str, tuple[tuple[str, ...], dict[int, str]]] = {}
     for at in active:
         row = table.rows[at]
-        where = row.name.axes.index("layer") if "layer" in row.name.axes else None
         dtypes: dict[int, str] = {}
         for numbers, name in points[at].items():
-            layer = numbers[where] if where is not None else -1
+            layer = _layer(row, numbers)
             if dtypes.setdefault(layer, stored[name].dtype) != stored[name].dtype:
                 problems.add(f"{dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
@@ -478,7 +468,4 @@ def _tensors(
             dtypes_in_order[:1] if len(set(dtypes_in_order)) == 1 else dtypes_in_order,
             layers,
         )
-    for name, target in alias.items():
-        t = tensors[target]
-        tensors[name] = Tensor(name, t.axes, t.sizes, t.dtypes, t.layers)
-    return tensors
+    return tensors | {name: replace(tensors[target], name=name) for name, target in alias.items()}
