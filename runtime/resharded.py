@@ -98,7 +98,7 @@ class Reader:
         self._finish(dict.fromkeys(copy.dst_name for copy in copies))
 
     def _direct(self, copy: "Copy") -> bool:
-        from reshard.engine.worker import in_items
+        from reshard.engine.items import in_items
 
         path, entry = self.source.locate((copy.src.rank, copy.src_name))
         start, to, dims, item = in_items(copy, entry, self.entries[copy.dst_name])

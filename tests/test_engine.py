@@ -23,7 +23,9 @@ from strategies import law
 from reshard.containers.dtypes import BITS
 from reshard.containers.entry import Entry
 from reshard.engine import worker as engine
-from reshard.engine.worker import Key, Worker, Writer, in_items, split
+from reshard.engine.items import in_items
+from reshard.engine.worker import Key, Worker, split
+from reshard.engine.writer import Writer
 from reshard.errors import PlaceError, ReshardError
 from reshard.layout.join import Copy, collapse
 from reshard.store import digest, local

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from ..containers.dtypes import BITS
 from ..containers.entry import Entry, extent
-from ..engine.worker import Key, Place, in_items
+from ..engine.items import in_items
+from ..engine.worker import Key, Place
 from ..errors import MismatchError
 from ..layout.cut import Point
 from ..layout.join import Copy, Dim, Plan, collapse

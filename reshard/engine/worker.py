@@ -14,19 +14,15 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
-from ..containers.dtypes import BITS
-from ..containers.entry import Entry, extent
-from ..errors import ReshardError
+from ..containers.entry import Entry
 from ..layout.join import Copy, Dim, Plan, collapse
-from ..store.digest import BlockHasher, Buffer
 from ..store.local import Batch, Pool, batches, buffer
 from ..store.store import AnyFile
-from ..store.writable import Upload
 from ..threads import together
+from .items import in_items
 
 # bytes read at a time, and gathered at a time: as small as a shared cache likes, as large as system calls like
 TILE = 4 << 20
@@ -47,12 +43,6 @@ class Form(Protocol):
     """How the stored tensors of a destination lie in its files, wherever those are."""
 
     def locate(self, key: Key) -> tuple[object, Entry]: ...
-
-
-class Written(Protocol):
-    """Where the stored tensors of a destination are being written."""
-
-    def locate(self, key: Key) -> tuple[Upload, Entry]: ...
 
 
 class Sink(Protocol):
@@ -455,100 +445,3 @@ def _columns_of(read: Read, low: int, pitch: int, start: int, stop: int) -> Read
     n, stride = read.dims[-1]
     a, b = max(0, -(-(start - offset) // stride)), min(n, -(-(stop - offset) // stride))
     return read.part(len(read.dims) - 1, a, b) if a < b else None
-
-
-def in_items(copy: Copy, src: Entry, dst: Entry) -> tuple[int, int, tuple[Dim, ...], int]:
-    """A copy in whole items: (source offset, destination offset, dims, bytes per item).
-
-    An item is an element, or a byte where elements are smaller; strided storages of `.bin` files are resolved here.
-    """
-    bits = BITS[src.dtype]
-    if src.dtype != dst.dtype:
-        raise ReshardError(f"{copy.dst_name}: dtype {dst.dtype} is wanted, {copy.src_name} is {src.dtype}")
-    offset, to_offset, dims = copy.src_offset, copy.dst_offset, list(copy.dims)
-    if src.strides is not None:
-        offset, dims = _strided(offset, dims, src, 1)
-    if dst.strides is not None:
-        to_offset, dims = _strided(to_offset, dims, dst, 2)
-    if src.strides is not None or dst.strides is not None:
-        dims = list(collapse(dims))
-    if bits % 8 == 0:
-        return offset, to_offset, tuple(dims), bits // 8
-    n, s, d = dims.pop() if dims and dims[-1][1] == dims[-1][2] == 1 else (1, 1, 1)
-    places = [offset, to_offset, n, *(stride for dim in dims for stride in dim[1:])]
-    if any(place * bits % 8 for place in places):
-        raise ReshardError(
-            f"{copy.src_name}: {src.dtype} elements of {bits} bits cannot be cut or moved here without tearing a byte",
-            "choose a size that keeps whole bytes together",
-        )
-    scaled = [(count, a * bits // 8, b * bits // 8) for count, a, b in dims]
-    return offset * bits // 8, to_offset * bits // 8, (*scaled, (n * bits // 8, s, d)), 1
-
-
-def _strided(offset: int, dims: Sequence[Dim], entry: Entry, side: int) -> tuple[int, list[Dim]]:
-    """Row-major offset and strides of one side (1 source, 2 destination) as they are in a strided storage."""
-    assert entry.strides is not None
-    pitches: list[int] = []
-    pitch = 1
-    for size in reversed(entry.shape):
-        pitches.insert(0, pitch)
-        pitch *= max(size, 1)
-    real = sum(
-        offset // pitch % size * stride for pitch, size, stride in zip(pitches, entry.shape, entry.strides, strict=True)
-    )
-    found: list[Dim] = []
-    for dim in dims:
-        found += _resolve(list(dim), side, pitches, entry)
-    return real, found
-
-
-def _resolve(dim: list[int], side: int, pitches: Sequence[int], entry: Entry) -> Iterator[Dim]:
-    """One dimension, split where it runs over several stored dimensions."""
-    n, step = dim[0], dim[side]
-    done = 1
-    for at in reversed(range(len(pitches))):
-        pitch, size = pitches[at], entry.shape[at]
-        if done == n or step * done >= pitch * size or step * done < pitch:
-            continue
-        here = min(n // done, pitch * size // (step * done))
-        assert entry.strides is not None
-        part = [here, dim[1] * done, dim[2] * done]
-        part[side] = step * done // pitch * entry.strides[at]
-        yield (part[0], part[1], part[2])
-        done *= here
-
-
-# --- sinks ------------------------------------------------------------------------------------------------------------
-
-
-class Writer:
-    """Writes stored tensors, and hashes them as they arrive if they are `hashed`; `digests` collects each tensor's
-    block digests, none of one that is not.
-    """
-
-    def __init__(self, destination: Written, digests: dict[Key, list[bytes]], hashed: bool = True) -> None:
-        self.destination, self.digests, self.hashed = destination, digests, hashed
-        self._hashers: dict[Key, BlockHasher] = {}
-
-    def put(self, key: Key, offset: int, data: memoryview) -> None:
-        file, entry = self.destination.locate(key)
-        file.write(entry.offset + offset, data)
-        if self.hashed:
-            hasher = self._hashers.get(key)
-            if hasher is None:
-                hasher = self._hashers[key] = BlockHasher(entry.nbytes)
-            hasher.update(offset, data)
-
-    def done(self, keys: Iterable[Key]) -> None:
-        for key in keys:
-            file, entry = self.destination.locate(key)
-            blocks: list[bytes] = []
-            if self.hashed:
-                hasher = self._hashers.pop(key, None) or BlockHasher(entry.nbytes)
-                blocks = hasher.blocks(partial(_part, file, entry.offset))
-            self.digests[key] = blocks
-            file.settle(entry.offset, extent(entry))
-
-
-def _part(file: Upload, start: int, at: int, length: int) -> Buffer:
-    return file.read(start + at, length)

@@ -18,7 +18,8 @@ from ..checkpoints.companions import Carried
 from ..checkpoints.manifest import Listed
 from ..checkpoints.target import Digests, Files
 from ..engine import worker
-from ..engine.worker import Key, Writer
+from ..engine.worker import Key
+from ..engine.writer import Writer
 from ..errors import ReshardError, failed
 from ..store import writable
 from ..store.destination import check_replaceable

@@ -6,7 +6,7 @@ from ..checkpoints.form import form_of
 from ..checkpoints.source import Source
 from ..checkpoints.target import Target
 from ..containers.dtypes import BITS
-from ..engine.worker import in_items
+from ..engine.items import in_items
 from ..errors import ReshardError
 from ..layout.join import Plan, plan
 from ..layout.mesh import Mesh
