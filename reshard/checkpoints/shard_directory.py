@@ -75,11 +75,13 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
         name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()
     }
     layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=tied)
-    shards = Shards(layout)
+    shards = Shards(layout, known.version)
     if shards.digest != known.plan:
         raise MismatchError(
             f"{root}: the plan of manifest.json is {known.plan}, its tables and config.json make {shards.digest}",
-            "config.json or the manifest were edited: restore them, or convert again",
+            "config.json or the manifest were edited: restore them, or convert again"
+            if known.version == shards.version
+            else f"it is of format version {known.version}, this reshard knows {shards.version}: install a newer one",
         )
     places: dict[Key, tuple[Path, Entry]] = {}
     for rank in ranks:

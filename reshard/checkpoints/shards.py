@@ -25,7 +25,8 @@ from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import BLOCK, Digest, of, of_blocks
 from ..tables.row import Constant, Row
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.0"  # of what is written
+VERSIONS = ("1.0",)  # those that are read
 ALIGN = 4096  # bytes: where data starts in a shard
 LINE = 64  # bytes
 
@@ -62,17 +63,21 @@ def shard_name(layout: Layout, rank: int) -> str:
 
 
 class Shards:
-    """The files of a sharded layout."""
+    """The files of a sharded layout, in a format version that reshard writes or has written.
 
-    def __init__(self, layout: Layout) -> None:
+    Of a later MINOR of ours nothing is known: its files are taken to be as ours are.
+    """
+
+    def __init__(self, layout: Layout, version: str = FORMAT_VERSION) -> None:
         self.layout = layout
+        self.version = version if version in VERSIONS else FORMAT_VERSION
 
     @cached_property
     def digest(self) -> str:
         """The digest of the plan: tables, sizes, dtypes and mesh; equal for every route to this directory."""
         layout, model = self.layout, self.layout.model
         facts = {
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "format": layout.format.texts,
             "family": model.family.texts,
             "mesh": [layout.mesh.tp, layout.mesh.pp, layout.mesh.ep, layout.mesh.weights, layout.mesh.layers],
@@ -106,7 +111,7 @@ class Shards:
         mesh = self.layout.mesh
         return {
             "format": "pt",
-            "reshard.version": FORMAT_VERSION,
+            "reshard.version": self.version,
             "reshard.layout": self.layout.format.name,
             "reshard.rank": str(rank),
             "reshard.world": str(mesh.world),

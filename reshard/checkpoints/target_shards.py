@@ -16,7 +16,7 @@ from . import manifest
 from .manifest import Listed, Manifest, RankFiles
 from .published import Original
 from .shard_directory import check_small_files
-from .shards import Shard, Shards, described, dump, scalar, shard_digest
+from .shards import FORMAT_VERSION, Shard, Shards, described, dump, scalar, shard_digest
 from .source_kinds import Source
 from .target import Digests, Finished, Other, Target
 
@@ -125,6 +125,8 @@ class ShardTarget(Target):
             raise Other(error.message) from None
         if manifest.root_of(out, known) != known.root:
             raise MismatchError(f"{manifest.NAME}: its root digest is not that of what it says")
+        if known.version != FORMAT_VERSION:
+            raise Other(f"it is of format version {known.version}, and {FORMAT_VERSION} would be written")
         if known.plan != self.plan or known.engine != engine:
             raise Other(f"it holds another conversion ({known.family}, {known.format}, {known.mesh})")
         check_small_files(out, known)

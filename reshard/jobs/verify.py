@@ -156,7 +156,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
     except ReshardError as error:
         return [f"{manifest.NAME}, config.json and the tables contradict each other: {error.message}"]
     layout = source.layout
-    shards, found = Shards(layout), []
+    shards, found = Shards(layout, known.version), []
     for shard, rank in zip(shards, known.ranks, strict=True):
         wanted = described(shard, layout, {name: [b""] for name, _, _ in shard.tensors})
         if _undigested(read_described(out / rank.tensors.name)) != _undigested(wanted):
