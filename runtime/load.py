@@ -132,6 +132,8 @@ class Opened:
             "manifest": known.root if known else "none",
             "config.json": of(json.dumps(config.data, sort_keys=True).encode()),
             "mesh": str(layout.mesh),
+            # Of the tables, `plan` has the rows alone.
+            "table": of(json.dumps(with_facts(layout.model.family).said, sort_keys=True).encode()),
             # Of a mapped directory a rank may know only the layers of its own stage.
             "plan": "the manifest's" if source is None else Shards(layout).digest,
         }

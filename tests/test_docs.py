@@ -91,7 +91,7 @@ def test_generated_parts_are_current(document: str, name: str) -> None:
 SESSION = """```console
 $ reshard convert model /tmp/demo/tp4 --tp 4
 /tmp/demo/tp4: 3.28 MB written in 0.1 s (35.91 MB/s)
-root digest: ddead8a24cdd984af520bde010486e9d
+root digest: 06e70a15c8987d9153ffc3d1b86096a0
 
 $ reshard verify /tmp/demo/tp4 --against model
 weights    ok         180 tensors, 10 files, 3.26 MB, 0.1 s
@@ -128,7 +128,7 @@ def test_what_depends_on_the_cpu_does_not_count(changes: dict[str, str]) -> None
 
 
 @pytest.mark.parametrize(
-    "old", ["ddead8a2", "180 tensors", "3.28 MB written", "259 of 259", " ok ", "its own error", "float32", "proven"]
+    "old", ["06e70a15", "180 tensors", "3.28 MB written", "259 of 259", " ok ", "its own error", "float32", "proven"]
 )
 def test_what_is_the_same_on_every_cpu_counts(old: str) -> None:
     assert generate.comparable(SESSION.replace(old, "7", 1)) != generate.comparable(SESSION)
@@ -398,12 +398,12 @@ def test_reader_refuses(checkpoint: Callable[[str], Path], tmp_path: Path) -> No
     out = tmp_path / "out"
     reshard.convert(checkpoint("llama"), out, tp=2)
     text, path = (out / "manifest.json").read_text(), out / "rank-00000/model.safetensors"
-    (out / "manifest.json").write_text(text.replace('"reshard": "1.0"', '"reshard": "1.9", "news": [1]'))
+    (out / "manifest.json").write_text(text.replace('"reshard": "1.1"', '"reshard": "1.9", "news": [1]'))
     reader.open_rank(out, 0)
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=f"no rank {rank}, only ranks 0 to 1"):
             reader.open_rank(out, rank)
-    (out / "manifest.json").write_text(text.replace('"reshard": "1.0"', '"reshard": "2.0"'))
+    (out / "manifest.json").write_text(text.replace('"reshard": "1.1"', '"reshard": "2.0"'))
     with pytest.raises(ValueError, match=r"2\.0"):
         reader.open_rank(out, 0)
     (out / "manifest.json").write_text(text)
@@ -445,7 +445,7 @@ def test_reshard_follows_the_version_policy(checkpoint: Callable[[str], Path], t
     assert not reshard.verify(out).ok  # whoever writes the key makes it part of the root digest
     (out / "manifest.json").write_text(signed((out / "manifest.json").read_text()))
     assert reshard.verify(out).ok
-    (out / "manifest.json").write_text(text.replace('"reshard": "1.0"', '"reshard": "2.0"'))
+    (out / "manifest.json").write_text(text.replace('"reshard": "1.1"', '"reshard": "2.0"'))
     with pytest.raises(reshard.ReshardError, match=r"version 2\.0"):
         reshard.verify(out)
 

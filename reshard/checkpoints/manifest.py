@@ -101,7 +101,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
     padding: Annotated[
         dict[str, _Range], about("Axes padded with zeros at their end: axis to its size and its stored size.")
     ]
-    plan: Annotated[Digest, about("Identifies tables, sizes, dtypes and mesh. Opaque: compare it, do not compute it.")]
+    plan: Annotated[
+        Digest, about("Identifies the rows in use, sizes, dtypes and mesh. Opaque: compare it, do not compute it.")
+    ]
     ranks: Annotated[tuple[RankFiles, ...], Meta(min_length=1, description="One entry per rank, in order.")]
     carried: Annotated[tuple[Listed, ...], about("Files taken over untouched: config.json, tokenizer, ...")]
     source: Annotated[tuple[Listed, ...], about("What restoring the original files takes.")]

@@ -59,7 +59,7 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
     originals = manifest.load_originals(root)
     _check_carried(root, known)
     config = Config(read_json(root / "config.json", missing="the shard directory is damaged: convert again"))
-    family, format_table = _tables(root, known)
+    family, format_table = tables(root, known)
     tensors = _original_tensors(root, originals)
     where = str(root)
     published = Published(where, root, config, originals, tensors, origin=known.origin)
@@ -179,7 +179,9 @@ def check_small_files(root: Path, known: Manifest) -> None:
             )
 
 
-def _tables(root: Path, known: Manifest) -> tuple[Family, Format]:
+def tables(root: Path, known: Manifest) -> tuple[Family, Format]:
+    """The tables that the directory was made by, as far as they are about this family."""
+
     def texts(kind: str) -> Callable[[str], str]:
         def text(name: str) -> str:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, to_builtins
 
@@ -21,12 +21,12 @@ from ..containers.container import of_file
 from ..containers.dtypes import BITS, DTYPES
 from ..containers.entry import Entry, Header
 from ..inputs.decode import Size, about
+from ..layout import identity
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import BLOCK, Digest, of, of_blocks
 from ..tables.row import Constant, Row
 
-FORMAT_VERSION = "1.0"  # of what is written
-VERSIONS = ("1.0",)  # those that are read
+FORMAT_VERSION = "1.1"  # of what is written; VERSIONS has those that are read
 ALIGN = 4096  # bytes: where data starts in a shard
 LINE = 64  # bytes
 
@@ -62,6 +62,25 @@ def shard_name(layout: Layout, rank: int) -> str:
     return text.format(rank=rank, tp=rank % mesh.tp, pp=rank // mesh.tp, part=0)
 
 
+def _by_text(layout: Layout) -> dict[str, Any]:
+    """What version 1.0 took for the identity of tables: their texts, comments and all."""
+    return {"format": layout.format.texts, "family": layout.model.family.texts}
+
+
+def _by_rows(layout: Layout) -> dict[str, Any]:
+    """The rows in use, and what is named for its table."""
+    return {
+        "format": layout.format.name,
+        "family": layout.model.family.name,
+        "files": [shard_name(layout, rank) for rank in range(layout.mesh.world)],
+        "published": identity.published(layout.model),
+        "stored": identity.stored(layout),
+    }
+
+
+VERSIONS = {"1.0": _by_text, "1.1": _by_rows}
+
+
 class Shards:
     """The files of a sharded layout, in a format version that reshard writes or has written.
 
@@ -74,12 +93,10 @@ class Shards:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the plan: tables, sizes, dtypes and mesh; equal for every route to this directory."""
+        """The digest of the plan: rows in use, sizes, dtypes and mesh; equal for every route to this directory."""
         layout, model = self.layout, self.layout.model
-        facts = {
+        facts = VERSIONS[self.version](layout) | {
             "version": self.version,
-            "format": layout.format.texts,
-            "family": model.family.texts,
             "mesh": [layout.mesh.tp, layout.mesh.pp, layout.mesh.ep, layout.mesh.weights, layout.mesh.layers],
             "tensors": {name: [t.axes, t.sizes, t.dtypes, t.layers] for name, t in sorted(model.tensors.items())},
             "alias": model.alias,

@@ -11,11 +11,12 @@ from ..layout.cut import Layout
 from ..store.digest import of_blocks, of_pieces
 from ..store.local import Pool
 from ..store.writable import Transaction
+from ..tables.families import Family
 from ..tables.row import Constant
 from . import manifest
 from .manifest import Listed, Manifest, RankFiles
 from .published import Original
-from .shard_directory import check_small_files
+from .shard_directory import check_small_files, tables
 from .shards import FORMAT_VERSION, Shard, Shards, described, dump, scalar, shard_digest
 from .source_kinds import Source
 from .target import Digests, Finished, Other, Target
@@ -23,7 +24,7 @@ from .target import Digests, Finished, Other, Target
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTarget(Target):
-    """Shards for a mesh. `plan`: the digest of tables, sizes, dtypes and mesh."""
+    """Shards for a mesh. `plan`: the digest of rows in use, sizes, dtypes and mesh."""
 
     shards: tuple[Shard, ...]
     plan: str
@@ -100,7 +101,8 @@ class ShardTarget(Target):
             size = sum(high - low for low, high in original.residue())
             digest = to.write(name, size, _residue(source, original, reader), original.mtime_ns)
             kept.append(Listed(name, size, digest))
-        kept += [_put(to, name, content) for name, content in source_texts(self.layout, source).items()]
+        texts = table_texts(self.layout) | original_texts(source)
+        kept += [_put(to, name, content) for name, content in texts.items()]
         if source.left:
             to.put(manifest.LEFT, manifest.dump_left(source.left))
         return kept
@@ -130,6 +132,7 @@ class ShardTarget(Target):
         if known.plan != self.plan or known.engine != engine:
             raise Other(f"it holds another conversion ({known.family}, {known.format}, {known.mesh})")
         check_small_files(out, known)
+        _same_facts(self.layout.model.family, tables(out, known)[0])
         for weights in (rank.weights for rank in known.ranks):
             if not (path := out / weights.name).is_file() or path.stat().st_size != weights.size:
                 raise MismatchError(f"{weights.name} is missing or has another size than its manifest says")
@@ -146,12 +149,16 @@ def _put(to: Transaction, name: str, text: bytes) -> Listed:
     return Listed(name, len(text), to.put(name, text))
 
 
-def source_texts(layout: Layout, source: Source) -> dict[str, bytes]:
-    """The small files of the folder `source`, by name."""
+def table_texts(layout: Layout) -> dict[str, bytes]:
+    """The tables of the folder `source`, by name."""
     texts = {f"source/families/{name}.toml": text for name, text in layout.model.family.texts.items()}
     texts |= {f"source/formats/{name}.toml": text for name, text in layout.format.texts.items()}
-    data = {name: text.encode() for name, text in texts.items()}
-    data[manifest.FILES] = manifest.dump_originals(source.originals)
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def original_texts(source: Source) -> dict[str, bytes]:
+    """What the folder `source` says of the files that were there, by name."""
+    data = {manifest.FILES: manifest.dump_originals(source.originals)}
     if source.sums:
         data[manifest.SUMS] = manifest.dump_sums(source.sums)
     return data
@@ -160,6 +167,17 @@ def source_texts(layout: Layout, source: Source) -> dict[str, bytes]:
 def _residue(source: Source, original: Original, reader: Pool) -> Iterator[bytearray]:
     for _, length, place, at in source.residue(original):
         yield from reader.chunks(place, at, length)
+
+
+def _same_facts(family: Family, earlier: Family) -> None:
+    """The table that the destination keeps says the same beside its rows, of which the plan is."""
+    for section, mine in family.said.items():
+        there = earlier.said[section]
+        if odd := min((key for key in mine.keys() | there if mine.get(key) != there.get(key)), default=None):
+            raise Other(
+                f"its table of {family.name} says {section}.{odd} = {there.get(odd)!r}, "
+                f"that of this conversion {mine.get(odd)!r}"
+            )
 
 
 def _same_files(source: Source, out: Path, known: Manifest, earlier: dict[str, Original]) -> dict[Path, int]:

@@ -9,7 +9,7 @@ from ..checkpoints import manifest
 from ..checkpoints.manifest import Listed
 from ..checkpoints.source import open_source
 from ..checkpoints.target import Finished
-from ..checkpoints.target_shards import source_texts
+from ..checkpoints.target_shards import original_texts
 from ..errors import PlaceError, ReshardError, failed
 from ..store import publish
 from ..store.destination import check_replaceable
@@ -41,7 +41,7 @@ def add_sha256(
             f"{out}: is not empty, and the source has other contents: {failures[0]}",
             "choose another destination, or --overwrite to replace it",
         )
-    known, texts = manifest.load(out), source_texts(job.target.layout, source)
+    known, texts = manifest.load(out), original_texts(source)
     kept = [file for file in known.source if file.name not in texts]
     kept += [Listed(name, len(text), of(text)) for name, text in texts.items()]
     made = manifest.made(

@@ -56,6 +56,7 @@ from ..containers.entry import Entry, extent
 from ..engine.worker import Key
 from ..errors import MismatchError, ReshardError
 from ..inputs import decode, limits
+from ..layout import identity
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import of
 from ..store.directory import unchanged
@@ -534,10 +535,10 @@ class _Owned:
 def _facts(layout: Layout) -> str:
     mesh, model = layout.mesh, layout.model
     facts = {
-        "format": layout.format.texts,
+        "format": layout.format.name,
         "mesh": [mesh.tp, mesh.pp, mesh.ep, mesh.weights, mesh.layers],
         "tensors": {name: [t.axes, t.sizes, t.dtypes, t.layers] for name, t in sorted(model.tensors.items())},
-        "stored": sorted(layout.pieces),
+        "stored": identity.stored(layout),
     }
     return of(json.dumps(facts, sort_keys=True).encode())
 

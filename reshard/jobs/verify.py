@@ -23,6 +23,7 @@ from ..checkpoints.manifest import Listed, Manifest
 from ..checkpoints.published import WEIGHTS
 from ..checkpoints.shards import Described, Shards, described, scalar
 from ..checkpoints.source import Source, open_source
+from ..checkpoints.target_shards import table_texts
 from ..engine import worker
 from ..engine.sample import sample
 from ..engine.worker import Key, Place
@@ -166,8 +167,7 @@ def _contradictions(out: Path, known: Manifest) -> list[str]:
         *(str(manifest.residue_path(out, original.name).relative_to(out)) for original in source.originals),
     }
     kept |= {manifest.SUMS} if source.sums else set()
-    kept |= {f"source/families/{name}.toml" for name in layout.model.family.texts}
-    kept |= {f"source/formats/{name}.toml" for name in layout.format.texts}
+    kept |= table_texts(layout).keys()
     odd = sorted(kept ^ {file.name for file in known.source})
     found += [f"{manifest.NAME}: {'does not list' if name in kept else 'lists'} {name}" for name in odd]
     engines = (

@@ -70,6 +70,11 @@ class Family:
         """The table as its author wrote it, as data, with `like` resolved."""
         return merge.merged(self.chain.tables)
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What a reader of shards takes from the table beside its rows: the facts that a model is run by."""
+        return {"model": self.model, "defaults": self.defaults}
+
     @cached_property
     def published(self) -> Format:
         """The format in which checkpoints of this family are published: its rows, and nothing is cut."""
