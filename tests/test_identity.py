@@ -6,6 +6,7 @@ byte changes it. Directories of earlier format versions stay what they are.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -33,11 +34,14 @@ from reshard.layout.cut import Layout, lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
 from reshard.model.understand import Model
+from reshard.runtime.comm.lost import Lost
+from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model, load_shard
 from reshard.tables import families, formats
 from reshard.tables.families import Family
 from reshard.tables.formats import Format
-from reshard.tables.row import Constant
+from reshard.tables.notation import parse_template
+from reshard.tables.row import Constant, Row
 
 MESHES = [Mesh(), Mesh(2), Mesh(pp=2), Mesh(2, ep=2), Mesh(3, weights=(2, 1, 1))]
 OLD = sorted(path.name for path in (Path(__file__).parent / "written").iterdir())
@@ -202,6 +206,9 @@ def format_mutations(data: dict[str, Any], used: set[str]) -> Iterator[tuple[str
             row(at, [name, pattern, " ".join([*leaves.split()[1:], leaves.split()[0]]), words]),
         )
         parts = re.findall(r"\([^()]*\)(?:/\d+)?|\S+", pattern)
+        for inner in re.findall(r"\(([^()+]*)\)", pattern):
+            turned = " ".join(reversed(inner.split()))
+            yield f"{name}: {turned}", row(at, [name, pattern.replace(inner, turned), leaves, words])
         yield f"{name} transposed", row(at, [name, " ".join(reversed(parts)), leaves, words])
         for axis in re.findall(r"[a-z_]+", pattern):
             yield f"{name}: cut={axis}", row(at, [name, pattern, leaves, f"{words} cut={axis}"])
@@ -245,6 +252,47 @@ def test_a_mutation_of_a_format_changes_it_if_the_plan(name: str, to: str, made:
 
     tried, changed = checked(lay_out(formats.load(to).for_family(name), model, PLACED), layouts())
     assert tried > changed > 20, (tried, changed)
+
+
+def test_every_part_of_a_place_is_in_it(tmp_path: Path) -> None:
+    """Whatever a rule may come to: each field of a slot and of a piece that says where bytes go, one at a time."""
+    layout = lay_out(formats.load("native"), open_source(llama(tmp_path / "a")).layout.model, Mesh(2, pp=2))
+    piece = layout.pieces["attn.k"][0]
+    slot, (held, *rest), row = piece.slot, layout.pieces["attn.k"], piece.slot.template
+    assert isinstance(row, Row) and slot.layers is not None and piece.offset
+
+    def with_piece(**changes: Any) -> Layout:
+        return replace(layout, pieces=layout.pieces | {"attn.k": (replace(held, **changes), *rest)})
+
+    def with_slot(**changes: Any) -> Layout:
+        other = replace(slot, **changes)
+        pieces = {
+            name: tuple(replace(one, slot=other) if one.slot is slot else one for one in held)
+            for name, held in layout.pieces.items()
+        }
+        return replace(layout, slots=tuple(other if one is slot else one for one in layout.slots), pieces=pieces)
+
+    template = Constant(row.name, "F32", 1.0, "attn.k")
+    others = {
+        "none": layout,
+        "offset": with_piece(offset=piece.offset + 1),
+        "strides": with_piece(strides=(*piece.strides[:-1], 2)),
+        "box": with_piece(box=(*piece.box[:-1], (1, 2))),
+        "tensor": with_piece(tensor=layout.model.tensors["attn.v"]),
+        "shape": with_slot(shape=slot.shape[::-1]),
+        "range": with_slot(box={"layer": (0, 1)}),
+        "layers": with_slot(layers=slot.layers[1:]),
+        "rank": with_slot(rank=1),
+        "name": with_slot(template=row._replace(name=parse_template("x.{layer}"))),
+        "order": with_slot(row=0),
+        "last": with_slot(template=row._replace(stage="last")),
+        "constant": with_slot(template=template),
+        "its value": with_slot(template=template._replace(value=2.0)),
+        "its dtype": with_slot(template=template._replace(dtype="F64")),
+    }
+    digests = {what: Shards(other).digest for what, other in others.items()}
+    same = [pair for pair in itertools.combinations(digests, 2) if digests[pair[0]] == digests[pair[1]]]
+    assert same == []
 
 
 def test_what_a_checkpoint_is_changes_it(tmp_path: Path) -> None:
@@ -339,6 +387,29 @@ def test_what_a_table_says_beside_its_rows_is_not_lost(tmp_path: Path) -> None:
     assert {name: stamp for name, stamp in stamps(tmp_path).items() if "mine" not in name} == {
         name: stamp for name, stamp in before.items() if "mine" not in name
     }
+
+
+def test_sha256_is_added_next_to_the_tables_that_are_there(tmp_path: Path) -> None:
+    """Not next to those of the re-run, which may say the same in other files."""
+    source, out, table = llama(tmp_path / "model", model_type="mistral"), tmp_path / "out", tmp_path / "mine.toml"
+    words = ("convert", source, out, "--tp", "2", "--family")
+    assert reshard(*words, "mistral").code == 0
+    before = {name: data for name, data in tree(out).items() if name.endswith(".toml")}
+    table.write_text(f"# without like\n{toml(families.load('mistral').written)}")
+    done = reshard(*words, table, "--sha256", "--json")
+    assert done.code == 0 and done.json["added"] == ["SHA-256"], done.err
+    assert {name: data for name, data in tree(out).items() if name.endswith(".toml")} == before
+    assert {"source/families/llama.toml", "source/families/mistral.toml"} <= before.keys()
+    assert reshard("verify", out).code == 0
+
+
+def test_ranks_with_other_facts_do_not_run_one_model(tmp_path: Path) -> None:
+    """Their tables place the same rows, so that their plans are equal."""
+    source, table = llama(tmp_path / "model"), families.load("llama")
+    tables = [table, replace(table, model=table.model | {"window": "my_window"})]
+    words = r"rank 1 diverged in load: its table is [0-9a-f]{32}, but [0-9a-f]{32} on rank 0"
+    with pytest.raises(Lost, match=words):
+        run_threads(2, lambda world: load_model(open_source(source, tables[world.rank]), world=world))
 
 
 # Earlier versions
