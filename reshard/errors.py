@@ -30,7 +30,8 @@ def unusable(package: str, called: str) -> str | None:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package.partition(".")[0]:
             return f"{called} is not installed"
-        return f"{called} cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason, *_ = str(error).split("\n")
+        return f"{called} cannot be imported: {type(error).__name__}: {reason}"
     return None
 
 

@@ -288,6 +288,16 @@ def define(family: str, name: str = "", **facts: Any) -> Callable[[Callable[[Pat
     return register
 
 
+# rope_scaling of HunYuan's models, as published.
+HUNYUAN_ROPE: Mapping[str, Any] = {
+    "type": "dynamic",
+    "alpha": 1000.0,
+    "factor": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 COMMON: Mapping[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "max_position_embeddings": 128}
 
 

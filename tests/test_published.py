@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import shapes
+from shapes import FP8
 
 from reshard.errors import ReshardError
 from reshard.layout.capacity import sizes_that_work, weight_bytes
@@ -42,14 +43,6 @@ LATENT = {
     "vocab_size": 100, "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
 }  # fmt: skip
 INDEX = {"index_n_heads": 6, "index_head_dim": 96, "index_topk": 64}
-FP8 = {
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "weight_block_size": [128, 128],
-        "activation_scheme": "dynamic",
-    }
-}
 INT4 = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
 CONFIGS = {
     "llama": LLAMA,

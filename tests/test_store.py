@@ -63,6 +63,14 @@ def test_a_checkpoint_in_a_store_reads_as_the_local_one(model: Path, memory: lis
     assert describe("mem://model").facts["family"] == "llama"
 
 
+def test_opening_for_a_conversion_reads_config_and_index_once(model: Path, memory: list[Memory]) -> None:
+    """Of a store without a cache, too, what was read to know what to fetch is not read again."""
+    open_any("mem://model", headers_only=False)
+    small = [name for name, offset, _ in memory[0].asked if name.endswith(".json") and not offset]
+    assert "config.json" in small and any(name.endswith(".index.json") for name in small)
+    assert len(small) == len(set(small))
+
+
 def test_every_job_reads_a_store_as_a_directory(model: Path, memory: list[Memory], tmp_path: Path) -> None:
     """Shards, merged and verified from a store are those of the directory; a re-run compares contents,
     since no time is known.

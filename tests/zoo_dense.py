@@ -5,7 +5,7 @@ variant.
 from pathlib import Path
 from typing import Any
 
-from fixtures import configure, define, rewrite, sizes, write
+from fixtures import HUNYUAN_ROPE, configure, define, rewrite, sizes, write
 
 
 @define("smollm3", heads=8, kv=2, layers=5, weights=False)
@@ -283,16 +283,7 @@ def hunyuan(directory: Path, seed: str) -> None:
     from transformers import HunYuanDenseV1Config
 
     write(directory, seed, HunYuanDenseV1Config(**sizes(8, 4, 14, 72, 88, 331, 3)))
-    rope = {
-        "type": "dynamic",
-        "alpha": 1000.0,
-        "factor": 1.0,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    }
-    configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=rope, use_qk_norm=True)
+    configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=HUNYUAN_ROPE, use_qk_norm=True)
 
 
 @define("hunyuan_v1_dense", heads=8, kv=2, layers=3, weights=False)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from fixtures import (
     BLOCK,
+    BLOCK_SCALED,
     DEEPSEEK,
+    HUNYUAN_ROPE,
     SHARD,
     State,
     add_mtp,
@@ -493,16 +495,7 @@ def hunyuan_v1_moe(directory: Path, seed: str) -> None:
     from transformers import HunYuanMoEV1Config
 
     write(directory, seed, HunYuanMoEV1Config(**sizes(8, 4, 14, 72, 40, 331, 3), num_experts=8, moe_topk=[3, 3, 3]))
-    rope = {
-        "type": "dynamic",
-        "alpha": 1000.0,
-        "factor": 1.0,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    }
-    configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=rope, num_shared_expert=[1, 1, 1])
+    configure(directory, "rope_parameters", rope_theta=10000.0, rope_scaling=HUNYUAN_ROPE, num_shared_expert=[1, 1, 1])
 
 
 @define("hunyuan_v1_moe", heads=8, kv=2, layers=3, weights=False, **EXPERTS)
@@ -906,13 +899,7 @@ def minimax_m2_fp8(directory: Path, seed: str) -> None:
     """As published: F8_E4M3, a scale for each block of 128 by 128."""
     minimax_m2_fp8_model(directory, seed)
     rewrite(directory, lambda state: to_fp8(state, quantize, "_scale_inv"), shard=2_500_000)
-    quantization = {
-        "quant_method": "fp8",
-        "fmt": "float8_e4m3fn",
-        "weight_block_size": [BLOCK, BLOCK],
-        "activation_scheme": "dynamic",
-    }
-    configure(directory, dtype="bfloat16", quantization_config=quantization)
+    configure(directory, dtype="bfloat16", quantization_config=BLOCK_SCALED | {"fmt": "float8_e4m3fn"})
 
 
 def qwen3_moe_fp8_model(directory: Path, seed: str) -> None:
@@ -939,13 +926,7 @@ def qwen3_moe_fp8(directory: Path, seed: str) -> None:
     """As published in FP8: a scale for each block of 128 by 128; layer 0 is dense."""
     qwen3_moe_fp8_model(directory, seed)
     rewrite(directory, lambda state: to_fp8(state, quantize, "_scale_inv"), shard=2_500_000)
-    quantization = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "weight_block_size": [BLOCK, BLOCK],
-        "activation_scheme": "dynamic",
-    }
-    configure(directory, dtype="bfloat16", quantization_config=quantization)
+    configure(directory, dtype="bfloat16", quantization_config=BLOCK_SCALED)
 
 
 def glm4_moe_fp8_model(directory: Path, seed: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixtures import BLOCK, State, configure, define, floats, noise_like, quantize, rewrite, sizes, write
+from fixtures import BLOCK_SCALED, State, configure, define, floats, noise_like, quantize, rewrite, sizes, write
 
 NEAR, FULL = "sliding_attention", "full_attention"
 
@@ -158,12 +158,6 @@ def mimo_v2_flash_fp8(directory: Path, seed: str) -> None:
     """As published: FP8 but for the outputs of attention, sizes of layers with a window by keys of their own, and
     layers that predict ahead, which nothing announces. TP 8 would fall inside blocks."""
     write_mimo_fp8(directory, seed)
-    quantization = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "weight_block_size": [BLOCK, BLOCK],
-        "activation_scheme": "dynamic",
-    }
     near: dict[str, Any] = {
         "swa_num_attention_heads": 8,
         "swa_num_key_value_heads": 4,
@@ -185,5 +179,5 @@ def mimo_v2_flash_fp8(directory: Path, seed: str) -> None:
         "rms_norm_eps",
         **near,
         dtype="bfloat16",
-        quantization_config=quantization,
+        quantization_config=BLOCK_SCALED,
     )

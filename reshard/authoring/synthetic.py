@@ -21,6 +21,7 @@ from ..errors import ReshardError
 from ..inputs.limits import numeral
 from ..model.naming import settle
 from ..model.sizes import axis_size
+from ..tables import expression
 from ..tables.config import Config
 from ..tables.families import Family
 from ..tables.notation import Pattern, bases, block_of
@@ -273,8 +274,8 @@ def _said(rule: str, layers: Sequence[bool]) -> Iterator[tuple[str, Any]]:
         yield word, list(map(int, layers))
 
 
-def _first(expression: str) -> str:
-    return expression.split("|")[0].strip()
+def _first(text: str) -> str:
+    return text.split("|")[0].strip()
 
 
 def _sized(table: Family, rows: Sequence[Row], truths: Mapping[str, bool], layers: int) -> tuple[Data, dict[str, int]]:
@@ -284,7 +285,7 @@ def _sized(table: Family, rows: Sequence[Row], truths: Mapping[str, bool], layer
     bases = {base for axis in blocks for base in (block_of(axis) or ((), 0))[0]}
     known = _BLOCKED if any(block_of(axis) for row in rows for path in row.pattern.axes for axis in path) else _SMALL
     config: Data = {"model_type": table.name, "tie_word_embeddings": False}
-    sized = {key for text in table.sizes.values() for key in re.findall(r"[A-Za-z_][\w.]*", _first(text))}
+    sized = {key for text in table.sizes.values() for key in expression.parse(_first(text)).keys}
     for key, truth in truths.items():
         if _of_quantization(key):
             fits = (entry for entry in table.quantization if truth and Config({"quantization_config": entry}).says(key))
@@ -327,7 +328,7 @@ def _sized(table: Family, rows: Sequence[Row], truths: Mapping[str, bool], layer
             if isinstance(whole, int):  # else it is refused below, when the size is evaluated
                 sizes[atoms[-1]] = whole // max(1, math.prod(sizes[atom] for atom in atoms[:-1]))
     for axis in sorted(composite):
-        for key in re.findall(r"[A-Za-z_][\w.]*", _first(table.sizes[axis])):
+        for key in expression.parse(_first(table.sizes[axis])).keys:
             config.setdefault(key, _SHARED if "*" in table.sizes[axis] else _SMALL.get(axis, _SHARED))
     for key in (key for key, truth in truths.items() if " != " in key and not truth):
         config[key.partition(" != ")[0]] = config.get(key.partition(" != ")[2])

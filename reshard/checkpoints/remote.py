@@ -5,7 +5,7 @@ Knows nothing about any particular store.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..containers.container import of_file
@@ -35,42 +35,65 @@ def open_remote(
 
     Raises ReshardError for what is no checkpoint, PlaceError where the store fails.
     """
-    if not isinstance(store, Path) and not headers_only:
-        _, names, index, _ = _weights(store)
-        carried, left = _beside(store, {*names, *([index] if index else ())})
-        if (root := store.fetch([*names, *carried], progress or Silent())) is not None:
-            found = _local(root, store.where)
-            # The cache may hold parts of folders that are left out.
-            kept = tuple(file for file in found.carried if file.name in carried)
-            return from_published(replace(found, carried=kept, left=left), family)
-    return from_published(published(store, where), family)
+    if isinstance(store, Path):
+        return from_published(_offline(store, where), family)
+    files = _files(store)
+    if not headers_only and (root := store.fetch([*files.weights, *files.carried], progress or Silent())) is not None:
+        found = _local(root, store.where)
+        # The cache may hold parts of folders that are left out.
+        kept = tuple(file for file in found.carried if file.name in files.carried)
+        return from_published(replace(found, carried=kept, left=files.left), family)
+    return from_published(_published(store, files), family)
 
 
 def published(store: Store | Path, where: str) -> Published:
     """The headers of a checkpoint, not yet understood; of a store, `root` is None, and `originals` have no time."""
-    if isinstance(store, Path):
-        return _offline(store, where)
-    config, names, index_name, index = _weights(store)
+    return _offline(store, where) if isinstance(store, Path) else _published(store, _files(store))
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is read of a store to know what to fetch. `index`: the name of the index and what it says, if there is
+    one; `carried`: the small files that are copied as they are.
+    """
+
+    config: Config
+    weights: list[str]
+    index: tuple[str, dict[str, str] | None] | None
+    carried: list[str]
+    left: tuple[Left, ...]
+
+
+def _published(store: Store, files: _Files) -> Published:
     tally = Tally()
     with ThreadPoolExecutor(PARALLEL) as pool:
         headers = [
-            (o, tally.checked(entries, o.name)) for o, entries in pool.map(lambda name: _header(store, name), names)
+            (o, tally.checked(entries, o.name))
+            for o, entries in pool.map(lambda name: _header(store, name), files.weights)
         ]
     originals = [original for original, _ in headers]
-    tensors = merge(names, [entries for _, entries in headers], index, index_name or names[0])
+    name, index = files.index or (files.weights[0], None)
+    tensors = merge(files.weights, [entries for _, entries in headers], index, name)
     if not tensors:
         raise ReshardError(f"{store.where}: the weights files hold no tensors", "is the upload complete?")
-    if index_name is not None:
-        originals.append(Original(index_name, store.files[index_name].size, "plain", 0))
-    carried, left = _beside(store, {original.name for original in originals})
-    along = tuple(Carried(name, Address(store, name), store.files[name].size, 0) for name in carried)
+    if files.index is not None:
+        originals.append(Original(name, store.files[name].size, "plain", 0))
+    carried = tuple(Carried(name, Address(store, name), store.files[name].size, 0) for name in files.carried)
     return Published(
-        store.where, None, config, tuple(originals), tensors, along, left, Origin(*store.origin), store=store
+        store.where,
+        None,
+        files.config,
+        tuple(originals),
+        tensors,
+        carried,
+        files.left,
+        Origin(*store.origin),
+        store=store,
     )
 
 
-def _weights(store: Store) -> tuple[Config, list[str], str | None, dict[str, str] | None]:
-    """config.json, the weights files, and the index that names them and what it says, if there is one."""
+def _files(store: Store) -> _Files:
+    """config.json, the index and the list of modules of a store, each read once."""
     top = [name for name in store.files if "/" not in name]
     if manifest.NAME in top and "rank-00000/tensors.json" in store.files:
         raise ReshardError(
@@ -92,13 +115,10 @@ def _weights(store: Store) -> tuple[Config, list[str], str | None, dict[str, str
             f"{store.where}: {name} names {lost}, which is not in the repository{at}",
             "the upload is not complete: choose another --revision, or ask its authors",
         )
-    return config, files, name, index
-
-
-def _beside(store: Store, taken: set[str]) -> tuple[list[str], tuple[Left, ...]]:
-    """The small files that are copied, and what is left out."""
+    taken = {*files, *([name] if name else ())}
     sizes = {name: file.size for name, file in store.files.items()}
-    return sort_out(sizes, taken, lambda: store.whole(MODULES, limits.INDEX))
+    carried, left = sort_out(sizes, taken, lambda: store.whole(MODULES, limits.INDEX))
+    return _Files(config, files, (name, index) if name else None, carried, left)
 
 
 def _header(store: Store, name: str) -> tuple[Original, dict[str, Entry]]:

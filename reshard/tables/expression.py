@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from reprlib import Repr
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import ReshardError
@@ -25,6 +26,8 @@ Lookup = Callable[[str], Any]  # None for a key that config.json lacks
 
 _TOKEN = re.compile(r"\s*(?:([|+*/]|==|!=|!)|=([^\s|]+)|([0-9.](?:[eE][+-]|[\w.])*|[A-Za-z_][\w.-]*))", re.ASCII)
 _NUMBER = re.compile(r"(?=[0-9]+[.eE])[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 class Node(NamedTuple):
@@ -205,8 +208,7 @@ def shown(value: Any) -> str:
     """A value of config.json for a message; long ones are cut short."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**DIGITS:
         return f"a number of more than {DIGITS} digits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _SHORT.repr(value)
 
 
 def node_text(node: Node) -> str:

@@ -152,17 +152,14 @@ def _consistent(table: Family) -> Family:
     where = f'table "{table.name}"'
     keys.check_axes(where, {"sizes": table.sizes}, table.rows, table.axes)
     tags = {tag for row in table.rows for tag in row.tags}
-    for tag in table.optional:
-        if tag not in tags:
-            raise ReshardError(f"{where}: optional names the tag {tag}, which no row has")
-    leaves = {leaf for row in table.rows for leaf in row.leaves}
-    plain = leaves | {leaf.partition("@")[0] for leaf in leaves}
-    for key, names in (
-        ("tied", [name for pair in table.tied.items() for name in pair]),
-        ("model.cache", table.model.get("cache", ())),
+    leaves = {name for row in table.rows for leaf in row.leaves for name in (leaf, leaf.partition("@")[0])}
+    for key, what, names, known in (
+        ("optional", "tag", table.optional, tags),
+        ("tied", "logical tensor", [name for pair in table.tied.items() for name in pair], leaves),
+        ("model.cache", "logical tensor", table.model.get("cache", ()), leaves),
     ):
-        if missing := [name for name in names if name not in plain]:
-            raise ReshardError(f"{where}: {key} names the logical tensor {missing[0]}, which no row has")
+        if missing := [name for name in names if name not in known]:
+            raise ReshardError(f"{where}: {key} names the {what} {missing[0]}, which no row has")
     layered = {
         leaf.partition("@")[0]
         for row in table.rows

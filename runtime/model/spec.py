@@ -216,9 +216,15 @@ _SCALING = {
     "alpha": POSITIVE,
     "attention_factor": POSITIVE,
     "partial_rotary_factor": PART,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "beta_fast": POSITIVE,
+    "beta_slow": POSITIVE,
+    "mscale": UNSIGNED,
+    "mscale_all_dim": UNSIGNED,
+    "short_mscale": ANY,
+    "long_mscale": ANY,
 }
-_SCALING |= {"low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE, "beta_fast": POSITIVE, "beta_slow": POSITIVE}
-_SCALING |= {"mscale": UNSIGNED, "mscale_all_dim": UNSIGNED, "short_mscale": ANY, "long_mscale": ANY}
 _NEEDED = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "linear": ("factor",)}
 
 
