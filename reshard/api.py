@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .jobs.job import Job, Options
     from .jobs.plan import Report
     from .jobs.result import Result
+    from .jobs.verdict import Check
     from .jobs.verdict import Report as Verdict
-    from .jobs.verdict import Rung
     from .store.digest import FileDigest
 
 __all__ = ["convert", "open_any", "plan", "verify"]
@@ -157,7 +157,7 @@ def verify(
     `require`: checks that have to pass, or "proven"; what was skipped, or compared with this runtime alone, has not
     passed.
     """
-    from .jobs.verdict import PROVEN, RUNGS, required
+    from .jobs.verdict import CHECKS, PROVEN, required
     from .jobs.verify import Wish
     from .jobs.verify import verify as verify_directory
 
@@ -167,8 +167,8 @@ def verify(
     if not str(out) or not path.is_dir():
         what = "is a file" if str(out) and path.exists() else "no such directory"
         raise ReshardError(f"{out}: {what}", "give the directory that convert wrote")
-    if only is not None and only not in RUNGS:
-        raise ReshardError(f"--only {only}: no such check", f"checks are {', '.join(RUNGS)}")
+    if only is not None and only not in CHECKS:
+        raise ReshardError(f"--only {only}: no such check", f"checks are {', '.join(CHECKS)}")
     musts = required(require)
     run_it = bool({PROVEN, "numerics"} & set(musts))
     if only is not None and set(musts) - {only}:
@@ -248,7 +248,7 @@ def fingerprint(
 
 def _numerics(
     wanted: bool | None, only: str | None, exhaustive: bool, layers: bool, processes: bool, required: bool
-) -> "Callable[[Path, Source | None, Progress], Rung] | None":
+) -> "Callable[[Path, Source | None, Progress], Check] | None":
     """The numerics check, which is the runtime's; imported when it runs."""
     if layers and processes:
         raise ReshardError(
@@ -257,11 +257,11 @@ def _numerics(
     if wanted is False and only != "numerics":
         return None
 
-    def climb(out: Path, source: Source | None, progress: Progress) -> "Rung":
+    def run(out: Path, source: Source | None, progress: Progress) -> "Check":
         from importlib import import_module
 
         must = bool(wanted) or only == "numerics" or exhaustive or layers or processes
-        rung: Rung = import_module("reshard.runtime.proof.numerics").numerics(
+        check: Check = import_module("reshard.runtime.proof.numerics").numerics(
             out,
             source,
             progress,
@@ -271,9 +271,9 @@ def _numerics(
             layers=layers,
             processes=processes,
         )
-        return rung
+        return check
 
-    return climb
+    return run
 
 
 def _published(out: Path, text: str) -> "dict[str, FileDigest]":

@@ -37,7 +37,10 @@ def convert_and_back(original: Path, meshes: Iterable[Mapping[str, Any]], scratc
         mesh, out = Mesh(**arguments), scratch / str(number)
         convert(prepare(open_source(original), "native", mesh, OPTIONS), LocalDestination(out), OPTIONS)
         report = verify.verify(out, open_source(original))
-        assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (
+        assert report.ok and [check.name for check in report.checks if check.skipped is None] == [
+            "integrity",
+            "weights",
+        ], (
             arguments,
             report,
         )

@@ -1,4 +1,4 @@
-"""Planting every fault in the shards of a family, or in what they are compared with, and asking every rung; for
+"""Planting every fault in the shards of a family, or in what they are compared with, and asking every check; for
 scripts/plant_faults and its test."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from running import environment, process, sign
 import reshard
 from reshard.checkpoints.source import Source
 from reshard.errors import ReshardError
-from reshard.jobs.verdict import RUNGS
+from reshard.jobs.verdict import CHECKS
 from reshard.runtime.proof import reference
 
 FAMILIES = {  # fixture → mesh: with repeated KV heads where there are some
@@ -25,7 +25,7 @@ FAMILIES = {  # fixture → mesh: with repeated KV heads where there are some
     | ({"ep": 2} if 2 in about.ep else {})
     for name, about in FIXTURES.items()
 }
-ADD = {  # (fault, whether digests were made right) → the rungs that must find it
+ADD = {  # (fault, whether digests were made right) → the checks that must find it
     (name, signed): {"weights", "sha256", "numerics"} | (set() if signed else {"integrity"})
     for name in FAULTS
     for signed in (False, True)
@@ -70,7 +70,7 @@ def one_each() -> list[str]:
 
 
 def planted(name: str, folder: Path, faults: list[str] | None = None) -> Iterator[tuple[str, bool, str, bool]]:
-    """(fault, signed, rung, found) of each."""
+    """(fault, signed, check, found) of each."""
     torch.set_num_threads(1)
     source, good, out = checkpoint(name), folder / "good", folder / "out"
     reshard.convert(source, good, **FAMILIES[name], sha256=True)
@@ -85,15 +85,15 @@ def planted(name: str, folder: Path, faults: list[str] | None = None) -> Iterato
                 except (OSError, KeyError, ValueError):
                     possible = False  # nothing to make right
             if possible:
-                for rung in RUNGS:
-                    yield fault, signed, rung, _found(out, source, rung)
+                for check in CHECKS:
+                    yield fault, signed, check, _found(out, source, check)
             shutil.rmtree(out)
 
 
-def _found(out: Path, source: Path, rung: str) -> bool:
+def _found(out: Path, source: Path, check: str) -> bool:
     try:
         with patch.object(reference, "reference_for", remembered):
-            return not reshard.verify(out, against=source, only=rung).ok
+            return not reshard.verify(out, against=source, only=check).ok
     except ReshardError:
         return True
 
@@ -117,4 +117,4 @@ def doubted(words: str, folder: Path) -> tuple[str, bool]:
     line = ("verify", folder / "out", "--against", source, "--family", family, "--json")
     there = environment(OMP_NUM_THREADS="1") if doubt.installed else without_transformers(folder / "bare")
     found = json.loads(process(*line, env=there).out)
-    return found["rungs"][3]["status"], found["proven"]
+    return found["checks"][3]["status"], found["proven"]

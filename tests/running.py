@@ -85,7 +85,7 @@ class _Stream(io.TextIOWrapper):
 def reshard(*words: str | os.PathLike[str]) -> Done:
     """Run a command in this process. A traceback fails the test.
 
-    The numeric rung takes seconds, and has tests of its own: elsewhere it is left out.
+    The numeric check takes seconds, and has tests of its own: elsewhere it is left out.
     """
     if words[:1] == ("verify",) and "--against" in words and not {"--only", "--numerics"} & {*map(str, words)}:
         words = (*words, "--no-numerics")

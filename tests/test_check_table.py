@@ -19,7 +19,7 @@ from reshard.authoring import check_table as table_check
 from reshard.authoring import mutation_trial
 from reshard.authoring import mutations as damaging
 from reshard.authoring.check_table import TableCheck, check_table
-from reshard.authoring.mutation_trial import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial
+from reshard.authoring.mutation_trial import CHECKS, EQUIVALENT, MISSED, OPEN, Bench, Trial
 from reshard.authoring.mutations import Mutation, mutations
 from reshard.authoring.synthetic import made_up
 from reshard.checkpoints.published import open_published
@@ -132,7 +132,7 @@ def test_every_row_axis_and_size_is_damaged_and_no_damage_twice(name: str) -> No
         }
 
 
-# --- which rung -------------------------------------------------------------------------------------------------------
+# --- which check ------------------------------------------------------------------------------------------------------
 
 
 NAMED = [
@@ -181,7 +181,7 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("name", "words"), FITTING)
-def test_what_fits_passes_all_rungs_but_the_model_computes_something_else(
+def test_what_fits_passes_all_checks_but_the_model_computes_something_else(
     name: str, words: str, tmp_path: Path, benches: Callable[[str], list[Bench]]
 ) -> None:
     """Written out: the damaged table converts, and integrity, weights and sha256 find nothing; logits are those that
@@ -197,7 +197,7 @@ def test_what_fits_passes_all_rungs_but_the_model_computes_something_else(
     )
     source = reshard.api.open_any(bench.published.root, family=str(tmp_path / "mine.toml"))
     report = verify(out, source)
-    assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == [
+    assert report.ok and [check.name for check in report.checks if check.skipped is None] == [
         "integrity",
         "weights",
         "sha256",
@@ -374,8 +374,8 @@ def test_a_report_says_the_verdict_first_in_80_columns(found: TableCheck) -> Non
     wrong = 120 - found.count[EQUIVALENT]
     assert lines[0] == f"phi3: all caught: {wrong} mutations of 9 rows and 7 axes"
     assert all(len(line) <= 80 for line in [*lines, *found.lines(each=True)])
-    for rung in RUNGS:
-        assert any(line.startswith(f"  {rung:<11} {found.count[rung]:>5}  ") for line in lines)
+    for check in CHECKS:
+        assert any(line.startswith(f"  {check:<11} {found.count[check]:>5}  ") for line in lines)
     assert len(found.lines(each=True)) >= len(lines) + 120
 
 
@@ -383,7 +383,7 @@ def test_a_report_is_json_that_adds_up(found: TableCheck) -> None:
     said = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert said["ok"] and said["proven"]
     assert sum(said["count"].values()) == len(said["mutations"]) == 120
-    assert {mutation["by"] for mutation in said["mutations"]} <= {*RUNGS, EQUIVALENT}
+    assert {mutation["by"] for mutation in said["mutations"]} <= {*CHECKS, EQUIVALENT}
 
 
 def test_the_same_table_gives_the_same_report(found: TableCheck) -> None:

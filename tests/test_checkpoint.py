@@ -160,7 +160,7 @@ def test_base_models_are_stored_without_model_and_perhaps_without_a_head(name: s
     )
     there_and_back(source, meshes=(("--tp", "2"), ("--tp", "2", "--pp", "2")))
     done = reshard("verify", tmp_path / "out0", "--against", source, "--only", "numerics", "--json")
-    assert done.code == 0 and ("numbers" in done.json["rungs"][0]) == (name == "qwen3_tied"), done
+    assert done.code == 0 and ("numbers" in done.json["checks"][0]) == (name == "qwen3_tied"), done
     fixtures.rewrite(
         source, lambda state: {key: tensor for key, tensor in state.items() if "layers.1.input" not in key}
     )

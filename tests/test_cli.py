@@ -125,7 +125,9 @@ def test_json_of_each_command_has_what_a_program_needs(source: Path, tmp_path: P
     )
     assert reshard("inspect", source, "--json").json["parameters"] == inspect["parameters"] == 122136
     verify = reshard("verify", out, "--against", source, "--json")
-    assert verify.json["ok"] is True and [rung["rung"] for rung in verify.json["rungs"] if rung["skipped"] is None] == [
+    assert verify.json["ok"] is True and [
+        check["check"] for check in verify.json["checks"] if check["skipped"] is None
+    ] == [
         "integrity",
         "weights",
     ]
@@ -138,7 +140,7 @@ def test_json_of_a_failed_verification_says_what_failed_and_exits_1(source: Path
     done = reshard("verify", out, "--json")
     assert done.code == 1
     assert done.json["ok"] is False
-    assert any("config.json" in failure for failure in done.json["rungs"][0]["failures"])
+    assert any("config.json" in failure for failure in done.json["checks"][0]["failures"])
 
 
 def test_stdout_is_the_result_and_stderr_is_silent_when_it_is_quick(source: Path, tmp_path: Path) -> None:

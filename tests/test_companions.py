@@ -108,7 +108,7 @@ def test_small_folders_come_along_and_back_byte_for_byte_and_the_rest_is_said_by
 
     for done in (reshard("verify", out, "--json"), reshard("verify", out, "--against", embedder, "--json")):
         assert done.code == 0 and left(done.json) == LEFT, done
-        assert [rung["unproven"] for rung in done.json["rungs"]] == [[]] * len(done.json["rungs"])
+        assert [check["unproven"] for check in done.json["checks"]] == [[]] * len(done.json["checks"])
     for words in (
         ("convert", embedder, out, "--tp", "2"),
         ("convert", out, back, "--to", "hf"),
@@ -135,7 +135,7 @@ def test_a_changed_file_in_a_folder_is_noticed_by_all(embedder: Path, tmp_path: 
     assert "1_Pooling/config.json: differs" in reshard("verify", out, "--against", embedder).out
     path.unlink()
     done = reshard("verify", out, "--against", embedder, "--json")
-    assert "1_Pooling/config.json" in done.json["rungs"][1]["unproven"][0] and not done.json["proven"]
+    assert "1_Pooling/config.json" in done.json["checks"][1]["unproven"][0] and not done.json["proven"]
     assert reshard("convert", embedder, out, "--tp", "2", "--overwrite").code == 0
     assert reshard("convert", embedder, back, "--to", "hf", "--overwrite").code == 0
     assert "1_Pooling/config.json" not in tree(out).keys() | tree(back).keys() and not (back / "1_Pooling").exists()
@@ -461,9 +461,9 @@ def test_a_file_that_no_manifest_lists_is_named_and_makes_it_unproven(name: str,
     assert reshard("verify", out, "--strict").code == 0
     put(out, **{name.replace("/", "__"): "?"})
     done = reshard(*words, "--json")
-    rung = done.json["rungs"][0]
-    assert done.code == 0 and rung["ok"] and not done.json["proven"]
-    assert name in rung["unproven"][0] and rung["numbers"]["unlisted"] == [name]
+    check = done.json["checks"][0]
+    assert done.code == 0 and check["ok"] and not done.json["proven"]
+    assert name in check["unproven"][0] and check["numbers"]["unlisted"] == [name]
     text = reshard("verify", out).out
     assert (
         f"unproven: manifest.json does not list {name}" in " ".join(text.split()) and "the files are intact" not in text

@@ -412,8 +412,8 @@ def test_padding_and_constants_are_ignored(tmp_path: Path, anew: Callable[[str],
     for key in ("lm_head.weight", "model.embed_tokens.weight"):
         edit(holding(source, key, 3), lambda state, key=key: state[key][-rows:].fill_(7.0))
     assert different(to(source, tmp_path / "hf"), anew("llama")) == []
-    rung = api.verify(source, against=fixtures.checkpoint("llama"), only="weights").rungs[0]
-    assert rung.ok and [note for note in rung.notes if f"{scale} is not 1.0" in note]  # said, and no failure
+    check = api.verify(source, against=fixtures.checkpoint("llama"), only="weights").checks[0]
+    assert check.ok and [note for note in check.notes if f"{scale} is not 1.0" in note]  # said, and no failure
 
 
 # Which directories are taken for such

@@ -1,4 +1,4 @@
-"""Planted faults are found by the rungs that must find them; scripts/plant_faults asks the same of every family."""
+"""Planted faults are found by the checks that must find them; scripts/plant_faults asks the same of every family."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def test_the_table_of_faults_has_all_of_them() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_every_rung_finds_what_it_must(name: str, tmp_path: Path) -> None:
+def test_every_check_finds_what_it_must(name: str, tmp_path: Path) -> None:
     results = list(planted(name, tmp_path, SAMPLE[name]))
     assert {fault for fault, _, _, _ in results} == set(SAMPLE[name])
     missed = [
-        (fault, signed, rung) for fault, signed, rung, caught in results if rung in ADD[fault, signed] and not caught
+        (fault, signed, check) for fault, signed, check, caught in results if check in ADD[fault, signed] and not caught
     ]
     assert missed == []
     consistent = {
-        signed: caught for fault, signed, rung, caught in results if (fault, rung) == ("one bit flipped", "integrity")
+        signed: caught for fault, signed, check, caught in results if (fault, check) == ("one bit flipped", "integrity")
     }
     assert consistent in ({}, {False: True, True: False}), (
-        "digests made right hide a fault from rung 1: what the other rungs are for"
+        "digests made right hide a fault from check 1: what the other checks are for"
     )

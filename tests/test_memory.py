@@ -164,7 +164,7 @@ def test_no_file_of_the_source_or_the_output_is_ever_given_to_mmap(tmp_path: Pat
 
 
 def test_a_verification_keeps_within_the_bound(sparse: Path, tmp_path: Path) -> None:
-    """Both rungs; here a worker holds a block of 8 MiB at a time."""
+    """Both checks; here a worker holds a block of 8 MiB at a time."""
     assert reshard("convert", sparse, tmp_path / "out", "--tp", "8").code == 0
     used = peak("verify", tmp_path / "out", "--against", sparse, "--workers", "2")
     assert used <= bound(2 * 2, tensors(tmp_path / "out")), used / MIB

@@ -21,8 +21,8 @@ from running import environment, process, refused, reshard, sign
 import reshard as api
 from reshard.checkpoints.opening import table_of
 from reshard.checkpoints.source import open_source
-from reshard.jobs.verdict import Rung
-from reshard.runtime.proof import numerics as check
+from reshard.jobs.verdict import Check
+from reshard.runtime.proof import numerics as module
 from reshard.runtime.proof.reference import reference_for
 from reshard.runtime.proof.renaming import renaming
 from reshard.text.progress import Silent
@@ -33,8 +33,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def numerics(out: Path, source: Path, **given: Any) -> Rung:
-    return api.verify(out, against=source, only="numerics", **given).rungs[0]
+def numerics(out: Path, source: Path, **given: Any) -> Check:
+    return api.verify(out, against=source, only="numerics", **given).checks[0]
 
 
 def swapped(path: Path) -> Path:
@@ -107,8 +107,8 @@ def test_names_exchanged_in_a_table_are_not_proven_where_transformers_is_missing
         3,
         ["numerics: self-consistent"],
     )
-    assert (found["rungs"][3]["status"], found["rungs"][3]["ok"]) == ("self-consistent", None)
-    assert found["rungs"][3]["hint"] == "pip install 'reshard[reference]'"
+    assert (found["checks"][3]["status"], found["checks"][3]["ok"]) == ("self-consistent", None)
+    assert found["checks"][3]["hint"] == "pip install 'reshard[reference]'"
     assert (
         process(
             "verify", out, "--against", source, "--family", mine, "--require", "integrity,weights,sha256", env=bare
@@ -120,8 +120,8 @@ def test_names_exchanged_in_a_table_are_not_proven_where_transformers_is_missing
 def test_the_same_table_fails_where_transformers_is_there(tmp_path: Path) -> None:
     out, mine = tmp_path / "out", str(swapped(tmp_path / "mine.toml"))
     api.convert(checkpoint("llama"), out, tp=2, family=mine)
-    rung = numerics(out, checkpoint("llama"), family=mine)
-    assert rung.status == "failed" and "logits differ" in rung.failures[0]
+    check = numerics(out, checkpoint("llama"), family=mine)
+    assert check.status == "failed" and "logits differ" in check.failures[0]
 
 
 def test_disagreeing_with_oneself_is_a_failure(tmp_path: Path, bare: dict[str, str]) -> None:
@@ -172,9 +172,9 @@ def test_wrappers_in_names_do_not_make_a_reference_random(kind: str, tmp_path: P
     for family, status in ((right, "ok"), (wrong, "failed")):
         out = tmp_path / family.stem
         api.convert(source, out, tp=2, family=str(family))
-        rung = numerics(out, source, family=str(family))
-        assert rung.status == status, (family.stem, rung)
-        assert rung.numbers["reference"].startswith("transformers "), rung.numbers["reference"]
+        check = numerics(out, source, family=str(family))
+        assert check.status == status, (family.stem, check)
+        assert check.numbers["reference"].startswith("transformers "), check.numbers["reference"]
 
 
 def test_names_that_say_something_else_make_no_reference_and_are_named(tmp_path: Path) -> None:
@@ -182,9 +182,9 @@ def test_names_that_say_something_else_make_no_reference_and_are_named(tmp_path:
     rewrite(source := copy("llama", tmp_path / "model"), unknown)
     family = str(respelled(tmp_path / "mine.toml", UNKNOWN, {}))
     api.convert(source, tmp_path / "out", tp=2, family=family)
-    rung = numerics(tmp_path / "out", source, family=family)
-    assert rung.status == "self-consistent" and not rung.whole
-    name = rung.numbers["reference"]
+    check = numerics(tmp_path / "out", source, family=family)
+    assert check.status == "self-consistent" and not check.whole
+    name = check.numbers["reference"]
     assert re.search(
         r"transformers does not use .*model\.layers\.0\.mlp\.w3\.weight.*, misses .*up_proj\.weight", name
     ), name
@@ -218,9 +218,9 @@ def test_biases_that_are_stored_are_read_whatever_config_says(tmp_path: Path) ->
 
     rewrite(source, edit)
     api.convert(source, tmp_path / "out", tp=2)
-    rung = numerics(tmp_path / "out", source)
-    assert rung.status == "ok", rung
-    assert "attention_bias" in rung.numbers["reference"]
+    check = numerics(tmp_path / "out", source)
+    assert check.status == "ok", check
+    assert "attention_bias" in check.numbers["reference"]
 
 
 @pytest.mark.parametrize("key", ["module", "state_dict"])
@@ -269,19 +269,20 @@ def test_a_reference_that_is_off_by_more_than_rounding_is_refused(tmp_path: Path
     source = copy("llama", tmp_path / "model")
     rewrite(source, much_in_common)
     api.convert(source, tmp_path / "out", tp=2)
-    rung = numerics(tmp_path / "out", source)
-    assert rung.status == "self-consistent" and not rung.whole, rung
+    check = numerics(tmp_path / "out", source)
+    assert check.status == "self-consistent" and not check.whole, check
     assert re.search(
-        r"TP 1 \(the float32 error of transformers [\d.]+ is [\d.e-]+ of the scale of logits", rung.numbers["reference"]
-    ), rung
+        r"TP 1 \(the float32 error of transformers [\d.]+ is [\d.e-]+ of the scale of logits",
+        check.numbers["reference"],
+    ), check
 
 
 def test_where_no_token_agrees_nothing_is_ok(tmp_path: Path) -> None:
     api.convert(checkpoint("llama"), tmp_path / "out", tp=2)
-    found = check._Check(tmp_path / "out", open_source(checkpoint("llama")), Silent(), False, False)
+    found = module._Numerics(tmp_path / "out", open_source(checkpoint("llama")), Silent(), False, False)
     theirs, _ = found.reference.greedy(found._starts, 1)
     found._continuations([[int(token) ^ 1] for (token,) in theirs.tolist()], limit=math.inf)
-    assert found.rung.failures == [] and found.rung.status == "unproven" and found.rung.notes
+    assert found.check.failures == [] and found.check.status == "unproven" and found.check.notes
 
 
 @pytest.mark.parametrize("original", [20, 30])
@@ -290,9 +291,9 @@ def test_positions_that_change_on_the_way_are_no_fault(original: int, tmp_path: 
     source = copy("phi4_mini", tmp_path / "model")
     configure(source, original_max_position_embeddings=original)
     api.convert(source, tmp_path / "out", tp=2)
-    rung = numerics(tmp_path / "out", source)
-    assert rung.status == "ok", rung
-    assert rung.numbers["continuations"]["tokens"] == 4 * 32
+    check = numerics(tmp_path / "out", source)
+    assert check.status == "ok", check
+    assert check.numbers["continuations"]["tokens"] == 4 * 32
     scaling = json.loads((source / "config.json").read_text())["rope_scaling"]
     configure(tmp_path / "out", rope_scaling=scaling | {"long_factor": scaling["long_factor"][::-1]})
     sign(tmp_path / "out")
@@ -306,7 +307,7 @@ def test_positions_that_change_on_the_way_are_no_fault(original: int, tmp_path: 
 def test_what_is_skipped_is_neither_ok_nor_wrong(tmp_path: Path) -> None:
     assert reshard("convert", checkpoint("llama"), tmp_path / "out", "--tp", "2").code == 0
     done = reshard("verify", tmp_path / "out", "--json")
-    assert [(rung["rung"], rung["status"], rung["ok"]) for rung in done.json["rungs"]] == [
+    assert [(check["check"], check["status"], check["ok"]) for check in done.json["checks"]] == [
         ("integrity", "ok", True),
         ("weights", "skipped", None),
         ("sha256", "skipped", None),

@@ -60,7 +60,10 @@ def test_each_rank_stores_what_the_reference_says_and_every_way_back_is_exact(
         stored = [load_file(out / f"rank-{rank:05}" / "model.safetensors") for rank in range(mesh.world)]
         assert differences(expected(original, family, **arguments), stored) == [], arguments
         report = verify.verify(out, open_source(original))
-        assert report.ok and [rung.name for rung in report.rungs if rung.skipped is None] == ["integrity", "weights"], (
+        assert report.ok and [check.name for check in report.checks if check.skipped is None] == [
+            "integrity",
+            "weights",
+        ], (
             arguments,
             report,
         )

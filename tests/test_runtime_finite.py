@@ -179,9 +179,9 @@ def test_no_temperature_is_too_low_to_sample_with() -> None:
 def test_a_reference_that_overflows_in_the_stored_dtype_proves_nothing_there(overflowing: Path, tmp_path: Path) -> None:
     api.convert(overflowing, tmp_path / "out", tp=2)
     report = api.verify(tmp_path / "out", against=overflowing, only="numerics")
-    (rung,) = report.rungs
-    assert report.ok and rung.skipped is None and not rung.whole
-    (note,) = (note for note in rung.notes if "float16" in note)
+    (check,) = report.checks
+    assert report.ok and check.skipped is None and not check.whole
+    (note,) = (note for note in check.notes if "float16" in note)
     assert "the reference's logits are not finite at 336 of 336 tokens" in note and "--dtype bfloat16" in note
     assert "nan" not in "\n".join(report.lines())
     json.dumps(report.to_json(), allow_nan=False)
@@ -210,5 +210,5 @@ def test_layer_by_layer_a_reference_that_is_not_finite_proves_nothing(tmp_path: 
     source = poisoned(tmp_path / "model", 6, float("nan"))
     api.convert(source, tmp_path / "out", tp=2)
     report = api.verify(tmp_path / "out", against=source, only="numerics", layers=True)
-    assert report.ok and not report.rungs[0].whole
-    assert report.rungs[0].notes[0].startswith("the embedding of the reference is not finite")
+    assert report.ok and not report.checks[0].whole
+    assert report.checks[0].notes[0].startswith("the embedding of the reference is not finite")

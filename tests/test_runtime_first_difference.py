@@ -183,7 +183,7 @@ def test_what_a_table_makes_infinite_is_told_the_fact(tmp_path: Path) -> None:
     (failure,) = report.failures
     assert "not finite in float32" in failure
     assert failure.endswith("are finite; the first step to differ is the embedding, also at TP 1")
-    assert "would agree without embed_factor" in report.rungs[0].details[0]
+    assert "would agree without embed_factor" in report.checks[0].details[0]
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -201,7 +201,7 @@ def test_verify_tells_it_in_a_few_lines(tmp_path: Path) -> None:
     said = reshard(
         "verify", out, "--against", checkpoint("llama"), "--family", table, "--only", "numerics", "--json"
     ).json
-    first = said["rungs"][0]["numbers"]["first"]
+    first = said["checks"][0]["numbers"]["first"]
     assert first["step"] == "layer 0, attention" and first["facts"] == {"rope_interleaved": True}
     assert first["weights"]["attn.q"] == ["model.layers.0.self_attn.q_proj.weight"]
     assert first["agrees"] == [{"fact": "rope_interleaved", "value": None}]

@@ -1,4 +1,4 @@
-"""The numeric rung: whole shards pass, whatever computes something else does not, and the step and tensor at fault are
+"""The numeric check: whole shards pass, whatever computes something else does not, and the step and tensor at fault are
 named.
 """
 
@@ -53,11 +53,11 @@ def one_thread() -> None:
 def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: Path, name: str) -> None:
     api.convert(checkpoint(name), tmp_path / "out", **SAMPLE[name])
     report = api.verify(tmp_path / "out", against=checkpoint(name), only="numerics")
-    (rung,) = report.rungs
-    assert report.ok, rung.failures
-    numbers = rung.numbers
+    (check,) = report.checks
+    assert report.ok, check.failures
+    numbers = check.numbers
     assert ("transformers" in numbers["reference"] and "TP 1" not in numbers["reference"]) == ("fp8" not in name)
-    assert rung.status == ("self-consistent" if "fp8" in name else "ok")
+    assert check.status == ("self-consistent" if "fp8" in name else "ok")
     assert 0 < numbers["float32"]["own_max"] < 1e-2
     assert numbers["float32"]["max"] <= TIMES * numbers["float32"]["own_max"]
     assert numbers["coverage"]["rows"] == numbers["coverage"]["vocabulary"]
@@ -65,7 +65,7 @@ def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: 
     if name == "mixtral":
         assert numbers["coverage"]["experts"] == numbers["coverage"]["of"]
         assert numbers["float32"]["imposed"] < 0.01
-    assert not report.proven  # three rungs were not climbed
+    assert not report.proven  # three checks were not run
     told = "\n".join(report.lines())
     assert re.search(r"\n {11}float32: max [\d.e-]+ \(bound [\d.e-]+\), rms [\d.e-]+, KL -?[\d.e-]+\n", told), told
     assert (
@@ -73,7 +73,7 @@ def test_whole_shards_compute_what_the_original_does(checkpoint: Get, tmp_path: 
     )
 
 
-def test_everything_climbed_and_nothing_left_out_is_proven(checkpoint: Get, tmp_path: Path) -> None:
+def test_every_check_run_and_nothing_left_out_is_proven(checkpoint: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert reshard("convert", checkpoint("llama"), out, "--tp", "2", "--sha256").code == 0
     done = reshard("verify", out, "--against", checkpoint("llama"), "--numerics")
@@ -146,7 +146,7 @@ def test_where_a_router_tosses_up_the_choice_of_the_reference_is_imposed(
     source, out = twins
     report = api.verify(out, against=source, only="numerics", layers=layers)
     assert report.ok, report.failures
-    numbers = report.rungs[0].numbers
+    numbers = report.checks[0].numbers
     assert 0.01 < (numbers if layers else numbers["float32"])["imposed"] < 0.5
     assert "% routing ties" in "\n".join(report.lines()).replace("\n" + " " * 22, " ")
     if not layers:
@@ -196,7 +196,7 @@ def test_processes_give_the_report_of_threads(checkpoint: Get, tmp_path: Path, m
     processes = api.verify(out, against=checkpoint("llama"), only="numerics", processes=True)
     assert processes.ok, processes.failures
     one, other = (
-        {key: value for key, value in report.rungs[0].to_json().items() if key != "seconds"}
+        {key: value for key, value in report.checks[0].to_json().items() if key != "seconds"}
         for report in (threads, processes)
     )
     assert one == other
@@ -233,10 +233,10 @@ def test_layer_by_layer_ranks_are_threads(checkpoint: Get) -> None:
 @pytest.mark.parametrize("name", SAMPLE)
 def test_layer_by_layer_finds_the_same(checkpoint: Get, tmp_path: Path, name: str) -> None:
     api.convert(checkpoint(name), tmp_path / "out", **SAMPLE[name])
-    (rung,) = api.verify(tmp_path / "out", against=checkpoint(name), only="numerics", layers=True).rungs
-    assert rung.status == "self-consistent", rung.failures
-    assert rung.numbers["worst"] <= TIMES
-    assert rung.notes
+    (check,) = api.verify(tmp_path / "out", against=checkpoint(name), only="numerics", layers=True).checks
+    assert check.status == "self-consistent", check.failures
+    assert check.numbers["worst"] <= TIMES
+    assert check.notes
 
 
 def test_layer_by_layer_names_the_step_and_the_tensor(checkpoint: Get, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_what_stands_against_it_is_said(checkpoint: Get, tmp_path: Path) -> None
     assert "is not a published checkpoint" in done.err
 
 
-def test_a_family_that_does_not_run_skips_the_rung_and_says_why(checkpoint: Get, tmp_path: Path) -> None:
+def test_a_family_that_does_not_run_skips_the_check_and_says_why(checkpoint: Get, tmp_path: Path) -> None:
     text, out, table = (ROOT / "reshard/families/llama.toml").read_text(), tmp_path / "out", tmp_path / "llama.toml"
     table.write_text(text.replace("[model]\n", "[model]\nruns = false\n"))
     assert reshard("convert", checkpoint("llama"), out, "--tp", "2", "--sha256", "--family", table).code == 0
@@ -329,7 +329,7 @@ def test_a_family_that_does_not_run_skips_the_rung_and_says_why(checkpoint: Get,
         assert "proven: the files" not in words
         assert words.endswith("nothing is proven") == ("--only" in options)
     report = api.verify(out, against=checkpoint("llama"), family=str(table))
-    assert str(report.rungs[3].skipped).startswith(why)
+    assert str(report.checks[3].skipped).startswith(why)
 
 
 def test_a_reference_that_is_not_finite_proves_nothing(tmp_path: Path) -> None:
@@ -337,8 +337,8 @@ def test_a_reference_that_is_not_finite_proves_nothing(tmp_path: Path) -> None:
     for path in source.glob("*.safetensors"):
         save_file({name: tensor * float("inf") for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     api.convert(source, tmp_path / "out", tp=2)
-    (rung,) = api.verify(tmp_path / "out", against=source, only="numerics").rungs
-    assert "not finite" in str(rung.skipped)
+    (check,) = api.verify(tmp_path / "out", against=source, only="numerics").checks
+    assert "not finite" in str(check.skipped)
 
 
 def test_the_reference_adds_alibi_once(checkpoint: Get) -> None:
@@ -361,7 +361,7 @@ def test_models_of_few_positions_are_run_as_far_as_these_go(tmp_path: Path, posi
     (source / "config.json").write_text(json.dumps(config | {"n_positions": positions}))
     api.convert(source, tmp_path / "out", tp=2)
     report = api.verify(tmp_path / "out", against=source, only="numerics")
-    assert report.ok and 0 < report.rungs[0].numbers["continuations"]["tokens"] <= 4 * positions
+    assert report.ok and 0 < report.checks[0].numbers["continuations"]["tokens"] <= 4 * positions
 
 
 def test_what_an_engine_wrote_is_no_original(checkpoint: Get, tmp_path: Path) -> None:
@@ -369,5 +369,5 @@ def test_what_an_engine_wrote_is_no_original(checkpoint: Get, tmp_path: Path) ->
     api.convert(checkpoint("llama_tied"), out, tp=2, to="vllm")
     for path in (out / "manifest.json", out / "source", *out.glob("rank-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (rung,) = [rung for rung in api.verify(out, against=out).rungs if rung.name == "numerics"]
-    assert rung.skipped is not None and "is not a published checkpoint" in rung.skipped
+    (check,) = [check for check in api.verify(out, against=out).checks if check.name == "numerics"]
+    assert check.skipped is not None and "is not a published checkpoint" in check.skipped

@@ -370,7 +370,7 @@ def test_long_lists_of_failures_are_cut_and_counted(out: Path, tmp_path: Path) -
     assert len(done.out.splitlines()) < 30
     failed = next(line for line in done.out.splitlines() if "FAILED" in line)
     assert "more" in done.out and int(failed.split()[1]) > 20
-    assert reshard("verify", out, "--against", other, "--json").json["rungs"][1]["failed"] == int(failed.split()[1])
+    assert reshard("verify", out, "--against", other, "--json").json["checks"][1]["failed"] == int(failed.split()[1])
 
 
 def hf_damages() -> list[tuple[str, Callable[[Path], None], tuple[str, ...]]]:
@@ -418,8 +418,8 @@ def test_families_with_transpositions_buffers_and_experts(family: str, tmp_path:
     sign(out)
     done = reshard("verify", out, "--against", source, "--json")
     assert done.code == 1
-    assert done.json["rungs"][0]["ok"] is True
-    assert done.json["rungs"][1]["failed"] == len({t["row"] for t in stored})
+    assert done.json["checks"][0]["ok"] is True
+    assert done.json["checks"][1]["failed"] == len({t["row"] for t in stored})
 
 
 def test_another_model_is_told_before_it_is_run(shards: Path, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_recorded_digests_are_compared_and_a_flipped_bit_is_found(source: Path, 
     assert reshard("convert", source, out, "--tp", "2", "--sha256").code == 0
     found = json.loads(reshard("verify", out, "--only", "sha256", "--json").out)
     assert found["ok"] and not found["proven"]
-    assert [rung["rung"] for rung in found["rungs"]] == ["sha256"]
-    assert found["rungs"][0]["files"] == len(list(source.iterdir()))
+    assert [check["check"] for check in found["checks"]] == ["sha256"]
+    assert found["checks"][0]["files"] == len(list(source.iterdir()))
     assert subprocess.run(["sha256sum", "-c", "source/SHA256SUMS"], cwd=out, capture_output=True).returncode == 0
     assert reshard("convert", out, tmp_path / "other", "--tp", "1").code == 0
     assert (tmp_path / "other/source/SHA256SUMS").read_bytes() == (out / "source/SHA256SUMS").read_bytes()
@@ -110,7 +110,7 @@ def test_recorded_digests_are_compared_and_a_flipped_bit_is_found(source: Path, 
     assert "merging gives SHA-256" in done.out and "was recorded" in done.out
 
 
-def test_without_digests_the_rung_says_so(source: Path, tmp_path: Path) -> None:
+def test_without_digests_the_check_says_so(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert reshard("convert", source, out, "--tp", "2").code == 0
     done = reshard("verify", out)
@@ -151,15 +151,15 @@ def test_digests_that_the_hub_publishes_are_compared_without_any_download(source
 
         done = verify()
         assert done.returncode == 0, done.stdout + done.stderr
-        (rung,) = json.loads(done.stdout)["rungs"]
-        assert rung["files"] == len(list(source.iterdir()))
-        assert rung["unproven"] == []
+        (check,) = json.loads(done.stdout)["checks"]
+        assert check["files"] == len(list(source.iterdir()))
+        assert check["unproven"] == []
         assert hub.files() == set()
         (source / "tokenizer.json").write_text('{"a": 2}')  # what the Hub has now
         done = verify()
         assert done.returncode == 1
-        (rung,) = json.loads(done.stdout)["rungs"]
-        assert [failure.partition(":")[0] for failure in rung["failures"]] == ["tokenizer.json"]
+        (check,) = json.loads(done.stdout)["checks"]
+        assert [failure.partition(":")[0] for failure in check["failures"]] == ["tokenizer.json"]
 
 
 def test_a_published_directory_is_compared_too(source: Path) -> None:

@@ -317,7 +317,7 @@ def test_shards_are_proven(name: str, scratch: Path, tmp_path: Path) -> None:
     assert reshard("convert", written(name, scratch), tmp_path / "out", "--tp", "2", "--sha256").code == 0
     done = reshard("verify", tmp_path / "out", "--against", written(name, scratch), "--sha256", "--numerics", "--json")
     assert done.code == 0 and done.json["proven"], done.out
-    assert done.json["rungs"][-1]["numbers"]["reference"].startswith("transformers "), done.out
+    assert done.json["checks"][-1]["numbers"]["reference"].startswith("transformers "), done.out
 
 
 def test_a_model_that_transformers_does_not_have_is_compared_with_this_runtime(scratch: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from ..errors import ReshardError, unusable
 from ..jobs.verdict import WIDTH
 from ..tables.families import Family
 from ..text.progress import Progress, Silent
-from .mutation_trial import EQUIVALENT, MISSED, OPEN, RUNGS, Bench, Trial, one_thread, tried
+from .mutation_trial import CHECKS, EQUIVALENT, MISSED, OPEN, Bench, Trial, one_thread, tried
 from .mutations import Mutation, mutations
 from .synthetic import made_up
 
@@ -82,7 +82,7 @@ class TableCheck:
     def lines(self, each: bool = False) -> list[str]:
         """A report for people, the verdict first; with `each`, every mutation and what caught it."""
         count, wrong = self.count, len(self.trials) - self.count[EQUIVALENT]
-        caught = sum(count[rung] for rung in RUNGS)
+        caught = sum(count[check] for check in CHECKS)
         share = f"{caught} of {wrong}" if caught < wrong else "all" if self.right or not self.given else f"{wrong}"
         told = "differ from the table itself" if self.given and not self.right else "caught"
         found = [f"{self.family}: {share} {told}: {wrong} mutations of {self.rows} rows and {self.axes} axes"]
@@ -92,24 +92,21 @@ class TableCheck:
         for trial in self.missed[:SHOWN]:
             found += _wrapped(f"{trial.name}: {trial.words}" if trial.words else trial.name, 4)
         found += [f"    … and {len(self.missed) - SHOWN} more"] if len(self.missed) > SHOWN else []
-        for rung, what in RUNGS.items():
+        for check, what in CHECKS.items():
             words = what
-            if rung == "numerics" and self.rounding is not None:
+            if check == "numerics" and self.rounding is not None:
                 words += f" (by more than {self.rounding:.1g})"
-            found += _wrapped(f"{rung:<11} {count[rung]:>5}  {words}", 2, 21)
+            found += _wrapped(f"{check:<11} {count[check]:>5}  {words}", 2, 21)
         found += _wrapped(f"{EQUIVALENT:<11} {count[EQUIVALENT]:>5}  the same layout, written differently", 2, 21)
         if count[OPEN]:
-            found += _wrapped(
-                f"{'not run':<11} {count[OPEN]:>5}  fits, but the model was not run: {self.skipped}", 2, 21
-            )
+            found += _wrapped(f"{OPEN:<11} {count[OPEN]:>5}  fits, but the model was not run: {self.skipped}", 2, 21)
         found += _wrapped("What fits passes integrity, weights and sha256: a wrong table merges back what it split.", 0)
         for name in self.uncovered:
             found += _wrapped(f"no checkpoint has row {name}: provide one, --with PATH", 0)
         found += [line for name in self.checkpoints for line in _wrapped(f"checkpoint: {name}", 0, 2)]
         if each:
             for trial in self.trials:
-                by = "not run" if trial.by == OPEN else trial.by
-                found += _wrapped(f"{by:<11} {trial.name}{': ' + trial.words if trial.words else ''}", 0, 14)
+                found += _wrapped(f"{trial.by:<11} {trial.name}{': ' + trial.words if trial.words else ''}", 0, 14)
         return found
 
     def to_json(self) -> dict[str, Any]:

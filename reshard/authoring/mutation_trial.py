@@ -24,14 +24,14 @@ from ..tables.families import Family
 from .mutations import Mutation
 
 # What can catch a mutation, in the order tried, and what that means.
-RUNGS = {
+CHECKS = {
     "reading": "the table contradicts itself: it cannot be read",
     "opening": "the table does not fit the checkpoint: it cannot be opened",
     "planning": "tensors have axes that the formats do not know",
     "numerics": "fits and merges back bit by bit, but the model computes other logits",
     "beyond": "as numerics, but in something that verify --numerics does not check",
 }
-EQUIVALENT, MISSED, OPEN = "equivalent", "NOT CAUGHT", "not climbed"
+EQUIVALENT, MISSED, OPEN = "equivalent", "NOT CAUGHT", "not run"
 
 LARGEST = 50_000_000  # elements of a given checkpoint that is run, in float64, for every mutation
 MESHES = (Mesh(), Mesh(2), Mesh(3), Mesh(4), Mesh(8), Mesh(2, 2), Mesh(4, ep=2), Mesh(3, weights=(2, 1, 1)))
@@ -64,7 +64,7 @@ def tried(mutation: Mutation, table: Family, benches: Sequence["Bench"]) -> Tria
     found = [] if having else [Trial(name, MISSED, "no checkpoint has these rows")]
     for bench in having:
         trial = _on(bench, mutation, damaged)
-        if trial.by in RUNGS:
+        if trial.by in CHECKS:
             return trial
         found.append(trial)
     return max(found, key=lambda trial: (EQUIVALENT, OPEN, MISSED).index(trial.by))
@@ -92,7 +92,7 @@ def _on(bench: "Bench", mutation: Mutation, damaged: Family | None) -> Trial:
     except ReshardError as error:
         return Trial(name, "planning", _line(error), bench.name)
     trial = Trial(name, OPEN, bench.why, bench.name) if bench.why else bench.judge(source, name)
-    if trial.by not in RUNGS and damaged is not None and bench.shards(source) == bench.shards():
+    if trial.by not in CHECKS and damaged is not None and bench.shards(source) == bench.shards():
         return Trial(name, EQUIVALENT, "gives the same shards on every mesh", bench.name)
     return trial
 

@@ -95,13 +95,13 @@ def finished(job: Job, out: Path, options: Options, progress: Progress) -> Finis
 
 def _compare(job: Job, out: Path, options: Options, progress: Progress, sampled: bool) -> None:
     """All weights, or a sample of each tensor, are those that this job would write."""
-    from .verdict import Rung
+    from .verdict import Check
     from .verify import Comparer, check_tied
 
     source, target = job.source, job.target.below(out)
     check_tied(source, job.target.layout, options.threads, progress, sampled)
     joined = sample(job.plan, source, target) if sampled else job.plan
-    rung, lock, halt = Rung("weights"), Lock(), Event()
+    check, lock, halt = Check("weights"), Lock(), Event()
     sinks: list[Comparer] = []
     with closing(Pool(stamps=source.stamps)) as pool:
 
@@ -111,7 +111,7 @@ def _compare(job: Job, out: Path, options: Options, progress: Progress, sampled:
                 progress.advance(len(keys) * sampled)
 
         def sink() -> Comparer:
-            sinks.append(Counting(target, pool, rung, lock, padded=False))
+            sinks.append(Counting(target, pool, check, lock, padded=False))
             return sinks[-1]
 
         if sampled:
@@ -123,7 +123,7 @@ def _compare(job: Job, out: Path, options: Options, progress: Progress, sampled:
         advance = until(halt, (lambda _: None) if sampled else progress.advance)
         worker.run(joined, source, target, sink, workers=options.threads, pool=pool, progress=advance, stop=halt)
     progress.finish()
-    if rung.failures:
+    if check.failures:
         stored, failure = min(found for sink in sinks for found in sink.bad.items())
         raise Other(f"it holds other weights than the source: {_sources(job, stored)} ({failure})")
 

@@ -14,8 +14,8 @@ from ..text.units import decimal
 
 MOST = 20  # failures told one by one to people
 WIDTH = 80  # columns
-RUNGS = ("integrity", "weights", "sha256", "numerics")
-PROVEN = "proven"  # what can be required besides the rungs: all of them, with nothing left out
+CHECKS = ("integrity", "weights", "sha256", "numerics")
+PROVEN = "proven"  # what can be required besides the checks: all of them, with nothing left out
 
 # What became of a check. Only OK is a pass; agreement with oneself and a comparison that says nothing are no passes,
 # and no failures.
@@ -23,7 +23,7 @@ OK, FAILED, SKIPPED, SELF_CONSISTENT, UNPROVEN = "ok", "failed", "skipped", "sel
 
 
 @dataclass
-class Rung:
+class Check:
     """One check: what was compared, what was found wrong, and what could not be compared. `skipped`: why nothing was;
     `words`: what was done, where that is more than counts, and `details`, a line each.
 
@@ -57,7 +57,7 @@ class Rung:
 
     @property
     def whole(self) -> bool:
-        """Whether it was climbed, and nothing left out."""
+        """Whether it passed, with nothing left out."""
         return self.ok and not self.notes
 
     def lines(self) -> Iterator[str]:
@@ -81,7 +81,7 @@ class Rung:
     def to_json(self) -> dict[str, Any]:
         """`ok`: true where it passed, false where it failed, null where it did neither; `status` says which."""
         return {
-            "rung": self.name,
+            "check": self.name,
             "status": self.status,
             "ok": {OK: True, FAILED: False}.get(self.status),
             "skipped": self.skipped,
@@ -99,10 +99,10 @@ class Rung:
 
 @dataclass(frozen=True)
 class Report:
-    """What a verification did, rung by rung. `required`: what had to pass, names of rungs, or PROVEN."""
+    """What a verification found, check by check. `required`: what had to pass, names of checks, or PROVEN."""
 
     out: Path
-    rungs: tuple[Rung, ...]
+    checks: tuple[Check, ...]
     left: tuple[Left, ...] = ()  # what a conversion left out
     required: tuple[str, ...] = ()
 
@@ -113,42 +113,42 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        return [failure for rung in self.rungs for failure in rung.failures]
+        return [failure for check in self.checks for failure in check.failures]
 
     @property
     def proven(self) -> bool:
-        """Whether every rung passed and left nothing out."""
-        return {rung.name for rung in self.rungs if rung.whole} == set(RUNGS)
+        """Whether every check passed and left nothing out."""
+        return {check.name for check in self.checks if check.whole} == set(CHECKS)
 
     @property
     def passed(self) -> int:
-        """Of the four rungs, how many passed."""
-        return sum(rung.ok for rung in self.rungs)
+        """Of the four checks, how many passed."""
+        return sum(check.ok for check in self.checks)
 
     @property
     def unmet(self) -> list[str]:
         """What was required and was not reached, in words."""
-        became = {rung.name: rung for rung in self.rungs}
+        became = {check.name: check for check in self.checks}
 
         def lacking(names: Sequence[str], whole: bool) -> Iterator[str]:
             for name in names:
-                rung = became.get(name)
-                if rung is None or not rung.ok:
-                    yield f"{name}: {rung.status if rung is not None else 'not run'}"
-                elif whole and not rung.whole:
+                check = became.get(name)
+                if check is None or not check.ok:
+                    yield f"{name}: {check.status if check is not None else 'not run'}"
+                elif whole and not check.whole:
                     yield f"{name}: only in part"
 
         found = lacking([name for name in self.required if name != PROVEN], False)
-        return list(dict.fromkeys([*found, *(lacking(RUNGS, True) if PROVEN in self.required else ())]))
+        return list(dict.fromkeys([*found, *(lacking(CHECKS, True) if PROVEN in self.required else ())]))
 
     @property
     def verdict(self) -> str:
         """In a line."""
         if self.failures:
-            return "FAILED: " + ", ".join(rung.name for rung in self.rungs if rung.failures)
+            return "FAILED: " + ", ".join(check.name for check in self.checks if check.failures)
         if self.proven:
             return (
-                f"proven: {len(RUNGS)} of {len(RUNGS)} checks passed: the files are intact, every element "
+                f"proven: {len(CHECKS)} of {len(CHECKS)} checks passed: the files are intact, every element "
                 f"equals the original's,"
                 " merging restores the published files, and the model computes the same"
             )
@@ -159,19 +159,19 @@ class Report:
             ("numerics", OK): "the model computes the same as the original",
             ("numerics", SELF_CONSISTENT): "the shards agree with this runtime at TP 1, which is not independent",
         }
-        if any(rung.name == "integrity" and rung.notes for rung in self.rungs):
+        if any(check.name == "integrity" and check.notes for check in self.checks):
             said["integrity", OK] = "the files that the manifest lists are intact"
-        done = [said[rung.name, rung.status] for rung in self.rungs if (rung.name, rung.status) in said] or [
+        done = [said[check.name, check.status] for check in self.checks if (check.name, check.status) in said] or [
             "nothing is proven"
         ]
-        if [rung.name for rung in self.rungs if rung.skipped is None] == ["integrity"] and len(self.rungs) > 1:
+        if [check.name for check in self.checks if check.skipped is None] == ["integrity"] and len(self.checks) > 1:
             done.append("--against SRC compares every element with the original")
-        return f"{self.passed} of {len(RUNGS)} checks passed: {'; '.join(done)}"
+        return f"{self.passed} of {len(CHECKS)} checks passed: {'; '.join(done)}"
 
     def lines(self) -> list[str]:
         """What a person wants to know."""
         found = [
-            *(line for rung in self.rungs for line in rung.lines()),
+            *(line for check in self.checks for line in check.lines()),
             *words(self.left, WIDTH),
             *textwrap.wrap(self.verdict, WIDTH),
         ]
@@ -189,20 +189,21 @@ class Report:
             "required": list(self.required),
             "unmet": self.unmet,
             "verdict": self.verdict,
-            "rungs": [rung.to_json() for rung in self.rungs],
+            "checks": [check.to_json() for check in self.checks],
             "left": to_builtins(self.left),
         }
 
 
 def required(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """What `--require` says: PROVEN, or names of rungs, separated by commas.
+    """What `--require` says: PROVEN, or names of checks, separated by commas.
     Raises ReshardError for what is neither.
     """
     names = given.split(",") if isinstance(given, str) else given or ()
     names = tuple(dict.fromkeys(name.strip() for name in names))
     for name in names:
-        if name not in (*RUNGS, PROVEN):
+        if name not in (*CHECKS, PROVEN):
             raise ReshardError(
-                f"--require {name or given!r}: no such check", f"checks are {', '.join(RUNGS)}; {PROVEN} is all of them"
+                f"--require {name or given!r}: no such check",
+                f"checks are {', '.join(CHECKS)}; {PROVEN} is all of them",
             )
     return names

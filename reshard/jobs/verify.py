@@ -38,14 +38,14 @@ from ..store.store import short
 from ..tables.row import Constant
 from ..text.progress import Progress, Silent, until
 from ..threads import each
-from .verdict import Report, Rung
+from .verdict import Check, Report
 
 FEW = 64 << 10  # bytes: below, importing ctypes takes longer than they do
 
 # --- integrity --------------------------------------------------------------------------------------------------------
 
 
-def integrity(out: Path, threads: int, progress: Progress | None = None, strict: bool = False) -> Rung:
+def integrity(out: Path, threads: int, progress: Progress | None = None, strict: bool = False) -> Check:
     """Every file has the size and digest that the manifest gives it, every tensor and block its own; nothing is
     missing.
 
@@ -53,34 +53,34 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
     `strict`.
     """
     progress = progress or Silent()
-    rung = Rung("integrity")
+    check = Check("integrity")
     try:
         known = manifest.load(out)
     except MismatchError as error:
-        rung.failures.append(error.message)
-        return rung
+        check.failures.append(error.message)
+        return check
     listed = list(known.files())
     if manifest.root_of(out, known) != known.root:
-        rung.failures.append(f"{manifest.NAME}: its root digest does not match its contents")
+        check.failures.append(f"{manifest.NAME}: its root digest does not match its contents")
     progress.start("checking digests", sum(file.size for file in listed))
     pool = Pool()
-    rung.files = len(listed)
+    check.files = len(listed)
     for file in listed:
         path = out / file.name
         if not path.is_file():
-            rung.failures.append(f"{file.name}: is missing")
+            check.failures.append(f"{file.name}: is missing")
         elif (size := path.stat().st_size) != file.size:
-            rung.failures.append(f"{file.name}: has {size} bytes, expected {file.size}")
+            check.failures.append(f"{file.name}: has {size} bytes, expected {file.size}")
     strays = sorted({*_files_in(out)} - {manifest.NAME, manifest.LEFT, *(file.name for file in listed)})
     loaded = [name for name in strays if _might_be_loaded(name)]
-    rung.failures += [f"{name}: is not listed in {manifest.NAME}, and an engine might load it" for name in loaded]
+    check.failures += [f"{name}: is not listed in {manifest.NAME}, and an engine might load it" for name in loaded]
     if others := [name for name in strays if not _might_be_loaded(name)]:
-        rung.numbers = {"unlisted": others}
+        check.numbers = {"unlisted": others}
         if strict:
-            rung.failures += [f"{name}: is not listed in {manifest.NAME}" for name in others]
+            check.failures += [f"{name}: is not listed in {manifest.NAME}" for name in others]
         else:
-            rung.notes.append(f"{manifest.NAME} does not list {_names(others)}: not checked")
-    broken = {failure.split(":")[0] for failure in rung.failures}
+            check.notes.append(f"{manifest.NAME} does not list {_names(others)}: not checked")
+    broken = {failure.split(":")[0] for failure in check.failures}
     whole = [file for file in listed if file.name not in broken]
     weights = {rank.weights.name: rank.tensors for rank in known.ranks}
     lock = threading.Lock()
@@ -89,7 +89,7 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
         found = _digest_small(pool, out / file.name, file.size, progress.advance)
         if found != file.digest:
             with lock:
-                rung.failures.append(f"{file.name}: digest {found}, the manifest says {file.digest}")
+                check.failures.append(f"{file.name}: digest {found}, the manifest says {file.digest}")
                 broken.add(file.name)
 
     def check_block(block: Block) -> None:
@@ -97,19 +97,19 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
         progress.advance(block.size)
         if digest != block.digest:
             with lock:
-                rung.failures.append(f"{block.file}: {block.where} have digest {digest}, expected {block.digest}")
+                check.failures.append(f"{block.file}: {block.where} have digest {digest}, expected {block.digest}")
 
     def blocks() -> Iterator[Block]:
         for file in whole:
             if file.name in weights and weights[file.name].name not in broken:
                 try:
                     mine = Blocks.read(out, file, weights[file.name])
-                    rung.failures += mine.contradictions()
-                    rung.tensors += len(mine.tensors)
+                    check.failures += mine.contradictions()
+                    check.tensors += len(mine.tensors)
                     progress.advance(mine.start)
                     yield from mine
                 except MismatchError as error:
-                    rung.failures.append(error.message)
+                    check.failures.append(error.message)
 
     try:
         each((file for file in whole if file.name not in weights), check_file, threads)
@@ -118,12 +118,12 @@ def integrity(out: Path, threads: int, progress: Progress | None = None, strict:
         raise failed("reading", out, error) from error
     finally:
         pool.close()
-    rung.failures.sort()
-    rung.bytes = sum(file.size for file in whole)
-    if not rung.failures:
-        rung.failures += _contradictions(out, known)
+    check.failures.sort()
+    check.bytes = sum(file.size for file in whole)
+    if not check.failures:
+        check.failures += _contradictions(out, known)
     progress.finish()
-    return rung
+    return check
 
 
 def _files_in(out: Path) -> Iterator[str]:
@@ -209,8 +209,8 @@ class Comparer:
 
     than = "the source"
 
-    def __init__(self, place: Place, pool: Pool, rung: Rung, lock: threading.Lock, padded: bool = True) -> None:
-        self.place, self.pool, self.rung, self.lock, self.padded = place, pool, rung, lock, padded
+    def __init__(self, place: Place, pool: Pool, check: Check, lock: threading.Lock, padded: bool = True) -> None:
+        self.place, self.pool, self.check, self.lock, self.padded = place, pool, check, lock, padded
         self._buffer = buffer(worker.TILE)
         self._seen: dict[Key, int] = {}
         self.bad: dict[Key, str] = {}  # the failure of each
@@ -240,13 +240,13 @@ class Comparer:
                     self.fail(key, f"{short(path)}: {key[1]}: padding is not zero from byte {at} on")
                 at += len(found)
             with self.lock:
-                self.rung.tensors += 1
-                self.rung.bytes += entry.nbytes
+                self.check.tensors += 1
+                self.check.bytes += entry.nbytes
 
     def fail(self, key: Key, failure: str) -> None:
         self.bad[key] = failure
         with self.lock:
-            self.rung.failures.append(failure)
+            self.check.failures.append(failure)
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:
@@ -267,10 +267,10 @@ def _memcmp() -> Callable[..., int]:
     return CDLL(None).memcmp
 
 
-def weights(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Rung:
+def weights(out: Source, source: Source, threads: int, progress: Progress | None = None) -> Check:
     """Every stored element equals the source's, replicas too, padding is zero; residues and carried files are equal."""
     progress = progress or Silent()
-    rung, lock, pool = Rung("weights"), threading.Lock(), Pool()
+    check, lock, pool = Check("weights"), threading.Lock(), Pool()
     _same_model(out, source)
     joined = plan(source.layout, out.layout)
     progress.start("comparing weights", sum(entry.nbytes for _, entry in source.places.values()))
@@ -289,54 +289,56 @@ def weights(out: Source, source: Source, threads: int, progress: Progress | None
         ours = out.zero_padding
 
         def sink() -> Comparer:
-            return Counting(out, pool, rung, lock, ours)
+            return Counting(out, pool, check, lock, ours)
 
         worker.run(joined, source, out, sink, workers=threads, pool=pool, progress=advance, stop=halt)
         constants = {(slot.rank, slot.name(point)): slot for slot in out.layout.constants for point in slot.points()}
-        rest = Comparer(out, pool, rung, lock, ours)
+        rest = Comparer(out, pool, check, lock, ours)
         rest.done([key for key in out.places if key not in compared and key not in constants])
         for key, slot in constants.items():
             path, entry = out.locate(key)
             assert isinstance(slot.template, Constant)
             if bytes(pool.read(path, entry.offset, entry.nbytes)) != scalar(slot.template):
-                (rung.failures if ours else rung.notes).append(f"{path.name}: {key[1]} is not {slot.template.value}")
+                (check.failures if ours else check.notes).append(f"{path.name}: {key[1]} is not {slot.template.value}")
         if out.keeps_residues and {file.name for file in out.originals} == {file.name for file in source.originals}:
-            _residues(out, source, pool, rung)
+            _residues(out, source, pool, check)
         else:
-            _buffers(out, source, pool, rung)
+            _buffers(out, source, pool, check)
             if out.keeps_residues:
-                rung.notes.append(f"{source.where} is split into other files than merging would write")
-        _carried(out.carried, source.carried, pool, rung)
+                check.notes.append(f"{source.where} is split into other files than merging would write")
+        _carried(out.carried, source.carried, pool, check)
     finally:
         pool.close()
     progress.finish()
-    rung.failures += doubles(out, source, threads, progress).failures
-    rung.failures.sort()
-    return rung
+    check.failures += doubles(out, source, threads, progress).failures
+    check.failures.sort()
+    return check
 
 
 class _Tied(Comparer):
     than = "the tensor it is tied to"
 
 
-def doubles(out: Source, source: Source, threads: int, progress: Progress | None = None, sampled: bool = False) -> Rung:
+def doubles(
+    out: Source, source: Source, threads: int, progress: Progress | None = None, sampled: bool = False
+) -> Check:
     """What the source stores and `out` holds only under the name that it is tied to: equal, bit by bit,
     or in a sample.
     """
     progress = progress or Silent()
-    rung, lock = Rung("tied"), threading.Lock()
+    check, lock = Check("tied"), threading.Lock()
     once = source.layout.beyond(out.layout)
     if not once:
-        return rung
+        return check
     joined = plan(out.layout, replace(source.layout, pieces=once))
     if sampled:
         joined, progress = sample(joined, out, source), Silent()
     sizes = source.layout.logical_bytes()
     progress.start("comparing tied tensors", sum(sizes.get(name, 0) for name in once))
     _hold_against(
-        joined, out, source, lambda pool: _Tied(source, pool, rung, lock, padded=not sampled), threads, progress
+        joined, out, source, lambda pool: _Tied(source, pool, check, lock, padded=not sampled), threads, progress
     )
-    return rung
+    return check
 
 
 def check_tied(
@@ -359,22 +361,22 @@ class _Copy(Comparer):
     than = "a lower rank's copy"
 
 
-def replicas(out: Source, threads: int, progress: Progress | None = None) -> Rung:
+def replicas(out: Source, threads: int, progress: Progress | None = None) -> Check:
     """What several ranks hold is the same on all of them."""
     progress = progress or Silent()
-    rung, lock, layout = Rung("replicas"), threading.Lock(), out.layout
+    check, lock, layout = Check("replicas"), threading.Lock(), out.layout
     first = {name: set(map(id, layout.distinct(name))) for name in layout.pieces}
     again = {
         name: tuple(piece for piece in held if id(piece) not in first[name]) for name, held in layout.pieces.items()
     }
     again = {name: held for name, held in again.items() if held}
     if not again:
-        return rung
+        return check
     joined = plan(layout, replace(layout, pieces=again), range(layout.mesh.world))
     sizes = layout.logical_bytes()
     progress.start("comparing replicas", sum(sizes.get(name, 0) for name in again))
-    _hold_against(joined, out, out, lambda pool: _Copy(out, pool, rung, lock, padded=False), threads, progress)
-    return rung
+    _hold_against(joined, out, out, lambda pool: _Copy(out, pool, check, lock, padded=False), threads, progress)
+    return check
 
 
 def _hold_against(
@@ -399,25 +401,25 @@ def _same_model(out: Source, source: Source) -> None:
             )
 
 
-def _buffers(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
+def _buffers(out: Source, source: Source, pool: Pool, check: Check) -> None:
     """Buffers kept aside, as far as both have them: what transformers would not write may be missing."""
     for name in out.layout.model.aside:
         if name not in source.tensors:
-            (rung.notes if out.keeps_residues else rung.failures).append(f"{name}: is not in the source")
+            (check.notes if out.keeps_residues else check.failures).append(f"{name}: is not in the source")
             continue
         (mine, (_, n, path, start)), (theirs, (_, m, other, there)) = out.buffer(name), source.buffer(name)
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or pool.read(path, start, n) != pool.read(
             other, there, m
         ):
-            rung.failures.append(f"{out.originals[out.tensors[name][0]].name}: {name} differs from the source")
+            check.failures.append(f"{out.originals[out.tensors[name][0]].name}: {name} differs from the source")
 
 
-def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
+def _residues(out: Source, source: Source, pool: Pool, check: Check) -> None:
     mine = {original.name: original for original in out.originals}
     for original in source.originals:
         other = mine[original.name]
         if (other.size, other.holes) != (original.size, original.holes):
-            rung.failures.append(f"{original.name}: differs from the file that the shards were made from")
+            check.failures.append(f"{original.name}: differs from the file that the shards were made from")
             continue
         for (_, length, path, at), (_, _, other_path, other_at) in zip(
             source.residue(original), out.residue(other), strict=True
@@ -425,22 +427,22 @@ def _residues(out: Source, source: Source, pool: Pool, rung: Rung) -> None:
             for start in range(0, length, BLOCK):
                 n = min(BLOCK, length - start)
                 if pool.read(path, at + start, n) != pool.read(other_path, other_at + start, n):
-                    rung.failures.append(f"{original.name}: header or buffers differ from what the shards recorded")
+                    check.failures.append(f"{original.name}: header or buffers differ from what the shards recorded")
                     break
-        rung.files += 1
+        check.files += 1
 
 
-def _carried(out: Sequence[Carried], source: Sequence[Carried], pool: Pool, rung: Rung) -> None:
+def _carried(out: Sequence[Carried], source: Sequence[Carried], pool: Pool, check: Check) -> None:
     there = {file.name: file for file in out}
     for file in source:
         other = there.get(file.name)
         if other is None:
-            rung.failures.append(f"{file.name}: was not copied")
+            check.failures.append(f"{file.name}: was not copied")
         elif other.size != file.size or pool.read(file.path, 0, file.size) != pool.read(other.path, 0, other.size):
-            rung.failures.append(f"{file.name}: differs from the source's")
-        rung.files += 1
+            check.failures.append(f"{file.name}: differs from the source's")
+        check.files += 1
     if more := sorted(there.keys() - {file.name for file in source}):
-        rung.notes.append(f"the source has no {_names(more)} to compare with")
+        check.notes.append(f"the source has no {_names(more)} to compare with")
 
 
 def against(out: Path, source: Source, threads: int, progress: Progress | None = None) -> Report:
@@ -450,13 +452,13 @@ def against(out: Path, source: Source, threads: int, progress: Progress | None =
 
 @dataclass(frozen=True)
 class Wish:
-    """What to verify. `only`: one rung; `published`: name → digest that the Hub publishes; `sha256`: an error where no
+    """What to verify. `only`: one check; `published`: name → digest that the Hub publishes; `sha256`: an error where no
     digest is known; `strict`: files that no manifest lists are a failure; `required`: what has to pass."""
 
     only: str | None = None
     sha256: bool = False
     published: Mapping[str, FileDigest] | None = None
-    numerics: Callable[[Path, Source | None, Progress], Rung] | None = None
+    numerics: Callable[[Path, Source | None, Progress], Check] | None = None
     strict: bool = False
     required: tuple[str, ...] = ()
 
@@ -464,20 +466,20 @@ class Wish:
 def verify(
     out: Path, source: Source | None = None, threads: int = 2, progress: Progress | None = None, wish: Wish = Wish()
 ) -> Report:
-    """Rung by rung, see `RUNGS`. A later rung is not climbed when an earlier one fails.
+    """Run the checks in the order of `CHECKS`; those after one that fails are skipped.
 
     All of it is of one conversion: where `out` is replaced meanwhile it begins anew, and ends in Replaced if that
     happens again and again.
     """
     talk = progress or Silent()
 
-    def climb(directory: Directory) -> Report:
+    def run(directory: Directory) -> Report:
         try:
             return _verify(out, source, threads, talk, wish, directory)
         finally:
             talk.finish()
 
-    return reading(out, climb)
+    return reading(out, run)
 
 
 def _verify(
@@ -494,59 +496,59 @@ def _verify(
             opened.append(open_source(out, source.layout.model.family if source is not None else None))
         return opened[0]
 
-    def weigh() -> Rung:
+    def weigh() -> Check:
         assert source is not None
         return weights(open_out(), source, threads, progress)
 
-    def restore() -> Rung:
+    def restore() -> Check:
         from . import verify_sha256
 
         known = wish.published if wish.published is not None else verify_sha256.recorded(open_out())
         if not known and not wish.sha256 and wish.only is None:
-            return Rung("sha256", skipped="no digests of the original files recorded: convert --sha256, or --hub ID")
-        rung = verify_sha256.sha256(open_out(), known, threads, progress)
-        rung.failures += replicas(open_out(), threads, progress).failures  # files are made of the lowest rank's
-        return rung
+            return Check("sha256", skipped="no digests of the original files recorded: convert --sha256, or --hub ID")
+        check = verify_sha256.sha256(open_out(), known, threads, progress)
+        check.failures += replicas(open_out(), threads, progress).failures  # files are made of the lowest rank's
+        return check
 
-    def compute() -> Rung:
+    def compute() -> Check:
         if wish.numerics is None:
-            return Rung("numerics", skipped="not requested: --numerics, --only numerics")
+            return Check("numerics", skipped="not requested: --numerics, --only numerics")
         if source is not None:
             _same_model(open_out(), source)
         return wish.numerics(out, source, progress)
 
     no_manifest = None if shards else "no manifest"
-    climbs: dict[str, tuple[str | None, Callable[[], Rung]]] = {
+    wanted: dict[str, tuple[str | None, Callable[[], Check]]] = {
         "integrity": (no_manifest, lambda: integrity(out, threads, progress, wish.strict)),
         "weights": (None if source is not None else "nothing to compare with: --against SRC", weigh),
         "sha256": (None, restore),
         "numerics": (None, compute),
     }
-    rungs: list[Rung] = []
-    for name, (missing, climb) in climbs.items():
+    checks: list[Check] = []
+    for name, (missing, run) in wanted.items():
         if wish.only not in (None, name):
             continue
         if missing is not None:
             if wish.only == name:
                 raise ReshardError(f"{out}: --only {name}: {missing}")
-            rungs.append(Rung(name, skipped=missing))
+            checks.append(Check(name, skipped=missing))
             continue
-        if any(rung.failures for rung in rungs):
-            rungs.append(Rung(name, skipped="an earlier check failed"))
+        if any(check.failures for check in checks):
+            checks.append(Check(name, skipped="an earlier check failed"))
             continue
         began = time.monotonic()
         try:
-            rung = climb()
+            check = run()
         except PlaceError:
             raise
         except ReshardError as error:
             if name != "weights" or not (out / "config.json").is_file():  # no damage, but no checkpoint
                 raise
-            rung = Rung(name, failures=[error.message])
+            check = Check(name, failures=[error.message])
         directory.check()
-        rung.seconds = time.monotonic() - began
-        rungs.append(rung)
-    return Report(out, tuple(rungs), _left(out if shards else None, source), wish.required)
+        check.seconds = time.monotonic() - began
+        checks.append(check)
+    return Report(out, tuple(checks), _left(out if shards else None, source), wish.required)
 
 
 def _left(out: Path | None, source: Source | None) -> tuple[Left, ...]:

@@ -18,7 +18,7 @@ from ..store.local import Pool
 from ..store.store import AnyFile
 from ..text.progress import Progress, Silent
 from ..threads import each
-from .verdict import Rung
+from .verdict import Check
 
 Job = tuple[str, int, Iterator[memoryview | bytearray]]  # name and size of a file, and its bytes in order
 
@@ -28,12 +28,12 @@ def recorded(out: Source) -> dict[str, FileDigest]:
     return {name: FileDigest("sha256", digest, "was recorded") for name, digest in out.sha256().items()}
 
 
-def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress: Progress | None = None) -> Rung:
+def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress: Progress | None = None) -> Check:
     """Every published file that merging would write, and every file carried along, has the digest that is wanted of it.
 
     Raises ReshardError where no digest is known of any weights.
     """
-    progress, rung = progress or Silent(), Rung("sha256")
+    progress, check = progress or Silent(), Check("sha256")
     if not any(original.name in wanted for original in out.originals):
         raise ReshardError(
             f"{out.where}: the SHA-256 digests of the original files are not known",
@@ -44,7 +44,7 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
     along = [file for file in out.carried if file.name in wanted]
     missing = len(out.originals) - len(known)
     if missing:
-        rung.notes.append(
+        check.notes.append(
             f"{missing} of {len(out.originals)} original files have no known digest: {_first(out, wanted)}"
         )
     progress.start(
@@ -54,7 +54,7 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
     with closing(Pool()) as pool:
         streams = Streams(plan(out.layout, restored_files.layout), out, restored_files, pool)
 
-        def check(job: Job) -> None:
+        def compare(job: Job) -> None:
             name, size, windows = job
             digest = wanted[name]
             state = digest.state(size)
@@ -66,7 +66,7 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
             if state.hexdigest() != digest.value:
                 with lock:
                     kind = "SHA-256" if digest.kind == "sha256" else "git id"
-                    rung.failures.append(
+                    check.failures.append(
                         f"{name}: merging gives {kind} {state.hexdigest()}, but {digest.value} {digest.by}"
                     )
 
@@ -74,13 +74,13 @@ def sha256(out: Source, wanted: Mapping[str, FileDigest], threads: int, progress
         jobs += [(file.name, file.size, pool.chunks(file.path, 0, file.size)) for file in along]
         jobs.sort(key=lambda job: -job[1])  # the largest first: they end together
         try:
-            each(jobs, check, threads, halt)
+            each(jobs, compare, threads, halt)
         except OSError as error:
             raise failed("reading", out.where, error) from error
-    rung.failures.sort()
-    rung.files, rung.bytes = len(jobs), sum(size for _, size, _ in jobs)
+    check.failures.sort()
+    check.files, check.bytes = len(jobs), sum(size for _, size, _ in jobs)
     progress.finish()
-    return rung
+    return check
 
 
 def _first(out: Source, wanted: Mapping[str, FileDigest]) -> str:

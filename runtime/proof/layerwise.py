@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reshard.jobs.verdict import SELF_CONSISTENT, UNPROVEN, Rung
+from reshard.jobs.verdict import SELF_CONSISTENT, UNPROVEN, Check
 from reshard.layout.mesh import Mesh
 from reshard.text.progress import Progress
 
@@ -81,9 +81,9 @@ def _once(part: _Part) -> Iterator[_Part]:
         part.drop()
 
 
-def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Rung:
+def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Check:
     """Run the check for shards and their original. Ranks are threads, on the mesh of the shards."""
-    rung, mesh = Rung("numerics", best=SELF_CONSISTENT), opened.layout.mesh
+    check, mesh = Check("numerics", best=SELF_CONSISTENT), opened.layout.mesh
     ids = prompts_for(source)[:2]
     x: Tensor | None = None
     output, own, worst, count, odd = torch.empty(0), 0.0, 0.0, 0, ""
@@ -125,12 +125,12 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
                 world.meet(f"the shards of {step}")
                 if world.rank == 0:
                     largest, limit = max(differ.values(), key=lambda value: (value != value, value)), TIMES * own
-                    if not largest <= limit and not rung.failures:
+                    if not largest <= limit and not check.failures:
                         words = (
                             f"differs by {largest:.3g}" if math.isfinite(largest) else "is not finite, the reference is"
                         )
                         words += f", the bound is {limit:.3g}{culprit(step, opened, source)}"
-                        rung.failures.append(f"float32: {step} {words}")
+                        check.failures.append(f"float32: {step} {words}")
                     share = largest / own if own and math.isfinite(largest) else 0.0
                     worst, count, x = max(worst, share), count + 1, output
                     progress.advance(opened.bytes // len(steps))
@@ -139,15 +139,15 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ru
     progress.start("running the model layer by layer", opened.bytes)
     run_threads(mesh.world, work, timeout=3600)
     progress.finish()
-    rung.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
-    rung.words = f"agrees with this runtime at TP 1, not independent; {count} steps, each from the same input; "
-    rung.words += f"within {worst:.2f} × its own error"
-    rung.hint = "without --layers, given enough memory, it compares with transformers"
+    check.numbers = {"reference": "this runtime at TP 1", "steps": count, "worst": worst}
+    check.words = f"agrees with this runtime at TP 1, not independent; {count} steps, each from the same input; "
+    check.words += f"within {worst:.2f} × its own error"
+    check.hint = "without --layers, given enough memory, it compares with transformers"
     if odd:
-        rung.best = UNPROVEN
-        rung.notes.append(f"{odd} of the reference is not finite: nothing to compare with from there on")
+        check.best = UNPROVEN
+        check.notes.append(f"{odd} of the reference is not finite: nothing to compare with from there on")
     if shares:
-        rung.numbers["imposed"] = sum(shares) / len(shares)
-        rung.words += f"; {rung.numbers['imposed']:.2%} routing ties"
-    rung.notes.append("layer by layer: continuations, and what transformers computes, were not compared")
-    return rung
+        check.numbers["imposed"] = sum(shares) / len(shares)
+        check.words += f"; {check.numbers['imposed']:.2%} routing ties"
+    check.notes.append("layer by layer: continuations, and what transformers computes, were not compared")
+    return check

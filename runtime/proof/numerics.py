@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.errors import PlaceError, ReshardError, unusable
-from reshard.jobs.verdict import SELF_CONSISTENT, UNPROVEN, Rung
+from reshard.jobs.verdict import SELF_CONSISTENT, UNPROVEN, Check
 from reshard.text.progress import Progress
 from reshard.text.units import binary
 
@@ -77,17 +77,17 @@ def numerics(
     exhaustive: bool = False,
     layers: bool = False,
     processes: bool = False,
-) -> Rung:
+) -> Check:
     """Run the check. An obstacle makes it skipped or, if it `must` run, an error.
 
     `asked`: run it even if it needs more than UNASKED; `exhaustive`: as many prompts as the vocabulary has rows for;
     `layers`: layer by layer, in the memory of one; `processes`: each rank is a process of its own.
     """
 
-    def skipped(why: str, hint: str) -> Rung:
+    def skipped(why: str, hint: str) -> Check:
         if must:
             raise ReshardError(f"numerics: {why}", hint)
-        return Rung("numerics", skipped=f"{why}: {hint}")
+        return Check("numerics", skipped=f"{why}: {hint}")
 
     if source is None:
         return skipped("there is nothing to compare with", "--against SRC")
@@ -98,13 +98,13 @@ def numerics(
     )
     if (needed := MEMORY * elements) > UNASKED and not (must or asked):
         words = f"needs {binary(needed)} of memory: ask for it with --numerics, or use --layers for less"
-        return Rung("numerics", skipped=words)
+        return Check("numerics", skipped=words)
     if (why := unusable("torch", "PyTorch")) is not None:
         return skipped(why, "pip install 'reshard[runtime]'")
     import torch
 
     if (why := _cannot_run(source)) is not None:
-        return Rung("numerics", skipped=f"cannot run it: {why}")
+        return Check("numerics", skipped=f"cannot run it: {why}")
     if layers:
         from reshard.checkpoints.source import open_source
 
@@ -117,13 +117,13 @@ def numerics(
         return skipped(words, "--layers needs only the memory of one layer")
     try:
         with torch.inference_mode(), memory.told("numerics", "--layers needs only the memory of one layer"):
-            return _Check(out, source, progress, exhaustive, processes).run()
+            return _Numerics(out, source, progress, exhaustive, processes).run()
     except PlaceError:
         raise
     except ReshardError as error:
         if must:
             raise
-        return Rung("numerics", skipped=f"the runtime cannot run it: {error.message}")
+        return Check("numerics", skipped=f"the runtime cannot run it: {error.message}")
 
 
 def _cannot_run(source: "Source") -> str | None:
@@ -139,7 +139,7 @@ def _cannot_run(source: "Source") -> str | None:
     return None
 
 
-class _Check:
+class _Numerics:
     """One run of the check: prompts, reference, shards."""
 
     def __init__(self, out: Path, source: "Source", progress: Progress, exhaustive: bool, processes: bool) -> None:
@@ -149,7 +149,7 @@ class _Check:
         from .reference import reference_for
 
         self.out, self.source, self.progress, self.processes = out, source, progress, processes
-        self.rung = Rung("numerics")
+        self.check = Check("numerics")
         model = source.layout.model
         self.vocab, self.stored = model.sizes["vocab"], main_dtype(model) or torch.float32
         self.reference: Reference = reference_for(source)
@@ -158,18 +158,18 @@ class _Check:
         self.mixed = "moe.router" in model.tensors
         self.chosen: Choices | None = None
 
-    def run(self) -> Rung:
+    def run(self) -> Check:
         import torch
 
         from .reference import FINE, own_reference, relative
 
-        rung, narrow = self.rung, self.stored in (torch.bfloat16, torch.float16)
+        check, narrow = self.check, self.stored in (torch.bfloat16, torch.float16)
         self.progress.start("running the model", ((5 if narrow else 3) + 2 * self.mixed) * self.source.bytes)
         wide = self.reference.logits(self.prompts, torch.float32)
         self.progress.advance(self.source.bytes)
         if not bool(wide.isfinite().all()):
             self.progress.finish()
-            return Rung("numerics", skipped=f"the logits of the reference, {self.reference.name}, are not finite")
+            return Check("numerics", skipped=f"the logits of the reference, {self.reference.name}, are not finite")
         exact = self.reference.logits(self.prompts, torch.float64)
         self.progress.advance(self.source.bytes)
         if self.mixed:
@@ -189,18 +189,18 @@ class _Check:
         self.progress.advance(self.source.bytes)
         why = ours.odd or (None if bool(wide.isfinite().all()) else "the logits of this runtime at TP 1 are not finite")
         if why is not None:
-            rung.failures.append(f"float32: {why}; those of {self.reference.name} are finite{self._told_apart()}")
-            rung.numbers["reference"] = rung.words = self.reference.name
+            check.failures.append(f"float32: {why}; those of {self.reference.name} are finite{self._told_apart()}")
+            check.numbers["reference"] = check.words = self.reference.name
             self.progress.finish()
-            return rung
+            return check
         numbers = _numbers(ours.logits, wide, exact)
-        rung.numbers |= {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
+        check.numbers |= {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
             where = self._first_to_differ() or self._told_apart()
-            rung.failures.append(f"float32: logits differ by {numbers.max:.3g}, the bound is {limit:.3g}{where}")
+            check.failures.append(f"float32: logits differ by {numbers.max:.3g}, the bound is {limit:.3g}{where}")
         if not (off := _distance(ours.stepwise, self._by_token(wide, ours.stepwise))) <= limit:
-            rung.failures.append(f"float32: token by token, logits differ by {off:.3g}, the bound is {limit:.3g}")
+            check.failures.append(f"float32: token by token, logits differ by {off:.3g}, the bound is {limit:.3g}")
         self._continuations(ours.tokens, limit)
         if narrow:
             name = str(self.stored).removeprefix("torch.")
@@ -216,7 +216,7 @@ class _Check:
             self.progress.advance(self.source.bytes)
         self._coverage()
         self.progress.finish()
-        return rung
+        return check
 
     def _in_stored(
         self, name: str, wide: "torch.Tensor", own: "torch.Tensor", routes: "Routes | None", more: dict[str, Any]
@@ -224,26 +224,26 @@ class _Check:
         """Compare in the stored dtype, in which the reference computes `own`."""
         from .reference import COARSE, relative
 
-        rung = self.rung
+        check = self.check
         if not bool((finite := own.isfinite().all(-1)).all()):
             odd, of = int((~finite).sum()), finite.numel()
             words = f"in {name} the reference's logits are not finite at {odd} of {of} tokens: nothing to compare with"
-            rung.notes.append(
+            check.notes.append(
                 f"{words}; in float32 they are finite: run it with --dtype bfloat16" if name == "float16" else words
             )
             return
         ours = self._shards(self.stored, routes=routes)
         if ours.odd is not None:
-            rung.failures.append(f"{name}: {ours.odd}; those of the reference are finite")
+            check.failures.append(f"{name}: {ours.odd}; those of the reference are finite")
             return
         numbers = _numbers(ours.logits.float(), wide, own.float())
-        rung.numbers[name] = numbers.to_json() | more
+        check.numbers[name] = numbers.to_json() | more
         if (off := relative(own, wide)) > COARSE:
             words = f"the reference's own error, {off:.2g} of the scale of logits, is above {COARSE:.2g}: no bound"
-            rung.notes.append(f"{name}: {words}")
+            check.notes.append(f"{name}: {words}")
         elif not numbers.rms <= RMS * numbers.own_rms:
             words = f"is {numbers.rms:.3g} from the float32 reference, the bound is {RMS:g} × {numbers.own_rms:.3g}"
-            rung.failures.append(f"{name}: rms distance of logits {words}")
+            check.failures.append(f"{name}: rms distance of logits {words}")
 
     def _shards(self, dtype: "torch.dtype", goes_on: bool = False, routes: "Routes | None" = None) -> "Computed":
         """What the shards compute; with `goes_on` also token by token, and greedy continuations."""
@@ -264,8 +264,8 @@ class _Check:
         found = choices(self.source, self.prompts, TIMES)
         self.progress.advance(2 * self.source.bytes)
         if bool(found.unsettled.all()) and self.reference.independent:
-            self.rung.best = SELF_CONSISTENT
-            self.rung.notes.append(
+            self.check.best = SELF_CONSISTENT
+            self.check.notes.append(
                 f"every token depends on a routing tie: no logits were compared with {self.reference.name}"
             )
         return found
@@ -321,20 +321,22 @@ class _Check:
                         tossed += 1
                     elif margin > 2 * limit:
                         words = f"the reference's is {other}, by a margin of {margin:.3g} over any other"
-                        self.rung.failures.append(f"float32: text {number}: token {at + 1} is {one}, {words}")
+                        self.check.failures.append(f"float32: text {number}: token {at + 1} is {one}, {words}")
                     break  # from here on they diverge
                 agreed += 1
                 distinct.add(one)
                 if one in self.others:
                     break  # a text does not go on from here
-        self.rung.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
+        self.check.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
         if self.chosen is not None:
-            self.rung.numbers["continuations"]["tossed"] = tossed  # texts cut short by a routing tie
-        if not agreed and not self.rung.failures:
-            self.rung.best = UNPROVEN
-            self.rung.notes.append("no token that the model goes on with was compared")
-        elif len(distinct) < DISTINCT and not self.rung.failures:
-            self.rung.notes.append(f"the model went on with {len(distinct)} distinct tokens, {DISTINCT} would say more")
+            self.check.numbers["continuations"]["tossed"] = tossed  # texts cut short by a routing tie
+        if not agreed and not self.check.failures:
+            self.check.best = UNPROVEN
+            self.check.notes.append("no token that the model goes on with was compared")
+        elif len(distinct) < DISTINCT and not self.check.failures:
+            self.check.notes.append(
+                f"the model went on with {len(distinct)} distinct tokens, {DISTINCT} would say more"
+            )
 
     @cached_property
     def _turns(self) -> bool:
@@ -371,46 +373,46 @@ class _Check:
         return self.chosen is None or self.chosen.settles(decisions(self.source, torch.tensor([ids]), torch.float32)[2])
 
     def _coverage(self) -> None:
-        rung, model = self.rung, self.source.layout.model
+        check, model = self.check, self.source.layout.model
         rows, vocab = len(set(self.prompts.flatten().tolist())), self.vocab - len(self.others)
         covered: dict[str, Any] = {"rows": rows, "vocabulary": vocab}
         if rows < vocab:
-            rung.notes.append(f"{vocab - rows} of {vocab} rows of the vocabulary were not used")
+            check.notes.append(f"{vocab - rows} of {vocab} rows of the vocabulary were not used")
         if self.routed:
             experts = model.sizes["experts"]
             reached = sum(map(len, self.routed.values()))
             covered |= {"experts": reached, "of": experts * len(self.routed)}
             if reached < experts * len(self.routed):
                 unused = experts * len(self.routed) - reached
-                rung.notes.append(f"{unused} of {experts * len(self.routed)} experts received no token")
+                check.notes.append(f"{unused} of {experts * len(self.routed)} experts received no token")
         if (beyond := model.sizes.get("layer", 0) - model.main_layers) > 0 and model.main_layers:
-            rung.notes.append(f"{beyond} layers beyond the decoder's (multi-token prediction) are not run")
-        rung.numbers["coverage"] = covered
-        worst = rung.numbers["float32"]
+            check.notes.append(f"{beyond} layers beyond the decoder's (multi-token prediction) are not run")
+        check.numbers["coverage"] = covered
+        worst = check.numbers["float32"]
         share = worst["max"] / worst["own_max"] if worst["own_max"] else math.inf if worst["max"] else 0.0
-        done = rung.numbers["continuations"]
+        done = check.numbers["continuations"]
         if not self.reference.independent:
-            rung.best, rung.hint = SELF_CONSISTENT, self.reference.hint
+            check.best, check.hint = SELF_CONSISTENT, self.reference.hint
         alone = (
             f"agrees with {self.reference.name}, not independent"
-            if rung.best == SELF_CONSISTENT and not rung.failures
+            if check.best == SELF_CONSISTENT and not check.failures
             else ""
         )
-        rung.words = (
+        check.words = (
             f"{alone or self.reference.name}; logits within {share:.2f} × its own error; {done['tokens']} tokens agree"
         )
         if self.chosen is not None:
-            rung.words += f"; {self.chosen.share:.2%} routing ties"
-        for name, numbers in rung.numbers.items():
+            check.words += f"; {self.chosen.share:.2%} routing ties"
+        for name, numbers in check.numbers.items():
             if isinstance(numbers, dict) and "kl" in numbers:
                 largest, rms = f"max {numbers['max']:.2g}", f"rms {numbers['rms']:.2g}"
                 if name == "float32":
                     largest += f" (bound {TIMES * numbers['own_max']:.2g})"
                 else:
                     rms += f" (bound {RMS * numbers['own_rms']:.2g})"
-                rung.details.append(f"{name}: {largest}, {rms}, KL {numbers['kl']:.2g}")
+                check.details.append(f"{name}: {largest}, {rms}, KL {numbers['kl']:.2g}")
         routed = f", {covered['experts']} of {covered['of']} experts" if "experts" in covered else ""
-        rung.details.append(f"covered: {rows} of {vocab} rows of the vocabulary{routed}")
+        check.details.append(f"covered: {rows} of {vocab} rows of the vocabulary{routed}")
 
     def _first_to_differ(self) -> str:
         """The first step that computes something else from the same input, and which of its tensors differ."""
@@ -444,8 +446,8 @@ class _Check:
         settled = None if self.chosen is None else ~self.chosen.unsettled[:2]
         if (found := first_to_differ(self.source, self.reference, self.prompts[:2], settled)) is None:
             return ""
-        self.rung.numbers["first"] = found.to_json()
-        self.rung.details += found.lines()
+        self.check.numbers["first"] = found.to_json()
+        self.check.details += found.lines()
         return f"; the first step to differ is {found.name}, also at TP 1"
 
 
