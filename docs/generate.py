@@ -58,7 +58,7 @@ def family_rows() -> str:
 
 
 def _results(table: Family, seen: dict[str, Any]) -> str:
-    """Meshes converted to and run at, and damages noticed; a dash for what was not tried since the table changed,
+    """Meshes converted to and run at, and mutations detected; a dash for what was not tried since the table changed,
     or did not hold.
     """
     if seen.get("table") != families.digest(table.name):
@@ -74,8 +74,8 @@ def _results(table: Family, seen: dict[str, Any]) -> str:
         if seen["runs"]
         else "–"
     )
-    share = 100 * seen["caught"] / seen["damages"] if seen["damages"] else 0
-    return f"{converts} | {runs} | {'100 %' if seen['caught'] == seen['damages'] else f'{min(share, 99.9):.1f} %'}"
+    share = 100 * seen["caught"] / seen["mutations"] if seen["mutations"] else 0
+    return f"{converts} | {runs} | {'100 %' if seen['caught'] == seen['mutations'] else f'{min(share, 99.9):.1f} %'}"
 
 
 def _leaves(table: Family) -> dict[str, Row]:

@@ -106,14 +106,14 @@ def convert(
     """Convert a checkpoint or a shard directory to `out`: shards for a mesh, or Hugging Face files (`to="hf"`).
 
     A re-run of a finished job writes nothing (`Result.already`), once OUT was found whole (unless `check` is False) and
-    the source the same. Raises ReshardError before anything is written for whatever can be told before.
+    the source the same. Raises ReshardError before anything is written for whatever can be known before.
     """
     from .jobs.convert import convert as convert_job
     from .jobs.job import Options
 
     options = Options(workers, overwrite, checksum, sha256, fsync, pad, repeat, engine_version, check)
     if not str(out):
-        raise ReshardError("the destination is an empty name", "give a directory that is not there yet")
+        raise ReshardError("the destination is an empty name", "give a directory that does not exist yet")
     destination = location.destination(out)
     source = open_any(src, revision, family, headers_only=False, progress=progress)
     mesh = choose_mesh(
@@ -180,7 +180,9 @@ def verify(
     source = open_any(against, revision, family, headers_only=False, progress=progress) if against is not None else None
     published = _published(path, hub) if hub is not None and only in (None, "sha256") else None
     if strict and only not in (None, "integrity"):
-        raise ReshardError(f"--strict is of integrity, --only {only} leaves that out", "leave out one of them")
+        raise ReshardError(
+            f"--strict belongs to the integrity check, which --only {only} leaves out", "leave out one of them"
+        )
     wish = Wish(
         only, sha256, published, _numerics(numerics, only, exhaustive, layers, processes, run_it), strict, musts
     )
@@ -331,7 +333,7 @@ def _numbers(option: str, given: Sequence[int] | None) -> tuple[int, ...] | None
     if given is None:
         return None
     if isinstance(given, str) or not all(isinstance(number, int) for number in given):
-        raise ReshardError(f"{option} = {given!r}: whole numbers are needed", "such as (3, 3, 2)")
+        raise ReshardError(f"{option} = {given!r}: expected whole numbers", "such as (3, 3, 2)")
     return tuple(given)
 
 
@@ -341,4 +343,4 @@ def _size(option: str, text: str | int | None) -> int | None:
     try:
         return text if text is None else parse_size(str(text))
     except ReshardError as error:
-        raise ReshardError(f"{option} {text}: is no number of bytes", error.hint) from None
+        raise ReshardError(f"{option} {text}: invalid size", error.hint) from None

@@ -20,7 +20,7 @@ class ReshardError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return told(self.message, self.hint)
+        return with_hint(self.message, self.hint)
 
 
 def unusable(package: str, called: str) -> str | None:
@@ -35,7 +35,7 @@ def unusable(package: str, called: str) -> str | None:
     return None
 
 
-def told(message: str, hint: str | None) -> str:
+def with_hint(message: str, hint: str | None) -> str:
     """A message and its hint as one text. Lines of the message but the first are indented: a name with newlines in it
     forges no hint.
     """

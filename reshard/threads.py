@@ -21,7 +21,7 @@ def count(asked: int = 0) -> int:
     """
     if not 0 <= asked <= MOST:
         raise ReshardError(
-            f"--workers {asked} is no number of threads", f"give 1 to {MOST}; 0 is one for each core, at most eight"
+            f"--workers {asked} is not a number of threads", f"give 1 to {MOST}; 0 is one for each core, at most eight"
         )
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < ADDRESSES:

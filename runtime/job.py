@@ -20,7 +20,7 @@ from reshard.layout.mesh import Mesh
 from reshard.store.directory import Directory
 from reshard.text.escapes import in_json, visible
 
-from .comm.launch import Tell
+from .comm.launch import Report
 from .prompts import Prompt, encoded, read_prompts
 from .statistics import lines, statistics
 from .text import Stream, Tokenizer, generation_config, stop_tokens
@@ -105,7 +105,7 @@ def start(job: Job) -> None:
     size = ranks_wanted(job)
     prompts = job.encode()
     _torch()
-    launch(size, lambda rank, tell: one_rank(job, prompts, size, tell), job.timeout)
+    launch(size, lambda rank, report: one_rank(job, prompts, size, report), job.timeout)
 
 
 def _torch() -> None:
@@ -118,14 +118,14 @@ def _torch() -> None:
         raise ReshardError("this PyTorch was built without torch.distributed", "pip install 'reshard[runtime]'")
 
 
-def one_rank(job: Job, prompts: Sequence[Prompt], forked: int | None, tell: Tell) -> None:
+def one_rank(job: Job, prompts: Sequence[Prompt], forked: int | None, report: Report) -> None:
     """Everything that one rank does. `prompts`: rank 0 needs them; `forked`: the number of ranks, if they are forks."""
     from .comm.processes import joined
 
-    tell("start")
+    report("start")
     device = _device(job.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with joined("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", forked, job.timeout) as world:
-        _work(job, prompts, world, device, tell)
+        _work(job, prompts, world, device, report)
 
 
 def _device(name: str, ranks: int) -> Any:
@@ -145,7 +145,7 @@ def _device(name: str, ranks: int) -> Any:
     return torch.device("cuda", number)
 
 
-def _work(job: Job, given: Sequence[Prompt], world: "World", device: Any, tell: Tell) -> None:
+def _work(job: Job, given: Sequence[Prompt], world: "World", device: Any, report: Report) -> None:
     import torch
 
     from .comm.collectives import gathered
@@ -160,7 +160,7 @@ def _work(job: Job, given: Sequence[Prompt], world: "World", device: Any, tell: 
     joined = time.monotonic()
     console = _Console(job, given) if world.rank == 0 else None
     prompts: list[list[int]] = gathered(world, [prompt.ids for prompt in given] if console else None, "prompts")[0]
-    tell("load")
+    report("load")
     decoder = load_model(
         job.out,
         getattr(torch, job.dtype) if job.dtype else None,
@@ -177,13 +177,13 @@ def _work(job: Job, given: Sequence[Prompt], world: "World", device: Any, tell: 
     check(prompts, decoder.model.sizes["vocab"], limit)
     options = Options(job.most, sampling, stop_tokens(said, config, job.out, decoder.model.sizes["vocab"]), limit)
     try:
-        done = generate(decoder, prompts, options, console.token if console else None, tell)
+        done = generate(decoder, prompts, options, console.token if console else None, report)
     except ReshardError:
         if console is not None:
             console.stop()
         raise
     ended = time.monotonic()
-    tell("report")
+    report("report")
     times = {
         "start": joined - job.began,
         "load": loaded - joined,

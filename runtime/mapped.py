@@ -101,7 +101,7 @@ def _mapped(root: Path, known: Manifest, rank: int) -> tuple[mmap.mmap, dict[str
         if found != size:
             raise MismatchError(
                 f"{path}: has {found} bytes, expected {size} by the manifest",
-                "it is truncated or of another conversion: fetch it again",
+                "it is truncated, or from another conversion: fetch it again",
             )
         head = of_file(path.name).read(of_descriptor(descriptor, str(path)), size, str(path))
         _check_metadata(path, head.metadata, known, rank)
@@ -133,7 +133,7 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], known: Manifest, ra
             raise MismatchError(
                 f"{path}: its header says {key.removeprefix('reshard.')} {metadata.get(key, 'nothing')}, "
                 f"expected {value}",
-                "files were swapped, or are of another conversion: fetch the file again, or convert again",
+                "files were swapped, or are from another conversion: fetch the file again, or convert again",
             )
 
 

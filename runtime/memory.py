@@ -32,7 +32,7 @@ def exhausted(error: BaseException) -> bool:
 
 
 @contextmanager
-def told(what: str, hint: str) -> Iterator[None]:
+def reported(what: str, hint: str) -> Iterator[None]:
     """Report memory that ran out as PlaceError."""
     try:
         yield

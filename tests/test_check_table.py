@@ -43,7 +43,7 @@ def family(name: str) -> Family:
 
 
 @cache
-def damages(name: str) -> dict[str, Mutation]:
+def all_mutations(name: str) -> dict[str, Mutation]:
     return {mutation.name: mutation for mutation in mutations(family(name))}
 
 
@@ -60,14 +60,14 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Be
 
 
 def tried(name: str, words: str, benches: Callable[[str], list[Bench]]) -> Trial:
-    return mutation_trial.tried(damages(name)[words], family(name), benches(name))
+    return mutation_trial.tried(all_mutations(name)[words], family(name), benches(name))
 
 
 # --- every family -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_sample_of_the_damages_of_every_family_is_caught(name: str) -> None:
+def test_a_sample_of_the_mutations_of_every_family_is_caught(name: str) -> None:
     """Whole families take up to a minute: `reshard check-table FAMILY` tries all."""
     found = check_table(family(name), sample=SAMPLE.get(name, 40))
     assert found.skipped is None, "every one of these is run"
@@ -81,7 +81,7 @@ def test_a_sample_of_the_damages_of_every_family_is_caught(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_fits_and_is_wrong_is_caught_by_running(name: str, benches: Callable[[str], list[Bench]]) -> None:
     """A tensor read one further along an axis fits always: some of them, in every family."""
-    shifts = [mutation for mutation in damages(name).values() if mutation.shift is not None]
+    shifts = [mutation for mutation in all_mutations(name).values() if mutation.shift is not None]
     for mutation in shifts[:: max(1, len(shifts) // 6)]:
         trial = mutation_trial.tried(mutation, family(name), benches(name))
         axis = mutation.shift[1] if mutation.shift else ""
@@ -109,7 +109,7 @@ def test_no_wrong_table_can_hide_in_a_made_up_checkpoint(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_row_axis_and_size_is_damaged_and_no_damage_twice(name: str) -> None:
+def test_every_row_axis_and_size_is_mutated_and_no_mutation_twice(name: str) -> None:
     table, found = family(name), list(mutations(family(name)))
     assert len({mutation.name for mutation in found}) == len(found)
     keys = [damaging.identity(mutation.data) for mutation in found if mutation.data is not None]
@@ -166,7 +166,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize(("name", "words", "by"), NAMED, ids=[f"{name}: {words}" for name, words, _ in NAMED])
-def test_a_damage_is_caught_where_one_would_think(
+def test_a_mutation_is_caught_where_one_would_think(
     name: str, words: str, by: str, benches: Callable[[str], list[Bench]]
 ) -> None:
     trial = tried(name, words, benches)
@@ -184,14 +184,14 @@ FITTING = [
 def test_what_fits_passes_all_checks_but_the_model_computes_something_else(
     name: str, words: str, tmp_path: Path, benches: Callable[[str], list[Bench]]
 ) -> None:
-    """Written out: the damaged table converts, and integrity, weights and sha256 find nothing; logits are those that
+    """Written out: the mutated table converts, and integrity, weights and sha256 find nothing; logits are those that
     the check saw.
     """
     (bench,) = benches(name)
     assert bench.published.root is not None
-    damaged = damages(name)[words].data
-    assert damaged is not None
-    (tmp_path / "mine.toml").write_text(toml(damaged))
+    mutated = all_mutations(name)[words].data
+    assert mutated is not None
+    (tmp_path / "mine.toml").write_text(toml(mutated))
     reshard.convert(
         bench.published.root, out := tmp_path / "out", tp=2, family=str(tmp_path / "mine.toml"), sha256=True
     )
@@ -232,11 +232,11 @@ def toml(data: dict[str, object]) -> str:
 def test_what_a_checkpoint_cannot_tell_is_not_called_caught(checkpoint: Get) -> None:
     """Attention and feed-forward beside each other add both biases at one place: exchanged, the model is the same."""
     bench = Bench("given", checkpoint("gpt_neox"), family("gpt_neox"), None)
-    damage = damages("gpt_neox")["rows attn.o_bias and mlp.down_bias exchanged"]
-    assert mutation_trial.tried(damage, family("gpt_neox"), [bench]).by == "beyond", (
+    mutation = all_mutations("gpt_neox")["rows attn.o_bias and mlp.down_bias exchanged"]
+    assert mutation_trial.tried(mutation, family("gpt_neox"), [bench]).by == "beyond", (
         "run one after the other, they are told apart"
     )
-    trial = Trial(damage.name, MISSED, "the same logits: they differ")
+    trial = Trial(mutation.name, MISSED, "the same logits: they differ")
     found = TableCheck("gpt_neox", 16, 7, ("given",), (trial, Trial("other", "opening", "why")))
     assert not found.ok and not found.proven
     assert found.lines()[:3] == [
@@ -259,7 +259,7 @@ def test_a_given_checkpoint_is_tried_first_and_says_whether_the_table_itself_is_
 
 
 def test_a_table_that_is_wrong_itself_is_told_by_a_given_checkpoint(checkpoint: Get, tmp_path: Path) -> None:
-    """All its damages are caught, for they are compared with itself: only an independent implementation knows."""
+    """All its mutations are caught, for they are compared with itself: only an independent implementation knows."""
     rows = [
         ["model.layers.{layer}.self_attn.k_proj.weight", "(kv head_dim) hidden", "attn.v"],
         ["model.layers.{layer}.self_attn.v_proj.weight", "(kv head_dim) hidden", "attn.k"],
@@ -318,7 +318,7 @@ ODD = {
     "no rows": ("", "it has no row"),
     "a size that is text": (
         'like = "llama"\n[sizes]\nheads = "model_type"',
-        "model_type is 'odd', a non-negative integer is needed",
+        "model_type is 'odd', expected a non-negative integer",
     ),
     "a value and a section": (
         'like = "llama"\n[sizes]\nlayer = "a"\nhidden = "a.b"',
@@ -390,7 +390,7 @@ def test_the_same_table_gives_the_same_report(found: TableCheck) -> None:
     assert check_table(family("phi3"), sample=120).to_json() == found.to_json()
 
 
-def test_progress_is_told_damage_by_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_mutation_by_mutation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lines, "first", 0.0)
     done = command("check-table", "phi3", "--sample", "5")
     assert re.search(r"^testing mutations: 5 of 5 \(100 %\), [0-9,]+/s$", done.err, re.M), done.err

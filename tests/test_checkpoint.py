@@ -252,7 +252,7 @@ def test_data_that_is_not_aligned(align: int, tmp_path: Path) -> None:
 
 
 def test_elements_at_odd_offsets(tmp_path: Path) -> None:
-    """A tensor of three bytes before all others: F32 at offsets that are no multiple of four."""
+    """A tensor of three bytes before all others: F32 at offsets that are not a multiple of four."""
     source = llama(tmp_path / "model", {})
     tensors = {"model.rotary_emb.inv_freq": noise("U8", 3)} | llama_tensors(dtype="F32")
     save(source / "model.safetensors", tensors)
@@ -322,7 +322,7 @@ def test_every_dtype_goes_there_and_back(dtype: str, tmp_path: Path) -> None:
 
 
 def test_a_cut_that_would_tear_a_byte_is_refused(tmp_path: Path) -> None:
-    """Half of 5 columns of four bits is no number of bytes."""
+    """Half of 5 columns of four bits invalid size."""
     source, option = mine(tmp_path, "F4", inter=40)
     refused(
         reshard("convert", source, tmp_path / "out", "--tp", "8", option),

@@ -230,7 +230,7 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
     ("plan SRC --tp 0", ("--tp 0",)),
     ("plan SRC --tp 1.5", ("--tp 1.5",)),
     ("plan SRC --tp 99999999999", ("--tp 99999999999",)),
-    ("plan SRC --tp 3", ("4 does not divide among 3", "TP sizes that work: 1, 2, 4, 8", "--tp 3 --split 2:1:1")),
+    ("plan SRC --tp 3", ("4 cannot be split over 3 ranks", "TP sizes that work: 1, 2, 4, 8", "--tp 3 --split 2:1:1")),
     ("plan SRC --tp 2 --split 3:3:2", ("3:3:2", "--tp is 2")),
     ("plan SRC --tp 1 --split 3:3:2", ("3:3:2", "--tp is 1")),
     ("plan SRC --split 3:x", ("--split 3:x", "for example 3:3:2")),

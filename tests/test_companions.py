@@ -74,8 +74,8 @@ LEFT = {
     "assets/video.mp4": "over 64 MiB",
     "checkpoint-500/": "other weights",
     "original/": "other weights",
-    "rank-00000/": "name of a folder that shard directories have themselves",
-    "source/": "name of a folder that shard directories have themselves",
+    "rank-00000/": "name of a folder that shard directories use themselves",
+    "source/": "name of a folder that shard directories use themselves",
 }
 
 
@@ -438,7 +438,7 @@ def test_the_hubs_cache_is_one_place(source: Path, tmp_path: Path) -> None:
     assert done.code == 0 and left(done.json) == {}
     assert {"tokenizer.json", "1_Pooling/config.json", "any.txt"} <= tree(tmp_path / "out").keys()
     (blobs / "1").unlink()
-    refused(reshard("convert", snapshot, tmp_path / "no", "--tp", "2"), 2, "which is not there")
+    refused(reshard("convert", snapshot, tmp_path / "no", "--tp", "2"), 2, "which does not exist")
 
 
 # Files that appear

@@ -112,6 +112,6 @@ def test_config_keys_are_compared_with_plain_numbers() -> None:
 
     assert Config({"a": 1}).says("a == 1")
     for digit in ("\u0661", "\u00b2"):
-        with pytest.raises(ReshardError, match="is no expression"):
+        with pytest.raises(ReshardError, match="is not an expression"):
             Config({"a": 1}).says(f"a == {digit}")
     assert LLAMA["num_hidden_layers"]

@@ -643,7 +643,7 @@ def _vocabulary() -> dict[str, list[str]]:
     """Logical tensor → its axes, as the vocabulary page has them."""
     text = _text("docs/vocabulary.md").partition("## Outside the layers")[2]
     found = re.findall(r"^\| `([\w.]+)` \| (`[^|]+`) \|", text, re.M)
-    assert len(found) == len(dict(found)), "a tensor stands twice on the page"
+    assert len(found) == len(dict(found)), "a tensor appears twice on the page"
     return {name: re.findall("`([^`]+)`", axes) for name, axes in found}
 
 

@@ -453,7 +453,7 @@ def test_a_truncated_source_ends_all_workers_with_an_error_that_names_the_file(t
             )
         )
     pool, reader = Pool(os.O_RDWR), Pool()
-    with pytest.raises(ReshardError, match=r"0-s: \d+ bytes wanted at offset \d+, the file ends at 9000"):
+    with pytest.raises(ReshardError, match=r"0-s: expected \d+ bytes at offset \d+, the file ends at 9000"):
         engine.run(
             as_plan(*[[copy] for copy in copies]),
             source,

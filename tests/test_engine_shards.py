@@ -429,7 +429,7 @@ def test_published_weights_and_manifests_come_first(tmp_path: Path) -> None:
     indexed = saved(tmp_path / "indexed", "llama", 2)
     assert (indexed / INDEX).exists()
     shutil.copy(fixtures.checkpoint("llama") / "model-00002-of-00007.safetensors", indexed)
-    with pytest.raises(ReshardError, match=r"model-00001-of-00007\.safetensors, which is not there"):
+    with pytest.raises(ReshardError, match=r"model-00001-of-00007\.safetensors, which does not exist"):
         open_source(indexed)
 
 
@@ -544,7 +544,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         "llama",
         4,
         remove(3),
-        "axis kv: 4 does not divide among 3.*the first rank fits TP 4.*files of TP 3",
+        "axis kv: 4 cannot be split over 3 ranks.*the first rank fits TP 4.*files of TP 3",
     ),
     "half of the ranks are missing": (
         "llama",
@@ -580,7 +580,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         "llama",
         2,
         lambda d: shutil.copy(d / R.format(0), d / shard_name(0, 0, 2)),
-        "which are of two saves",
+        "which come from two saves",
     ),
     "a truncated part": (
         "llama",
@@ -685,7 +685,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         "llama",
         2,
         says(num_key_value_heads=3),
-        "heads is 8, which is no multiple of kv = 3",
+        "heads is 8, which is not a multiple of kv = 3",
     ),
     "KV heads unsaid, that are not all heads": (
         "llama",

@@ -75,8 +75,8 @@ def test_an_empty_directory_and_one_without_config(source: Path) -> None:
     [
         ("", "not JSON"),
         ("{", "not JSON"),
-        ("[]", "a JSON object is needed"),
-        ("null", "a JSON object is needed"),
+        ("[]", "expected a JSON object"),
+        ("null", "expected a JSON object"),
         ('{"a":' * 100_000, "not JSON"),
         ("<html>", "not JSON"),
     ],
@@ -327,7 +327,7 @@ def test_an_index_that_names_a_missing_file(source: Path) -> None:
     refuses(
         indexed(source, MAP | {Q: "b.safetensors"}),
         "model.safetensors.index.json",
-        "b.safetensors, which is not there",
+        "b.safetensors, which does not exist",
         "download",
     )
 

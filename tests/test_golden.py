@@ -349,7 +349,7 @@ def test_a_vllm_directory_with_stages_names_its_files_by_both_ranks(name: str, t
 
 def test_stages_of_unequal_length_must_be_given_for_vllm(tmp_path: Path) -> None:
     """Where vLLM puts the layers that are left over, it does otherwise than `native` does."""
-    with pytest.raises(ReshardError, match=r"5 layers do not divide among 2 stages, .*--pp-layers"):
+    with pytest.raises(ReshardError, match=r"5 layers cannot be split evenly over 2 stages; .*--pp-layers"):
         prepare(open_source(copy("llama", tmp_path / "model")), "vllm", Mesh(pp=2), Options())
 
 
@@ -363,7 +363,7 @@ def test_what_vllm_cannot_load_is_refused(mesh: Mesh, words: str, tmp_path: Path
 
 def test_a_vocabulary_that_does_not_divide_when_padded_to_64_is_refused(tmp_path: Path) -> None:
     """vLLM does not pad further: 331 becomes 384, which 9 does not divide."""
-    with pytest.raises(ReshardError, match="axis vocab: 384 does not divide among 9"):
+    with pytest.raises(ReshardError, match="axis vocab: 384 cannot be split over 9 ranks"):
         prepare(open_source(copy("llama", tmp_path / "model")), "vllm", Mesh(tp=9), Options())
 
 

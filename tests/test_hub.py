@@ -552,7 +552,7 @@ FAULTS = {
     "403": (Fault(403, {"X-Error-Message": "Access to this resource is disabled."}), 2, r"refuses .* \(403\)"),
     "404": (Fault(404, {"X-Error-Code": "EntryNotFound"}), 2, r"is not there at revision"),
     "dropped": (Fault(drop_after=10), 3, r"cannot be reached"),
-    "slow": (Fault(wait=1.5), 3, r"was silent for 1 s"),
+    "slow": (Fault(wait=1.5), 3, r"did not respond within 1 s"),
     "pointer": (Fault(body=POINTER), 3, rf"has {len(POINTER)} bytes, the Hub's list says 55432"),
 }
 

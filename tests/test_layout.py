@@ -190,7 +190,7 @@ def test_a_row_that_is_cut_elsewhere_is_cut_there_alone() -> None:
     layout = laid(Mesh(tp=2), {"up gate": [*ROWS["up gate"], "cut=hidden"]})
     assert shape(layout, 1, "l.0.gu") == (16, 3)
     assert box(layout, "up", 1) == {"inter": (0, 8), "hidden": (3, 6)}
-    with pytest.raises(ReshardError, match="axis hidden: 6 does not divide among 4"):
+    with pytest.raises(ReshardError, match="axis hidden: 6 cannot be split over 4 ranks"):
         laid(Mesh(tp=4), {"up gate": [*ROWS["up gate"], "cut=hidden"]})
 
 
@@ -260,11 +260,11 @@ def test_layers_of_another_kind_are_only_where_they_are() -> None:
         ("llama", {"pp": 6}, "--pp 6 leaves a stage empty: the model has 5 layers"),
         ("llama", {"pp": 2, "layers": (2, 2)}, "--pp-layers 2,2 is 4 layers, the model has 5"),
         ("llama", {"tp": 2, "ep": 2}, '--ep 2 cuts nothing of this model in format "native"'),
-        ("llama", {"tp": 16}, "axis group: 2 does not divide among 4"),
-        ("llama", {"tp": 5}, "axis kv: 5 ranks are no multiple of 4"),
-        ("llama", {"tp": 3}, "axis kv: 4 does not divide among 3"),
-        ("mixtral", {"tp": 3, "ep": 3}, "axis experts: 8 does not divide among 3"),
-        ("llama", {"tp": 5, "weights": (1, 1, 1, 1, 1)}, "axis kv: 5 ranks are no multiple of 4"),
+        ("llama", {"tp": 16}, "axis group: 2 cannot be split over 4 ranks"),
+        ("llama", {"tp": 5}, "axis kv: 5 ranks are not a multiple of 4"),
+        ("llama", {"tp": 3}, "axis kv: 4 cannot be split over 3 ranks"),
+        ("mixtral", {"tp": 3, "ep": 3}, "axis experts: 8 cannot be split over 3 ranks"),
+        ("llama", {"tp": 5, "weights": (1, 1, 1, 1, 1)}, "axis kv: 5 ranks are not a multiple of 4"),
         (
             "llama",
             {"tp": 4, "weights": (97, 1, 1, 1)},
@@ -300,7 +300,7 @@ def test_unequal_ranks_and_stages_are_refused_where_the_format_has_none() -> Non
         laid(Mesh(tp=2, weights=(3, 1)))
     with pytest.raises(
         ReshardError,
-        match=r"3 layers do not divide among 2 stages, and format \"x\" wants --pp-layers then, e\.g\. 2,1",
+        match=r"3 layers cannot be split evenly over 2 stages; format \"x\" then needs --pp-layers, e\.g\. 2,1",
     ):
         laid(Mesh(pp=2), head='replicate = ["kv"]')
     assert laid(Mesh(pp=2, layers=(1, 2)), head="").stages == ((0, 1), (1, 3))
@@ -309,7 +309,7 @@ def test_unequal_ranks_and_stages_are_refused_where_the_format_has_none() -> Non
 def test_repetition_that_the_format_does_not_allow_is_refused() -> None:
     cut = CUT.replace(', "vocab"', "")
     assert laid(Mesh(tp=4), cut=cut).repeats == {"kv": 2}
-    with pytest.raises(ReshardError, match="axis kv: 2 does not divide among 4"):
+    with pytest.raises(ReshardError, match="axis kv: 2 cannot be split over 4 ranks"):
         laid(Mesh(tp=4), head="", cut=cut)
 
 

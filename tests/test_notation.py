@@ -297,5 +297,5 @@ def test_a_size_is_the_first_alternative_whose_keys_exist(expression: str, value
 
 @pytest.mark.parametrize("value", [True, 1.0, "3", -1, [3], {}])
 def test_a_size_that_is_no_number_of_elements_is_refused_by_its_key(value: object) -> None:
-    with pytest.raises(ReshardError, match=r"config\.json: a is .*, a non-negative integer is needed"):
+    with pytest.raises(ReshardError, match=r"config\.json: a is .*, expected a non-negative integer"):
         parse("missing | a").size({"a": value}.get)

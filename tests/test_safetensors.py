@@ -732,7 +732,7 @@ def refusal(file: bytes) -> ReshardError:
         ),
         (
             tensors(entry('"F4"', "[7]")),
-            "m.safetensors: tensor 't0': F4 [7] has 28 bits, which is no whole number of bytes",
+            "m.safetensors: tensor 't0': F4 [7] has 28 bits, not a whole number of bytes",
         ),
         ('{"t":{"dtype":"U8","shape":[4]}}', "m.safetensors: tensor 't': data_offsets is missing"),
         ('{"__metadata__":{"a":1}}', "m.safetensors: __metadata__: 'a' is 1, not a string"),

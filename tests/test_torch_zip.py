@@ -591,7 +591,7 @@ def test_odd_zip_archives_are_refused():
     refused(out.getvalue(), "2 entries NAME/data.pkl")
     with zipfile.ZipFile(out, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("any name/version", b"")
-    refused(out.getvalue(), "any name/version stands twice")
+    refused(out.getvalue(), "any name/version appears twice")
     empty = io.BytesIO()
     zipfile.ZipFile(empty, "w").close()
     refused(empty.getvalue(), "0 entries NAME/data.pkl")

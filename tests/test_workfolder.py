@@ -216,7 +216,7 @@ def test_what_a_killed_job_left_is_told_by_inspect_and_by_the_next_job_nearby(so
         job.allow(2)
         job.until(3)
         running = reshard("convert", source, tmp_path / "early", "--tp", "2", "--json").json
-        refused(reshard("verify", tmp_path / "out"), 3, "is not there yet: a conversion is writing it")
+        refused(reshard("verify", tmp_path / "out"), 3, "does not exist yet: a conversion is writing it")
         job.job.kill()
         job.job.wait()
     folder = tmp_path / ".out.reshard"
@@ -230,7 +230,7 @@ def test_what_a_killed_job_left_is_told_by_inspect_and_by_the_next_job_nearby(so
     assert len(reshard("convert", source, tmp_path / "near", "--tp", "2", "--json").json["notes"]) == 1
     for command in ("inspect", "verify", "plan"):
         refused(
-            reshard(command, tmp_path / "out"), 3, "is not there: the conversion to it was killed", f"rm -r {folder}"
+            reshard(command, tmp_path / "out"), 3, "does not exist: the conversion to it was killed", f"rm -r {folder}"
         )
     assert str(folder) in reshard("inspect", tmp_path).out
     old(source, tmp_path / "out")

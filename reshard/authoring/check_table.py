@@ -84,8 +84,8 @@ class TableCheck:
         count, wrong = self.count, len(self.trials) - self.count[EQUIVALENT]
         caught = sum(count[check] for check in CHECKS)
         share = f"{caught} of {wrong}" if caught < wrong else "all" if self.right or not self.given else f"{wrong}"
-        told = "differ from the table itself" if self.given and not self.right else "caught"
-        found = [f"{self.family}: {share} {told}: {wrong} mutations of {self.rows} rows and {self.axes} axes"]
+        caught_by = "differ from the table itself" if self.given and not self.right else "caught"
+        found = [f"{self.family}: {share} {caught_by}: {wrong} mutations of {self.rows} rows and {self.axes} axes"]
         found += _wrapped(self.itself, 2) if self.itself else []
         found += [line for text in (self.first.lines() if self.first is not None else ()) for line in _wrapped(text, 4)]
         found += _wrapped(f"NOT CAUGHT: {len(self.missed)}", 2) if self.missed else []

@@ -53,27 +53,27 @@ class Trial:
 def tried(mutation: Mutation, table: Family, benches: Sequence["Bench"]) -> Trial:
     """One mutation: read, then tried on the checkpoints that have its rows, until one tells it from the true table."""
     name = mutation.name
-    damaged: Family | None = None
+    mutated: Family | None = None
     if mutation.data is not None:
         try:
-            damaged = families.of_chain(table.chain, mutation.data)
+            mutated = families.of_chain(table.chain, mutation.data)
         except ReshardError as error:
             return Trial(name, "reading", _line(error))
     own = set(mutation.rows)
     having = sorted((bench for bench in benches if own & bench.active), key=lambda bench: -len(own & bench.active))
     found = [] if having else [Trial(name, MISSED, "no checkpoint has these rows")]
     for bench in having:
-        trial = _on(bench, mutation, damaged)
+        trial = _on(bench, mutation, mutated)
         if trial.by in CHECKS:
             return trial
         found.append(trial)
     return max(found, key=lambda trial: (EQUIVALENT, OPEN, MISSED).index(trial.by))
 
 
-def _on(bench: "Bench", mutation: Mutation, damaged: Family | None) -> Trial:
+def _on(bench: "Bench", mutation: Mutation, mutated: Family | None) -> Trial:
     """One mutation on one checkpoint."""
     name = mutation.name
-    if damaged is None:
+    if mutated is None:
         assert mutation.shift is not None
         leaf, axis = mutation.shift
         displaced = bench.displaced(leaf, axis) if leaf else bench.renumbered(mutation.rows[0], axis)
@@ -82,7 +82,7 @@ def _on(bench: "Bench", mutation: Mutation, damaged: Family | None) -> Trial:
         source = displaced
     else:
         try:
-            source = bench.open(damaged)
+            source = bench.open(mutated)
         except ReshardError as error:
             return Trial(name, "opening", _line(error), bench.name)
         if meaning(source.layout) == bench.meaning:
@@ -92,7 +92,7 @@ def _on(bench: "Bench", mutation: Mutation, damaged: Family | None) -> Trial:
     except ReshardError as error:
         return Trial(name, "planning", _line(error), bench.name)
     trial = Trial(name, OPEN, bench.why, bench.name) if bench.why else bench.judge(source, name)
-    if trial.by not in CHECKS and damaged is not None and bench.shards(source) == bench.shards():
+    if trial.by not in CHECKS and mutated is not None and bench.shards(source) == bench.shards():
         return Trial(name, EQUIVALENT, "gives the same shards on every mesh", bench.name)
     return trial
 

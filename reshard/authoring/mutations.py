@@ -142,11 +142,11 @@ def _patterns(table: Family, data: Data) -> Iterator[Mutation]:
             def in_dim(product: Product, d: int = d, dims: tuple[Product, ...] = dims) -> tuple[Product, ...]:
                 return (*dims[:d], product, *dims[d + 1 :])
 
-            for words, product, names in _damaged(dim, row[2].split(), every):
+            for words, product, names in _mutated(dim, row[2].split(), every):
                 yield Mutation(f"{words} in the pattern of {called}", (at,), with_(in_dim(product), names))
 
 
-def _damaged(product: Product, leaves: Sequence[str], axes: Sequence[str]) -> Iterator[tuple[str, Product, str | None]]:
+def _mutated(product: Product, leaves: Sequence[str], axes: Sequence[str]) -> Iterator[tuple[str, Product, str | None]]:
     """A product mutated in one place: in words, what it becomes, and other leaves where they go along."""
     for n in range(len(product) - 1):
         one, other = product[n], product[n + 1]
@@ -170,7 +170,7 @@ def _damaged(product: Product, leaves: Sequence[str], axes: Sequence[str]) -> It
                 yield f"terms {t} and {t + 1} exchanged, with their leaves,", (*before, Sum(terms), *after), moved
         for t, term in enumerate(node.terms):
             own = leaves[starts[t] : starts[t + 1]] if len(leaves) == starts[-1] else ()
-            for words, product_, _ in _damaged(term, own, axes):
+            for words, product_, _ in _mutated(term, own, axes):
                 terms = (*node.terms[:t], product_, *node.terms[t + 1 :])
                 yield f"{words} (term {t})", (*before, Sum(terms), *after), None
 

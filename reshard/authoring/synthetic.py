@@ -89,7 +89,7 @@ def made_up(table: Family, where: Path) -> Iterator[Path]:
         except ReshardError as error:
             raise _none(table, error.message) from None
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a table may say anything
-            raise _none(table, f"what it says of sizes, kinds or config keys has no meaning here: {error!r}") from None
+            raise _none(table, f"what it says of sizes, kinds or config keys makes no sense: {error!r}") from None
         active = {(at, row.pattern) for at, row, _ in shapes}
         if active <= covered:
             continue
@@ -100,7 +100,7 @@ def made_up(table: Family, where: Path) -> Iterator[Path]:
         _fill(table, shapes, directory / "model.safetensors")
         yield directory
     if not covered:
-        raise _none(table, "it has no row, or none that stands in any layer")
+        raise _none(table, "it has no rows, or none in any layer")
 
 
 def _none(table: Family, why: str) -> ReshardError:
@@ -165,7 +165,7 @@ def _invented(table: Family, truths: Mapping[str, bool]) -> tuple[Data, Shaped]:
     late = {kind for kind, rule in table.layers.items() if rule.startswith(("last ", "from "))}
     usual = sorted(itertools.islice(itertools.cycle(kinds[:plain]), main), key=lambda mine: bool(late & set(mine)))
     usual = _placed(table, usual)
-    config |= _told(table, usual)
+    config |= _naming_layers(table, usual)
     kinds = [*usual, *kinds[plain:]]
     for key in table.extra.values():  # so many, or so many times as a list has entries
         first, *counted = (factor.strip() for factor in _first(key).split("*"))
@@ -247,7 +247,7 @@ def _kinds(table: Family) -> list[list[str]]:
     return found
 
 
-def _told(table: Family, kinds: Sequence[Sequence[str]]) -> Data:
+def _naming_layers(table: Family, kinds: Sequence[Sequence[str]]) -> Data:
     """What config.json must say so that the rules of kinds name the layers that are of them; one list may say it of
     several.
     """

@@ -77,11 +77,11 @@ class Blocks:
         with (self.root / self.weights.name).open("rb") as stream:
             prologue = stream.read(min(self.start, MAX_LENGTH + 8))
         if shard_digest(prologue, (tensor.digest for tensor in self.tensors)) != self.weights.digest:
-            yield f"{self.weights.name}: its header or the digests in {self.said.name} are not those of the manifest"
+            yield f"{self.weights.name}: its header or the digests in {self.said.name} do not match the manifest"
         for tensor in self.tensors:
             digests, count = tensor.blocks or (), -(-tensor.nbytes // BLOCK)
             if count != 1 and (of_blocks(map(bytes.fromhex, digests)) != tensor.digest or len(digests) != count):
-                yield f"{self.said.name}: {tensor.name}: its blocks' digests do not make up its own"
+                yield f"{self.said.name}: {tensor.name}: its block digests do not add up to its own"
 
     def __iter__(self) -> Iterator[Block]:
         for tensor in self.tensors:

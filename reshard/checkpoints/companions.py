@@ -83,7 +83,7 @@ def objection(name: str) -> str | None:
     if any(folder.startswith(".") for folder in folders):
         return _HIDDEN
     if folders and _OURS.fullmatch(folders[0]):
-        return "name of a folder that shard directories have themselves"
+        return "name of a folder that shard directories use themselves"
     return "other weights" if not folders and WEIGHTS.search(name) else None
 
 
@@ -223,7 +223,7 @@ class _Listing:
             status = path.stat()
         except FileNotFoundError:
             if entry.is_symlink():  # else it was gone before it could be looked at
-                said = f"{path}: is a link to {path.readlink()}, which is not there"
+                said = f"{path}: is a link to {path.readlink()}, which does not exist"
                 self._note(name, ReshardError(said, "the download is not complete: fetch it again; or delete the link"))
             return
         except OSError as error:

@@ -153,7 +153,7 @@ def _ranks(root: Path, table: Format) -> tuple[dict[tuple[int, int], list[str]],
     if len(found) > 1:
         one, other = (next(iter(files.values()))[0] for files in found.values())
         raise ReshardError(
-            f"{root}: holds {one} and {other}, which are of two saves", "move the files of one of them away"
+            f"{root}: holds {one} and {other}, which come from two saves", "move the files of one of them away"
         )
     ((kind, files),) = found.items()
     pp, tp = (1 + max(at[axis] for at in files) for axis in (0, 1))
@@ -183,7 +183,7 @@ def _read(
                 other = places.setdefault((stage * tp + rank, key), (path, entry))[0]
                 if other != path:
                     raise ReshardError(
-                        f"{root}: {key} stands both in {other.name} and in {name}",
+                        f"{root}: {key} is in both {other.name} and in {name}",
                         "parts of an earlier save are left over: move those away that do not belong to this one",
                     )
     return places, stamps
@@ -203,7 +203,7 @@ class _Reading:
     places: Mapping[Key, Place]
 
     def stages(self, tp: int, pp: int) -> tuple[int, ...] | None:
-        """Layers of each pipeline stage, told by the first layer of each; None where they are equal,
+        """Layers of each pipeline stage, given by the first layer of each; None where they are equal,
         or there is one stage.
         """
         firsts = [
@@ -243,9 +243,9 @@ class _Reading:
         return {axis for row in self.family.rows for path in (row.name.axes, *row.pattern.axes) for axis in path}
 
     def sizes(self) -> dict[str, int]:
-        """Sizes that config.json tells, and those of the parts of a compound axis that follow from it."""
-        told = {axis: self.config.size(expression) for axis, expression in self.family.sizes.items()}
-        sizes = {axis: size for axis, size in told.items() if size is not None}
+        """Sizes that config.json gives, and those of the parts of a compound axis that follow from it."""
+        given = {axis: self.config.size(expression) for axis, expression in self.family.sizes.items()}
+        sizes = {axis: size for axis, size in given.items() if size is not None}
         for name, atoms in self.family.axes.items():
             missing = [atom for atom in atoms if atom not in sizes]
             if name in sizes and len(missing) == 1:
@@ -253,7 +253,7 @@ class _Reading:
                 if not known or sizes[name] % known:
                     others = " × ".join(atom for atom in atoms if atom in sizes)
                     raise ReshardError(
-                        f"{self.where}: config.json: {name} is {sizes[name]}, which is no multiple of {others} "
+                        f"{self.where}: config.json: {name} is {sizes[name]}, which is not a multiple of {others} "
                         f"= {known}"
                     )
                 sizes[missing[0]] = sizes[name] // known
@@ -325,7 +325,7 @@ class _Reading:
         return {next(kind for kind in group if kind in found) for group in self.family.one_of if found & {*group}}
 
     def _solved(self, model: Model, mesh: Mesh, unknown: list[str]) -> Model:
-        """The model with the sizes that config.json does not tell.
+        """The model with the sizes that config.json does not give.
 
         A stored dimension is linear in each axis: two layouts, one with the axis twice as large, show how it grows.
         """
@@ -400,7 +400,7 @@ class _Reading:
         engine = f"{self.format.engine['name']} {', '.join(map(str, self.format.engine['versions']))}"
         problems.raise_if_any(
             f'{self.where}: is no "{self.format.name}" directory of a {self.family.name} model on {layout.mesh}:',
-            f"the format is that of {engine}: other versions, and expert parallelism, store other names and shapes",
+            f"the format is {engine}'s: other versions, and expert parallelism, store other names and shapes",
         )
 
     def advice(self, mesh: Mesh) -> str | None:

@@ -45,7 +45,7 @@ class HuggingFace(Form):
     def target(self, source: Source, mesh: Mesh) -> Target:
         if mesh != Mesh():
             raise ReshardError(
-                f"--to hf writes one checkpoint for all ranks, {mesh} was asked for",
+                f"--to hf writes one checkpoint for all ranks, not for {mesh}",
                 "leave out --tp, --pp, --ep and --split",
             )
         return restored(source) if self.max_file_size is None else split_anew(source, self.max_file_size)
@@ -53,7 +53,7 @@ class HuggingFace(Form):
     def smallest_mesh(
         self, source: Source, memory: int | None, context: int | None, batch: int, ep: int, pp: int | None
     ) -> Mesh:
-        raise ReshardError("--to hf writes one checkpoint for all ranks, --tp auto was asked for", "leave out --tp")
+        raise ReshardError("--to hf writes one checkpoint for all ranks: there is no mesh to choose", "leave out --tp")
 
     def explained(self, error: ReshardError, source: Source, mesh: Mesh) -> ReshardError:
         return error
@@ -82,7 +82,7 @@ class Sharded(Form):
 
         if memory is None:
             raise ReshardError(
-                "--tp auto needs to know the device", "add --device-memory 24GiB (and --context, --batch)"
+                "--tp auto needs to know the memory of a device", "add --device-memory 24GiB (and --context, --batch)"
             )
         table = self._table(source)
         mesh = smallest(source.layout.model, source.config, table, memory, context, batch, ep=ep, pp=pp)

@@ -201,6 +201,7 @@ def parse_size(text: str) -> int:
         size = int(match[1]) * unit if "." not in match[1] else int(float(match[1]) * unit)
     if size < 1:
         raise ReshardError(
-            f'"{text}" is no file size', 'write "5GB" (5·10⁹ bytes), "500MB", "5GiB" (5·2³⁰ bytes) or a number of bytes'
+            f'"{text}" is not a file size',
+            'write "5GB" (5·10⁹ bytes), "500MB", "5GiB" (5·2³⁰ bytes) or a number of bytes',
         )
     return size

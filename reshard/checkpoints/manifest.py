@@ -241,7 +241,7 @@ def load(directory: Path) -> Manifest:
     text = decode.read(path, limits.MANIFEST, MismatchError)
     version = decode.json_of(text, limits.MANIFEST, str(path), _Version, MismatchError).reshard
     if not isinstance(version, str):
-        raise ReshardError(f"{path}: is no manifest of reshard", "is this the right directory?")
+        raise ReshardError(f"{path}: is not a reshard manifest", "is this the right directory?")
     if version.partition(".")[0] != _MAJOR:
         raise ReshardError(
             f"{path}: format version {version}, this reshard reads {FORMAT_VERSION}", "install a newer reshard"
@@ -259,7 +259,7 @@ def load(directory: Path) -> Manifest:
     for file in manifest.files():
         if not inside(file.name):
             raise MismatchError(
-                f"{path}: lists {file.name!r}, which is no file of this directory", "do not use this directory"
+                f"{path}: lists {file.name!r}, which is not a file in this directory", "do not use this directory"
             )
         hint = "do not use this directory: no conversion writes such a file"
         decode.fits(file.size, small.get(file, file.size), f"{path}: {file.name}", MismatchError, hint)
@@ -298,7 +298,7 @@ def _original(directory: Path, entry: _Kept) -> Original:
     name, size, holes = entry.name, entry.size, entry.holes
     ends = [0, *(end for hole in holes for end in hole), size]
     if not inside(name) or ends != sorted(ends):
-        raise ValueError(f"{name!r} of size {size!r} with holes {holes!r:.200} is no original file")
+        raise ValueError(f"{name!r} of size {size!r} with holes {holes!r:.200} is not an original file")
     residue = residue_path(directory, name).stat()
     original = Original(name, size, entry.container, residue.st_mtime_ns, entry.sha256 or None, holes)
     if residue.st_size != (kept := sum(high - low for low, high in original.residue())):

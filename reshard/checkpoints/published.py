@@ -227,7 +227,7 @@ def merge(
                 continue
             if name in tensors:
                 raise ReshardError(
-                    f"{name} stands both in {files[tensors[name][0]]} and in {file}",
+                    f"{name} is in both {files[tensors[name][0]]} and in {file}",
                     f"{index_name} must say which one counts",
                 )
             tensors[name] = (at, entry)
@@ -250,7 +250,7 @@ def read_json(path: Path, missing: str | None = None, most: int = limits.CONFIG)
 def parse_json(text: bytes, where: str, most: int = limits.CONFIG) -> dict[str, Any]:
     data = decode.json_of(text, most, where)
     if not isinstance(data, dict):
-        raise ReshardError(f"{where}: a JSON object is needed, this is a {type(data).__name__}")
+        raise ReshardError(f"{where}: expected a JSON object, found a {type(data).__name__}")
     return data
 
 
@@ -283,14 +283,14 @@ def choose(
     pairs = ((said, said),) if said is not None else WEIGHTS
     for single, index in pairs:
         if index in names and index.endswith(".index.json"):
-            told = index_map(read(index), f"{where}/{index}")
-            files = sorted(set(told.values()), key=natural)
+            named = index_map(read(index), f"{where}/{index}")
+            files = sorted(set(named.values()), key=natural)
             if single not in names or single == index or files == [single]:
-                return files, index, told
+                return files, index, named
         if single in names:
             return [single], None, None
     if said is not None:
-        raise ReshardError(f"{where}: config.json says that the weights are in {said}, which is not there")
+        raise ReshardError(f"{where}: config.json says that the weights are in {said}, which does not exist")
     others = sorted(name for name in names if companions.WEIGHTS.search(name))
     seen = f"; there are {', '.join(others[:5])}" if others else ""
     raise ReshardError(
@@ -345,7 +345,7 @@ def _read(root: Path, stamps: dict[Path, Stamp], name: str) -> bytes:
 def _check_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise ReshardError(
-            f"{path}: is a link to {path.readlink()}, which is not there",
+            f"{path}: is a link to {path.readlink()}, which does not exist",
             "the download is not complete: fetch it again",
         )
 
@@ -357,7 +357,7 @@ def _headers(root: Path, name: str, index: str | None, tally: Tally) -> tuple[Or
     try:
         entries, stamp = read_header(path, name, tally)
     except FileNotFoundError:
-        said = f"{index} names {name}, which is not there" if index else f"{path}: no such file"
+        said = f"{index} names {name}, which does not exist" if index else f"{path}: no such file"
         raise ReshardError(
             f"{root}: {said}" if index else said, "the download is not complete: fetch the missing file"
         ) from None

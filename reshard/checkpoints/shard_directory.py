@@ -34,7 +34,7 @@ from .source_kinds import ShardSource
 
 
 def open_shards(root: Path) -> ShardSource:
-    """A shard directory that has a manifest. Raises MismatchError where its files are not those of the manifest."""
+    """A shard directory that has a manifest. Raises MismatchError where its files do not match the manifest."""
     known = manifest.load(root)
     stamps = stamps_of(root / file.name for file in known.files())
     check_small_files(root, known)
@@ -142,12 +142,12 @@ def check_prologue(path: Path, prologue: bytes, size: int) -> None:
     if found != size:
         raise MismatchError(
             f"{path}: has {found} bytes, the manifest says {size}",
-            "it is truncated or of another conversion: fetch it again",
+            "it is truncated, or from another conversion: fetch it again",
         )
     if actual != prologue:
         raise MismatchError(
             f"{path}: its header is not that of this rank of this manifest{_whose(actual, prologue)}",
-            "files were exchanged or damaged: fetch the file again, or convert again",
+            "files were swapped or damaged: fetch the file again, or convert again",
         )
 
 
@@ -185,7 +185,7 @@ def tables(root: Path, known: Manifest) -> tuple[Family, Format]:
     def texts(kind: str) -> Callable[[str], str]:
         def text(name: str) -> str:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise MismatchError(f"{root / manifest.NAME}: {name!r} is no name of a table")
+                raise MismatchError(f"{root / manifest.NAME}: {name!r} is not the name of a table")
             path = root / "source" / kind / f"{name}.toml"
             try:
                 return decode.read(path, limits.TABLE, MismatchError, "convert again").decode()

@@ -9,7 +9,7 @@ from types import FrameType
 import click
 
 from .. import __version__
-from ..errors import told
+from ..errors import with_hint
 from ..text.escapes import visible
 from .output import hush
 
@@ -82,7 +82,7 @@ def defect(error: Exception) -> tuple[str, str]:
 
 def fail(message: str, hint: str | None, code: int) -> None:
     try:
-        click.echo(visible(f"error: {told(message, hint)}"), err=True)
+        click.echo(visible(f"error: {with_hint(message, hint)}"), err=True)
     except OSError:  # a full disk under stderr, a terminal that was closed
         hush(sys.stderr)
     sys.exit(code)

@@ -5,7 +5,7 @@ Knows nothing about how containers are read.
 
 import re
 
-_RENAME = "give it its own name back (.bin, .pt), or save it as safetensors"
+_RENAME = "rename it (.bin, .pt), or save it as safetensors"
 _LOOK = "look into it, then download the file again"
 _OTHER = "save its tensors as safetensors"
 

@@ -57,7 +57,7 @@ def length(word: bytes, file_size: int, where: str) -> int:
         words = f"its first 8 bytes announce a header of {n} bytes; at most {MAX_LENGTH} are allowed"
         message = f"{where}: not a safetensors file: {words}"
         raise ReshardError(
-            message, _guess(word, "this is no safetensors file, or its first bytes are damaged: download it again")
+            message, _guess(word, "this is not a safetensors file, or its first bytes are damaged: download it again")
         )
     if n + 8 > file_size:
         message = (
@@ -131,7 +131,7 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
         try:
             if name == "__metadata__":
                 if metadata is not None:
-                    raise ValueError("stands twice in the header")
+                    raise ValueError("appears twice in the header")
                 metadata = _metadata(value)
             else:
                 # Of two tensors of one name the last counts, but both must be well formed: so it is with the library.
@@ -222,7 +222,7 @@ def _fields(value: Any) -> tuple[Any, Any, Any]:
         if key not in ("dtype", "shape", "data_offsets"):
             serde.check_ignored(key, field)
         elif key in fields:
-            raise ValueError(f"{key} stands twice")
+            raise ValueError(f"{key} appears twice")
         else:
             fields[key] = field
     for key in ("dtype", "shape", "data_offsets"):
@@ -289,7 +289,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     if bits > U64:
         raise ValueError(f"{dtype} {list(shape)} has more than 2**64 - 1 bits")
     if bits % 8:
-        raise ValueError(f"{dtype} {list(shape)} has {bits} bits, which is no whole number of bytes")
+        raise ValueError(f"{dtype} {list(shape)} has {bits} bits, not a whole number of bytes")
     return bits // 8
 
 

@@ -111,7 +111,7 @@ class _Zip:
     def read(self) -> dict[str, Entry]:
         for name, record in self._directory():
             if name in self.records:
-                raise self._damaged(f"{clip(name)} stands twice in its directory")
+                raise self._damaged(f"{clip(name)} appears twice in its directory")
             self.records[name] = record
         roots = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
         if any(name.endswith("/constants.pkl") and name.count("/") == 1 for name in self.records):

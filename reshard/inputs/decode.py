@@ -92,7 +92,7 @@ def json_of(
         value = json.loads(text)
     except RecursionError:
         raise kind(
-            f"{where}: not JSON that is read: it is nested more than {limits.DEPTH} levels deep", hint or _DAMAGED
+            f"{where}: unsupported JSON: nested more than {limits.DEPTH} levels deep", hint or _DAMAGED
         ) from None
     except ValueError as error:
         raise kind(f"{where}: not JSON: {str(error).partition(';')[0]}", hint or _DAMAGED) from None
@@ -101,7 +101,7 @@ def json_of(
     if form is not Any:
         typed(value, form, where, kind, hint)
         raise kind(
-            f"{where}: not JSON that is read: it has text that is not valid Unicode, or numbers like NaN",
+            f"{where}: unsupported JSON: it has text that is not valid Unicode, or numbers like NaN",
             hint or _DAMAGED,
         )
     return value

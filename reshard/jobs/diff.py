@@ -31,7 +31,7 @@ from ..text.progress import Progress, Silent, until
 from ..text.units import folded
 from .explain import bracketed, inside, unravel, wrapped
 
-MOST = 20  # differences that lines() tells one by one
+MOST = 20  # differences that `lines` lists
 CHUNK = 256 << 10  # bytes decoded at a time: float64 is up to eight times as large, and there are several of them
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -142,9 +142,12 @@ class Difference:
         """
         same = sum(row.status == "equal" for row in self.rows)
         lines = [*wrapped(f"A  {self.a}"), *wrapped(f"B  {self.b}")]
-        shown: list[list[str]] = [*self._folded(), *(_told(row) for row in self.worst_first if row.status == "differs")]
-        for told in shown[:MOST]:
-            lines += told
+        shown: list[list[str]] = [
+            *self._folded(),
+            *(_differs(row) for row in self.worst_first if row.status == "differs"),
+        ]
+        for words in shown[:MOST]:
+            lines += words
         if len(shown) > MOST:
             lines.append(f"… and {len(shown) - MOST} more; --json has all")
         for note in self.notes:
@@ -179,7 +182,7 @@ class Difference:
             )
 
 
-def _told(row: Row) -> list[str]:
+def _differs(row: Row) -> list[str]:
     text = f"{row.name}  {row.differing:,} of {row.elements:,} elements differ"
     if row.largest is not None and row.rms is not None:
         text += f", max {row.largest:.6g}, rms {row.rms:.6g}"
@@ -194,7 +197,7 @@ def _told(row: Row) -> list[str]:
 def difference(a: Source, b: Source, threads: int, progress: Progress | None = None) -> Difference:
     """Compare two checkpoints, logical tensor by logical tensor; memory is the engine's.
 
-    Tensors that are missing on one side or have another shape or dtype there are told, the rest is compared. Raises
+    Tensors that are missing on one side or have another shape or dtype there are reported, the rest is compared. Raises
     ReshardError if they have no tensor in common.
     """
     progress = progress or Silent()
@@ -423,7 +426,7 @@ def _run(
         stacked = "layer" in tensor.axes and any(
             piece.strides[piece.tensor.axes.index("layer")] is not None for piece in wanted[name]
         )
-        if stacked:  # all layers in one stored tensor: told together
+        if stacked:  # all layers in one stored tensor: one row
             rows.append(
                 _row(dst, name, None, elements * len(layers), found[name, None], side, _dtype(tensor, layers[0]))
             )

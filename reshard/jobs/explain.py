@@ -34,7 +34,7 @@ from ..tables.notation import fold
 from ..tables.row import Constant
 from ..text.units import folded, runs
 
-MOST = 64  # holders that lines() tells one by one
+MOST = 64  # holders that `lines` lists
 WIDTH = 80  # columns
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -15,7 +15,7 @@ from ..errors import PlaceError, ReshardError
 from ..model.sizes import axis_size
 from ..model.understand import Config, Model, Tensor
 from ..store import location
-from ..store.workfolder import left_by_killed, told
+from ..store.workfolder import in_words, left_by_killed
 from ..tables.notation import bases, block_of, fold
 from ..text.escapes import in_line
 from ..text.units import decimal
@@ -105,7 +105,7 @@ def _killed(path: Path) -> list[str]:
         return []
     out = Path(os.path.realpath(path))
     next_to_it = [folder for folder in left_by_killed(out.parent) if folder.out == out and not folder.inside]
-    return [told(folder) for folder in (*next_to_it, *left_by_killed(out))]
+    return [in_words(folder) for folder in (*next_to_it, *left_by_killed(out))]
 
 
 def published(src: str, revision: str | None) -> Published:

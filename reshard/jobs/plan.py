@@ -83,7 +83,7 @@ class StoredAs(Struct, frozen=True):
     gathered: bool  # transposed or interleaved on the way
     stage: str  # pipeline stages that have it: "first", "last" or "every"
     zero: bool  # content on the first tensor parallel rank, zeros on the others
-    tower: str = ""  # which other tower it belongs to: not of the language model
+    tower: str = ""  # the component that it belongs to, if that is not the language model
 
 
 class LayerKind(Struct, frozen=True):
@@ -116,7 +116,7 @@ class Report(Struct, frozen=True):
 
     source: SourceFacts
     family: str
-    around: str  # the family of its language model, where it has other towers; or nothing
+    around: str  # the family of its language model, where it has other components; or nothing
     layers: int
     extra_layers: int
     came_from: str  # "published", or the format and mesh of a sharded directory

@@ -12,7 +12,7 @@ from ..checkpoints.companions import Left, words
 from ..errors import ReshardError
 from ..text.units import decimal
 
-MOST = 20  # failures told one by one to people
+MOST = 20  # failures listed for people
 WIDTH = 80  # columns
 CHECKS = ("integrity", "weights", "sha256", "numerics")
 PROVEN = "proven"  # what can be required besides the checks: all of them, with nothing left out

@@ -233,7 +233,7 @@ def lay_out(
 
 
 def _with_towers(table: Format, model: Model) -> Format:
-    """A format that stores other towers has them under the names of the original, whole, on the stages that it says."""
+    """A format that stores other components has them under their original names, whole, on the stages that it says."""
     rows = tuple(row._replace(stage=stage) for stage in table.towers for row in model.family.rows if row.tower)
     return replace(table, rows=table.rows + rows) if rows else table
 
@@ -338,8 +338,8 @@ class _Cutter:
         elif given is None and main % pp and "layer" not in self.table.uneven:
             counts = ",".join(str(high - low) for low, high in shares(main, (1,) * pp))
             problem = (
-                f'{main} layers do not divide among {pp} stages, and format "{self.table.name}" wants '
-                f"--pp-layers then, e.g. {counts}"
+                f'{main} layers cannot be split evenly over {pp} stages; format "{self.table.name}" then '
+                f"needs --pp-layers, e.g. {counts}"
             )
         else:
             *before, (low, _) = shares(main, given or (1,) * pp)
@@ -458,11 +458,11 @@ class _Cutter:
             start, stop = ranges[name]
             size = self.model.sizes[name]
             if extent > 1 and (start, stop) != (0, size):
-                raise ReshardError(f"axis {axis}: cut twice, blocks of {unit} would be torn")
+                raise ReshardError(f"axis {axis}: cut twice, blocks of {unit} would be split")
             low, extent, total = low * size + start, extent * (stop - start), total * size
         high = low + extent
         if low % unit or (high % unit and high != total):
-            raise ReshardError(f"axis {axis}: {total} cut at {low} and {high}, which tears a block of {unit}")
+            raise ReshardError(f"axis {axis}: {total} cut at {low} and {high}, which splits a block of {unit}")
         return low // unit, -(-high // unit)
 
     def unused(self) -> None:

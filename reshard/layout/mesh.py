@@ -49,7 +49,7 @@ class Mesh:
             )
         for name, numbers in (("split", self.weights), ("pp-layers", self.layers)):
             if not all(type(n) is int for n in numbers or ()):
-                raise ReshardError(f"--{name} {numbers}: whole numbers are needed", "for example 3:3:2 or 10,11,11")
+                raise ReshardError(f"--{name} {numbers}: expected whole numbers", "for example 3:3:2 or 10,11,11")
         if self.weights is not None and (len(self.weights) != self.tp or min(self.weights) < 1):
             split = ":".join(map(str, self.weights))
             raise ReshardError(
@@ -140,7 +140,7 @@ def cut(axis: str, size: int, at: Coordinate, rule: Rule) -> Range:
         return k * padded // n, (k + 1) * padded // n
     if rule.uneven and size >= n:
         return shares(size, (1,) * n)[k]
-    raise ReshardError(f"axis {axis}: {padded} does not divide among {n}")
+    raise ReshardError(f"axis {axis}: {padded} cannot be split over {n} ranks")
 
 
 def cut_compound(axes: Sequence[str], sizes: Sequence[int], at: Coordinate, rule: Rule) -> tuple[Range, ...]:
@@ -152,7 +152,7 @@ def cut_compound(axes: Sequence[str], sizes: Sequence[int], at: Coordinate, rule
     if not rest or at.count <= first:
         return cut(axes[0], first, at, rule), *((0, size) for size in rest)
     if at.count % first:
-        raise ReshardError(f"axis {axes[0]}: {at.count} ranks are no multiple of {first}")
+        raise ReshardError(f"axis {axes[0]}: {at.count} ranks are not a multiple of {first}")
     per = at.count // first
     index = at.index // per
     inner = Coordinate(at.index % per, per, at.weights and at.weights[index * per : (index + 1) * per])

@@ -1,6 +1,6 @@
 """How one checkpoint spells what its family table says: which of several names, which prefix, where extra layers are
-counted from, and what other towers stand beside the language model. Out comes the same table with nothing left open.
-Knows nothing of sizes or files.
+counted from, and which other components stand next to the language model. Out comes the same table with nothing left
+open. Knows nothing of sizes or files.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ def settle(table: Family, stored: Mapping[str, Shaped], sizes: Mapping[str, int]
     Of alternative names, and of prefixes, the first that occurs counts, and the first where none does; of alternative
     patterns the only one that the shapes fit, and the first where none or several do. Numbers of `{layer:extra}` count
     from the main layers on, which are as many as `sizes` says, or as there are; a number that counts a compound is
-    divided by the sizes of its parts. Every tensor below a tower's name that no row claims gets a row of its own.
+    divided by the sizes of its parts. Every tensor below a component's name that no row claims gets a row of its own.
     """
     open_names = table.prefixes or any(row.others for row in table.rows)
     kinds = {kind for name in stored for kind in (name, fold(name)[0])} if open_names else set()
@@ -112,7 +112,7 @@ def _layers(rows: Iterable[Row], stored: Iterable[str]) -> int:
 
 
 def tower_rows(towers: Sequence[str], stored: Mapping[str, Shaped], known: Collection[str] = ()) -> list[Row]:
-    """Rows for the tensors of other towers; `known`: names, folded, that other rows claim."""
+    """Rows for the tensors of other components; `known`: names, folded, that other rows claim."""
     beside: dict[str, dict[str, tuple[int, ...]]] = {tower: {} for tower in towers}
     depths = {1 + tower.count(".") for tower in towers}
     for name, each in stored.items():

@@ -446,7 +446,7 @@ def _tensors(
         for numbers, name in points[at].items():
             layer = _layer(row, numbers)
             if dtypes.setdefault(layer, stored[name].dtype) != stored[name].dtype:
-                problems.add(f"{dotted(row)}: dtype {stored[name].dtype} beside {dtypes[layer]} in one layer", name)
+                problems.add(f"{dotted(row)}: dtype {stored[name].dtype} next to {dtypes[layer]} in one layer", name)
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True):
             axes = (*row.name.axes, *path)
             if leaf in found and sorted(found[leaf][0]) == sorted(axes):

@@ -140,7 +140,7 @@ def digests(text: str, revision: str | None) -> dict[str, FileDigest]:
     repo = _listing(ref(text, revision))
     if repo is None:
         raise ReshardError(
-            f"{text}: HF_HUB_OFFLINE is set, so its digests cannot be asked for", "unset it, or leave out --hub"
+            f"{text}: HF_HUB_OFFLINE is set, so its digests cannot be fetched", "unset it, or leave out --hub"
         )
     known = {name: ("sha256", file.sha256) if file.sha256 else ("git", file.blob) for name, file in repo.files.items()}
     return {name: FileDigest(kind, digest, "is published") for name, (kind, digest) in known.items() if digest}

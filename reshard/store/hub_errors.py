@@ -77,7 +77,7 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
 
     if isinstance(error, hf.GatedRepoError):
         return ReshardError(
-            f"{name}: {what} is not given to {who}: the model is gated",
+            f"{name}: {what} is not open to {who}: the model is gated",
             f"accept its conditions at {hub}/{name}, and {log_in}",
         )
     if isinstance(error, hf.RepositoryNotFoundError):
@@ -95,7 +95,7 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
             f"{name}: {what} is not there at revision {where.revision or 'main'}", "was it just removed? try again"
         )
     if isinstance(error, hf.HFValidationError):
-        return ReshardError(f"{name}: there is no such path here, and it is no Hub id: {said}", "a Hub id is org/name")
+        return ReshardError(f"{name}: no such path here, and it is not a Hub id: {said}", "a Hub id is org/name")
     if isinstance(error, hf.OfflineModeIsEnabled):
         return PlaceError(f"{name}: HF_HUB_OFFLINE is set, {what} cannot be fetched", "unset it")
     if status == 429:
@@ -112,7 +112,7 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
         return PlaceError(f"{name}: {hub} failed to give {what} ({status}): {said}", "try again later")
     if "Timeout" in type(error).__name__ or isinstance(error, TimeoutError):
         return PlaceError(
-            f"{name}: {hub} was silent for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s while {what} was asked for",
+            f"{name}: {hub} did not respond within {constants.HF_HUB_DOWNLOAD_TIMEOUT} s for {what}",
             "try again; HF_HUB_DOWNLOAD_TIMEOUT sets the limit in seconds",
         )
     if isinstance(error, TRANSPORT):
@@ -123,7 +123,7 @@ def _explained(error: BaseException, where: Ref, what: str) -> ReshardError:
     if isinstance(error, OSError) and error.errno:
         return failed(f"{name}: using HF_HOME for {what}:", Path(error.filename or constants.HF_HUB_CACHE), error)
     return PlaceError(
-        f"{name}: {what} could not be had from {hub}: {type(error).__name__}: {said}",
+        f"{name}: {what} could not be fetched from {hub}: {type(error).__name__}: {said}",
         "does a Hub answer there (HF_ENDPOINT)?",
     )
 

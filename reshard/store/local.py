@@ -54,13 +54,11 @@ def check_stamp(path: Path, stamp: Stamp, status: os.stat_result | None) -> None
         if found is None:
             what = "it is gone"
         elif found[:2] != stamp[:2]:
-            what = (
-                f"it had {stamp.size} bytes, now {found.size}" if found.size != stamp.size else "its mtime is another"
-            )
+            what = f"it had {stamp.size} bytes, now {found.size}" if found.size != stamp.size else "its mtime changed"
         else:
-            what = "another file has taken its place" if found.inode != stamp.inode else "its ctime is another"
+            what = "another file has taken its place" if found.inode != stamp.inode else "its ctime changed"
         raise PlaceError(
-            f"{path}: was changed while it was being read: {what}", "convert again, when nobody writes to it any more"
+            f"{path}: was changed while it was being read: {what}", "convert again once nothing writes to it"
         )
 
 
@@ -149,7 +147,7 @@ class Pool:
                 if done == 0:
                     size = os.fstat(descriptor).st_size
                     raise PlaceError(
-                        f"{path}: {left} bytes wanted at offset {offset}, the file ends at {size}",
+                        f"{path}: expected {left} bytes at offset {offset}, the file ends at {size}",
                         "it is truncated, or was changed while it was being read",
                     )
                 offset += done

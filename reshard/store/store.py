@@ -111,7 +111,7 @@ def exactly(store: Store, name: str, offset: int, length: int) -> bytes:
     data = store.read(name, offset, length)
     if len(data) != length:
         raise PlaceError(
-            f"{store.where}/{name}: {length} bytes wanted at offset {offset}, {len(data)} came",
+            f"{store.where}/{name}: expected {length} bytes at offset {offset}, got {len(data)}",
             "it is truncated, or was changed while it was being read",
         )
     return data

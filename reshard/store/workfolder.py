@@ -252,7 +252,7 @@ def check_whole(path: Path) -> None:
             raise PlaceError(
                 f"{path}: a conversion was killed while it replaced this directory; what was there before is "
                 f"in {folder.old}",
-                f"start a conversion to {path} again: before anything else it puts that back",
+                f"start a conversion to {path} again: it restores that first",
             )
         if not folder.inside and not out.exists():
             raise _missing(path, folder)
@@ -260,9 +260,9 @@ def check_whole(path: Path) -> None:
 
 def _missing(path: Path, folder: WorkFolder) -> PlaceError:
     if folder.locked():
-        return PlaceError(f"{path}: is not there yet: a conversion is writing it", "wait until it has finished")
+        return PlaceError(f"{path}: does not exist yet: a conversion is writing it", "wait until it has finished")
     return PlaceError(
-        f"{path}: is not there: the conversion to it was killed, and left {decimal(folder.size())} in {folder.path}",
+        f"{path}: does not exist: the conversion to it was killed, and left {decimal(folder.size())} in {folder.path}",
         f"start it again, or remove what it left: rm -r {folder.path}",
     )
 
@@ -277,7 +277,7 @@ def left_by_killed(place: Path) -> list[WorkFolder]:
     return [folder for folder in (inside(place), *folders) if folder.marked() and not folder.locked()]
 
 
-def told(folder: WorkFolder) -> str:
+def in_words(folder: WorkFolder) -> str:
     """What a person should know of the folder of a killed conversion."""
     if folder.torn():
         return (

@@ -148,7 +148,7 @@ class _Parser:
     def _refuse(self, wanted: str) -> NoReturn:
         rest = self.text[self.at :].strip()
         raise ReshardError(
-            f'"{self.text}" is no expression: {wanted} is needed {f"where it says {rest!r}" if rest else "at its end"}',
+            f'"{self.text}" is not an expression: expected {wanted} at {repr(rest) if rest else "its end"}',
             'such as "head_dim | hidden_size / num_attention_heads"; docs/notation.md has the grammar',
         )
 
@@ -200,7 +200,7 @@ def _value(node: Node, get: Lookup, whole: bool = False) -> Any:
 
 def _elements(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**DIGITS:
-        raise ReshardError(f"config.json: {key} is {shown(value)}, a non-negative integer is needed")
+        raise ReshardError(f"config.json: {key} is {shown(value)}, expected a non-negative integer")
     return value
 
 

@@ -167,7 +167,7 @@ def _consistent(table: Family) -> Family:
         if "layer" in (*row.name.axes, *path)
     }
     if odd := [name for name in table.model.get("cache", ()) if name.partition("@")[0] not in layered]:
-        raise ReshardError(f"{where}: model.cache names the logical tensor {odd[0]}, which is of no layer")
+        raise ReshardError(f"{where}: model.cache names the logical tensor {odd[0]}, which has no layers")
     for key, texts in (("sizes", table.sizes), ("optional", table.optional), ("extra", table.extra)):
         for name, text in texts.items():
             with expression.within(f"{where}: {key}.{name}"):

@@ -172,17 +172,15 @@ def _consistent(table: Format) -> Format:
     keys.check_axes(where, named, table.rows, table.axes)
     for mesh in (*table.cut, *table.weighted):
         if mesh not in MESH:
-            raise ReshardError(f"{where}: {mesh} is no mesh axis, they are {', '.join(MESH)}")
+            raise ReshardError(f"{where}: {mesh} is not a mesh axis; those are {', '.join(MESH)}")
     for axis, unit in table.pad.items():
         if not all(factor == "tp" or limits.numeral(factor) for factor in unit.split("*")):
-            raise ReshardError(f'{where}: pad {axis} = "{unit}" is no product of "tp" and numbers, such as "128*tp"')
+            raise ReshardError(f'{where}: pad {axis} = "{unit}" is not a product of "tp" and numbers, such as "128*tp"')
     if table.tied and table.tied not in leaves | {"both"}:
         raise ReshardError(f"{where}: tied names the logical tensor {table.tied}, which no row has")
     for constant in table.constants:
         if constant.beside not in leaves:
-            raise ReshardError(
-                f"{where}: constant {constant.name.text} stands beside {constant.beside}, which no row has"
-            )
+            raise ReshardError(f"{where}: constant {constant.name.text} goes with {constant.beside}, which no row has")
     engine = table.engine
     if engine and not (
         isinstance(engine.get("name"), str) and isinstance(engine.get("versions"), list) and engine["versions"]

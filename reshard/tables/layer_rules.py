@@ -105,9 +105,7 @@ def _repeated(key: str, entries: list[Any], layers: int) -> list[Any]:
     for entry in entries:
         some, times = entry if len(entry) == 2 else (None, None)
         if not isinstance(some, list) or isinstance(times, bool) or not isinstance(times, int) or times < 0:
-            raise ReshardError(
-                f"config.json: {key} has the entry {shown(entry)}, a list and how often it comes are needed"
-            )
+            raise ReshardError(f"config.json: {key} has the entry {shown(entry)}, expected a list and a count")
         found += some * min(times, layers)
     return found
 

@@ -20,7 +20,7 @@ class Row(NamedTuple):
     pattern: Pattern
     leaves: tuple[str, ...]
     others: tuple[Template, ...] = ()  # other spellings of the name
-    layouts: tuple[Pattern, ...] = ()  # other patterns, told apart by the shape
+    layouts: tuple[Pattern, ...] = ()  # other patterns, distinguished by the shape
     kinds: frozenset[str] = frozenset()  # of `one_of`
     either: tuple[frozenset[str], ...] = ()  # of each of these, one kind
     tags: frozenset[str] = frozenset()  # ending in ?
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     whole: bool = False  # ignores tensor parallelism
     zero: bool = False  # content on coordinate 0, zeros elsewhere
     cut: str | None = None  # cut this axis instead
-    tower: str = ""  # which other tower it belongs to: not of the language model, carried whole
+    tower: str = ""  # the component that it belongs to, if that is not the language model: stored whole
 
     def within(self, kinds: Set[str]) -> bool:
         """Whether a layer of these kinds has this row."""
@@ -62,7 +62,7 @@ def parse_rows(
         for name, parts in tuple(compounds.items())
     }
     ruled = data.get("layers", {}).keys()
-    if twice := _doubled(rows, [set(group) for group in groups if set(group) & ruled or _told(rows, group)]):
+    if twice := _doubled(rows, [set(group) for group in groups if set(group) & ruled or _distinct(rows, group)]):
         raise ReshardError(f"{where}: {twice} has two rows")
     return rows, compounds
 
@@ -80,7 +80,7 @@ def _doubled(rows: Iterable[Row], groups: Sequence[Set[str]]) -> str:
     return ""
 
 
-def _told(rows: Sequence[Row], group: Sequence[str]) -> bool:
+def _distinct(rows: Sequence[Row], group: Sequence[str]) -> bool:
     """Whether every kind of a set shows itself in a layer by a tensor that layers of no other kind have."""
     count = Counter(name.folded for row in rows for name in (row.name, *row.others))
     telling = [
@@ -120,7 +120,7 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         raise ReshardError(f"{where}: {odd.text} has other placeholders than {name.text}")
     both = [axis for axis in name.axes for one in (pattern, *layouts) for path in one.axes if axis in path]
     if both:
-        raise ReshardError(f"{where}: {text}: axis {both[0]} stands both in the name and in the pattern")
+        raise ReshardError(f"{where}: {text}: axis {both[0]} is in both the name and in the pattern")
     cut = next((word[4:] for word in words if word.startswith("cut=")), None)
     plain = [word for word in words if not word.startswith("cut=")]
     axes = {axis for path in pattern.axes for axis in path} | set(name.axes)

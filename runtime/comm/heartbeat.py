@@ -261,10 +261,10 @@ class Lifeline:
             selector.register(self._woken, selectors.EVENT_READ)
             for peer in self.peers.values():
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
-            told, last = 0.0, time.monotonic()
+            reported, last = 0.0, time.monotonic()
             while True:
                 wait = self._beat if self.verdict is None else 0.05
-                events = selector.select(max(0.0, min(wait, told + self._beat - time.monotonic())))
+                events = selector.select(max(0.0, min(wait, reported + self._beat - time.monotonic())))
                 now = time.monotonic()
                 if now - last > 3 * self._beat + 1:  # stopped or starved itself: the peers are not late
                     for peer in self.peers.values():
@@ -285,9 +285,9 @@ class Lifeline:
                         selector.unregister(peer.connection)
                 if self._over:
                     return
-                if woken or now - told >= self._beat:
+                if woken or now - reported >= self._beat:
                     self._tell()
-                    told = now
+                    reported = now
                 self._judge(now)
 
     def _tell(self) -> None:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .collectives import World
 
 T = TypeVar("T")
-Tell = Callable[[str], None]
-Work = Callable[[int, Tell], None]
+Report = Callable[[str], None]
+Work = Callable[[int, Report], None]
 
 PHASES = ("start", "load", "prefill", "decode", "report", "end")
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG: the signal that a process gets when its parent ends
@@ -56,10 +56,10 @@ class _Child:
 
 
 def launch(size: int, work: Work, timeout: float) -> None:
-    """Run `work(rank, tell)` in one process per rank, with the environment that torchrun sets.
+    """Run `work(rank, report)` in one process per rank, with the environment that torchrun sets.
 
-    `tell` is called with each phase. Raises what the first rank to fail raised, or PlaceError for one that was killed,
-    with its phase; the other ranks are then ended.
+    `report` is called with each phase. Raises what the first rank to fail raised, or PlaceError for one that was
+    killed, with its phase; the other ranks are then ended.
     """
     if size > 1:
         _check_loopback()
@@ -117,11 +117,11 @@ def serve(folder: str, size: str, timeout: str, parent: str) -> None:
     _follow(int(parent))
     work = torch.load(Path(folder, "work"), weights_only=False)
 
-    def one(rank: int, tell: Tell) -> None:
+    def one(rank: int, report: Report) -> None:
         from .processes import joined
 
         with joined("gloo", int(size), float(timeout)) as world:
-            tell("load")
+            report("load")
             found = work(world)
         torch.save(found, Path(folder, f"rank-{rank}"))
 
@@ -187,16 +187,16 @@ def _follow(parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int) -> int:
-    """Run one rank; returns its exit code. An error goes into the pipe `report`."""
+def _run(rank: int, size: int, work: Work, phases: mmap, door: int, pipe: int) -> int:
+    """Run one rank; returns its exit code. An error goes into `pipe`."""
     from . import heartbeat
 
-    def tell(phase: str) -> None:
+    def report(phase: str) -> None:
         phases[rank] = PHASES.index(phase)
 
     def say(**words: Any) -> int:
         line = json.dumps({"time": time.monotonic()} | words | {"message": str(words["message"])[:_REPORT]})
-        os.write(report, line.encode() + b"\n")
+        os.write(pipe, line.encode() + b"\n")
         return int(words["code"])
 
     heartbeat.report = lambda rank, verdict: say(message=verdict, hint=None, code=3, lost=True)
@@ -211,9 +211,9 @@ def _run(rank: int, size: int, work: Work, phases: mmap, door: int, report: int)
         os.dup2(2, 1)  # stdout belongs to rank 0
     code = 0
     try:
-        work(rank, tell)
+        work(rank, report)
         sys.stdout.flush()
-        tell("end")
+        report("end")
     except BrokenPipeError:
         code = GONE
     except ReshardError as error:

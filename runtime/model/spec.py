@@ -271,8 +271,8 @@ def _rope(said: Facts, size: int, section: Section) -> Rope:
         scaling |= {key: section.numbers(key, POSITIVE) for key in ("short_factor", "long_factor")}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ReshardError(
-            f"config.json: {where}: high_freq_factor is {scaling['high_freq_factor']}, more than low_freq_factor = "
-            f"{scaling['low_freq_factor']} is needed"
+            f"config.json: {where}: high_freq_factor is {scaling['high_freq_factor']}, expected more than "
+            f"low_freq_factor = {scaling['low_freq_factor']}"
         )
     base = section.number("rope_theta", _BASE) or first_number(said.config, ("rope_theta", "rotary_emb_base"), _BASE)
     return Rope(

@@ -61,7 +61,7 @@ class Section:
     def of(cls, value: Any, where: str) -> "Section":
         """Raises ReshardError for what is neither an object nor null."""
         if value is not None and not isinstance(value, dict):
-            raise ReshardError(f"config.json: {where} is {shown(value)}, an object is needed")
+            raise ReshardError(f"config.json: {where} is {shown(value)}, expected an object")
         return cls(value or {}, where)
 
     def number(self, key: str, legal: Range) -> float | None:
@@ -73,14 +73,14 @@ class Section:
         """A list of them. Raises ReshardError for anything else."""
         found = self.data.get(key)
         if not isinstance(found, list):
-            raise ReshardError(f"config.json: {self.where}.{key} is {shown(found)}, a list of numbers is needed")
+            raise ReshardError(f"config.json: {self.where}.{key} is {shown(found)}, expected a list of numbers")
         return tuple(_checked(each, legal, f"{self.where}.{key}[{at}]") for at, each in enumerate(found))
 
     def needed(self, key: str, legal: Range) -> float:
         found = self.number(key, legal)
         if found is None:
             raise ReshardError(
-                f"config.json: {self.where}.{key} is {shown(self.data.get(key))}, {legal.words} is needed"
+                f"config.json: {self.where}.{key} is {shown(self.data.get(key))}, expected {legal.words}"
             )
         return found
 
@@ -95,5 +95,5 @@ def first_number(config: Config, keys: tuple[str, ...], legal: Range) -> float |
 
 def _checked(value: Any, legal: Range, where: str) -> float:
     if value not in legal:
-        raise ReshardError(f"config.json: {where.lstrip('.')} is {shown(value)}, {legal.words} is needed")
+        raise ReshardError(f"config.json: {where.lstrip('.')} is {shown(value)}, expected {legal.words}")
     return float(value)

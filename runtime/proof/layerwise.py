@@ -25,7 +25,7 @@ from ..model.step_inputs import belongs
 from .bounds import TIMES
 from .culprit import culprit
 from .prompts import prompts_for
-from .routing_ties import Margins, Routes, bound, impose, recording, tossed
+from .routing_ties import Margins, Routes, bound, impose, recording, tied
 
 if TYPE_CHECKING:
     from reshard.checkpoints.source import Source
@@ -97,7 +97,7 @@ def layer_by_layer(opened: "Source", source: "Source", progress: Progress) -> Ch
             output, routes, margins = narrow.run(step, ids, x)
         with _once(wide):
             exact, _, others = wide.run(step, ids, x, routes)
-        odd = {layer: tossed(margin, bound(margin, others[layer], TIMES)) for layer, margin in margins.items()}
+        odd = {layer: tied(margin, bound(margin, others[layer], TIMES)) for layer, margin in margins.items()}
         imposed = {layer: routes[layer].where(each[..., None], -1) for layer, each in odd.items()}
         shares.extend(float(each.double().mean()) for each in odd.values())
         own = float((output.double() - exact).abs().max())

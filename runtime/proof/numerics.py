@@ -110,13 +110,13 @@ def numerics(
 
         from .layerwise import layer_by_layer
 
-        with memory.told("numerics", "one step of one layer must fit several times, in float64 at most"):
+        with memory.reported("numerics", "one step of one layer must fit several times, in float64 at most"):
             return layer_by_layer(open_source(out, source.layout.model.family), source, progress)
     if (least := LEAST * elements) > (most := memory.limit()):
         words = f"needs at least {binary(least)} of memory, this process may use {binary(most)}"
         return skipped(words, "--layers needs only the memory of one layer")
     try:
-        with torch.inference_mode(), memory.told("numerics", "--layers needs only the memory of one layer"):
+        with torch.inference_mode(), memory.reported("numerics", "--layers needs only the memory of one layer"):
             return _Numerics(out, source, progress, exhaustive, processes).run()
     except PlaceError:
         raise
@@ -189,7 +189,7 @@ class _Numerics:
         self.progress.advance(self.source.bytes)
         why = ours.odd or (None if bool(wide.isfinite().all()) else "the logits of this runtime at TP 1 are not finite")
         if why is not None:
-            check.failures.append(f"float32: {why}; those of {self.reference.name} are finite{self._told_apart()}")
+            check.failures.append(f"float32: {why}; those of {self.reference.name} are finite{self._at_one_rank()}")
             check.numbers["reference"] = check.words = self.reference.name
             self.progress.finish()
             return check
@@ -197,7 +197,7 @@ class _Numerics:
         check.numbers |= {"reference": self.reference.name, "float32": numbers.to_json() | self._imposed()}
         limit = TIMES * numbers.own_max
         if not numbers.max <= limit:
-            where = self._first_to_differ() or self._told_apart()
+            where = self._first_to_differ() or self._at_one_rank()
             check.failures.append(f"float32: logits differ by {numbers.max:.3g}, the bound is {limit:.3g}{where}")
         if not (off := _distance(ours.stepwise, self._by_token(wide, ours.stepwise))) <= limit:
             check.failures.append(f"float32: token by token, logits differ by {off:.3g}, the bound is {limit:.3g}")
@@ -309,7 +309,7 @@ class _Numerics:
 
     def _continuations(self, tokens: Sequence[Sequence[int]], limit: float) -> None:
         """Greedy continuations equal the reference's, unless its margin is within the bound, or experts tie."""
-        agreed, distinct, tossed = 0, set(), 0
+        agreed, distinct, ties = 0, set(), 0
         theirs, margins = (
             found.tolist() for found in self.reference.greedy(self._starts, self._new, cached=self._turns)
         )
@@ -318,7 +318,7 @@ class _Numerics:
             for at, (one, other, margin) in enumerate(each):
                 if one != other:
                     if not self._settled([*start, *ours[:at]]):
-                        tossed += 1
+                        ties += 1
                     elif margin > 2 * limit:
                         words = f"the reference's is {other}, by a margin of {margin:.3g} over any other"
                         self.check.failures.append(f"float32: text {number}: token {at + 1} is {one}, {words}")
@@ -329,7 +329,7 @@ class _Numerics:
                     break  # a text does not go on from here
         self.check.numbers["continuations"] = {"texts": len(tokens), "tokens": agreed, "distinct": len(distinct)}
         if self.chosen is not None:
-            self.check.numbers["continuations"]["tossed"] = tossed  # texts cut short by a routing tie
+            self.check.numbers["continuations"]["ties"] = ties  # texts cut short by a routing tie
         if not agreed and not self.check.failures:
             self.check.best = UNPROVEN
             self.check.notes.append("no token that the model goes on with was compared")
@@ -437,7 +437,7 @@ class _Numerics:
                 return f"; the first step to differ is {name}{culprit(name, opened, self.source)}"
         return ""
 
-    def _told_apart(self) -> str:
+    def _at_one_rank(self) -> str:
         """The first step, also at TP 1, that computes something else than an independent reference, and its inputs."""
         from .first_difference import first_to_differ
 

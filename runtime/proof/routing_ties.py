@@ -41,31 +41,31 @@ class Choices:
     bounds: dict[Where, float]
 
     @property
-    def tossed(self) -> dict[Where, Tensor]:
+    def tied(self) -> dict[Where, Tensor]:
         """Router → which choices are ties, [prompts, tokens]."""
-        return {where: tossed(margin, self.bounds[where]) for where, margin in self.margins.items()}
+        return {where: tied(margin, self.bounds[where]) for where, margin in self.margins.items()}
 
     @property
     def share(self) -> float:
         """The share of choices that are ties."""
-        return float(torch.stack(list(self.tossed.values())).double().mean())
+        return float(torch.stack(list(self.tied.values())).double().mean())
 
     @property
     def unsettled(self) -> Tensor:
         """[prompts, tokens]: where a choice for this token, or for an earlier one, is a tie."""
-        return torch.stack(list(self.tossed.values())).any(0).cumsum(1) > 0
+        return torch.stack(list(self.tied.values())).any(0).cumsum(1) > 0
 
     def settles(self, margins: Margins) -> bool:
         """Whether none of these other choices is a tie."""
-        return not any(bool(tossed(margin, self.bounds[where]).any()) for where, margin in margins.items())
+        return not any(bool(tied(margin, self.bounds[where]).any()) for where, margin in margins.items())
 
     @property
     def imposed(self) -> Routes:
         """The choices that are ties, -1 elsewhere."""
-        return {where: self.routes[where].where(odd[..., None], -1) for where, odd in self.tossed.items()}
+        return {where: self.routes[where].where(odd[..., None], -1) for where, odd in self.tied.items()}
 
 
-def tossed(margin: Tensor, bound: float) -> Tensor:
+def tied(margin: Tensor, bound: float) -> Tensor:
     return ~(margin > bound)
 
 
