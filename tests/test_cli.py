@@ -253,7 +253,7 @@ WRONG: list[tuple[str, tuple[str, ...]]] = [
     ("plan SRC --to hf --max-file-size nonsense", ("--max-file-size nonsense", "5GB")),
     ("plan SRC --to hf --max-file-size -5", ("--max-file-size -5",)),
     ("plan SRC --to hf --tp 2", ("TP 2 was asked for",)),
-    ("plan SRC --to hf --tp auto --device-memory 1GiB", ("--tp auto was asked for",)),
+    ("plan SRC --to hf --tp auto --device-memory 1GiB", ("--tp auto chooses a mesh",)),
     ("plan SRC --tp auto", ("--device-memory 24GiB",)),
     ("plan SRC --tp auto --device-memory lots", ("--device-memory lots",)),
     ("plan SRC --tp auto --device-memory 1KB", ("no mesh", "fits")),

@@ -574,7 +574,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         "llama",
         2,
         lambda d: shutil.copy(d / R.format(0), d / "model-rank-0-part-77.safetensors"),
-        "stands both in .*-0.s.*-77.s",
+        "is in both .*-0.s.*-77.s",
     ),
     "files of two kinds": (
         "llama",

@@ -326,6 +326,6 @@ def test_sizes(text: str, size: int) -> None:
 )
 def test_no_sizes(text: str) -> None:
     """Nonsense is refused, naming it."""
-    with pytest.raises(ReshardError, match="no file size") as caught:
+    with pytest.raises(ReshardError, match="is not a file size") as caught:
         parse_size(text)
     assert text[:20] in caught.value.message

@@ -587,8 +587,8 @@ def test_a_hub_that_is_none(run: Client, hub: Hub, tiny: Path) -> None:
     """A server error, a login page or anything else in place of the list of files is no traceback."""
     for fault, words in (
         (Fault(500), r"\(500\)"),
-        (Fault(body=b"<html>log in</html>"), "could not be had"),
-        (Fault(body=b"[]"), "could not be had"),
+        (Fault(body=b"<html>log in</html>"), "could not be fetched"),
+        (Fault(body=b"[]"), "could not be fetched"),
     ):
         hub.fault = lambda method, path, fault=fault: fault if path.startswith("/api/") else None
         for found in run(remote(), local()):
