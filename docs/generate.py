@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import msgspec
 import rooms
 
+from reshard.authoring.check_table import CheckTableResult
 from reshard.checkpoints.manifest import Manifest
 from reshard.checkpoints.shards import Described
+from reshard.jobs.diff import DiffResult
+from reshard.jobs.explain import ExplainResult
+from reshard.jobs.fingerprint import Fingerprint, Share
+from reshard.jobs.inspect import Description
+from reshard.jobs.result import ConvertResult
+from reshard.jobs.verdict import VerifyResult
 from reshard.tables import families, formats
 from reshard.tables.facts import FACTS, ROUTING, Fact
 from reshard.tables.families import Family
@@ -271,10 +279,21 @@ def schema(kind: type) -> str:
     return json.dumps(dialect | top | {"$defs": definitions}, indent=1, ensure_ascii=False) + "\n"
 
 
+RESULTS = {
+    "check-table": CheckTableResult,
+    "convert": ConvertResult,
+    "diff": DiffResult,
+    "explain": ExplainResult,
+    "fingerprint": Fingerprint,
+    "fingerprint-share": Share,
+    "inspect": Description,
+    "verify": VerifyResult,
+}
 WHOLE: dict[str, Callable[[], str]] = {
     "docs/rooms.svg": rooms.picture,
     "docs/manifest.schema.json": lambda: schema(Manifest),
     "docs/tensors.schema.json": lambda: schema(Described),
+    **{f"docs/json/{name}.schema.json": partial(schema, kind) for name, kind in RESULTS.items()},
 }
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/start/tutorial.md": {"session": session},
@@ -295,7 +314,8 @@ def outdated() -> dict[str, str]:
     """Documents that have to be rewritten, with their new text."""
     found = {}
     for document, generate in WHOLE.items():
-        if (ROOT / document).read_text(encoding="utf-8") != (text := generate()):
+        path, text = ROOT / document, generate()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             found[document] = text
     for document, parts in PARTS.items():
         text = (ROOT / document).read_text(encoding="utf-8")

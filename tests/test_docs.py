@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+import fixtures
 import jsonschema
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import safetensors
 import torch
 import transformers
 import xxhash
+from running import reshard as command
 from safetensors.torch import load_file
 
 import reshard
@@ -340,6 +342,47 @@ def test_output_fits_the_schemas(shards: Path) -> None:
     jsonschema.Draft202012Validator(_closed(manifest)).validate(_json(shards / "manifest.json"))
     for _, _, index in _ranks(shards):
         jsonschema.Draft202012Validator(_closed(tensors)).validate(index)
+
+
+RESULTS = {
+    "convert": ("convert SRC NEW --tp 2", "convert SRC OUT --tp 2", "convert SRC BACK --to hf"),
+    "verify": ("verify OUT --against SRC --no-numerics", "verify OUT --only weights --against OTHER"),
+    "inspect": ("inspect SRC", "inspect OUT", "inspect UNKNOWN"),
+    "explain": ("explain OUT 0:layers.1.attn.qkv[0,0]", "explain OUT attn.q", "explain SRC lm_head.weight[1]"),
+    "diff": ("diff SRC OUT", "diff OUT OTHER"),
+    "fingerprint": ("fingerprint OUT",),
+    "fingerprint-share": ("fingerprint OUT --rank 1",),
+    "check-table": ("check-table llama --sample 3",),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_fit_their_schemas(name: str, tmp_path: Path) -> None:
+    """What a command prints with --json is valid under its schema, has no key that this does not describe, and is
+    not without any that it requires.
+    """
+    places = {word: tmp_path / word.lower() for word in ("NEW", "OUT", "BACK", "OTHER", "UNKNOWN")}
+    places["SRC"] = fixtures.checkpoint("llama")
+    reshard.convert(places["SRC"], places["OUT"], tp=2)
+    fixtures.copy("llama", places["OTHER"])
+    weights = next(places["OTHER"].glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-4:] = b"\x12\x34\x56\x3c"
+    weights.write_bytes(data)
+    config = _json(fixtures.copy("llama", places["UNKNOWN"]) / "config.json") | {
+        "model_type": "odd",
+        "architectures": [],
+    }
+    (places["UNKNOWN"] / "config.json").write_text(json.dumps(config))
+    schema = _closed(_json(ROOT / f"docs/json/{name}.schema.json"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for line in RESULTS[name]:
+        done = command(*(places.get(word, word) for word in line.split()), "--json")
+        assert done.code in (0, 1), done
+        validator.validate(done.json)
+        for key in schema["required"]:
+            assert not validator.is_valid({other: value for other, value in done.json.items() if other != key}), key
 
 
 def test_schemas_refuse_what_is_wrong(shards: Path) -> None:

@@ -448,7 +448,7 @@ def test_inspect_and_plan_tell_what_it_is(tmp_path: Path) -> None:
     """
     source = saved(tmp_path / "vllm", "llama", 4)
     files = list(source.glob("model-rank-*"))
-    facts = inspect.describe(str(source)).facts
+    facts = inspect.describe(str(source)).to_json()
     assert facts["layout"] == "vllm, TP 4"
     assert facts["files"] == len(files)
     assert facts["bytes"] == sum(path.stat().st_size for path in files)

@@ -60,7 +60,7 @@ def test_a_checkpoint_in_a_store_reads_as_the_local_one(model: Path, memory: lis
     found, here = open_any("mem://model"), open_any(model)
     assert found.tensors == here.tensors and found.root is None
     assert [(file.name, file.size) for file in found.carried] == [(file.name, file.size) for file in here.carried]
-    assert describe("mem://model").facts["family"] == "llama"
+    assert describe("mem://model").family == "llama"
 
 
 def test_opening_for_a_conversion_reads_config_and_index_once(model: Path, memory: list[Memory]) -> None:

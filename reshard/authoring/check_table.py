@@ -21,9 +21,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Struct, to_builtins
 
 from ..errors import ReshardError, unusable
+from ..inputs.decode import about
 from ..jobs.verdict import WIDTH
 from ..tables.families import Family
 from ..text.progress import Progress, Silent
@@ -32,6 +35,26 @@ from .mutations import Mutation, mutations
 from .synthetic import made_up
 
 SHOWN = 40  # undetected mutations listed
+
+
+class CheckTableResult(Struct, frozen=True, kw_only=True):
+    """reshard check-table --json, version 1."""
+
+    family: str
+    ok: Annotated[bool, about("The table is not known to be wrong, nothing escaped, every row is in a checkpoint.")]
+    proven: Annotated[bool, about("Every mutation was caught, and on a given checkpoint the table is right.")]
+    rows: int
+    axes: int
+    checkpoints: tuple[str, ...]
+    uncovered: Annotated[tuple[str, ...], about("Rows that no checkpoint has.")]
+    rounding: Annotated[float | None, about("The largest difference that counts as none; null: nothing was run.")]
+    itself: Annotated[str | None, about("The given checkpoint by the table as it is.")]
+    right: Annotated[bool | None, about("Whether an independent implementation agrees; null where there is none.")]
+    wrong: bool
+    first: Annotated[dict[str, Any] | None, about("The first step to differ, where the table is wrong.")]
+    skipped: Annotated[str | None, about("Why nothing was run.")]
+    count: Annotated[dict[str, int], about("Mutations by what caught them.")]
+    mutations: tuple[Trial, ...]
 
 
 @dataclass(frozen=True)
@@ -110,26 +133,27 @@ class TableCheck:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "family": self.family,
-            "ok": self.ok,
-            "proven": self.proven,
-            "rows": self.rows,
-            "axes": self.axes,
-            "checkpoints": list(self.checkpoints),
-            "uncovered": list(self.uncovered),
-            "rounding": self.rounding,
-            "itself": self.itself or None,
-            "right": self.right,
-            "wrong": self.wrong,
-            "first": None if self.first is None else self.first.to_json(),
-            "skipped": self.skipped,
-            "count": dict(self.count),
-            "mutations": [
-                {"name": trial.name, "by": trial.by, "words": trial.words, "checkpoint": trial.checkpoint}
-                for trial in self.trials
-            ],
-        }
+        """As CheckTableResult."""
+        found: dict[str, Any] = to_builtins(
+            CheckTableResult(
+                family=self.family,
+                ok=self.ok,
+                proven=self.proven,
+                rows=self.rows,
+                axes=self.axes,
+                checkpoints=self.checkpoints,
+                uncovered=self.uncovered,
+                rounding=self.rounding,
+                itself=self.itself or None,
+                right=self.right,
+                wrong=self.wrong,
+                first=None if self.first is None else self.first.to_json(),
+                skipped=self.skipped,
+                count=dict(self.count),
+                mutations=self.trials,
+            )
+        )
+        return found
 
 
 def _wrapped(text: str, indent: int, more: int | None = None) -> list[str]:

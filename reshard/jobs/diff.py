@@ -6,15 +6,17 @@ stored: scales of block-quantised weights are tensors of their own. Of replicas 
 `verify` is for the others.
 """
 
+import dataclasses
 import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import UNSET, Struct, UnsetType, field, to_builtins
 
 from ..checkpoints.source import Source
 from ..containers.dtypes import BITS
@@ -23,6 +25,7 @@ from ..containers.values import decode, floating
 from ..engine import worker
 from ..engine.worker import Key
 from ..errors import ReshardError
+from ..inputs.decode import about
 from ..layout.cut import Piece
 from ..layout.join import plan
 from ..model.understand import Tensor
@@ -35,6 +38,8 @@ MOST = 20  # differences that `lines` lists
 CHUNK = 256 << 10  # bytes decoded at a time: float64 is up to eight times as large, and there are several of them
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Status = Literal["equal", "differs", "shape", "dtype", "only in A", "only in B"]
+Number = float | str | None  # a text where JSON has no number: infinity
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Row:
 
     tensor: str
     layer: int | None
-    status: str
+    status: Status
     a: str = ""
     b: str = ""
     elements: int = 0
@@ -66,26 +71,61 @@ class Row:
     def name(self) -> str:
         return self.tensor if self.layer is None else f"{self.tensor} layer {self.layer}"
 
-    def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"tensor": self.tensor, "layer": self.layer, "status": self.status}
-        if self.buffer:
-            found["buffer"] = True
-        if self.status in ("equal", "differs"):
-            found["elements"] = self.elements
-        else:
-            found |= {"a": self.a, "b": self.b}
-        if self.status == "differs":
-            found |= {
-                "differing": self.differing,
-                "max": _number(self.largest),
-                "rms": _number(self.rms),
-                "odd": self.odd,
-            }
-            found["worst"] = {"in": self.side, "at": self.worst}
-        return found
+    @property
+    def result(self) -> "RowResult":
+        differs, compared = self.status == "differs", self.status in ("equal", "differs")
+        return RowResult(
+            tensor=self.tensor,
+            layer=self.layer,
+            status=self.status,
+            buffer=self.buffer or UNSET,
+            elements=self.elements if compared else UNSET,
+            a=UNSET if compared else self.a,
+            b=UNSET if compared else self.b,
+            differing=self.differing if differs else UNSET,
+            max=_number(self.largest) if differs else UNSET,
+            rms=_number(self.rms) if differs else UNSET,
+            odd=self.odd if differs else UNSET,
+            worst=Worst(self.side, self.worst) if differs else UNSET,
+        )
 
 
-def _number(value: float | None) -> float | str | None:
+class Worst(Struct, frozen=True):
+    """Where the largest difference is, or the first element that is infinite or no number."""
+
+    side: Annotated[str, about("A, B; empty where elements have no values.")] = field(name="in")
+    at: Annotated[str, about("As `reshard explain` takes it.")]
+
+
+class RowResult(Struct, frozen=True, kw_only=True):
+    """One logical tensor in one layer. `a` and `b`: what it is there, where it cannot be compared."""
+
+    tensor: str
+    layer: Annotated[int | None, about("null: it has no layers.")]
+    status: Status
+    buffer: Annotated[bool | UnsetType, about("A buffer that engines recompute.")] = UNSET
+    elements: int | UnsetType = UNSET
+    a: str | UnsetType = UNSET
+    b: str | UnsetType = UNSET
+    differing: Annotated[int | UnsetType, about("Elements whose bits differ.")] = UNSET
+    max: Annotated[Number | UnsetType, about("The largest difference; null unless floating point.")] = UNSET
+    rms: Annotated[Number | UnsetType, about("Over all elements, without the odd ones.")] = UNSET
+    odd: Annotated[int | UnsetType, about("Differing elements that are infinite or no number.")] = UNSET
+    worst: Worst | UnsetType = UNSET
+
+
+class DiffResult(Struct, frozen=True):
+    """reshard diff --json, version 1."""
+
+    a: str
+    b: str
+    equal: Annotated[bool, about("The exit code: whether nothing differs.")]
+    counts: Annotated[dict[Status, int], about("Rows of each status.")]
+    rows: Annotated[tuple[RowResult, ...], about("The worst first, those that are equal last.")]
+    notes: Annotated[tuple[str, ...], about("What does not count as a difference.")]
+
+
+def _number(value: float | None) -> Number:
     """JSON has no infinity."""
     return value if value is None or math.isfinite(value) else str(value)
 
@@ -124,17 +164,12 @@ class Difference:
         return sorted((row for row in self.rows if row.status != "equal"), key=place)
 
     def to_json(self) -> dict[str, Any]:
-        counts = Counter(row.status for row in self.rows)
-        return {
-            "a": self.a,
-            "b": self.b,
-            "equal": self.equal,
-            "counts": {status: counts[status] for status in sorted(counts)},
-            "rows": [
-                row.to_json() for row in [*self.worst_first, *(row for row in self.rows if row.status == "equal")]
-            ],
-            "notes": list(self.notes),
-        }
+        """As DiffResult."""
+        counts = dict(sorted(Counter(row.status for row in self.rows).items()))
+        same = (row for row in self.rows if row.status == "equal")
+        rows = tuple(row.result for row in (*self.worst_first, *same))
+        found: dict[str, Any] = to_builtins(DiffResult(self.a, self.b, self.equal, counts, rows, self.notes))
+        return found
 
     def lines(self) -> list[str]:
         """What a person wants to know, in at most 80 columns: equal tensors are counted, others listed,
@@ -243,7 +278,7 @@ def _compared(name: str, a: Tensor | None, b: Tensor | None) -> Iterator[Row]:
         if one is None or other is None:
             yield Row(name, layer, "only in B" if one is None else "only in A", _said(one, layer), _said(other, layer))
             continue
-        status = "equal"
+        status: Status = "equal"
         if sorted(_shape(one)) != sorted(_shape(other)) or (layer is None) != ("layer" not in one.axes):
             status = "shape"
         elif _dtype(one, layer) != _dtype(other, layer):
@@ -294,7 +329,7 @@ class _Count:
 
     differing: int = 0
     largest: float = 0.0
-    squares: list[float] = field(default_factory=list)
+    squares: list[float] = dataclasses.field(default_factory=list)
     odd: int = 0
     at: int = 0  # element of the stored tensor
     odd_at: int | None = None

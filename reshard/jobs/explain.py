@@ -18,15 +18,17 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from ..checkpoints.source import Source
 from ..containers.dtypes import BITS, DTYPES
 from ..containers.entry import Entry
 from ..containers.values import decode
 from ..errors import ReshardError
+from ..inputs.decode import about
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..layout.mesh import Range
 from ..store.local import Pool
@@ -40,7 +42,57 @@ WIDTH = 80  # columns
 Array = np.ndarray[Any, np.dtype[Any]]
 Box = dict[str, Range]
 Value = float | int | bool | str | None
+Kind = Literal["element", "box", "constant", "buffer"]
 Locate = Callable[[int, str], tuple[str, Path | None, Entry]]  # rank, name → file, where to read it, entry
+
+
+# --- as JSON ----------------------------------------------------------------------------------------------------------
+
+
+class HoldingResult(Struct, frozen=True, kw_only=True):
+    """A box in stored tensors: from element `first` of `tensor` to element `last` of it or of `last_tensor`."""
+
+    rank: Annotated[int | UnsetType, about("Not of an original file.")] = UNSET
+    tensor: str
+    first: tuple[int, ...]
+    tensors: Annotated[int | UnsetType, about("Where there is more than one.")] = UNSET
+    last_tensor: str | UnsetType = UNSET
+    last: tuple[int, ...]
+    elements: int
+    file: Annotated[str, about("Relative to the directory.")]
+    byte: Annotated[int, about("Of the first element, from the start of the file.")]
+    bits: Annotated[Range | UnsetType, about("From that byte on, where bytes hold parts of several elements.")] = UNSET
+    box: Annotated[Box | UnsetType, about("Of the logical tensor: axis to [first, one after the last).")] = UNSET
+    value: Annotated[Value | UnsetType, about("The first element, where the file was read.")] = UNSET
+    raw: Annotated[str | UnsetType, about("Every byte that it touches, in hexadecimal.")] = UNSET
+
+
+class PartResult(Struct, frozen=True):
+    """A box of one logical tensor: who holds it, and what it came from."""
+
+    tensor: str
+    box: Annotated[Box, about("Axis to [first, one after the last).")]
+    of: Annotated[dict[str, int], about("Axis to its size in the whole tensor.")]
+    elements: int
+    held: tuple[HoldingResult, ...]
+    origins: tuple[HoldingResult, ...]
+
+
+class ExplainResult(Struct, frozen=True, kw_only=True):
+    """reshard explain --json, version 1."""
+
+    where: str
+    asked: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    padding: Annotated[int, about("How many of the elements no logical tensor has.")]
+    here: Annotated[HoldingResult | UnsetType, about("The stored tensor that was asked about.")] = UNSET
+    constant: Annotated[Value | UnsetType, about("What the table says.")] = UNSET
+    kept: Annotated[HoldingResult | UnsetType, about("Where the bytes of a buffer are now.")] = UNSET
+    parts: tuple[PartResult, ...]
+    notes: tuple[str, ...]
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -104,19 +156,25 @@ class Holding:
             else int.from_bytes(bytes.fromhex(self.raw), "little") >> low % 8 & (1 << high - low) - 1
         )
 
-    def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
-        found |= {"tensor": self.tensor, "first": list(self.first)}
-        if self.tensors > 1:
-            found |= {"tensors": self.tensors, "last_tensor": self.last_tensor}
-        found |= {"last": list(self.last), "elements": self.elements, "file": self.file, "byte": self.byte}
-        if self.shares:
-            found["bits"] = [bit - 8 * self.byte for bit in self.bits]
-        if self.box:
-            found["box"] = {axis: list(span) for axis, span in self.box.items()}
-        if self.raw is not None:
-            found |= {"value": self.value, "raw": self.raw}
-        return found
+    @property
+    def result(self) -> "HoldingResult":
+        several, read = self.tensors > 1, self.raw is not None
+        low, high = self.bits
+        return HoldingResult(
+            rank=UNSET if self.rank is None else self.rank,
+            tensor=self.tensor,
+            first=self.first,
+            tensors=self.tensors if several else UNSET,
+            last_tensor=self.last_tensor if several else UNSET,
+            last=self.last,
+            elements=self.elements,
+            file=self.file,
+            byte=self.byte,
+            bits=(low - 8 * self.byte, high - 8 * self.byte) if self.shares else UNSET,
+            box=self.box or UNSET,
+            value=self.value if read else UNSET,
+            raw=self.raw or UNSET,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,15 +190,10 @@ class Part:
     held: tuple[Holding, ...]
     origins: tuple[Holding, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tensor": self.tensor,
-            "box": {axis: list(span) for axis, span in self.box.items()},
-            "of": self.sizes,
-            "elements": self.elements,
-            "held": [holding.to_json() for holding in self.held],
-            "origins": [holding.to_json() for holding in self.origins],
-        }
+    @property
+    def result(self) -> "PartResult":
+        held, origins = (tuple(one.result for one in holdings) for holdings in (self.held, self.origins))
+        return PartResult(self.tensor, self.box, self.sizes, self.elements, held, origins)
 
 
 @dataclass(frozen=True)
@@ -154,7 +207,7 @@ class Explanation:
 
     where: str
     asked: str
-    kind: str
+    kind: Kind
     dtype: str
     shape: tuple[int, ...]
     here: Holding | None = None
@@ -173,15 +226,24 @@ class Explanation:
         return self.here.elements if self.here else sum(part.elements for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"where": self.where, "asked": self.asked, "kind": self.kind, "dtype": self.dtype}
-        found |= {"shape": list(self.shape), "elements": self.elements, "padding": self.padding}
-        if self.here is not None:
-            found["here"] = self.here.to_json()
-        if self.constant is not None:
-            found["constant"] = self.constant
-        if self.kept is not None:
-            found["kept"] = self.kept.to_json()
-        return found | {"parts": [part.to_json() for part in self.parts], "notes": list(self.notes)}
+        """As ExplainResult."""
+        found: dict[str, Any] = to_builtins(
+            ExplainResult(
+                where=self.where,
+                asked=self.asked,
+                kind=self.kind,
+                dtype=self.dtype,
+                shape=self.shape,
+                elements=self.elements,
+                padding=self.padding,
+                here=self.here.result if self.here else UNSET,
+                constant=UNSET if self.constant is None else self.constant,
+                kept=self.kept.result if self.kept else UNSET,
+                parts=tuple(part.result for part in self.parts),
+                notes=self.notes,
+            )
+        )
+        return found
 
     def lines(self) -> list[str]:
         """What a person wants to know, in at most 80 columns."""
@@ -527,7 +589,7 @@ class _Asking:
                 raise ReshardError(words, f"its shape is {list(shape)}")
         return math.prod(shape[len(indices) :])
 
-    def _explanation(self, kind: str, dtype: str, shape: tuple[int, ...], **given: Any) -> Explanation:
+    def _explanation(self, kind: Kind, dtype: str, shape: tuple[int, ...], **given: Any) -> Explanation:
         found = Explanation(self.source.where, self.asked.strip(), kind, dtype, tuple(shape), **given)
         notes, layout = [], self.source.layout
         for part in found.parts if found.single else ():

@@ -40,13 +40,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field, structs, to_builtins
 from numpy.lib.stride_tricks import as_strided
 
 from ..checkpoints import manifest, source
@@ -57,8 +57,9 @@ from ..engine.worker import Key
 from ..errors import MismatchError, ReshardError
 from ..inputs import decode, limits
 from ..layout import identity
+from ..inputs.decode import about
 from ..layout.cut import Layout, Piece, Point, Slot
-from ..store.digest import of
+from ..store.digest import Digest, of
 from ..store.directory import unchanged
 from ..store.local import Pool
 from ..store.store import AnyFile
@@ -265,22 +266,22 @@ def _values(data: Array, bits: int) -> Array:
 # --- what counts where ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """The sum of one logical tensor, or a share of it. `elements`: those that were counted; `sizes`: all,
-    of `layer` those that exist.
-    """
+_Number = Annotated[int, Meta(ge=0, le=MOST)]
+
+
+class Line(Struct, frozen=True):
+    """The sum of one logical tensor, or a share of it."""
 
     name: str
     dtype: str
     axes: tuple[str, ...]
-    sizes: tuple[int, ...]
-    elements: int
-    sums: Sums
+    sizes: Annotated[tuple[_Number, ...], about("Of each axis all that there is; of `layer` the layers that exist.")]
+    elements: Annotated[_Number, about("Those that were counted.")]
+    value: Annotated[str, Meta(pattern=f"^[0-9a-f]{{{8 * LANES}}}$", max_length=8 * LANES)] = field(name="fingerprint")
 
     @property
-    def value(self) -> str:
-        return "".join(f"{number:08x}" for number in self.sums)
+    def sums(self) -> Sums:
+        return tuple(int(self.value[at : at + 8], 16) for at in range(0, len(self.value), 8))
 
     @property
     def tensor(self) -> str:
@@ -292,83 +293,41 @@ class Line:
     def text(self) -> str:
         return f"{self.value}  {self.tensor}"
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "axes": list(self.axes),
-            "sizes": list(self.sizes),
-            "elements": self.elements,
-            "fingerprint": self.value,
-        }
 
+class Share(Struct, frozen=True, kw_only=True):
+    """reshard fingerprint --rank --json, version 1."""
 
-@dataclass(frozen=True)
-class Share:
-    """What some ranks of a layout have of a model's fingerprint. `facts`: the digest of model, layout and mesh,
-    equal for all ranks.
-    """
-
-    ranks: tuple[int, ...]
-    world: int
-    facts: str
-    lines: tuple[Line, ...]
-    seed: str = ""
+    version: Annotated[str, about("Of fingerprints: only equal ones compare.")] = field(
+        name="fingerprint", default=VERSION
+    )
+    seed: str
+    ranks: tuple[_Number, ...]
+    world: Annotated[int, Meta(ge=1, le=RANKS)]
+    facts: Annotated[str, about("A digest of model, layout and mesh, equal for all ranks.")]
+    lines: tuple[Line, ...] = field(name="tensors")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "fingerprint": VERSION,
-            "seed": self.seed,
-            "ranks": list(self.ranks),
-            "world": self.world,
-            "facts": self.facts,
-            "tensors": [line.to_json() for line in self.lines],
-        }
+        found: dict[str, Any] = to_builtins(self)
+        return found
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """The fingerprint of a model: its logical tensors by name."""
+class Fingerprint(Struct, frozen=True, kw_only=True):
+    """reshard fingerprint --json, version 1."""
 
-    lines: tuple[Line, ...]
-    seed: str = ""
-
-    @property
-    def model(self) -> str:
-        text = "".join(f"{line.text}\n" for line in self.lines)
-        return of(f"reshard fingerprint {VERSION} {self.seed}\n{text}".encode())
+    version: Annotated[str, about("Of fingerprints: only equal ones compare.")] = field(
+        name="fingerprint", default=VERSION
+    )
+    seed: str
+    model: Annotated[Digest, about("Over the seed and the lines of all tensors.")]
+    lines: Annotated[tuple[Line, ...], about("The logical tensors by name.")] = field(name="tensors")
 
     def text(self) -> str:
         """A line per logical tensor, and one for the model."""
         return "\n".join([*(line.text for line in self.lines), f"{self.model}  model"])
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "fingerprint": VERSION,
-            "seed": self.seed,
-            "model": self.model,
-            "tensors": [line.to_json() for line in self.lines],
-        }
-
-
-_Number = Annotated[int, Meta(ge=0, le=MOST)]
-
-
-class _Line(Struct):
-    name: str
-    dtype: str
-    axes: tuple[str, ...]
-    sizes: tuple[_Number, ...]
-    elements: _Number
-    fingerprint: Annotated[str, Meta(pattern=f"^[0-9a-f]{{{8 * LANES}}}$", max_length=8 * LANES)]
-
-
-class _Share(Struct):
-    world: Annotated[int, Meta(ge=1, le=RANKS)]
-    ranks: tuple[_Number, ...]
-    facts: str
-    seed: str
-    tensors: tuple[_Line, ...]
+        found: dict[str, Any] = to_builtins(self)
+        return found
 
 
 class _Version(Struct):
@@ -384,27 +343,28 @@ def read_share(path: Path) -> Share:
         raise ReshardError(
             f"{where}: fingerprint version {version!r}, this is version {VERSION}", "use one version for all ranks"
         )
-    share: _Share = decode.json_of(text, limits.SHARE, where, _Share, hint=hint)
+    share: Share = decode.json_of(text, limits.SHARE, where, Share, hint=hint)
     if odd := next((rank for rank in share.ranks if rank >= share.world), None):
         raise ReshardError(f"{where}: rank {odd} of a world of {share.world}", hint)
-    try:
-        lines = tuple(map(_line, share.tensors))
-        for one, other in pairwise(lines):
-            if one.name >= other.name:
-                raise ValueError(f"tensor {other.name} follows {one.name}: names must be sorted and unique")
-    except ValueError as error:
-        raise ReshardError(f"{where}: {error}", hint) from None
-    return Share(share.ranks, share.world, share.facts, lines, share.seed)
+    if problem := next(_problems(share.lines), None):
+        raise ReshardError(f"{where}: {problem}", hint)
+    return share
 
 
-def _line(entry: _Line) -> Line:
-    if len(entry.axes) != len(entry.sizes):
-        raise ValueError(f"{entry.name}: {len(entry.axes)} axes have {len(entry.sizes)} sizes")
-    value = entry.fingerprint
-    sums = tuple(int(value[at : at + 8], 16) for at in range(0, len(value), 8))
-    if max(sums) >= P:
-        raise ValueError(f"{entry.name}: {value} is not a fingerprint: its numbers must be below {P:#x}")
-    return Line(entry.name, entry.dtype, entry.axes, entry.sizes, entry.elements, sums)
+def _problems(lines: Sequence[Line]) -> Iterator[str]:
+    """What types do not say of lines that somebody may have edited."""
+    for line in lines:
+        if len(line.axes) != len(line.sizes):
+            yield f"{line.name}: {len(line.axes)} axes have {len(line.sizes)} sizes"
+        if max(line.sums) >= P:
+            yield f"{line.name}: {line.value} is not a fingerprint: its numbers must be below {P:#x}"
+    for one, other in pairwise(lines):
+        if one.name >= other.name:
+            yield f"tensor {other.name} follows {one.name}: names must be sorted and unique"
+
+
+def _line(name: str, dtype: str, axes: tuple[str, ...], sizes: tuple[int, ...], elements: int, sums: Sums) -> Line:
+    return Line(name, dtype, axes, sizes, elements, "".join(f"{number:08x}" for number in sums))
 
 
 def combine(shares: Iterable[Share]) -> Fingerprint:
@@ -428,11 +388,7 @@ def combine(shares: Iterable[Share]) -> Fingerprint:
                 "combine the ranks of one directory",
             )
         for line, beside in zip_longest(first.lines, share.lines):
-            if (
-                line is None
-                or beside is None
-                or replace(line, elements=0, sums=()) != replace(beside, elements=0, sums=())
-            ):
+            if line is None or beside is None or _subject(line) != _subject(beside):
                 one, other = (
                     f"ranks {_folded(s.ranks)} have {at.tensor if at else 'no more'}"
                     for s, at in ((first, line), (share, beside))
@@ -458,8 +414,15 @@ def combine(shares: Iterable[Share]) -> Fingerprint:
                 f"{line.name}: the shares have {elements} elements, the tensor has {math.prod(line.sizes)}"
             )
         sums = tuple(sum(numbers) % P for numbers in zip(*(part.sums for part in parts), strict=True))
-        lines.append(Line(line.name, line.dtype, line.axes, line.sizes, elements, sums))
-    return Fingerprint(tuple(lines), first.seed)
+        lines.append(_line(line.name, line.dtype, line.axes, line.sizes, elements, sums))
+    text = "".join(f"{line.text}\n" for line in lines)
+    model = of(f"reshard fingerprint {VERSION} {first.seed}\n{text}".encode())
+    return Fingerprint(seed=first.seed, model=model, lines=tuple(lines))
+
+
+def _subject(line: Line) -> Line:
+    """What a line is about, whatever was counted."""
+    return structs.replace(line, elements=0, value="")
 
 
 def _folded(ranks: Sequence[int]) -> str:
@@ -528,8 +491,14 @@ class _Owned:
                 for axis, size in zip(tensor.axes, tensor.sizes, strict=True)
             )
             dtype = ",".join(dict.fromkeys(tensor.dtypes))
-            lines.append(Line(name, dtype, tensor.axes, sizes, self.elements[into], tuple(map(int, totals[into]))))
-        return Share(self.ranks, self.layout.mesh.world, _facts(self.layout), tuple(lines), self.keys.seed)
+            lines.append(_line(name, dtype, tensor.axes, sizes, self.elements[into], tuple(map(int, totals[into]))))
+        return Share(
+            seed=self.keys.seed,
+            ranks=self.ranks,
+            world=self.layout.mesh.world,
+            facts=_facts(self.layout),
+            lines=tuple(lines),
+        )
 
 
 def _facts(layout: Layout) -> str:

@@ -2,16 +2,18 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from ..checkpoints import remote
 from ..checkpoints.opening import open_any
 from ..checkpoints.published import Published, open_published
 from ..checkpoints.source import Source
 from ..errors import PlaceError, ReshardError
+from ..inputs.decode import about
 from ..model.sizes import axis_size
 from ..model.understand import Config, Model, Tensor
 from ..store import location
@@ -33,20 +35,43 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Description:
-    """What was found, ready for JSON; `refused` says why a family table does not fit, if none does."""
+class Description(Struct, frozen=True, kw_only=True):
+    """reshard inspect --json, version 2."""
 
-    facts: dict[str, Any]
-    refused: str | None = None
+    source: str
+    layout: Annotated[str | UnsetType, about("Published, or a format and its mesh.")] = UNSET
+    family: str | UnsetType = UNSET
+    around: Annotated[str | UnsetType | None, about("The family of the language model inside.")] = UNSET
+    model: Annotated[str | UnsetType | None, about("Id on the Hub.")] = UNSET
+    commit: str | UnsetType | None = UNSET
+    license: str | UnsetType | None = UNSET
+    bytes: Annotated[int | UnsetType, about("Of the weights files.")] = UNSET
+    files: int | UnsetType = UNSET
+    tensors: int | UnsetType = UNSET
+    kinds: Annotated[list[str] | UnsetType, about("Names without numbers, and how many of each; without a table.")] = (
+        UNSET
+    )
+    parameters: int | UnsetType = UNSET
+    dtypes: Annotated[dict[str, int] | UnsetType, about("Tensors of each dtype.")] = UNSET
+    sizes: Annotated[dict[str, int] | UnsetType, about("Of each axis.")] = UNSET
+    tied: list[str] | UnsetType = UNSET
+    quantization: str | UnsetType | None = UNSET
+    towers: Annotated[list[str] | UnsetType, about("Components other than the language model.")] = UNSET
+    kept_aside: Annotated[int | UnsetType, about("Buffers that engines recompute.")] = UNSET
+    carried: Annotated[list[str] | UnsetType, about("Files that are copied as they are.")] = UNSET
+    left: Annotated[list[str] | UnsetType, about("Files and folders that are not copied.")] = UNSET
+    root: Annotated[str | UnsetType | None, about("The digest over all files of a shard directory.")] = UNSET
+    killed: Annotated[list[str], about("What killed conversions left.")]
+    refused: Annotated[str | None, about("Why it cannot be converted.")] = None
 
     def to_json(self) -> dict[str, Any]:
-        return self.facts | {"refused": self.refused}
+        found: dict[str, Any] = to_builtins(self)
+        return found
 
     def text(self) -> str:
         lines = []
-        for key, value in self.facts.items():
-            if value in (None, [], {}, "") or (key, value) == ("kept_aside", 0):
+        for key, value in self.to_json().items():
+            if value in (None, [], {}, "") or key == "refused" or (key, value) == ("kept_aside", 0):
                 continue
             if key == "kept_aside":
                 value = f"{value} that engines recompute: skipped, but restored by --to hf"
@@ -85,17 +110,17 @@ def describe(src: str | Path, revision: str | None = None, family: str | None = 
     """
     killed = _killed(Path(src))
     try:
-        return Description(_understood(open_any(src, revision, family), str(src)) | {"killed": killed})
+        return Description(**_understood(open_any(src, revision, family), str(src)), killed=killed)
     except PlaceError:
         raise  # it says nothing about the source
     except ReshardError as error:
         refused = error.with_traceback(None)  # whose frames hold what was read
         refused.__context__ = None
     try:
-        return Description(_headers(published(str(src), revision)) | {"killed": killed}, str(refused))
+        return Description(**_headers(published(str(src), revision)), killed=killed, refused=str(refused))
     except ReshardError:
         if killed:
-            return Description({"source": str(src), "killed": killed}, str(refused))
+            return Description(source=str(src), killed=killed, refused=str(refused))
         raise refused from None
 
 
@@ -172,7 +197,8 @@ def _headers(published: Published) -> dict[str, Any]:
         "family": f"unknown (model_type {published.config.model_type})",
         "bytes": published.bytes,
         "files": sum(not original.plain for original in published.originals),
-        "tensors": [f"{count} × {kind}" for kind, count in kinds.items()],
+        "tensors": len(published.tensors),
+        "kinds": [f"{count} × {kind}" for kind, count in kinds.items()],
         "dtypes": dict(Counter(entry.dtype for _, entry in published.tensors.values())),
         "quantization": _quantization(published.config),
     }
@@ -180,4 +206,5 @@ def _headers(published: Published) -> dict[str, Any]:
 
 def _quantization(config: Config) -> str | None:
     found = config.get("quantization_config")
-    return str(found.get("quant_method", found)) if isinstance(found, dict) else found
+    named = found.get("quant_method", found) if isinstance(found, dict) else found
+    return None if named is None else str(named)

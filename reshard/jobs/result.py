@@ -1,16 +1,39 @@
-"""What a conversion did, as data and as text; and what this process used for it."""
+"""What a conversion did, as data and as text."""
 
 import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import to_builtins
+from msgspec import UNSET, UnsetType, to_builtins
 
 from ..checkpoints.companions import Left, words
+from ..inputs.decode import about
+from ..store.digest import Digest
 from ..text.units import decimal
+from .usage import Usage, usage
 from .verdict import WIDTH
+
+
+class ConvertResult(Usage, frozen=True, kw_only=True):
+    """reshard convert --json, version 1."""
+
+    out: str
+    already: Annotated[bool, about("Whether the conversion was finished before: nothing was written.")]
+    decided_by: Annotated[
+        str | UnsetType | None,
+        about("What showed that the source is the same: sha256, commit, sample, content; with `already`."),
+    ] = UNSET
+    checked: Annotated[bool | UnsetType, about("Whether OUT was checked against its digests; with `already`.")] = UNSET
+    added: Annotated[tuple[str, ...] | UnsetType, about("What was added to OUT; with `already`.")] = UNSET
+    root: Annotated[Digest | None, about("The digest over all files; null for Hugging Face files.")]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    left: Annotated[tuple[Left, ...], about("What is not copied.")]
+    towers: Annotated[tuple[str, ...], about("Components that several ranks store whole.")]
+    notes: Annotated[tuple[str, ...], about("What killed conversions left nearby.")]
 
 
 @dataclass(frozen=True)
@@ -36,23 +59,23 @@ class Result:
     notes: tuple[str, ...] = ()  # what killed conversions to other destinations have left near this one
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "already": self.already,
-            **(
-                {"decided_by": self.decided_by, "checked": self.checked, "added": list(self.added)}
-                if self.already
-                else {}
-            ),
-            "root": self.root,
-            "bytes_read": self.read,
-            "bytes_written": self.written,
-            "seconds": round(self.seconds, 3),
-            "left": to_builtins(self.left),
-            "towers": list(self.towers),
-            "notes": list(self.notes),
-            **usage(),
-        }
+        """As ConvertResult."""
+        result = ConvertResult(
+            out=str(self.out),
+            already=self.already,
+            decided_by=self.decided_by if self.already else UNSET,
+            checked=self.checked if self.already else UNSET,
+            added=self.added if self.already else UNSET,
+            root=self.root,
+            bytes_read=self.read,
+            bytes_written=self.written,
+            seconds=round(self.seconds, 3),
+            left=self.left,
+            towers=self.towers,
+            notes=self.notes,
+        )
+        found: dict[str, Any] = to_builtins(result)
+        return found | usage()
 
     def lines(self, src: str, *options: str) -> list[str]:
         """What a person wants to know, the next command last; `options` are what it must say of the source, too."""
@@ -78,22 +101,3 @@ class Result:
         done += [f"note: {note}" for note in self.notes]
         out, src = (f"./{name}" if name.startswith("-") else name for name in (str(self.out), src))
         return [*done, f"next: {shlex.join(['reshard', 'verify', out, '--against', src, *options])}"]
-
-
-def usage() -> dict[str, int]:
-    """This process' own account of itself: peak memory and bytes moved by system calls."""
-    found = {}
-    for path, keys in (
-        ("/proc/self/status", {"VmHWM": "peak_memory"}),
-        ("/proc/self/io", {"rchar": "io_read", "wchar": "io_written"}),
-    ):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            key, _, value = line.partition(":")
-            if key in keys:
-                number, _, unit = value.strip().partition(" ")
-                found[keys[key]] = int(number) * (1024 if unit == "kB" else 1)
-    return found

@@ -4,22 +4,61 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast, get_args
 
-from msgspec import to_builtins
+from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from ..checkpoints.companions import Left, words
 from ..errors import ReshardError
+from ..inputs.decode import about
 from ..text.units import decimal
+from .usage import Usage
 
 MOST = 20  # failures listed for people
 WIDTH = 80  # columns
-CHECKS = ("integrity", "weights", "sha256", "numerics")
+Name = Literal["integrity", "weights", "sha256", "numerics"]
+CHECKS: tuple[str, ...] = get_args(Name)
 PROVEN = "proven"  # what can be required besides the checks: all of them, with nothing left out
 
 # What became of a check. Only OK is a pass; agreement with oneself and a comparison that says nothing are no passes,
 # and no failures.
-OK, FAILED, SKIPPED, SELF_CONSISTENT, UNPROVEN = "ok", "failed", "skipped", "self-consistent", "unproven"
+Status = Literal["ok", "failed", "skipped", "self-consistent", "unproven"]
+_STATUSES: tuple[Status, ...] = get_args(Status)
+OK, FAILED, SKIPPED, SELF_CONSISTENT, UNPROVEN = _STATUSES
+
+
+class CheckResult(Struct, frozen=True, kw_only=True):
+    """What one check found."""
+
+    check: Name
+    status: Status
+    ok: Annotated[bool | None, about("True where it passed, false where it failed, null where it did neither.")]
+    skipped: Annotated[str | None, about("Why it did not run.")]
+    bytes: int
+    tensors: int
+    files: int
+    seconds: float
+    failures: list[str]
+    failed: Annotated[int, about("How many failures there are.")]
+    unproven: Annotated[list[str], about("What could not be compared.")]
+    hint: str | UnsetType = UNSET
+    numbers: Annotated[dict[str, Any] | UnsetType, about("What a check measured; its keys are the check's own.")] = (
+        UNSET
+    )
+
+
+class VerifyResult(Usage, frozen=True, kw_only=True):
+    """reshard verify --json, version 2."""
+
+    out: str
+    ok: Annotated[bool, about("The exit code: nothing failed, and what was required was reached.")]
+    proven: Annotated[bool, about("Every check passed, with nothing left out.")]
+    passed: Annotated[int, about("How many of the four checks passed.")]
+    required: Annotated[tuple[str, ...], about("What --require says.")]
+    unmet: Annotated[list[str], about("What was required and not reached.")]
+    verdict: str
+    checks: tuple[CheckResult, ...]
+    left: Annotated[tuple[Left, ...], about("What a conversion left out.")]
 
 
 @dataclass
@@ -42,11 +81,11 @@ class Check:
     numbers: dict[str, Any] = field(default_factory=dict)
     words: str = ""
     details: list[str] = field(default_factory=list)
-    best: str = OK
+    best: Status = OK
     hint: str = ""
 
     @property
-    def status(self) -> str:
+    def status(self) -> Status:
         """OK, FAILED, SKIPPED, SELF_CONSISTENT or UNPROVEN."""
         return FAILED if self.failures else SKIPPED if self.skipped is not None else self.best
 
@@ -78,23 +117,23 @@ class Check:
         if self.hint:
             yield from textwrap.wrap(f"  hint: {self.hint}", WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """`ok`: true where it passed, false where it failed, null where it did neither; `status` says which."""
-        return {
-            "check": self.name,
-            "status": self.status,
-            "ok": {OK: True, FAILED: False}.get(self.status),
-            "skipped": self.skipped,
-            "bytes": self.bytes,
-            "tensors": self.tensors,
-            "files": self.files,
-            "seconds": round(self.seconds, 3),
-            "failures": self.failures,
-            "failed": len(self.failures),
-            "unproven": self.notes,
-            **({"hint": self.hint} if self.hint else {}),
-            **({"numbers": self.numbers} if self.numbers else {}),
-        }
+    @property
+    def result(self) -> CheckResult:
+        return CheckResult(
+            check=cast(Name, self.name),
+            status=self.status,
+            ok={OK: True, FAILED: False}.get(self.status),
+            skipped=self.skipped,
+            bytes=self.bytes,
+            tensors=self.tensors,
+            files=self.files,
+            seconds=round(self.seconds, 3),
+            failures=self.failures,
+            failed=len(self.failures),
+            unproven=self.notes,
+            hint=self.hint or UNSET,
+            numbers=self.numbers or UNSET,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,18 +219,21 @@ class Report:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """`ok` is the exit code: nothing failed, and what was required was reached."""
-        return {
-            "out": str(self.out),
-            "ok": self.ok,
-            "proven": self.proven,
-            "passed": self.passed,
-            "required": list(self.required),
-            "unmet": self.unmet,
-            "verdict": self.verdict,
-            "checks": [check.to_json() for check in self.checks],
-            "left": to_builtins(self.left),
-        }
+        """As VerifyResult."""
+        found: dict[str, Any] = to_builtins(
+            VerifyResult(
+                out=str(self.out),
+                ok=self.ok,
+                proven=self.proven,
+                passed=self.passed,
+                required=self.required,
+                unmet=self.unmet,
+                verdict=self.verdict,
+                checks=tuple(check.result for check in self.checks),
+                left=self.left,
+            )
+        )
+        return found
 
 
 def required(given: str | Sequence[str] | None) -> tuple[str, ...]:
