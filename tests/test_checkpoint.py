@@ -174,7 +174,7 @@ def test_base_models_are_stored_without_model_and_perhaps_without_a_head(name: s
 
 def test_config_json_may_name_the_weights(tmp_path: Path) -> None:
     source = llama(tmp_path / "model", transformers_weights="other.safetensors")
-    refused(reshard("convert", source, tmp_path / "no", "--tp", "2"), 2, "other.safetensors", "is not there")
+    refused(reshard("convert", source, tmp_path / "no", "--tp", "2"), 2, "other.safetensors", "does not exist")
     save(source / "other.safetensors", llama_tensors(seed=3))
     out = there_and_back(source)
     assert [file["name"] for file in json.loads((out / "source" / "files.json").read_text())] == ["other.safetensors"]

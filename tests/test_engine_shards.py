@@ -619,7 +619,7 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
         "llama",
         2,
         drop_scales,
-        r"10 × missing .*_k_scale.*vLLM 0\.33: other versions",
+        r"10 × missing .*_k_scale.*vLLM 0\.33.s: other versions",
     ),
     "experts named as in vLLM 0.19": ("qwen3_moe", 2, rename_experts, r"a layer must be one of .*none found"),
     "expert parallel": ("qwen3_moe", 4, expert_parallel, r"w13_weight: shape \[1, 80, 72\].*expert parallelism"),

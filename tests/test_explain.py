@@ -32,6 +32,7 @@ from reshard.containers.dtypes import BITS
 from reshard.containers.values import decode, floating
 from reshard.errors import ReshardError
 from reshard.jobs.explain import Explanation, Holding, _parse, bits_of, explain, inside
+from reshard.jobs.json_result import as_json
 from reshard.layout.cut import lay_out
 from reshard.layout.mesh import Mesh
 from reshard.tables import formats
@@ -364,7 +365,7 @@ def test_a_published_checkpoint_says_where_a_logical_element_is(question: str, p
     assert (
         f"held by\n  {place}" in (lines := "\n".join(found.lines())) and f"    byte {held.byte} of {held.file}" in lines
     )
-    assert found.to_json()["parts"][0]["held"] == [held.to_json()]
+    assert found.to_json()["parts"][0]["held"] == [as_json(held.result)]
     here = explain(published("llama"), held.text).here
     assert here is not None and (here.file, here.bits) == (held.file, held.bits)
     assert not any("held by" in line for line in explain(published("llama"), held.text).lines())
@@ -397,7 +398,7 @@ def test_every_byte_that_an_element_touches_is_told_and_which_bits(
     for holding in (there, held[1]):
         told = words.format(holding.byte, holding.byte + 1)
         assert f" {told} of {holding.file}" in " ".join(" ".join(found[1].lines()).split())
-        assert holding.to_json().get("bits") == bits
+        assert as_json(holding.result).get("bits") == bits
     assert f", byte {first.byte} of {first.file}" in " ".join(
         " ".join(explain(out, "blocks.1.k.weight[5]").lines()).split()
     )

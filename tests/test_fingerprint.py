@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import checkpoint
+from msgspec.structs import replace
 from running import BITS, LLAMA, Tensors, llama, llama_tensors, noise
 
 import reshard
@@ -625,7 +626,10 @@ def test_a_file_that_is_no_share_is_refused_with_its_name(shards: Path, tmp_path
         ({"tensors": [tensor | {"elements": True}]}, r"\$\.tensors\[0\]\.elements is True"),
         ({"tensors": [tensor | {"fingerprint": "0x" + "1" * 30}]}, r"\$\.tensors\[0\]\.fingerprint is '0x1"),
     ]
-    for text, words in [*((json.dumps(good | edit), words) for edit, words in edits), ("[" * 200_000, "not JSON")]:
+    for text, words in [
+        *((json.dumps(good | edit), words) for edit, words in edits),
+        ("[" * 200_000, "unsupported JSON: nested"),
+    ]:
         path.write_text(text)
         with pytest.raises(ReshardError, match=rf"share\.json: .*{words}"):
             fingerprint.read_share(path)

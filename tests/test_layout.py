@@ -162,7 +162,7 @@ def test_blocks_are_cut_where_their_weights_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "words"), [({"tp": 8}, "tears a block of 128"), ({"tp": 8, "ep": 2}, "tears a block of 128")]
+    ("mesh", "words"), [({"tp": 8}, "splits a block of 128"), ({"tp": 8, "ep": 2}, "splits a block of 128")]
 )
 def test_a_cut_that_tears_a_block_is_refused(mesh: dict[str, int], words: str) -> None:
     with pytest.raises(ReshardError, match=words):
@@ -317,7 +317,7 @@ def test_one_dimension_of_memory_cannot_be_cut_twice() -> None:
     """A scale per 2 of two axes that are both cut: what a rank holds is not contiguous in blocks."""
     scale = Tensor("up", ("layer", "vocab inter/2"), (3, 40), ("F32",), (0, 1, 2))
     rows = {"up gate": [], "up": ["l.{layer}.s", "(vocab inter)/2", "up"]}
-    with pytest.raises(ReshardError, match="cut twice, blocks of 2 would be torn"):
+    with pytest.raises(ReshardError, match="cut twice, blocks of 2 would be split"):
         laid(Mesh(tp=2), rows, model=model("gate up", up=scale))
 
 

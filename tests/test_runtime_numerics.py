@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import FIXTURES, copy, rewrite
+from msgspec import to_builtins
 from running import ROOT, big_llama, environment, reshard, sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -196,7 +197,7 @@ def test_processes_give_the_report_of_threads(checkpoint: Get, tmp_path: Path, m
     processes = api.verify(out, against=checkpoint("llama"), only="numerics", processes=True)
     assert processes.ok, processes.failures
     one, other = (
-        {key: value for key, value in report.checks[0].to_json().items() if key != "seconds"}
+        {key: value for key, value in to_builtins(report.checks[0].result).items() if key != "seconds"}
         for report in (threads, processes)
     )
     assert one == other

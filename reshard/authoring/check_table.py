@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Struct, to_builtins
+from msgspec import Struct
 
 from ..errors import ReshardError, unusable
 from ..inputs.decode import about
+from ..jobs.json_result import as_json
 from ..jobs.verdict import WIDTH
 from ..tables.families import Family
 from ..text.progress import Progress, Silent
@@ -134,7 +135,7 @@ class TableCheck:
 
     def to_json(self) -> dict[str, Any]:
         """As CheckTableResult."""
-        found: dict[str, Any] = to_builtins(
+        found: dict[str, Any] = as_json(
             CheckTableResult(
                 family=self.family,
                 ok=self.ok,

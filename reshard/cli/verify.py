@@ -53,7 +53,7 @@ def command(out: str, as_json: bool, progress_kind: str, quiet: bool, **given: A
     with Talk(progress_kind, quiet) as progress:
         report = api.verify(out, **options.arguments(given), progress=progress)
     if as_json:
-        from ..jobs.usage import usage
+        from ..jobs.json_result import usage
 
         show(report.to_json() | usage())
     else:

@@ -29,8 +29,8 @@ from ..store.writable import Destination, Transaction, Upload
 from ..text.progress import Progress, Silent, until
 from . import same_job
 from .job import Job, Options, prepare
+from .json_result import usage
 from .result import Result
-from .usage import usage
 
 __all__ = ["Job", "Options", "Result", "convert", "lay", "move", "prepare", "seal", "usage"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from msgspec import UNSET, Struct, UnsetType, field, to_builtins
+from msgspec import UNSET, Struct, UnsetType, field
 
 from ..checkpoints.source import Source
 from ..containers.dtypes import BITS
@@ -33,6 +33,7 @@ from ..store.local import Pool
 from ..text.progress import Progress, Silent, until
 from ..text.units import folded
 from .explain import bracketed, inside, unravel, wrapped
+from .json_result import as_json
 
 MOST = 20  # differences that `lines` lists
 CHUNK = 256 << 10  # bytes decoded at a time: float64 is up to eight times as large, and there are several of them
@@ -168,7 +169,7 @@ class Difference:
         counts = dict(sorted(Counter(row.status for row in self.rows).items()))
         same = (row for row in self.rows if row.status == "equal")
         rows = tuple(row.result for row in (*self.worst_first, *same))
-        found: dict[str, Any] = to_builtins(DiffResult(self.a, self.b, self.equal, counts, rows, self.notes))
+        found: dict[str, Any] = as_json(DiffResult(self.a, self.b, self.equal, counts, rows, self.notes))
         return found
 
     def lines(self) -> list[str]:

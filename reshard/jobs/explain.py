@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from msgspec import UNSET, Struct, UnsetType, to_builtins
+from msgspec import UNSET, Struct, UnsetType
 
 from ..checkpoints.source import Source
 from ..containers.dtypes import BITS, DTYPES
@@ -35,6 +35,7 @@ from ..store.local import Pool
 from ..tables.notation import fold
 from ..tables.row import Constant
 from ..text.units import folded, runs
+from .json_result import as_json
 
 MOST = 64  # holders that `lines` lists
 WIDTH = 80  # columns
@@ -227,7 +228,7 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """As ExplainResult."""
-        found: dict[str, Any] = to_builtins(
+        found: dict[str, Any] = as_json(
             ExplainResult(
                 where=self.where,
                 asked=self.asked,

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from msgspec import Meta, Struct, field, structs, to_builtins
+from msgspec import Meta, Struct, field, structs
 from numpy.lib.stride_tricks import as_strided
 
 from ..checkpoints import manifest, source
@@ -65,6 +65,7 @@ from ..store.local import Pool
 from ..store.store import AnyFile
 from ..text.progress import Progress, Silent
 from ..threads import each
+from .json_result import as_json
 
 VERSION = "1"
 P = 2**31 - 1
@@ -307,7 +308,7 @@ class Share(Struct, frozen=True, kw_only=True):
     lines: tuple[Line, ...] = field(name="tensors")
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = to_builtins(self)
+        found: dict[str, Any] = as_json(self)
         return found
 
 
@@ -326,7 +327,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
         return "\n".join([*(line.text for line in self.lines), f"{self.model}  model"])
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = to_builtins(self)
+        found: dict[str, Any] = as_json(self)
         return found
 
 

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import UNSET, Struct, UnsetType, to_builtins
+from msgspec import UNSET, Struct, UnsetType
 
 from ..checkpoints import remote
 from ..checkpoints.opening import open_any
@@ -21,6 +21,7 @@ from ..store.workfolder import in_words, left_by_killed
 from ..tables.notation import bases, block_of, fold
 from ..text.escapes import in_line
 from ..text.units import decimal
+from .json_result import as_json
 from .plan import facts
 
 # What facts are called in the text, where not by their keys.
@@ -65,7 +66,7 @@ class Description(Struct, frozen=True, kw_only=True):
     refused: Annotated[str | None, about("Why it cannot be converted.")] = None
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = to_builtins(self)
+        found: dict[str, Any] = as_json(self)
         return found
 
     def text(self) -> str:

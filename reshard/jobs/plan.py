@@ -5,7 +5,6 @@ Built from two layouts without enumerating a single copy. Sizes of files are dec
 never mixed in a row. Opens no file and prints nothing.
 """
 
-import json
 import math
 import re
 import shlex
@@ -14,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct, to_builtins
+from msgspec import Struct
 
 from ..checkpoints.source import Source
 from ..containers.dtypes import BITS
@@ -27,6 +26,7 @@ from ..model.understand import Config, Model
 from ..tables.notation import Product, block_of
 from ..tables.row import Row
 from ..text.units import binary, decimal, folded
+from .json_result import as_json
 
 MEMORY_BASE = 48 << 20  # bytes that a convert keeps: the interpreter and what is always there …
 MEMORY_WORKER = 8 << 20  # … each worker's buffers …
@@ -165,10 +165,10 @@ class Report(Struct, frozen=True):
         if self.around:
             of_model["around"] = self.around
         return {
-            "source": _plain(self.source) | of_model,
+            "source": as_json(self.source) | of_model,
             "format": self.format,
             "mesh": _mesh(self.mesh),
-            "ranks": _plain(self.ranks),
+            "ranks": as_json(self.ranks),
             "balance": round(self.balance, 6),
             "bytes": {
                 "stored": self.stored,
@@ -179,12 +179,12 @@ class Report(Struct, frozen=True):
             },
             "replicated": dict(self.repeated_bytes),
             "repeats": {axis: {"size": size, "ranks": n} for axis, (size, n) in self.repeats.items()},
-            "kinds": [_plain(kind) | {"nbytes": kind.nbytes} for kind in self.kinds],
+            "kinds": [as_json(kind) | {"nbytes": kind.nbytes} for kind in self.kinds],
             "disk": {"bytes": self.disk, "exact": self.disk_exact},
             "memory": {"bytes": self.memory, "workers": self.workers},
             "tp_sizes": list(self.sizes),
-            "cache": _plain(self.cache),
-            "device": self.device and _plain(self.device) | {"smallest": _mesh(self.device.smallest)},
+            "cache": as_json(self.cache),
+            "device": self.device and as_json(self.device) | {"smallest": _mesh(self.device.smallest)},
             "next": list(self.command),
         }
 
@@ -681,11 +681,6 @@ def _common_start(kind: LayerKind) -> str:
 
 
 # --- as JSON ----------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON knows it: tuples as lists. A file's name in it may not be valid Unicode."""
-    return json.loads(json.dumps(to_builtins(value)))
 
 
 def _mesh(mesh: Mesh | None) -> dict[str, Any] | None:

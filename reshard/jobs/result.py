@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import UNSET, UnsetType, to_builtins
+from msgspec import UNSET, UnsetType
 
 from ..checkpoints.companions import Left, words
 from ..inputs.decode import about
 from ..store.digest import Digest
 from ..text.units import decimal
-from .usage import Usage, usage
+from .json_result import Usage, as_json, usage
 from .verdict import WIDTH
 
 
@@ -74,7 +74,7 @@ class Result:
             towers=self.towers,
             notes=self.notes,
         )
-        found: dict[str, Any] = to_builtins(result)
+        found: dict[str, Any] = as_json(result)
         return found | usage()
 
     def lines(self, src: str, *options: str) -> list[str]:

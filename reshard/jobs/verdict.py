@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from msgspec import UNSET, Struct, UnsetType, to_builtins
+from msgspec import UNSET, Struct, UnsetType
 
 from ..checkpoints.companions import Left, words
 from ..errors import ReshardError
 from ..inputs.decode import about
 from ..text.units import decimal
-from .usage import Usage
+from .json_result import Usage, as_json
 
 MOST = 20  # failures listed for people
 WIDTH = 80  # columns
@@ -220,7 +220,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As VerifyResult."""
-        found: dict[str, Any] = to_builtins(
+        found: dict[str, Any] = as_json(
             VerifyResult(
                 out=str(self.out),
                 ok=self.ok,

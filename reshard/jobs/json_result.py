@@ -1,13 +1,19 @@
-"""What this process used: peak memory, and the bytes that it moved by system calls."""
+"""What the JSON results of commands share: the form of their values, and what the process used."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, to_builtins
 
 from ..inputs.decode import about
 
 _KEYS = {"/proc/self/status": {"VmHWM": "peak_memory"}, "/proc/self/io": {"rchar": "io_read", "wchar": "io_written"}}
+
+
+def as_json(value: Any) -> Any:
+    """A typed value as JSON has it, tuples as lists. A file's name in it may not be valid Unicode."""
+    return json.loads(json.dumps(to_builtins(value)))
 
 
 class Usage(Struct, frozen=True, kw_only=True):
