@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import PlaceError, ReshardError, failed
 from ..text.units import decimal
 from .publish import Publication, occupied, real, recover
-from .workfolder import left_by_killed, told
+from .workfolder import in_words, left_by_killed
 from .writable import Destination
 
 
@@ -36,7 +36,7 @@ class LocalDestination(Destination):
         return Publication(self.given, last, replace=replace, durable=durable)
 
     def notes(self) -> tuple[str, ...]:
-        return tuple(map(told, left_by_killed(real(self.given).parent)))
+        return tuple(map(in_words, left_by_killed(real(self.given).parent)))
 
 
 def check_destination(out: Path, source: Path | None, files: Iterable[Path] = ()) -> None:
@@ -51,7 +51,7 @@ def check_destination(out: Path, source: Path | None, files: Iterable[Path] = ()
     if not above.is_dir():
         raise ReshardError(f"{out}: {above} is a file, not a directory", "choose another destination")
     if out.is_symlink() and not out.exists():
-        raise ReshardError(f"{out}: is a link to {out.readlink()}, which is not there", "choose another destination")
+        raise ReshardError(f"{out}: is a link to {out.readlink()}, which does not exist", "choose another destination")
     if source is None:
         return
     here, there = _Above(out), _Above(source)
