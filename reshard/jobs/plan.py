@@ -120,7 +120,8 @@ class Report(Struct, frozen=True):
     layers: int
     extra_layers: int
     came_from: str  # "published", or the format and mesh of a sharded directory
-    format: str  # "hf" for the published form
+    format: str  # as `--to` names it
+    published: bool  # the destination: Hugging Face files, not shards
     mesh: Mesh
     ranks: tuple[Ranks, ...]
     logical: int
@@ -214,6 +215,7 @@ def build(
     """
     model, mesh = dst.model, dst.mesh
     published = not dst.format.cut
+    to = "hf" if published else dst.format.name
     logical = dst.logical_bytes()
     held: dict[str, int] = dict.fromkeys(logical, 0)
     for name, pieces in dst.pieces.items():
@@ -240,7 +242,8 @@ def build(
         layers=model.main_layers,
         extra_layers=model.sizes.get("layer", model.main_layers) - model.main_layers,
         came_from=f"{src.format.name}, {src.mesh}" if src.format.cut else "published",
-        format="hf" if published else dst.format.name,
+        format=to,
+        published=published,
         mesh=mesh,
         ranks=_ranks(dst, weights, kept),
         logical=sum(logical.values()),
@@ -259,7 +262,7 @@ def build(
         context=context,
         batch=batch,
         device=device,
-        command=_command(source, out, mesh, "hf" if published else dst.format.name),
+        command=_command(source, out, None if published else mesh, to),
     )
 
 
@@ -284,10 +287,11 @@ def _disk(src: Layout, dst: Layout, source: SourceFacts, stored: int) -> int:
     return stored + source.carried + books + residue
 
 
-def _command(source: SourceFacts, out: str, mesh: Mesh, to: str) -> tuple[str, ...]:
+def _command(source: SourceFacts, out: str, mesh: Mesh | None, to: str) -> tuple[str, ...]:
+    """The conversion as a command; `mesh`: None for Hugging Face files."""
     words = ["reshard", "convert", source.name, out, *source.options]
-    if to == "hf":
-        return (*words, "--to", "hf")
+    if mesh is None:
+        return (*words, "--to", to)
     words += ["--tp", str(mesh.tp)]
     for option, n in (("--pp", mesh.pp), ("--ep", mesh.ep)):
         words += [option, str(n)] if n > 1 else []
@@ -466,8 +470,8 @@ def _head(report: Report, width: int) -> Iterator[str]:
     )
     files = "1 file" if source.files == 1 else f"{source.files} files"
     yield from _wrapped(f"{files}, {decimal(source.nbytes)}, {source.tensors} tensors: {dtypes}", width)
-    if report.format == "hf":
-        yield "  becomes hf: the published files"
+    if report.published:
+        yield f"  becomes {report.format}: the published files"
     else:
         ranks = "1 rank" if report.mesh.world == 1 else f"{report.mesh.world} ranks"
         yield from _wrapped(f"becomes {report.format}, {report.mesh}: {ranks}", width)
@@ -616,7 +620,7 @@ def _on_device(report: Report, width: int) -> Iterator[str]:
         yield from _wrapped(f"fits, with {binary(device.usable - device.worst)} to spare beyond the reserve", width)
     else:
         yield from _wrapped(f"does not fit: {binary(device.worst - device.usable)} over", width)
-    if report.format != "hf":
+    if not report.published:
         small = device.smallest
         found = f"{small} ({small.world} rank{'s' if small.world > 1 else ''})" if small else "none"
         yield from _wrapped(f"smallest mesh that fits: {found}", width)
