@@ -56,8 +56,8 @@ from ..containers.entry import Entry, extent
 from ..engine.worker import Key
 from ..errors import MismatchError, ReshardError
 from ..inputs import decode, limits
-from ..layout import identity
 from ..inputs.decode import about
+from ..layout import identity
 from ..layout.cut import Layout, Piece, Point, Slot
 from ..store.digest import Digest, of
 from ..store.directory import unchanged
