@@ -39,6 +39,7 @@ def test_a_config_says_what_is_true() -> None:
         "four == 4": True,
         "five != 4": True,
     }
+    wanted |= {"four <= 4": True, "five <= four": False, "four + 1 <= five": True, "absent <= 4": False}
     wanted |= {"absent == 4": False, "absent != 4": False, "four != absent": True}
     assert {key: CONFIG.says(key) for key in wanted} == wanted
 

@@ -32,7 +32,7 @@ from reshard.store.destination import LocalDestination
 
 State = dict[str, torch.Tensor]
 
-FAMILIES = ("llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3")
+FAMILIES = ("llama", "llama_tied", "llama_bias", "mistral", "qwen2_plain", "qwen3", "mixtral", "qwen3_moe", "phi3")
 MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2))
 MAX = 50 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -72,11 +72,12 @@ def held_by_vllm(name: str, tp: int, stages: list[range]) -> dict[tuple[int, int
         for rank in range(tp):
             mine: State = {}
             last = stage == len(stages) - 1
-            if stage == 0 and not (tied and last):
+            everywhere = "num_experts_per_tok" in config  # of a mixture every stage has them
+            if (stage == 0 or everywhere) and not (tied and last):
                 mine["model.embed_tokens.weight"] = vocab_part(embed, rank, tp)
             for layer in layers:
                 mine |= layer_of(state, f"model.layers.{layer}.", rank, tp, heads, kv)
-            if last:
+            if last or everywhere:
                 mine |= {"model.norm.weight": state["model.norm.weight"], "lm_head.weight": vocab_part(head, rank, tp)}
             held[stage, rank] = {key: tensor.clone().contiguous() for key, tensor in mine.items()}
     return held
@@ -247,6 +248,8 @@ def test_converting_to_vllm_writes_what_vllm_holds(name: str, tp: int, pp: int, 
     """Every rank's tensors are those written in plain torch, bit by bit, under the names for which vLLM looks,
     and no other.
     """
+    if (name, tp) == ("qwen3_moe", 8):
+        pytest.skip("more ranks than experts, which vLLM refuses")
     stages = stages_of(config_of(name)["num_hidden_layers"], pp)
     mesh = Mesh(tp, pp, layers=tuple(map(len, stages)) if pp > 1 else None)
     out = to(fixtures.checkpoint(name), tmp_path / "out", "vllm", mesh)

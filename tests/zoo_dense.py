@@ -8,6 +8,14 @@ from typing import Any
 from fixtures import HUNYUAN_ROPE, configure, define, rewrite, sizes, write
 
 
+@define("qwen2", heads=8, kv=4, layers=5, square=(r".*\.[qo]_proj\.weight",))
+def qwen2_plain(directory: Path, seed: str) -> None:
+    """Heads that make up the hidden size, as vLLM takes for granted."""
+    from transformers import Qwen2Config
+
+    write(directory, seed, Qwen2Config(**sizes(8, 4, 10, 56, 104, 341, 5) | {"hidden_size": 80}), shard=None)
+
+
 @define("smollm3", heads=8, kv=2, layers=5, weights=False)
 def smollm3(directory: Path, seed: str) -> None:
     """Every fourth layer has no rotary positions; tied without a word, and an angle base that nobody says."""

@@ -88,7 +88,9 @@ def open_shards(root: Path, table: Format, family: Family | None = None) -> Engi
         family = family_table(
             Published(where, root, config, (), {name: (0, entry) for (_, name), (_, entry) in places.items()})
         )
-    reading = _Reading(where, table.for_family(family.name), family, config.with_defaults(family.defaults), places)
+    # what the engine requires it has checked itself; here sizes are yet to be found
+    known = replace(table.for_family(family.name), requires=())
+    reading = _Reading(where, known, family, config.with_defaults(family.defaults), places)
     mesh = Mesh(tp, pp, layers=reading.stages(tp, pp))
     try:
         model = reading.model(mesh)

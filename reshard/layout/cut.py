@@ -18,7 +18,8 @@ from types import MappingProxyType
 from ..containers.dtypes import BITS
 from ..errors import ReshardError
 from ..model.understand import Model, Problems, Tensor
-from ..tables.formats import Format
+from ..tables.expression import parse
+from ..tables.formats import MESH, Format
 from ..tables.notation import Pattern, block_of
 from ..tables.row import Constant, Row
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
@@ -195,6 +196,7 @@ def lay_out(
     if active is None:
         table = _with_towers(table.varied({name: tensor.axes for name, tensor in model.tensors.items()}), model)
     chosen = _choose(table, model, active, problems)
+    _required(table, model, mesh, problems)
     cutter = _Cutter(table, model, mesh, problems)
     stored_once = _tied_rows(table, model.alias | dict(tied))
     slots, pieces = [], defaultdict(list)
@@ -230,6 +232,21 @@ def lay_out(
         cutter.stages,
         {name: other for name, other in tied.items() if not {name, other} & model.alias.keys()},
     )
+
+
+def _required(table: Format, model: Model, mesh: Mesh, problems: Problems) -> None:
+    """What the engine asks of sizes and mesh; a condition on an axis that the model does not have says nothing."""
+    known = model.sizes | {name: getattr(mesh, name) for name in MESH}
+    known |= {
+        name: math.prod(model.sizes[atom] for atom in atoms)
+        for name, atoms in model.family.axes.items()
+        if model.sizes.keys() >= set(atoms)
+    }
+    for text in table.requires:
+        condition = parse(text)
+        if known.keys() >= set(condition.keys) and not condition.says(known.get):
+            sizes = ", ".join(f"{key} is {known[key]}" for key in condition.keys)
+            problems.add(f"the engine requires {text}: {sizes}")
 
 
 def _with_towers(table: Format, model: Model) -> Format:

@@ -3,7 +3,7 @@ config.json.
 
     expression  = alternative { "|" alternative }        the first that config.json answers counts
     alternative = sum [ "if" condition ]                  answered only where the condition is true
-    condition   = [ "!" ] KEY | sum ( "==" | "!=" ) ( NUMBER | "="WORD | KEY )
+    condition   = [ "!" ] KEY | sum ( "==" | "!=" | "<=" ) ( NUMBER | "="WORD | KEY )
     sum         = product { "+" product }
     product     = factor { ( "*" | "/" ) factor }
     factor      = NUMBER | "true" | "false" | "="WORD | "count" KEY | KEY | condition
@@ -24,7 +24,7 @@ from ..inputs.limits import DIGITS, numeral
 
 Lookup = Callable[[str], Any]  # None for a key that config.json lacks
 
-_TOKEN = re.compile(r"\s*(?:([|+*/]|==|!=|!)|=([^\s|]+)|([0-9.](?:[eE][+-]|[\w.])*|[A-Za-z_][\w.-]*))", re.ASCII)
+_TOKEN = re.compile(r"\s*(?:([|+*/]|==|!=|<=|!)|=([^\s|]+)|([0-9.](?:[eE][+-]|[\w.])*|[A-Za-z_][\w.-]*))", re.ASCII)
 _NUMBER = re.compile(r"(?=[0-9]+[.eE])[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -92,7 +92,7 @@ class _Parser:
 
     def _compared(self) -> Node:
         left = self._sum()
-        for sign in ("==", "!="):
+        for sign in ("==", "!=", "<="):
             if self._takes(sign):
                 return Node(sign, (left, self._factor()))
         return left
@@ -183,9 +183,11 @@ def _value(node: Node, get: Lookup, whole: bool = False) -> Any:
         return not get(parts[0])
     if word == "if":
         return _value(parts[0], get, whole) if _value(parts[1], get) else None
-    one, other = (_value(part, get, whole and word not in ("==", "!=")) for part in parts)
+    one, other = (_value(part, get, whole and word not in ("==", "!=", "<=")) for part in parts)
     if word in ("==", "!="):
         return one is not None and (one == other) == (word == "==")
+    if word == "<=":
+        return isinstance(one, int | float) and isinstance(other, int | float) and one <= other
     if one is None or other is None:
         return None
     for part, value in zip(parts, (one, other), strict=True):

@@ -10,13 +10,13 @@ from msgspec import convert
 
 from ..errors import ReshardError
 from ..inputs import limits
-from . import keys, merge
+from . import expression, keys, merge
 from .notation import bases, variant_of, varied
 from .row import Constant, Row, parse_constant, parse_rows
 from .shipped import Shipped
 
 MESH = ("tp", "ep", "pp")
-_SAME = ("tied", "towers", "cut", "replicate", "uneven", "weighted", "pad", "files", "engine", "families")
+_SAME = ("tied", "towers", "cut", "replicate", "uneven", "weighted", "pad", "files", "engine", "families", "requires")
 _SHIPPED = Shipped("formats", "format", ", and hf: Hugging Face files")
 shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
 
@@ -43,6 +43,7 @@ class Format:
     files: dict[str, str] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     families: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()  # conditions on sizes of axes and on tp, ep and pp
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # family → keys that are tried first
 
     @property
@@ -64,7 +65,11 @@ class Format:
         keys.check_format(data := {**special, "name": self.name}, where)
         own = _of_data(data, {}, self.axes)
         return replace(
-            self, rows=own.rows + self.rows, constants=own.constants or self.constants, tied=own.tied or self.tied
+            self,
+            rows=own.rows + self.rows,
+            constants=own.constants or self.constants,
+            tied=own.tied or self.tied,
+            requires=own.requires + self.requires,
         )
 
     def refined(self, axes: Mapping[str, tuple[str, ...]]) -> "Format":
@@ -151,6 +156,9 @@ def _of_data(data: merge.Data, texts: dict[str, str], axes: Mapping[str, tuple[s
     with keys.well_formed(where):
         table = convert(data, keys.FormatTable)
         _check_files(table.files, where)
+        for condition in table.requires:
+            with expression.within(f"{where}: requires"):
+                expression.parse(condition)
         rows, compounds = parse_rows(data, where, axes=axes)
         return Format(
             name=name,

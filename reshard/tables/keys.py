@@ -55,6 +55,7 @@ class FormatTable(Table, frozen=True, kw_only=True):
     files: dict[str, str] = {}
     engine: dict[str, Any] = {}
     families: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     family: dict[str, dict[str, Any]] = {}
 
 
