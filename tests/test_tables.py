@@ -22,7 +22,9 @@ SHIPPED = [(kind, name) for kind in ("families", "formats") for name in KINDS[ki
 
 
 def shipped(kind: str, name: str) -> dict[str, Any]:
-    return tomllib.loads((HOME / kind / f"{name}.toml").read_text(encoding="utf-8"))
+    """A table as it is written; of one with versions, the newest."""
+    versions = sorted((HOME / kind / name).glob("*.toml"))
+    return tomllib.loads((versions or [HOME / kind / f"{name}.toml"])[-1].read_text(encoding="utf-8"))
 
 
 def toml(data: dict[str, Any]) -> str:

@@ -196,7 +196,10 @@ def lay_out(
     if active is None:
         table = _with_towers(table.varied({name: tensor.axes for name, tensor in model.tensors.items()}), model)
     chosen = _choose(table, model, active, problems)
-    _required(table, model, mesh, problems)
+    for line in unmet(table.requires, model, mesh):
+        problems.add(f"the engine requires {line}")
+    for name in _stored_twice(table, chosen, model, mesh):
+        problems.add(f"two logical tensors would be stored as {name} on one rank")
     cutter = _Cutter(table, model, mesh, problems)
     stored_once = _tied_rows(table, model.alias | dict(tied))
     slots, pieces = [], defaultdict(list)
@@ -234,19 +237,42 @@ def lay_out(
     )
 
 
-def _required(table: Format, model: Model, mesh: Mesh, problems: Problems) -> None:
-    """What the engine asks of sizes and mesh; a condition on an axis that the model does not have says nothing."""
+def _stored_twice(
+    table: Format, chosen: Sequence[tuple[int, Row, tuple[int, ...] | None]], model: Model, mesh: Mesh
+) -> list[str]:
+    """Names of which one rank would have two: rows may share one where they are in different stages or layers."""
+    tied = _tied_rows(table, model.alias) if not table.published else {}
+    seen: dict[str, list[tuple[Row, set[int]]]] = defaultdict(list)
+    found = []
+    for at, row, layers in chosen if not table.published else ():
+        if at in tied:
+            continue
+        here = set(layers) if layers is not None else {-1}
+        for other, there in seen[row.name.text]:
+            alone = "layer" not in row.name.axes and {row.stage, other.stage} == {"first", "last"} and mesh.pp > 1
+            if here & there and not alone:
+                found.append(row.name.text)
+        seen[row.name.text].append((row, here))
+    return found
+
+
+def unmet(conditions: Sequence[str], model: Model, mesh: Mesh) -> list[str]:
+    """Of conditions on sizes and mesh those that are false, with the numbers; one on an axis that the model does not
+    have says nothing.
+    """
     known = model.sizes | {name: getattr(mesh, name) for name in MESH}
     known |= {
         name: math.prod(model.sizes[atom] for atom in atoms)
         for name, atoms in model.family.axes.items()
         if model.sizes.keys() >= set(atoms)
     }
-    for text in table.requires:
+    lines = []
+    for text in conditions:
         condition = parse(text)
         if known.keys() >= set(condition.keys) and not condition.says(known.get):
             sizes = ", ".join(f"{key} is {known[key]}" for key in condition.keys)
-            problems.add(f"the engine requires {text}: {sizes}")
+            lines.append(f"{text}: {sizes}")
+    return lines
 
 
 def _with_towers(table: Format, model: Model) -> Format:

@@ -1,7 +1,7 @@
 """Formats: how an engine, or this runtime, names, fuses, cuts, pads and repeats tensors."""
 
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -55,7 +55,7 @@ class Format:
         """This format for one family: the rows of `[family.X]` before the common ones."""
         if self.families and family not in self.families:
             raise ReshardError(
-                f'format "{self.name}" has no names for family "{family}"; it has them for {", ".join(self.families)}',
+                f'format "{self.name}" has no names for family "{family}"; it has them for {_listed(self.families)}',
                 "convert --to native works for every family",
             )
         special = self.overrides.get(family)
@@ -67,7 +67,7 @@ class Format:
         return replace(
             self,
             rows=own.rows + self.rows,
-            constants=own.constants or self.constants,
+            constants=own.constants if "constants" in special else self.constants,
             tied=own.tied or self.tied,
             requires=own.requires + self.requires,
         )
@@ -159,7 +159,7 @@ def _of_data(data: merge.Data, texts: dict[str, str], axes: Mapping[str, tuple[s
         for condition in table.requires:
             with expression.within(f"{where}: requires"):
                 expression.parse(condition)
-        rows, compounds = parse_rows(data, where, axes=axes)
+        rows, compounds = parse_rows(data, where, axes=axes, once=False)
         return Format(
             name=name,
             rows=rows,
@@ -177,7 +177,8 @@ def _consistent(table: Format) -> Format:
     leaves = {leaf for row in table.rows for leaf in row.leaves}
     cut = [axis for named in table.cut.values() for axis in named]
     named = {"cut": cut, "replicate": table.replicate, "uneven": table.uneven, "pad": table.pad}
-    keys.check_axes(where, named, table.rows, table.axes)
+    patterns = [row[1] for own in table.overrides.values() for row in own.get("rows", ())]
+    keys.check_axes(where, named, table.rows, {*table.axes, *re.findall(r"[a-z_]\w*", " ".join(patterns))})
     for mesh in (*table.cut, *table.weighted):
         if mesh not in MESH:
             raise ReshardError(f"{where}: {mesh} is not a mesh axis; those are {', '.join(MESH)}")
@@ -195,6 +196,10 @@ def _consistent(table: Format) -> Format:
     ):
         raise ReshardError(f"{where}: engine = {engine!r} wants a name and a list of versions")
     return table
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 12 else f"{len(names)} others, which docs/families.md marks"
 
 
 _FILE = re.compile(r"([^{}]|\{(rank|tp|pp|part)(:0[1-9])?\})+")

@@ -49,9 +49,10 @@ def parse_rows(
     where: str,
     groups: Sequence[Sequence[str]] = (),
     axes: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    once: bool = True,
 ) -> tuple[tuple[Row, ...], dict[str, tuple[str, ...]]]:
     """The rows of a table, and its compound axes with those of variants. `groups`: its `one_of`; `axes`:
-    compounds defined elsewhere.
+    compounds defined elsewhere; `once`: no stored name has two rows (of a format it may: no rank has both).
     """
     compounds = {**axes, **atoms(data.get("axes", {}), where)}
     kinds = {kind for group in groups for kind in group}
@@ -62,7 +63,8 @@ def parse_rows(
         for name, parts in tuple(compounds.items())
     }
     ruled = data.get("layers", {}).keys()
-    if twice := _doubled(rows, [set(group) for group in groups if set(group) & ruled or _distinct(rows, group)]):
+    told = [set(group) for group in groups if set(group) & ruled or _distinct(rows, group)]
+    if once and (twice := _doubled(rows, told)):
         raise ReshardError(f"{where}: {twice} has two rows")
     return rows, compounds
 

@@ -11,18 +11,30 @@ HOME = Path(__file__).parent.parent  # families/, formats/, wrappers/
 
 
 class Shipped:
-    """A folder of tables. `noun`: what one of them is called; `besides`: what else a user may name, in words."""
+    """A folder of tables, each a file, or a folder with a file for each version of what it describes.
+
+    `noun`: what one of them is called; `besides`: what else a user may name, in words.
+    """
 
     def __init__(self, folder: str, noun: str, besides: str = "") -> None:
         self.folder, self.noun, self.besides = folder, noun, besides
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(path.stem for path in (HOME / self.folder).glob("*.toml")))
+        home = HOME / self.folder
+        alone, versioned = home.glob("*.toml"), home.glob("*/*.toml")
+        return tuple(sorted({path.stem for path in alone} | {path.parent.name for path in versioned}))
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """The versions that a table is there for, newest last; none where it has no versions."""
+        found = [path.stem for path in (HOME / self.folder / name).glob("*.toml")]
+        return tuple(sorted(found, key=lambda text: [int(part) for part in text.split(".")]))
 
     def text(self, name: str) -> str:
         """A table's TOML. Raises ReshardError, with similar names, where there is none."""
-        path = HOME / self.folder / f"{name}.toml"
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or not path.is_file():
+        named = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)
+        versions = self.versions(name) if named else ()
+        path = HOME / self.folder / (f"{name}/{versions[-1]}.toml" if versions else f"{name}.toml")
+        if not named or not path.is_file():
             raise ReshardError(f'no {self.noun} table "{name}"', self.nearest(name))
         return path.read_text(encoding="utf-8")
 
