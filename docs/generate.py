@@ -65,6 +65,33 @@ def family_rows() -> str:
     return "\n".join(lines)
 
 
+def engine_rows() -> str:
+    """What can load which format; of engines, what docs/engines.json has of them."""
+    known = json.loads((ROOT / "docs" / "engines.json").read_text(encoding="utf-8"))
+    every = len(families.shipped())
+    runs = sum(families.load(name).runs for name in families.shipped())
+    rows = [
+        ("the bundled runtime", "this one", "`native`", f"{runs} of {every}", BUNDLED),
+    ]
+    for engine, seen in sorted(known.items()):
+        name, version = engine.split(" ")
+        table = formats.load(name)
+        loads = sum(one["loads"]["held"] for one in seen["families"].values())
+        how = f"its own loader held, element by element, what the table says in {loads} loads ({seen['date']})"
+        rows.append((f"{table.engine['name']} `sharded_state`", version, f"`{name}`", str(len(seen["families"])), how))
+    rows += [
+        ("anything that reads safetensors", "any", "`native`", str(every), READER),
+        ("transformers, and everything that loads Hub checkpoints", "any", "`hf`", str(every), RESTORED),
+    ]
+    head = ["| engine | version | format | families | tested how |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+BUNDLED = "logits and greedy tokens equal to transformers' at 7 to 9 meshes each"
+READER = "[a reader of 40 lines](docs/reader.py) that uses only the standard library"
+RESTORED = "the original files, byte for byte"
+
+
 def _results(table: Family, seen: dict[str, Any]) -> str:
     """Meshes converted to and run at, and mutations detected; a dash for what was not tried since the table changed,
     or did not hold.
@@ -298,6 +325,7 @@ WHOLE: dict[str, Callable[[], str]] = {
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/start/tutorial.md": {"session": session},
     "docs/families.md": {"families": family_rows},
+    "README.md": {"engines": engine_rows},
     "docs/architecture.md": {"tree": tree},
     "docs/format.md": {"reader": reader},
     "docs/notation.md": {"facts": lambda: facts(FACTS), "routing": lambda: facts(ROUTING)},

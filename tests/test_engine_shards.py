@@ -751,8 +751,8 @@ DAMAGES: dict[str, tuple[str, int, Callable[[Path], None], str]] = {
     "a family without such names": (
         "llama",
         2,
-        says(model_type="gpt2"),
-        'format "vllm" has no names for family "gpt2"',
+        says(model_type="falcon"),
+        'format "vllm" has no names for family "falcon"',
     ),
     "no family": (
         "llama",

@@ -185,7 +185,8 @@ def test_the_golden_plans_hold_every_family_and_every_mesh() -> None:
         missing = {"falcon_7b": {"hf to split 2:1:1"}, "deepseek_v3_fp8": {"hf to tp8"}}.get(name, set())
         assert found.keys() >= dense - missing, name
         assert ("hf to tp4 ep2" in found) == ("experts" in CHECKPOINTS[name][1]), name
-        assert ("hf to vllm tp4" in found) == (CHECKPOINTS[name][0] in formats.load("vllm").families), name
+        assert ("hf to vllm tp4" in found) <= (CHECKPOINTS[name][0] in formats.load("vllm").families), name
+        assert "hf to vllm tp4" in found or name not in FAMILIES, name
     digests = [digest for found in known.values() for digest in found.values()]
     assert len(digests) - len(set(digests)) < 12  # Mistral is spelled as Llama is, and once sharded Phi-3 is too
 
@@ -374,7 +375,11 @@ def test_what_the_engine_requires_is_checked_before_anything_is_written(name: st
 
 
 @pytest.mark.parametrize(
-    ("mesh", "words"), [(Mesh(tp=4, ep=2), "--ep 2 cuts nothing"), (Mesh(tp=2, weights=(2, 1)), "wants equal ranks")]
+    ("mesh", "words"),
+    [
+        (Mesh(tp=4, ep=2), r"requires ep == 1 \| ep == tp: ep is 2, tp is 4"),
+        (Mesh(tp=2, weights=(2, 1)), "wants equal ranks"),
+    ],
 )
 def test_what_vllm_cannot_load_is_refused(mesh: Mesh, words: str, tmp_path: Path) -> None:
     with pytest.raises(ReshardError, match=words):
@@ -388,8 +393,8 @@ def test_a_vocabulary_that_does_not_divide_when_padded_to_64_is_refused(tmp_path
 
 
 def test_a_family_without_names_in_vllm_is_refused_with_those_that_have(tmp_path: Path) -> None:
-    with pytest.raises(ReshardError, match='no names for family "gpt2"; it has them for llama, mistral'):
-        prepare(open_source(copy("gpt2", tmp_path / "model")), "vllm", Mesh(), Options())
+    with pytest.raises(ReshardError, match=r'no names for family "falcon"; it has them for [0-9]+ others'):
+        prepare(open_source(copy("falcon_7b", tmp_path / "model")), "vllm", Mesh(), Options())
 
 
 # Writing them

@@ -326,15 +326,16 @@ def test_a_family_is_found_by_model_type_or_architecture(
 def test_rows_of_a_family_come_before_the_common_ones() -> None:
     common = formats.load("vllm")
     mixtral, llama = common.for_family("mixtral"), common.for_family("llama")
-    assert llama is common
-    assert mixtral.rows[len(mixtral.rows) - len(common.rows) :] == common.rows
+    assert set(llama.rows) <= set(common.rows)
+    shared = [row for row in mixtral.rows if row in common.rows]
+    assert shared and list(mixtral.rows[-len(shared) :]) == shared
     first = next(row for row in mixtral.rows if row.leaves == ("moe.router",))
     assert first.name.text == "model.layers.{layer}.block_sparse_moe.gate.weight"
 
 
 def test_a_format_that_names_its_families_refuses_others_by_name() -> None:
-    with pytest.raises(ReshardError, match='format "vllm" has no names for family "gemma2"; it has them for llama, '):
-        formats.load("vllm").for_family("gemma2")
+    with pytest.raises(ReshardError, match=r'"vllm" has no names for family "mpt"; it has them for [0-9]+ others'):
+        formats.load("vllm").for_family("mpt")
 
 
 def test_compounds_of_the_family_are_written_out_in_the_format_too() -> None:

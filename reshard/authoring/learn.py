@@ -211,6 +211,10 @@ def _product(items: Sequence[Item], size: int, compounds: Mapping[str, Sequence[
         if len(first) > 1 or None in first:
             break
         ((axis, stride, count),) = (one for one in first if one is not None)
+        if count == 1:
+            outer.append(axis)
+            items = [(leaf, offset, {k: v for k, v in own.items() if k != axis}) for leaf, offset, own in items]
+            continue
         if stride * count != size or any(offset >= stride for _, offset, _ in items):
             break
         outer.append(axis)

@@ -66,7 +66,7 @@ class Format:
         own = _of_data(data, {}, self.axes)
         return replace(
             self,
-            rows=own.rows + self.rows,
+            rows=own.rows + tuple(row for row in self.rows if row.name.text not in special.get("without", ())),
             constants=own.constants if "constants" in special else self.constants,
             tied=own.tied or self.tied,
             requires=own.requires + self.requires,

@@ -43,3 +43,9 @@ def write(
         "refused": dict(sorted(refused.items())),
     }
     PATH.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def refused(engine: str, version: str) -> dict[str, str]:
+    """The families for which the last record has no table, and why."""
+    known = json.loads(PATH.read_text()) if PATH.exists() else {}
+    return dict(known.get(f"{engine} {version}", {}).get("refused", {}))

@@ -18,6 +18,7 @@ from engines.jobs import Loaded, label
 from reshard.authoring.learn import Array, Learned, Seen, Unlike, held, rows, words
 from reshard.errors import ReshardError
 from reshard.layout.cut import lay_out, unmet
+from reshard.tables import families as known_families
 from reshard.tables import formats
 from reshard.tables.notation import fold
 
@@ -66,13 +67,14 @@ def learn(loads: Sequence[Loaded], cut: set[str]) -> FamilyTable:
     by_case: dict[str, dict[str, Loaded]] = defaultdict(dict)
     for load in loads:
         by_case[load.case.name][label(load.mesh)] = load
-    untied_first = sorted(by_case.values(), key=lambda at: bool(next(iter(at.values())).case.source.layout.model.alias))
-    for at in untied_first:
+    for at in sorted(by_case.values(), key=_later):
         if (whole := at.get("tp1")) is None or whole.error:
             continue
         numbers = whole.case.numbers
         seen = rows(whole.ranks[0], numbers)
-        table.odd |= {fold(name)[0]: f"{why} ({whole.case.name})" for name, why in seen.odd.items()}
+        if seen.odd:  # it is shown by the proof, which this case then fails
+            table.odd |= {fold(name)[0]: f"{why} ({whole.case.name})" for name, why in seen.odd.items()}
+            continue
         stages = at.get("tp1-pp2")
         two = at.get("tp2") or at.get("tp4")
         for row in seen.rows:
@@ -97,6 +99,13 @@ def learn(loads: Sequence[Loaded], cut: set[str]) -> FamilyTable:
             elif kept:
                 table.tied = "embed"
     return table
+
+
+def _later(at: Mapping[str, Loaded]) -> tuple[bool, bool]:
+    """Cases from which most is learned come first: loaded in two stages, with a head of their own."""
+    stages = at.get("tp1-pp2")
+    model = next(iter(at.values())).case.source.layout.model
+    return stages is None or bool(stages.error), bool(model.alias)
 
 
 def _by_tie(row: Learned, whole: Loaded, stages: Loaded | None) -> list[Learned]:
@@ -157,7 +166,34 @@ class Outcome:
 
 def prove(table: formats.Format, loads: Iterable[Loaded]) -> list[Outcome]:
     """Every rank of every load, name by name and element by element."""
-    return [_proven(table, load) for load in loads]
+    found = [_proven(table, load) for load in loads]
+    names = [_stored(one.load) for one in found if one.word == "held"]
+    return [_excused(one, names) for one in found]
+
+
+def _stored(load: Loaded) -> frozenset[str]:
+    layout = load.case.source.layout
+    return frozenset(slot.name(point) for slot in layout.slots for point in slot.points())
+
+
+def _excused(one: Outcome, names: Sequence[frozenset[str]]) -> Outcome:
+    """What the engine does not read the ordinary way proves nothing of what it would read from shards: a spelling of
+    tensors that are proven under other names, a head made or left out that no published checkpoint of the family has.
+    """
+    if one.word not in ("differs", "unloadable"):
+        return one
+    case = one.load.case
+    made = case.name.endswith(("-tied", "-untied"))
+    own = _stored(one.load)
+    if made or (own not in names and any(own & other for other in names) and _same_tensors(one, names)):
+        return Outcome(one.load, "unproven", one.why)
+    return one
+
+
+def _same_tensors(one: Outcome, names: Sequence[frozenset[str]]) -> bool:
+    """Whether another spelling is stacked experts, or experts apart."""
+    own = _stored(one.load)
+    return all(any("experts" in name for name in own ^ other) for other in names)
 
 
 def _proven(table: formats.Format, load: Loaded) -> Outcome:
@@ -207,6 +243,13 @@ def requirements(outcomes: Sequence[Outcome]) -> list[str] | None:
         for some in itertools.combinations(usable, count):
             if all(any(not says(text, load) for text in some) for load in bad):
                 return list(some)
+    usable = list(CONDITIONS)  # then some that could be loaded are refused too
+    for count in (1, 2):
+        some_ = itertools.combinations(usable, count)
+        fit = [some for some in some_ if all(any(not says(text, load) for text in some) for load in bad)]
+        kept = {some: sum(all(says(text, load) for text in some) for load in good) for some in fit}
+        if best := max(kept, key=lambda some: kept[some], default=None):
+            return list(best) if kept[best] else None
     return None
 
 
@@ -231,6 +274,8 @@ def text_of(
     for name, table in sorted(families.items()):
         own = [row for row in table.toml_rows() if row not in common or _shadowed(row, common, table)]
         section = []
+        if left := _left_out(name, table, common):
+            section.append(f"without = {json.dumps(left)}")
         if table.requires:
             section.append(f"requires = {json.dumps(table.requires)}")
         if table.tied and table.tied != base.get("tied"):
@@ -256,9 +301,19 @@ def why_not(table: FamilyTable, loads: Sequence[Loaded]) -> str:
     """Why a family has no table, or nothing."""
     if not loads:
         return "no checkpoint of the tests that can be numbered"
+    if not table.rows and table.odd:
+        return "; ".join(f"{name}: {why}" for name, why in list(table.odd.items())[:2])
     if not table.rows:
         return next((f"{load.case.name}: {load.error}" for load in loads if load.error), "nothing was loaded")
-    return "; ".join(f"{name}: {why}" for name, why in list(table.odd.items())[:2])
+    return ""
+
+
+def _left_out(name: str, table: FamilyTable, common: Sequence[list[str]]) -> list[str]:
+    """Common rows of tensors that the family may have, and that the engine was not seen to hold."""
+    may = {leaf.partition("@")[0] for row in known_families.load(name).rows for leaf in row.leaves}
+    own = table.toml_rows()
+    stored = {leaf for row in own for leaf in row[2].split()}
+    return [row[0] for row in common if set(row[2].split()) <= may - stored and row not in own]
 
 
 def _shadowed(row: list[str], common: Sequence[list[str]], table: FamilyTable) -> bool:
