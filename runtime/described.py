@@ -46,7 +46,7 @@ def described(root: Path, known: Manifest, rank: int) -> tuple[Config, Layout]:
         raise MismatchError(
             f"{root}: cannot read the description of rank {rank}: {error!r}", "fetch its tensors.json again"
         ) from None
-    table, mesh = formats.load(known.format).for_family(family.name), known.mesh
+    table, mesh = formats.load(known.format).for_family(family.plain), known.mesh
     if not any(axis in tensor.axes for tensor in tensors.values() for axis in table.cut.get("ep", ())):
         mesh = replace(mesh, ep=1)  # a stage without experts: EP cuts nothing
     layout = replace(lay_out(table, model, mesh), mesh=known.mesh)

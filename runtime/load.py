@@ -243,7 +243,7 @@ def _open_for(
         return Opened(directory, root, config, layout, known, None)
     source = out if isinstance(out, Source) else open_out(root)
     model = source.layout.model
-    table = formats.load(NATIVE).for_family(model.family.name)
+    table = formats.load(NATIVE).for_family(model.family.plain)
     try:
         layout = lay_out(table, model, wanted)
     except ReshardError as error:

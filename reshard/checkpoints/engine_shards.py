@@ -89,7 +89,7 @@ def open_shards(root: Path, table: Format, family: Family | None = None) -> Engi
             Published(where, root, config, (), {name: (0, entry) for (_, name), (_, entry) in places.items()})
         )
     # what the engine requires it has checked itself; here sizes are yet to be found
-    known = replace(table.for_family(family.name), requires=())
+    known = replace(table.for_family(family.plain), requires=())
     reading = _Reading(where, known, family, config.with_defaults(family.defaults), places)
     mesh = Mesh(tp, pp, layers=reading.stages(tp, pp))
     try:

@@ -98,7 +98,7 @@ class Sharded(Form):
         return explain_refusal(error, self._table(source), source.layout.model, mesh)
 
     def _table(self, source: Source) -> Format:
-        return formats.load(self.name).for_family(source.layout.model.family.name)
+        return formats.load(self.name).for_family(source.layout.model.family.plain)
 
 
 def form_of(to: str, max_file_size: int | None = None) -> Form:

@@ -25,6 +25,7 @@ from ..inputs import decode, limits
 from ..inputs.limits import DIGITS
 from ..layout.mesh import Range
 from ..model.naming import settle
+from ..model.quantized import plain_names
 from ..model.understand import Config, Model, understand
 from ..store.local import Stamp
 from ..store.store import Address, AnyFile, Store
@@ -138,9 +139,9 @@ def open_published(root: Path, where: str | None = None) -> Published:
     where = where or str(root)
     stamps = stamps_of([root / "config.json"])  # before they are read: what changes in between must not go unnoticed
     config = Config(read_json(root / "config.json", missing="every checkpoint has one; is this the right directory?"))
-    names, index, index_map = choose(
-        [path.name for path in root.iterdir()], str(root), partial(_read, root, stamps), config.weights
-    )
+    top = [path.name for path in root.iterdir()]
+    config = config.with_quantization(quantization_of(config, top, partial(_read, root, stamps), str(root)))
+    names, index, index_map = choose(top, str(root), partial(_read, root, stamps), config.weights)
     originals, found, tally = [], [], Tally()
     for file in names:
         original, entries, stamps[root / file] = _headers(root, file, index, tally)
@@ -158,10 +159,8 @@ def open_published(root: Path, where: str | None = None) -> Published:
 
 def understood(published: Published, table: Family | None = None) -> tuple[Model, tuple[Original, ...]]:
     """The model, and the originals with their holes; the family is `table`, or what config.json names."""
-    table = table or family_table(published)
-    model = understand(
-        table, published.config, {name: entry for name, (_, entry) in published.tensors.items()}, published.where
-    )
+    stored = {name: entry for name, (_, entry) in published.tensors.items()}
+    model = understand(table or family_table(published), published.config, stored, published.where)
     aside = set(model.aside)
     holes: list[list[Range]] = [[] for _ in published.originals]
     for name, (at, entry) in published.tensors.items():
@@ -209,8 +208,9 @@ def _is_base(family: Family, published: Published) -> bool:
 
 def _spelled_as(family: Family, published: Published) -> bool:
     """Whether every tensor has a name of the family's own: nothing stands around the language model."""
-    names = settle(family, {name: entry for name, (_, entry) in published.tensors.items()}, {}).claimed()
-    return all(fold(name)[0] in names or name in names for name in published.tensors)
+    stored = {name: entry for name, (_, entry) in published.tensors.items()}
+    names = settle(family, stored, {}).claimed()
+    return all(fold(name)[0] in names or name in names for name in plain_names(published.config, stored))
 
 
 def merge(
@@ -297,6 +297,24 @@ def choose(
         f"{where}: no weights: none of {', '.join(name for pair in WEIGHTS for name in pair)} is there{seen}",
         f"several files need their index; a single one is named {' or '.join(single for single, _ in WEIGHTS)}",
     )
+
+
+# Files that say how weights are quantised where config.json does not, and the key that what they say stands under.
+_QUANTIZATION = {"hf_quant_config.json": "quantization", "quantize_config.json": "", "quant_config.json": ""}
+
+
+def quantization_of(
+    config: Config, names: Collection[str], read: Callable[[str], bytes], where: str
+) -> dict[str, Any] | None:
+    """What a file next to config.json says of a quantisation of which config.json says nothing."""
+    name = next((name for name in _QUANTIZATION if name in names), None)
+    if name is None or config.quantization:
+        return None
+    found = parse_json(read(name), f"{where}/{name}")
+    if not (key := _QUANTIZATION[name]):  # GPTQ wrote such a file before any of them named its method
+        return {"quant_method": "awq" if "w_bit" in found or "q_group_size" in found else "gptq"} | found
+    inner = found.get(key)
+    return inner if isinstance(inner, dict) else None
 
 
 def natural(name: str) -> list[object]:

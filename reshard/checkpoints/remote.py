@@ -18,7 +18,7 @@ from ..tables.families import Family
 from ..text.progress import Progress, Silent
 from . import manifest
 from .companions import MODULES, Carried, Left, sort_out
-from .published import Origin, Original, Published, Tally, choose, merge, open_published, parse_json
+from .published import Origin, Original, Published, Tally, choose, merge, open_published, parse_json, quantization_of
 from .source_kinds import Source, from_published
 
 # Bytes asked for before the length of a header is known: 97 % of headers are shorter (huggingface_hub's count over the
@@ -107,6 +107,8 @@ def _files(store: Store) -> _Files:
             "every checkpoint has one; is this the right model?",
         )
     config = Config(parse_json(store.whole("config.json", limits.CONFIG), f"{store.where}/config.json"))
+    said = quantization_of(config, top, lambda name: store.whole(name, limits.CONFIG), store.where)
+    config = config.with_quantization(said)
     files, name, index = choose(top, store.where, lambda name: store.whole(name, limits.INDEX), config.weights)
     lost = next((file for file in files if file not in store.files), None)
     if lost is not None:

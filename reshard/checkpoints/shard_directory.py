@@ -74,7 +74,7 @@ def _opened(root: Path, known: Manifest, ranks: Iterable[int]) -> ShardSource:
     tied = {
         name: other for name, other in pairs if known.tied.get(name) == other and {name, other} <= model.tensors.keys()
     }
-    layout = lay_out(format_table.for_family(family.name), model, known.mesh, tied=tied)
+    layout = lay_out(format_table.for_family(family.plain), model, known.mesh, tied=tied)
     shards = Shards(layout, known.version)
     if shards.digest != known.plan:
         raise MismatchError(

@@ -57,6 +57,10 @@ def convert(job: Job, out: Destination, options: Options, progress: Progress | N
         check_replaceable(old)
     _check_names(job)
     out.check_space(target.bytes + sum(file.size for file in source.carried) + target.kept(source))
+    if source.layout.model.family.scheme:
+        from .derived import check_derived
+
+        check_derived(source)
     if source.layout.beyond(target.layout):
         from .verify import check_tied
 

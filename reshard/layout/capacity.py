@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from ..containers.dtypes import BITS, wide
 from ..errors import ReshardError
-from ..model.understand import Config, Model
+from ..model.understand import PACKED, Config, Model
 from ..tables.facts import FACTS
 from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
@@ -119,7 +119,11 @@ def _windowed(model: Model, config: Config) -> tuple[int | None, tuple[int, ...]
 def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | None:
     """The KV cache on each rank of a layout; None where the family table does not say what is cached."""
     model = layout.model
-    names = [name for name in model.family.model.get("cache", ()) if name in model.tensors]
+    names = [
+        key
+        for name in model.family.model.get("cache", ())
+        for key in ((name,) if name in model.tensors else model.forms(name))
+    ]
     if not names:
         return None
     tokens, windowed = window(model, config)
@@ -131,7 +135,7 @@ def cache(layout: Layout, config: Config, context: int, batch: int) -> Cache | N
         tensor = model.tensors[name]
         both = {layer for layer in tensor.layers or () if _holds_values(name, layer, model)}
         for piece in layout.holding(name):
-            ranges = dict(zip(tensor.axes, piece.box, strict=True))
+            ranges = layout.ranges(piece)
             per_token = math.prod(high - low for axis, (low, high) in ranges.items() if axis not in ("layer", "hidden"))
             low, high = ranges["layer"]
             for layer in piece.slot.layers if piece.slot.layers is not None else tensor.layers or ():
@@ -149,7 +153,7 @@ def _holds_values(name: str, layer: int, model: Model) -> bool:
     """Whether a layer that keeps what a tensor gives has no values beside these keys: the same, normalised otherwise,
     are its values.
     """
-    return name.partition("@")[0] == "attn.k" and model.form("attn.v", layer) is None
+    return name.partition("@")[0].removesuffix(PACKED) == "attn.k" and model.form("attn.v", layer) is None
 
 
 def _keeping(layer: int, rank: int, layout: Layout, borrowed: Mapping[int, int]) -> Iterator[int]:

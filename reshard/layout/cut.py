@@ -17,10 +17,11 @@ from types import MappingProxyType
 
 from ..containers.dtypes import BITS
 from ..errors import ReshardError
-from ..model.understand import Model, Problems, Tensor
+from ..model.understand import PACKED, SCALE, Model, Problems, Tensor
+from ..tables import schemes
 from ..tables.expression import parse
 from ..tables.formats import MESH, Format
-from ..tables.notation import Pattern, block_of
+from ..tables.notation import Pattern, block_of, varied
 from ..tables.row import Constant, Row
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
 
@@ -126,6 +127,27 @@ class Layout:
         other = self.alias.get(tensor) or next((k for k, v in self.alias.items() if v == tensor), "")
         return self.pieces.get(other, ())
 
+    def ranges(self, piece: Piece) -> dict[str, Range]:
+        """The range of every axis that a piece holds; of a packed matrix, those of the matrix: where its numbers are
+        counted in words, its scales tell.
+        """
+        found = dict(zip(piece.tensor.axes, piece.box, strict=True))
+        base, _, variant = piece.tensor.name.partition("@")
+        if not base.endswith(PACKED):
+            return found
+        scale = self.pieces.get(varied(base.removesuffix(PACKED) + SCALE, variant), ())
+        for other in scale:
+            if other.slot.rank == piece.slot.rank:
+                found |= {
+                    axis: each for axis, each in zip(other.tensor.axes, other.box, strict=True) if axis not in found
+                }
+        for axis, (low, high) in tuple(found.items()):
+            block = block_of(axis)
+            if block is not None and len(block[0]) == 1:
+                (inner,), unit = block
+                found.setdefault(inner, (low * unit, min(high * unit, self.model.sizes[inner])))
+        return {axis: each for axis, each in found.items() if block_of(axis) is None}
+
     def beyond(self, other: "Layout") -> dict[str, tuple[Piece, ...]]:
         """What this layout stores beside the tensor that it is tied to, and `other` only once,
         under the other's name.
@@ -194,7 +216,10 @@ def lay_out(
     problems = Problems()
     table = table.refined(model.family.axes)
     if active is None:
-        table = _with_towers(table.varied({name: tensor.axes for name, tensor in model.tensors.items()}), model)
+        axes = {name: tensor.axes for name, tensor in model.tensors.items()}
+        table = _with_towers(table.varied(axes), model)
+        if model.family.scheme:
+            table = table.parted(schemes.load(model.family.scheme).parts, axes)
     chosen = _choose(table, model, active, problems)
     for line in unmet(table.requires, model, mesh):
         problems.add(f"the engine requires {line}")
@@ -300,6 +325,8 @@ def _choose(
         if not all(leaf in left for leaf in row.leaves):
             continue
         here = set[int].intersection(*(left[leaf] for leaf in row.leaves))
+        if model.family.scheme and table.parts:  # what is not of one dtype has rows of its own
+            here = {at for at in here if len({model.tensors[leaf].dtype({"layer": at}) for leaf in row.leaves}) == 1}
         if not here or ("layer" not in row.name.axes and any(left[leaf] != here for leaf in row.leaves)):
             continue
         for leaf in row.leaves:
@@ -413,7 +440,8 @@ class _Cutter:
         slot = Slot(at, rank, row, shape, enumerated, layers)
         if not slot.count():
             return None
-        if any(tensor.dtypes != tensors[0].dtypes for tensor in tensors):
+        held = [{"layer": layer} for layer in layers or (-1,)]
+        if any(tensor.dtype(point) != tensors[0].dtype(point) for tensor in tensors[1:] for point in held):
             kinds = ", ".join(f"{tensor.name} {'/'.join(sorted(set(tensor.dtypes)))}" for tensor in tensors)
             self.problems.add(
                 f"{row.name.text} cannot hold tensors of different dtypes, cast them to one before: {kinds}"

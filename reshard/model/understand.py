@@ -20,8 +20,11 @@ from ..tables.layer_rules import layers_named
 from ..tables.notation import block_of, fold
 from ..tables.row import Row
 from .naming import settle
+from .quantized import quantized
 from .sizes import axis_size as axis_size
 from .sizes import dotted, solve
+
+PACKED, SCALE = "_packed", "_scale"  # parts of a quantised matrix, after its name
 
 
 class Stored(Protocol):
@@ -74,9 +77,20 @@ class Model:
     aside: tuple[str, ...] = ()
 
     def form(self, name: str, layer: int) -> Tensor | None:
-        """The tensor of that name as a layer has it, in whatever sizes; None where it has none."""
-        found = (other for key, other in self.tensors.items() if key.partition("@")[0] == name)
+        """The tensor of that name as a layer has it, in whatever sizes; None where it has none. Of a packed matrix, the
+        name is that of its numbers, the axes are those of the matrix.
+        """
+        found = (self._whole(self.tensors[key]) for key in self.forms(name))
         return next((other for other in found if other.layers is not None and layer in other.layers), None)
+
+    def forms(self, name: str) -> list[str]:
+        """The tensors that a matrix is stored in, packed or not, and those of other sizes or units."""
+        return [key for key in self.tensors if key.partition("@")[0] in (name, f"{name}{PACKED}")]
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        axes = tuple(base for axis in tensor.axes for base in (block_of(axis) or ((axis,), 1))[0])
+        sizes = tuple(self.sizes[axis] for axis in axes) if axes != tensor.axes else tensor.sizes
+        return replace(tensor, axes=axes, sizes=sizes)
 
     @property
     def units(self) -> dict[str, int]:
@@ -97,12 +111,12 @@ def understand(table: Family, config: Config, stored: Mapping[str, Stored], wher
     size.
     """
     config = config.with_defaults(table.defaults)
+    table = quantized(table, config, stored, where)
     problems = Problems()
     sizes = _from_config(table, config)
     table = settle(table, stored, sizes)
     ruled = _ruled(table, config, sizes, stored)
     points, aside = _claim(table, sizes, stored, ruled, problems)
-    check_quantization(table, config)
     layers = _layers(table, config, sizes, points)
     sizes |= {axis: int(axis[1:]) for row in table.rows if row.tower for axis in (*row.name.axes, *row.pattern.axes[0])}
     kind_of = _kinds(table, points, layers, ruled, problems)
@@ -120,29 +134,6 @@ def understand(table: Family, config: Config, stored: Mapping[str, Stored], wher
     tensors = _tensors(table, stored, sizes, points, active, alias, problems)
     problems.raise_if_any(f'{where}: does not fit the table of family "{table.name}":')
     return Model(table, tensors, sizes, active, alias, layers.main, tuple(aside))
-
-
-def check_quantization(table: Family, config: Config) -> None:
-    """Refuse a `quantization_config` that the family table does not list, by its name."""
-    found = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
-    if not found:
-        return
-    said = found if isinstance(found, dict) else {"quant_method": found}
-    if any(all(said.get(key) == value for key, value in known.items()) for known in table.quantization):
-        return
-    nameless = "mlx" if {"bits", "group_size"} <= said.keys() else "unnamed"  # as MLX writes it
-    method = said.get("quant_method") or said.get("quant_algo") or nameless
-    details = ", ".join(
-        f"{key} {said[key]}"
-        for key in ("bits", "group_size", "weight_block_size", "format", "load_in_4bit")
-        if said.get(key)
-    )
-    known = [" ".join(f"{key} {value}" for key, value in entry.items()) for entry in table.quantization]
-    shown = f'"{method}" ({details})' if details else f'"{method}"'
-    raise ReshardError(
-        f'config.json: quantization_config of method {shown} is not supported for family "{table.name}"',
-        f"supported: unquantized{''.join(f', {entry}' for entry in known)}",
-    )
 
 
 Points = dict[tuple[int, ...], str]  # numbers of the placeholders → stored name
@@ -179,7 +170,9 @@ def _is_in(row: Row, numbers: Sequence[int], ruled: Ruled) -> bool:
     as far as config.json gives it kinds.
     """
     layer = _layer(row, numbers)
-    return all(kind_of.get(layer) in row.kinds for group, kind_of in ruled if row.kinds & group and layer in kind_of)
+    return (row.layers is None or layer in row.layers) and all(
+        kind_of.get(layer) in row.kinds for group, kind_of in ruled if row.kinds & group and layer in kind_of
+    )
 
 
 def _beyond(row: Row, numbers: Sequence[int], sizes: Mapping[str, int]) -> bool:
@@ -338,7 +331,11 @@ def _presence(
             beside = not (row.kinds or row.either) or any(map(row.within, kind_of.values()))
             wanted_layers: tuple[int, ...] = (0,) if beside else ()
         else:
-            mine = tuple(layer for layer in layers.of(row, table) if row.within(kind_of[layer]))
+            mine = tuple(
+                layer
+                for layer in layers.of(row, table)
+                if row.within(kind_of[layer]) and (row.layers is None or layer in row.layers)
+            )
             wanted_layers = mine
         if not wanted_layers and not have:
             continue

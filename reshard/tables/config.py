@@ -15,8 +15,13 @@ class Config:
     then the family's defaults.
     """
 
-    def __init__(self, data: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-        self.data = data
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        quantization: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.data, self._quantization = data, quantization
         inner = [data[key] for key in INNER if isinstance(data.get(key), dict)]
         self._levels: tuple[Mapping[str, Any], ...] = (*inner, data, defaults or {})
 
@@ -32,7 +37,18 @@ class Config:
         return None if said else _follow(defaults, key)[0]
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
-        return Config(self.data, defaults)
+        return Config(self.data, defaults, self._quantization)
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What is said of a quantisation, here or in a file of its own; None where nothing is."""
+        keys = ("quantization_config", "compression_config", "quantization")
+        found = next((value for key in keys if (value := self.get(key))), None) or self._quantization
+        return found if isinstance(found, dict) or found is None else {"quant_method": found}
+
+    def with_quantization(self, said: Mapping[str, Any] | None) -> "Config":
+        """The same where a file next to config.json says more."""
+        return Config(self.data, self._levels[-1], said)
 
     @property
     def tied(self) -> bool:

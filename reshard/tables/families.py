@@ -11,7 +11,7 @@ from zlib import crc32
 from msgspec import convert
 
 from ..errors import ReshardError
-from . import expression, keys, layer_rules, merge
+from . import expression, keys, layer_rules, merge, schemes
 from .formats import Format
 from .notation import Template, parse_template
 from .row import Row, parse_rows
@@ -30,6 +30,7 @@ _SAME = (
     "tied",
     "towers",
     "quantization",
+    "scheme",
 )
 _SHIPPED = Shipped("families", "family")
 shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
@@ -59,6 +60,12 @@ class Family:
     tied: dict[str, str] = field(default_factory=dict)
     towers: tuple[str, ...] = ()  # what the names of components other than the language model begin with
     quantization: tuple[dict[str, Any], ...] = ()
+    scheme: str = ""  # of quantisation, whose rows stand in place of those of matrices
+
+    @property
+    def plain(self) -> str:
+        """The name without that of its scheme."""
+        return self.name.removesuffix(f".{self.scheme}") if self.scheme else self.name
 
     @property
     def texts(self) -> dict[str, str]:
@@ -88,7 +95,8 @@ class Family:
     @property
     def around(self) -> str:
         """Of a table with other components, the family of its language model, where that has a table of its own."""
-        return next(iter([*self.texts][1:]), "") if self.towers else ""
+        names = [*self.texts][2 if self.scheme else 1 :]
+        return names[0] if names and self.towers else ""
 
     @property
     def counts_apart(self) -> bool:
@@ -96,8 +104,10 @@ class Family:
         return any(row.name.extra for row in self.rows)
 
     def leaves(self) -> set[str]:
-        """The logical tensors that its rows hold, without their variants."""
-        return {leaf.partition("@")[0] for row in self.rows for leaf in row.leaves}
+        """The logical tensors that its rows hold, without their variants; and the matrices whose parts they hold."""
+        found = {leaf.partition("@")[0] for row in self.rows for leaf in row.leaves}
+        parts = schemes.load(self.scheme).parts if self.scheme else ()
+        return found | {leaf.removesuffix(f"_{part}") for part in parts for leaf in found}
 
     def claimed(self) -> set[str]:
         """The names, folded, that its rows and `aside` have; those of other components left out."""
@@ -152,7 +162,7 @@ def _consistent(table: Family) -> Family:
     where = f'table "{table.name}"'
     keys.check_axes(where, {"sizes": table.sizes}, table.rows, table.axes)
     tags = {tag for row in table.rows for tag in row.tags}
-    leaves = {name for row in table.rows for leaf in row.leaves for name in (leaf, leaf.partition("@")[0])}
+    leaves = {name for row in table.rows for leaf in row.leaves for name in (leaf, _matrix(leaf))}
     for key, what, names, known in (
         ("optional", "tag", table.optional, tags),
         ("tied", "logical tensor", [name for pair in table.tied.items() for name in pair], leaves),
@@ -161,7 +171,7 @@ def _consistent(table: Family) -> Family:
         if missing := [name for name in names if name not in known]:
             raise ReshardError(f"{where}: {key} names the {what} {missing[0]}, which no row has")
     layered = {
-        leaf.partition("@")[0]
+        _matrix(leaf)
         for row in table.rows
         for leaf, path in zip(row.leaves, row.pattern.axes, strict=True)
         if "layer" in (*row.name.axes, *path)
@@ -176,6 +186,11 @@ def _consistent(table: Family) -> Family:
         with expression.within(f"{where}: layers.{kind}"):
             layer_rules.parse(rule)
     return table
+
+
+def _matrix(leaf: str) -> str:
+    """The matrix that a logical tensor is, or whose numbers it holds packed, without its variant."""
+    return leaf.partition("@")[0].removesuffix("_packed")
 
 
 def digest(name: str) -> str:

@@ -1,7 +1,7 @@
 """Formats: how an engine, or this runtime, names, fuses, cuts, pads and repeats tensors."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -11,12 +11,25 @@ from msgspec import convert
 from ..errors import ReshardError
 from ..inputs import limits
 from . import expression, keys, merge
-from .notation import bases, variant_of, varied
+from .notation import Pattern, bases, parse_template, variant_of, varied
 from .row import Constant, Row, parse_constant, parse_rows
 from .shipped import Shipped
 
 MESH = ("tp", "ep", "pp")
-_SAME = ("tied", "towers", "cut", "replicate", "uneven", "weighted", "pad", "files", "engine", "families", "requires")
+_SAME = (
+    "tied",
+    "towers",
+    "cut",
+    "replicate",
+    "uneven",
+    "weighted",
+    "pad",
+    "files",
+    "engine",
+    "families",
+    "requires",
+    "parts",
+)
 _SHIPPED = Shipped("formats", "format", ", and hf: Hugging Face files")
 shipped, nearest = _SHIPPED.names, _SHIPPED.nearest
 
@@ -44,6 +57,7 @@ class Format:
     engine: dict[str, Any] = field(default_factory=dict)
     families: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()  # conditions on sizes of axes and on tp, ep and pp
+    parts: bool = False  # tensors of quantised matrices follow from the rows of the matrices
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # family → keys that are tried first
 
     @property
@@ -115,6 +129,57 @@ class Format:
             uneven=also(self.uneven),
             pad={name: unit for axis, unit in self.pad.items() for name in also([axis])},
         )
+
+    def parted(self, parts: Set[str], tensors: Mapping[str, tuple[str, ...]]) -> "Format":
+        """This format with a row for every part of a quantised matrix, made of the row of the matrix: `attn.qkv` and
+        its `_scale`. What a row would fuse and cannot, because the parts are of different kinds, gets rows of its own.
+        """
+        if not self.parts:
+            return self
+        rows = [other for row in self.rows if len(row.pattern.dims) > 1 for other in _parted(row, parts, tensors)]
+        there = {row.leaves for row in (*self.rows, *rows)}
+        alone = [
+            other
+            for row in (*self.rows, *rows)
+            if len(row.leaves) > 1
+            for other in _alone(row, tensors)
+            if other.leaves not in there
+        ]
+        return replace(self, rows=(*self.rows, *rows, *{row.leaves: row for row in alone}.values()))
+
+
+def _parted(row: Row, parts: Set[str], tensors: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
+    """The rows of the parts of the matrices that a row stores."""
+    for part in sorted(parts):
+        stems = [f"{leaf.partition('@')[0]}_{part}" for leaf in row.leaves]
+        for variant in sorted({variant_of(name) for name in tensors if name.partition("@")[0] == stems[0]}):
+            leaves = tuple(varied(stem, variant) for stem in stems)
+            pattern = _of_parts(row, leaves, tensors) if tensors.keys() >= set(leaves) else None
+            if pattern is not None:
+                name = parse_template(f"{row.name.text}_{part}")
+                yield row._replace(name=name, pattern=pattern, layouts=(), leaves=leaves)
+
+
+def _of_parts(row: Row, leaves: Sequence[str], tensors: Mapping[str, tuple[str, ...]]) -> Pattern | None:
+    """The pattern of a row for parts that have these axes, in the order in which they have them; None where the parts
+    cannot stand in one tensor.
+    """
+    named = set(row.name.axes)
+    axes = [[axis for axis in tensors[leaf] if axis not in named] for leaf in leaves]
+    for pattern in (row.pattern, *row.layouts):
+        if (found := pattern.of_parts(axes)) is not None:
+            return found
+    return None
+
+
+def _alone(row: Row, tensors: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
+    """A row for each of the tensors that a row fuses."""
+    start, dot, _ = row.name.text.rpartition(".")
+    for leaf in row.leaves:
+        if leaf in tensors:
+            own = leaf.partition("@")[0].rpartition(".")[2]
+            pattern = row.pattern.only(row.leaves.index(leaf))
+            yield row._replace(name=parse_template(f"{start}{dot}{own}"), pattern=pattern, layouts=(), leaves=(leaf,))
 
 
 def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) -> Row | None:

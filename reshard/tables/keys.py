@@ -40,6 +40,7 @@ class FamilyTable(Table, frozen=True, kw_only=True):
     extra: dict[str, str] = {}
     tied: dict[str, str] = {}
     quantization: tuple[dict[str, Any], ...] = ()
+    scheme: str = ""
 
 
 class FormatTable(Table, frozen=True, kw_only=True):
@@ -54,6 +55,7 @@ class FormatTable(Table, frozen=True, kw_only=True):
     constants: tuple[tuple[Any, ...], ...] = ()
     files: dict[str, str] = {}
     engine: dict[str, Any] = {}
+    parts: bool = False
     families: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     family: dict[str, dict[str, Any]] = {}

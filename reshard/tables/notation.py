@@ -55,10 +55,135 @@ class Pattern(NamedTuple):
             return self
         return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
 
+    def replaced(self, products: Mapping[str, Product]) -> "Pattern":
+        """The same pattern with products in place of axes; an axis that counts blocks counts those of its product.
+
+        Raises ReshardError where a product cannot be counted in such blocks.
+        """
+        dims = tuple(_replaced(dim, products) for dim in self.dims)
+        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+
+    def of_parts(self, axes: Sequence[Sequence[str]]) -> "Pattern | None":
+        """The pattern in which parts of this one's leaves stand as the leaves do, when part i has `axes[i]`: some of
+        the leaf's, whole or counted in blocks, and others; None where there is none.
+
+        Dimensions are in the order in which the first part has them. One that the parts have nothing of is 1: left out
+        unless leaves stand side by side along it, or the rest of the matrix is there.
+        """
+        everyone = range(len(self.axes))
+        left = [list(own) for own in axes]
+        dims = [_of_parts(dim, everyone, left) for dim in self.dims]
+        if any(dim is None for dim in dims) or any(own != left[0] for own in left):
+            return None
+        found = [dim for dim in dims if dim is not None]
+        first = [_first(dim, axes[0]) for dim in found]
+        seam = [any(isinstance(node, Sum) for node in dim) for dim in found]
+        last = len(found) - 1
+        other, bare = left[0], first[last - 1 :] == [None, None]  # bare: a number or some for all of the matrix
+        placed = [(at, number, found[number]) for number, at in enumerate(first) if at is not None]
+        placed += [(axes[0].index(axis), -1, (axis,)) for axis in other]
+        placed.sort(key=lambda one: one[0])
+        for number, at in enumerate(first):
+            kept = seam[number] or (not other and (number == last - 1 and not seam[last] if bare else True))
+            if at is None and kept:
+                where = next((spot for spot, one in enumerate(placed) if not 0 <= one[1] < number), len(placed))
+                placed.insert(where, (0, number, found[number]))
+        whole = tuple(dim for _, _, dim in placed)
+        return Pattern(whole, tuple(_paths(tuple(node for dim in whole for node in dim))))
+
+    def only(self, leaf: int) -> "Pattern":
+        """The pattern of one leaf alone."""
+        dims = tuple(_only(dim, range(len(self.axes)), leaf) for dim in self.dims)
+        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+
+    @property
+    def text(self) -> str:
+        """The pattern as `parse_pattern` reads it, compounds written out."""
+        return " ".join(_dimension(dim) for dim in self.dims)
+
     def renamed(self, name: Callable[[str], str]) -> "Pattern":
         """The same pattern with other names for axes."""
         dims = tuple(_renamed(dim, name) for dim in self.dims)
         return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+
+
+def _replaced(product: Product, products: Mapping[str, Product]) -> Product:
+    nodes: list[str | Sum] = []
+    for node in product:
+        if isinstance(node, Sum):
+            nodes.append(Sum(tuple(_replaced(term, products) for term in node.terms)))
+        elif block := block_of(node):
+            nodes.extend(in_blocks(tuple(one for axis in block[0] for one in products.get(axis, (axis,))), block[1]))
+        else:
+            nodes.extend(products.get(node, (node,)))
+    return tuple(nodes)
+
+
+def _of_parts(product: Product, leaves: range, left: Sequence[list[str]]) -> Product | None:
+    """A product with what the parts have of its axes; these are taken off `left`. None where they differ."""
+    plain = {node for node in product if isinstance(node, str)}
+    here = [[axis for axis in left[leaf] if (block_of(axis) or ((axis,), 1))[0][0] in plain] for leaf in leaves]
+    if any(own != here[0] or not bases(own) <= plain for own in here):
+        return None
+    first = {(block_of(axis) or ((axis,), 1))[0][0]: axis for axis in here[0]}
+    for leaf in leaves:
+        left[leaf][:] = [axis for axis in left[leaf] if axis not in here[0]]
+    nodes: list[str | Sum] = []
+    for node in product:
+        if isinstance(node, Sum):
+            terms = [_of_parts(term, own, left) for term, own in _shares(node, leaves)]
+            if any(term is None for term in terms):
+                return None
+            nodes.append(Sum(tuple(term for term in terms if term is not None)))
+        elif node in first:
+            nodes.append(first[node])
+    return tuple(nodes)
+
+
+def _first(product: Product, axes: Sequence[str]) -> int | None:
+    """Where the first of a product's axes stands among these; None of a product without axes."""
+    return min((axes.index(axis) for path in _paths(product) for axis in path if axis in axes), default=None)
+
+
+def _only(product: Product, leaves: range, leaf: int) -> Product:
+    nodes: list[str | Sum] = []
+    for node in product:
+        if isinstance(node, Sum):
+            nodes += next(_only(term, own, leaf) for term, own in _shares(node, leaves) if leaf in own)
+        else:
+            nodes.append(node)
+    return tuple(nodes)
+
+
+def in_blocks(product: Product, unit: int) -> Product:
+    """A product counted in blocks of `unit` elements: of a sum, each term by itself.
+
+    Raises ReshardError where a block would hold elements of several leaves, whose every element stands by itself.
+    """
+    at = max((at for at, node in enumerate(product) if isinstance(node, Sum)), default=-1)
+    if product[at + 1 :]:
+        return (*product[: at + 1], derived(tuple(map(str, product[at + 1 :])), unit))
+    node = product[at] if product else None
+    if not isinstance(node, Sum):
+        raise ReshardError(f"a dimension of 1 cannot be counted in blocks of {unit}")
+    return (*product[:at], Sum(tuple(in_blocks(term, unit) for term in node.terms)))
+
+
+def _dimension(product: Product) -> str:
+    """One dimension as text: a factor."""
+    return _node(product[0]) if len(product) == 1 else f"({_factors(product)})" if product else "1"
+
+
+def _factors(product: Product) -> str:
+    return " ".join(map(_node, product)) or "1"
+
+
+def _node(node: str | Sum) -> str:
+    if isinstance(node, Sum):
+        return f"({' + '.join(map(_factors, node.terms))})"
+    if block := block_of(node):
+        return f"({' '.join(block[0])})/{block[1]}" if len(block[0]) > 1 else f"{block[0][0]}/{block[1]}"
+    return node
 
 
 def _renamed(product: Product, name: Callable[[str], str]) -> Product:

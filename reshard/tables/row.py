@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..containers.dtypes import CONSTANTS
 from ..errors import ReshardError
+from ..inputs import limits
 from .axes import atoms
 from .notation import Pattern, Template, bases, parse_pattern, parse_template, variant_of, varied
 
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     whole: bool = False  # ignores tensor parallelism
     zero: bool = False  # content on coordinate 0, zeros elsewhere
     cut: str | None = None  # cut this axis instead
+    layers: frozenset[int] | None = None  # the only ones that have it
     tower: str = ""  # the component that it belongs to, if that is not the language model: stored whole
 
     def within(self, kinds: Set[str]) -> bool:
@@ -92,6 +94,8 @@ def _distinct(rows: Sequence[Row], group: Sequence[str]) -> bool:
 
 
 def _apart(row: Row, other: Row, groups: Sequence[Set[str]]) -> bool:
+    if row.layers is not None and other.layers is not None and not row.layers & other.layers:
+        return True
     ours, theirs = (one.kinds.union(*one.either) for one in (row, other))
     return any(ours & group and theirs & group and not ours & theirs & group for group in groups)
 
@@ -124,7 +128,8 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     if both:
         raise ReshardError(f"{where}: {text}: axis {both[0]} is in both the name and in the pattern")
     cut = next((word[4:] for word in words if word.startswith("cut=")), None)
-    plain = [word for word in words if not word.startswith("cut=")]
+    layers = next((word[7:] for word in words if word.startswith("layers=")), None)
+    plain = [word for word in words if not word.startswith(("cut=", "layers="))]
     axes = {axis for path in pattern.axes for axis in path} | set(name.axes)
     if cut is not None and cut not in axes:
         raise ReshardError(f"{where}: {text}: cut={cut}, but the row's axes are {', '.join(sorted(axes))}")
@@ -140,7 +145,7 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
     if bad:
         raise ReshardError(
             f'{where}: {text}: unknown word "{bad[0]}"',
-            f"words are {', '.join(sorted(known))}, cut=AXIS, or a tag ending in ?",
+            f"words are {', '.join(sorted(known))}, cut=AXIS, layers=0-3,7, or a tag ending in ?",
         )
     return Row(
         name,
@@ -155,7 +160,20 @@ def _row(entry: list[str], compounds: Mapping[str, tuple[str, ...]], kinds: set[
         whole="whole" in plain,
         zero="zero" in plain,
         cut=cut,
+        layers=None if layers is None else _numbers(layers, f"{where}: {text}"),
     )
+
+
+def _numbers(text: str, where: str) -> frozenset[int]:
+    """0-3,7 as numbers."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        first, last = limits.numeral(low), limits.numeral(high or low)
+        if first is None or last is None or not first <= last < limits.TENSORS:
+            raise ReshardError(f"{where}: layers={text} names no layers", "write layers=0-3,7")
+        found.update(range(first, last + 1))
+    return frozenset(found)
 
 
 def parse_constant(entry: Sequence[Any], where: str) -> Constant:

@@ -66,7 +66,7 @@ class Holdings:
         """The box of a logical tensor on a rank, by default this one; {} where it has none of it."""
         for piece in self.layout.holding(tensor):
             if piece.slot.rank == (self.rank if rank is None else rank):
-                return dict(zip(piece.tensor.axes, piece.box, strict=True))
+                return self.layout.ranges(piece)
         return {}
 
     def heads(self, layer: int) -> Heads:

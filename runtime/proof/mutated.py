@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 def run(source: Source, mesh: Mesh, ids: Tensor) -> Outcome:
     """A forward in float64 on ranks that are threads; shards are made on the fly, through the plan, as in loading."""
     model = source.layout.model
-    layout = lay_out(formats.load("native").for_family(model.family.name), model, mesh)
+    layout = lay_out(formats.load("native").for_family(model.family.plain), model, mesh)
 
     def work(world: World) -> tuple[Tensor, list[Tensor]]:
         with torch.inference_mode():
@@ -63,7 +63,7 @@ def apart(source: Source, ids: Tensor) -> Tensor | None:
     In parallel, the biases of both are one sum, which does not tell them apart.
     """
     model = source.layout.model
-    layout = lay_out(formats.load("native").for_family(model.family.name), model, Mesh())
+    layout = lay_out(formats.load("native").for_family(model.family.plain), model, Mesh())
     with torch.inference_mode():
         decoder = _decoder(source, layout, alone())
         if not decoder.spec.parallel:
@@ -81,7 +81,7 @@ def ahead(source: Source, ids: Tensor) -> Tensor | None:
     model = source.layout.model
     if not {"mtp.eh_proj", "mtp_eh_proj", "mtp.e_proj"} & model.tensors.keys():
         return None
-    layout = lay_out(formats.load("native").for_family(model.family.name), model, Mesh())
+    layout = lay_out(formats.load("native").for_family(model.family.plain), model, Mesh())
     with torch.inference_mode():
         decoder = _decoder(source, layout, alone())
         x: Tensor | None = None
