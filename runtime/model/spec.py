@@ -11,11 +11,14 @@ from typing import Any
 from reshard.errors import ReshardError
 from reshard.layout import capacity
 from reshard.model.understand import Model, Tensor
+from reshard.tables import schemes
 from reshard.tables.config import Config
 from reshard.tables.facts import ANY, COUNT, GROWTH, PART, POSITIVE, ROUTING, UNSIGNED, Range
 from reshard.tables.families import Family
+from reshard.tables.notation import block_of
 
 from .spec_values import Facts, Section, first_number
+from .weights import BITS, BLOCK, GROUP
 
 # Keys of config.json for the number of positions.
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -125,6 +128,11 @@ class Spec:
             raise ReshardError(
                 f'family "{table.name}" converts and merges but does not run: its table does not describe a decoder',
                 "verify proves its weights (integrity, weights, sha256); docs/notation.md lists what [model] can say",
+            )
+        if table.scheme and (odd := _not_dequantised(model)):
+            raise ReshardError(
+                f'family "{table.name}" converts and merges but does not run: this runtime does not dequantise {odd}',
+                "verify proves its weights (integrity, weights, sha256)",
             )
         said = Facts(table.model, config.with_defaults(table.defaults))
         runs = table.model.get("runs")
@@ -330,6 +338,32 @@ def _routing(table: Family, said: Facts) -> Routing:
         divide=of.number("divide"),
         wide=of.true("wide"),
     )
+
+
+# Parts that a row of the runtime's own layout fuses.
+_FUSED = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("moe.gate", "moe.up"), ("shared.gate", "shared.up"))
+
+
+def _not_dequantised(model: Model) -> str:
+    """What of a quantised model Weights.matrix cannot read; it knows blocks of BLOCK, rows, and BITS packed by GROUP."""
+    parts = schemes.load(model.family.scheme).parts - {"packed", "scale"}
+    for name, tensor in model.tensors.items():
+        base = name.partition("@")[0]
+        if found := next((part for part in parts if base.endswith(f"_{part}")), None):
+            return f"{found} of {base.removesuffix(f'_{found}')}"
+        units = {block[1] for axis in tensor.axes if (block := block_of(axis))}
+        if base.endswith("_packed") and (tensor.dtypes != ("I32",) or units != {32 // BITS}):
+            return f"{base} in {'/'.join(tensor.dtypes)}"
+        packed = f"{base.removesuffix('_scale')}_packed" in model.tensors
+        plain = [axis for axis in tensor.axes if axis not in ("layer", "experts")]
+        if base.endswith("_scale") and (units != {GROUP} if packed else bool(units - {BLOCK}) or not plain):
+            return f"{base} of blocks of {'/'.join(map(str, sorted(units))) or 'a whole matrix'}"
+    for names in _FUSED:
+        forms = ((model.tensors.get(name), model.tensors.get(f"{name}_packed")) for name in names)
+        held = {tuple((each.dtypes, each.layers) if each else None for each in both) for both in forms if any(both)}
+        if len(held) > 1:
+            return f"{', '.join(names)} of several kinds"
+    return ""
 
 
 def _check_rope(spec: Spec, model: Model) -> None:

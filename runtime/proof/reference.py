@@ -147,12 +147,8 @@ def _rms(x: torch.Tensor) -> float:
 
 def _quantised(source: Source) -> str | None:
     """The method that config.json names; None for plain weights."""
-    found = (
-        source.config.get("quantization_config")
-        or source.config.get("compression_config")
-        or source.config.get("quantization")
-    )
-    return None if not found else str(found.get("quant_method") or "unnamed") if isinstance(found, dict) else str(found)
+    found = source.config.quantization
+    return None if not found else str(found.get("quant_method") or "unnamed")
 
 
 class _Theirs:
