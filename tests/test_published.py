@@ -274,9 +274,10 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
         return (*shape[:-2], shape[-1], shape[-2]) if row and turned(row) else shape
 
     there, done = set(names), dict[str, Made]()
+    packed = any(name.endswith("weight_packed") for name in names)
+    layouts = scheme.layouts if packed else scheme.layouts[::-1]
     for name in names:
         kind = fold(name)[0]
-        layouts = scheme.layouts if any(one.endswith("weight_packed") for one in names) else scheme.layouts[::-1]
         for layout in () if kind in done else layouts:
             needed = [one.suffix for one in layout.parts if not one.optional]
             for part in layout.parts:

@@ -345,7 +345,7 @@ _FUSED = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("moe.gate", "
 
 
 def _not_dequantised(model: Model) -> str:
-    """What of a quantised model Weights.matrix cannot read; it knows blocks of BLOCK, rows, and BITS packed by GROUP."""
+    """What of a quantised model Weights.matrix cannot read: it knows BLOCK, rows, and BITS packed by GROUP."""
     parts = schemes.load(model.family.scheme).parts - {"packed", "scale"}
     for name, tensor in model.tensors.items():
         base = name.partition("@")[0]
