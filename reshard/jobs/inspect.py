@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +13,11 @@ from ..checkpoints.published import Published, open_published
 from ..checkpoints.source import Source
 from ..errors import PlaceError, ReshardError
 from ..inputs.decode import about
-from ..model.sizes import axis_size
-from ..model.understand import Config, Model, Tensor
+from ..model.storage import OWN, parameters, ways
+from ..model.understand import Config, Model
 from ..store import location
 from ..store.workfolder import in_words, left_by_killed
-from ..tables.notation import bases, block_of, fold
+from ..tables.notation import bases, fold
 from ..text.escapes import in_line
 from ..text.units import decimal
 from .json_result import as_json
@@ -56,7 +55,8 @@ class Description(Struct, frozen=True, kw_only=True):
     dtypes: Annotated[dict[str, int] | UnsetType, about("Tensors of each dtype.")] = UNSET
     sizes: Annotated[dict[str, int] | UnsetType, about("Of each axis.")] = UNSET
     tied: list[str] | UnsetType = UNSET
-    quantization: str | UnsetType | None = UNSET
+    quantization: Annotated[str | UnsetType | None, about("The method, as config.json names it.")] = UNSET
+    stored: Annotated[list[str] | UnsetType, about("Of a quantised checkpoint, which matrices are stored how.")] = UNSET
     towers: Annotated[list[str] | UnsetType, about("Components other than the language model.")] = UNSET
     kept_aside: Annotated[int | UnsetType, about("Buffers that engines recompute.")] = UNSET
     carried: Annotated[list[str] | UnsetType, about("Files that are copied as they are.")] = UNSET
@@ -149,10 +149,11 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)
     } | model.family.sizes.keys()
     atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
+    atoms = {axis for axis in atoms if not OWN.fullmatch(axis)}
     return {
         "source": name,
         "layout": f"{layout.format.name}, {layout.mesh}" if layout.format.cut else "published (Hugging Face)",
-        "family": model.family.name,
+        "family": model.family.plain,
         "around": model.family.around or None,
         "model": source.origin.id,
         "commit": source.origin.commit,
@@ -160,26 +161,18 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         "bytes": about.nbytes,
         "files": about.files,
         "tensors": about.tensors,
-        "parameters": sum(
-            _numbers(t, model) for n, t in model.tensors.items() if n not in model.alias and not n.endswith("_scale")
-        ),
+        "parameters": parameters(model),
         "dtypes": dict(about.dtypes),
         "sizes": {axis: model.sizes[axis] for axis in sorted(atoms)},
         "tied": [f"{name} is {other}" for name, other in model.alias.items()],
         "quantization": _quantization(source.config),
+        "stored": ways(model),
         "towers": _towers(model),
         "kept_aside": len(model.aside),
         "carried": [file.name for file in source.carried],
         "left": [file.name for file in source.left],
         "root": source.root_digest,
     }
-
-
-def _numbers(tensor: Tensor, model: Model) -> int:
-    """Elements; where several numbers lie in one, all of them."""
-    blocks = [(axis, block[0]) for axis in tensor.axes if (block := block_of(axis))]
-    whole = prod(model.sizes[base] for _, axes in blocks for base in axes)
-    return tensor.elements // prod(axis_size(axis, model.sizes) for axis, _ in blocks) * whole
 
 
 def _towers(model: Model) -> list[str]:
@@ -206,6 +199,5 @@ def _headers(published: Published) -> dict[str, Any]:
 
 
 def _quantization(config: Config) -> str | None:
-    found = config.get("quantization_config")
-    named = found.get("quant_method", found) if isinstance(found, dict) else found
-    return None if named is None else str(named)
+    said = config.quantization
+    return None if said is None else str(said.get("quant_method") or said.get("quant_algo") or "unnamed")
