@@ -18,6 +18,7 @@ from reshard.errors import ReshardError
 from reshard.jobs.convert import Options, convert, prepare
 from reshard.jobs.job import Job
 from reshard.layout.mesh import Mesh
+from reshard.store.destination import LocalDestination
 from reshard.tables import families, formats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,6 @@ def widest(family: str, scratch: Path) -> tuple[Path, Job]:
 @pytest.mark.parametrize("family", formats.load("vllm").families)
 def test_what_vllm_holds_comes_back_byte_for_byte(family: str, tmp_path: Path) -> None:
     original, job = widest(family, tmp_path / "cases")
-    convert(job, tmp_path / "out", OPTIONS)
-    convert(prepare(open_source(tmp_path / "out"), "hf", Mesh(), OPTIONS), tmp_path / "back", OPTIONS)
+    convert(job, LocalDestination(tmp_path / "out"), OPTIONS)
+    convert(prepare(open_source(tmp_path / "out"), "hf", Mesh(), OPTIONS), LocalDestination(tmp_path / "back"), OPTIONS)
     assert differing(original, tmp_path / "back") == []

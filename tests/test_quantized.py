@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from quantizing import WAYS, Parts, Way, checkpoint, values
-from running import LLAMA, Tensors, llama_shapes, refused, reshard, save, tree
+from running import LLAMA, Tensors, llama_shapes, noise, refused, reshard, save, tree
 
 DENSE = LLAMA | {"num_hidden_layers": 2, "hidden_size": 256, "head_dim": 32, "intermediate_size": 512, "vocab_size": 64}
 MIXTURE = DENSE | {
@@ -223,3 +223,89 @@ def test_groups_say_which_sizes_are_legal(tmp_path: Path) -> None:
     done = refused(reshard("plan", source, "--tp", "8"), 2, "a block of 64")
     assert "TP sizes that work: 1, 2, 4" in done.err
     shutil.rmtree(source)
+
+
+PHI = {key: value for key, value in DENSE.items() if key != "head_dim"} | {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+}
+
+
+def fused(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model that is published with q, k and v, and gate and up, in one."""
+    found = {}
+    for name, (first, *rest) in llama_shapes(config).items():
+        if not any(one in name for one in ("k_proj", "v_proj", "mlp.up_proj")):
+            name = name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
+            found[name] = (first * 2 if "qkv" in name or "gate_up" in name else first, *rest)
+    return found
+
+
+def comes_back(source: Path, directory: Path, *mesh: str) -> None:
+    out, back = directory / "out", directory / "back"
+    assert (done := reshard("convert", source, out, *mesh, "-q")).code == 0, done.err
+    assert (done := reshard("verify", out, "--against", source, "--no-numerics")).code == 0, done.out + done.err
+    assert (done := reshard("convert", out, back, "--to", "hf", "-q")).code == 0, done.err
+    assert tree(back) == tree(source)
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-act-order", "awq", "ct-fp8-tensor", "ct-nvfp4", "fp8-block", "nf4"])
+def test_matrices_that_are_published_fused(name: str, tmp_path: Path) -> None:
+    """What is one for all of such a matrix, a scale or an order, is no part's own; head_dim is in no config key."""
+    checkpoint(tmp_path / "source", fused(DENSE), PHI, WAYS[name])
+    comes_back(tmp_path / "source", tmp_path, "--tp", "2")
+
+
+def test_a_quantised_head_is_a_head(tmp_path: Path) -> None:
+    source, tensors = made(tmp_path, "w4a16")
+    tensors.pop("lm_head.weight")
+    tensors |= {f"lm_head{suffix}": each for suffix, each in WAYS["w4a16"].store(64, 256, 5).items()}
+    save(source / "model.safetensors", tensors)
+    comes_back(source, tmp_path, "--tp", "2")
+
+
+def test_one_group_of_all_inputs(tmp_path: Path) -> None:
+    source, tensors = made(tmp_path, "gptq-4", group_size=-1)
+    for key, (_, shape, _) in list(tensors.items()):
+        if key.endswith(".scales"):
+            tensors[key] = noise("F16", 1, shape[1])
+        elif key.endswith(".qzeros"):
+            tensors[key] = noise("I32", 1, shape[1])
+        elif key.endswith(".g_idx"):
+            tensors[key] = ("I32", shape, bytes(4 * shape[0]))
+    save(source / "model.safetensors", tensors)
+    comes_back(source, tmp_path, "--tp", "8")
+
+
+NONSENSE: list[dict[str, Any]] = [
+    {"bits": None}, {"bits": 0}, {"bits": "4"}, {"bits": -4}, {"bits": -32}, {"group_size": 0}, {"group_size": 10**17},
+    {"group_size": -2}, {"group_size": [64]}, {"desc_act": True}, {"dynamic": {"a": {"bits": {}}}, "bits": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NONSENSE, ids=map(str, NONSENSE))
+def test_units_that_are_none_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    source, _ = made(tmp_path, "awq" if "desc_act" in change else "gptq-4", **change)
+    done = reshard("plan", source, "--tp", "2")
+    assert done.code == (0 if "desc_act" in change else 2), done.out + done.err
+
+
+def test_other_layouts_of_awq_are_refused(tmp_path: Path) -> None:
+    source, _ = made(tmp_path, "awq", version="gemv")
+    refused(reshard("plan", source, "--tp", "2"), 2, "q_proj", "config.json allows none of its layouts")
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("fp8-block", "ct-fp8-rows")])
+def test_what_the_runtime_does_not_dequantise_it_refuses(name: str, tmp_path: Path) -> None:
+    from reshard.checkpoints.source import open_source
+    from reshard.errors import ReshardError
+    from reshard.runtime.model.spec import Spec
+
+    source = open_source(made(tmp_path, name)[0])
+    model = source.layout.model
+    try:
+        Spec.of(model.family, source.config, model)
+    except ReshardError as error:
+        assert "does not dequantise" in error.message
+    else:
+        assert name in ("fbgemm", "ct-int8", "torchao"), "a scale for each row, of whatever codes"

@@ -68,7 +68,7 @@ def solve(
                     problems.add(f"{words}: no size of {axis} fits", _given(dim, known))
                 else:
                     known[axis] = fit
-        if len(later) == len(pending):
+        if len(later) == len(pending) and not _in_whole_blocks(later, table, known):
             break
         pending = later
     for dim, size, words in equations:
@@ -82,6 +82,24 @@ def solve(
     for axis, atoms in table.axes.items():
         if all(atom in known for atom in atoms):
             sizes[axis] = math.prod(known[atom] for atom in atoms)
+
+
+def _in_whole_blocks(equations: Sequence[tuple[Any, int, str]], table: Family, known: dict[str, int]) -> bool:
+    """Whether one more size follows if a dimension that counts blocks counts full ones; the equations are checked in
+    the end.
+    """
+    for dim, size, _ in equations:
+        paths = _paths(dim)
+        blocks = [block for path in paths for axis in path if (block := block_of(axis))]
+        bases = [base for axis in paths[0] for base in (block_of(axis) or ((axis,), 1))[0]]
+        path = _compounded(tuple(bases), table.axes, known)
+        unknown = [axis for axis in path if axis not in known]
+        rest = math.prod(known[axis] for axis in path if axis in known)
+        whole, left = divmod(size * math.prod(unit for _, unit in blocks), rest or 1)
+        if len(paths) == 1 and blocks and len(unknown) == 1 and whole and not left:
+            known[unknown[0]] = whole
+            return True
+    return False
 
 
 def _paths(nodes: Sequence[Any]) -> list[tuple[str, ...]]:

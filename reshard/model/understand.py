@@ -317,7 +317,7 @@ def _presence(
     """Which rows are in use and in which layers; reports every tensor that should be there and is not,
     or should not and is.
     """
-    held = {leaf for at in points for leaf in table.rows[at].leaves}
+    held = _held(table, points)
     tied = _alias_names(table) - held  # `_tied` decides about these
     active: dict[int, tuple[int, ...] | None] = {}
     for at, row in enumerate(table.rows):
@@ -365,6 +365,12 @@ def _presence(
     return active
 
 
+def _held(table: Family, rows: Iterable[int]) -> set[str]:
+    """The logical tensors of rows, and the matrices whose numbers they hold packed."""
+    leaves = {leaf for at in rows for leaf in table.rows[at].leaves}
+    return leaves | {leaf.removesuffix(PACKED) for leaf in leaves}
+
+
 def _alias_names(table: Family) -> set[str]:
     return {name for pair in table.tied.items() for name in pair}
 
@@ -409,7 +415,7 @@ def _tied(table: Family, config: Config, active: Mapping[int, Any], problems: Pr
     where both are stored they are two tensors.
     """
     alias = {}
-    held = {leaf for at in active for leaf in table.rows[at].leaves}
+    held = _held(table, active)
     for head, embed in table.tied.items():
         missing = [name for name in (head, embed) if name not in held]
         if not missing:

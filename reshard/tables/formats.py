@@ -136,16 +136,21 @@ class Format:
         """
         if not self.parts:
             return self
-        rows = [other for row in self.rows if len(row.pattern.dims) > 1 for other in _parted(row, parts, tensors)]
-        there = {row.leaves for row in (*self.rows, *rows)}
-        alone = [
-            other
-            for row in (*self.rows, *rows)
-            if len(row.leaves) > 1
-            for other in _alone(row, tensors)
-            if other.leaves not in there
-        ]
-        return replace(self, rows=(*self.rows, *rows, *{row.leaves: row for row in alone}.values()))
+        matrices = [row for row in self.rows if len(row.pattern.dims) > 1]
+        apart = [one for row in matrices if len(row.leaves) > 1 for one in _apart(row)]
+        rows = [other for row in (*matrices, *apart) for other in _parted(row, parts, tensors)]
+        there = {row.leaves for row in self.rows}
+        own = {row.leaves: row for row in (*rows, *apart) if row.leaves not in there}
+        return replace(self, rows=(*self.rows, *own.values()))
+
+
+def _apart(row: Row) -> Iterator[Row]:
+    """A row for each of the tensors that a row fuses."""
+    start, dot, _ = row.name.text.rpartition(".")
+    for at, leaf in enumerate(row.leaves):
+        name = parse_template(f"{start}{dot}{leaf.partition('@')[0].rpartition('.')[2]}")
+        pattern, *layouts = (pattern.only(at) for pattern in (row.pattern, *row.layouts))
+        yield row._replace(name=name, pattern=pattern, layouts=tuple(layouts), leaves=(leaf,))
 
 
 def _parted(row: Row, parts: Set[str], tensors: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
@@ -170,16 +175,6 @@ def _of_parts(row: Row, leaves: Sequence[str], tensors: Mapping[str, tuple[str, 
         if (found := pattern.of_parts(axes)) is not None:
             return found
     return None
-
-
-def _alone(row: Row, tensors: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
-    """A row for each of the tensors that a row fuses."""
-    start, dot, _ = row.name.text.rpartition(".")
-    for leaf in row.leaves:
-        if leaf in tensors:
-            own = leaf.partition("@")[0].rpartition(".")[2]
-            pattern = row.pattern.only(row.leaves.index(leaf))
-            yield row._replace(name=parse_template(f"{start}{dot}{own}"), pattern=pattern, layouts=(), leaves=(leaf,))
 
 
 def _varied_row(row: Row, variant: str, tensors: Mapping[str, tuple[str, ...]]) -> Row | None:

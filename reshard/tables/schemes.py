@@ -204,11 +204,12 @@ def _parts(rows: list[list[str]], where: str) -> tuple[Part, ...]:
 _UNIT = re.compile(r"/([a-z_]+)")
 _AXIS = re.compile(r"<([a-z_]*?)([0-9]*)>")
 _UNCUT = re.compile(r"\[in/([a-z_]+)\]")
+WHOLE = -1  # a group of all that there is
 GROUPS = "groups"  # the axis of groups that is never cut
 
 
 def _with_units(text: str, units: Units) -> tuple[str, dict[str, int]] | None:
-    """A pattern with numbers for units; None where one is not known. A group of no size is all of a dimension."""
+    """A pattern with numbers for units; None where one is not known."""
     sizes: dict[str, int] = {}
 
     def axis(match: re.Match[str]) -> str:
@@ -220,14 +221,15 @@ def _with_units(text: str, units: Units) -> tuple[str, dict[str, int]] | None:
         return f"/{units[match[1]]}"
 
     def groups(match: re.Match[str]) -> str:
-        return f"{GROUPS}{units[match[1]]}" if units[match[1]] > 0 else "1"
+        return f"{GROUPS}{units[match[1]]}" if units[match[1]] != WHOLE else "1"
 
     try:
         text = _UNIT.sub(block, _UNCUT.sub(groups, _AXIS.sub(axis, text)))
     except KeyError:
         return None
-    text = re.sub(r"\b(in|out)/(0|-[0-9]+)\b", "1", text)
-    return re.sub(r"/1\b", "", text), sizes
+    if any(size < 1 for size in sizes.values()):
+        return None
+    return re.sub(r"/1\b", "", re.sub(rf"\b(in|out)/{WHOLE}\b", "1", text)), sizes
 
 
 def _at(data: Any, path: list[str]) -> Iterator[dict[str, Any]]:
@@ -266,5 +268,5 @@ def _number(text: str, said: Mapping[str, Any]) -> int | None:
         found = parse_expression(text).value(lambda key: _get(said, key))
     except ReshardError:
         return None
-    whole = isinstance(found, (int, float)) and not isinstance(found, bool) and found == int(found)
-    return int(found) if whole else None
+    number = isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1 << 31
+    return int(found) if number and found == int(found) and (found > 0 or found == WHOLE) else None

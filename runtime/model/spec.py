@@ -344,8 +344,14 @@ def _routing(table: Family, said: Facts) -> Routing:
 _FUSED = (("attn.q", "attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("moe.gate", "moe.up"), ("shared.gate", "shared.up"))
 
 
+# Schemes whose numbers are the stored ones times their scales.
+_SCALED = ("fp8", "fbgemm_fp8", "compressed_tensors", "modelopt", "torchao")
+
+
 def _not_dequantised(model: Model) -> str:
     """What of a quantised model Weights.matrix cannot read: it knows BLOCK, rows, and BITS packed by GROUP."""
+    if model.family.scheme not in _SCALED:
+        return model.family.scheme
     parts = schemes.load(model.family.scheme).parts - {"packed", "scale"}
     for name, tensor in model.tensors.items():
         base = name.partition("@")[0]
