@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reshard.containers.dtypes import wide
+from reshard.tables import schemes
 
 from .dtypes import DTYPES
 
@@ -42,7 +43,9 @@ class Cast:
     ) -> None:
         self.main = main_dtype(layout.model)
         self.dtype, self.device = dtype or self.main, device
-        self.scales = _named(layout, rank, lambda row: any("/" in axis for path in row.pattern.axes for axis in path))
+        scheme = layout.model.family.scheme
+        parts = tuple(f"_{part}" for part in schemes.load(scheme).parts) if scheme else ()
+        self.scales = _named(layout, rank, lambda row: _of_parts(row, parts))
         self.wide = _named(layout, rank, lambda row: any(leaf.startswith(WIDE) for leaf in row.leaves))
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
@@ -51,6 +54,12 @@ class Cast:
             wider = name in self.wide and self.main is not None and dtype.itemsize > self.main.itemsize
             dtype = torch.promote_types(dtype, self.dtype) if wider else self.dtype
         return tensor.to(device=self.device, dtype=dtype)
+
+
+def _of_parts(row: "Row", parts: tuple[str, ...]) -> bool:
+    """Whether a row stores scales: a part of quantised matrices, or, of tables that spell them out, blocks."""
+    blocks = any("/" in axis for path in row.pattern.axes for axis in path)
+    return blocks or any(leaf.partition("@")[0].endswith(parts) for leaf in row.leaves)
 
 
 def main_dtype(model: "Model") -> torch.dtype | None:

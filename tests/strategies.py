@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,6 +91,18 @@ def headers(name: str) -> tuple[dict[str, Any], Headers]:
 def table_of(name: str) -> Family:
     """The family table of a fixture."""
     return families.load(FIXTURES[name].family)
+
+
+def unused_rows(table: Family, models: Iterable[Model]) -> set[str]:
+    """The names of rows that none of these models has, in whatever spelling."""
+    used = {model.family.rows[at].name.text for model in models for at in model.active}
+    starts = table.prefixes or ("",)
+
+    def names(row: Row) -> Iterator[str]:
+        for text in (row.name.text, *(other.text for other in row.others)):
+            yield from ((start + text[1:] for start in starts) if text[0] == "~" else (text,))
+
+    return {row.name.text for row in table.rows if used.isdisjoint(names(row))}
 
 
 @cache

@@ -30,7 +30,7 @@ from reshard.runtime.comm.threads import run_threads
 from reshard.runtime.load import load_model
 from reshard.tables import families, formats
 from reshard.tables.families import Family
-from reshard.tables.shipped import HOME
+from reshard.tables.shipped import Shipped
 from reshard.text.progress import Lines
 
 Get = Callable[[str], Path]
@@ -298,8 +298,9 @@ def test_a_table_of_axes_that_nobody_knows_is_checked_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", formats.shipped())
-def test_the_table_of_a_format_is_refused(name: str) -> None:
-    done = command("check-table", str(HOME / "formats" / f"{name}.toml"), "--sample", "1")
+def test_the_table_of_a_format_is_refused(name: str, tmp_path: Path) -> None:
+    (path := tmp_path / "format.toml").write_text(Shipped("formats", "format").text(name))
+    done = command("check-table", str(path), "--sample", "1")
     assert (done.code, done.out) == (2, "") and f'"{name}" is the table of a format, not of a family' in done.err
 
 

@@ -10,6 +10,7 @@ own rules.
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import pytest
 import torch
 from fixtures import FIXTURES, checkpoint, copy, fixture, rewrite
 from safetensors.torch import load_file
-from strategies import invented
+from strategies import Headers, Stored, invented
 from torch_reference import bits, differences, load
 
 from reshard.checkpoints.source import open_source
@@ -118,7 +119,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, int], list[Any], list[str], dict[str
         "deepseek_v3",
         BLOCKS,
         [DENSE, MOE, MOE, MTP],
-        ["q_lora?", "fp8?"],
+        ["q_lora?"],
         {"n_shared_experts": 2, "quantization_config": FP8} | ONE_MORE,
     ),
 }
@@ -144,10 +145,22 @@ def digest(joined: Plan) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
+def in_blocks(stored: Headers) -> Headers:
+    """The same, projections in FP8, each block of 128 × 128 with a scale."""
+    found = dict(stored)
+    for name, (_, shape) in stored.items():
+        if re.search(r"(self_attn|mlp)\..*proj\w*\.weight$", name):
+            found[name] = Stored("F8_E4M3", shape)
+            found[f"{name}_scale_inv"] = Stored("F32", tuple(-(-size // 128) for size in shape))
+    return found
+
+
 def plans(name: str) -> dict[str, str]:
     """From the published layout to every mesh that fits, from there to another, and to vLLM's."""
     family, sizes, kinds, tags, config = CHECKPOINTS[name]
     config, stored = invented(family, sizes, kinds, tags, **config)
+    if "quantization_config" in config:
+        stored = in_blocks(stored)
     model = understand(families.load(family), Config(config), stored, name)
     source = lay_out(model.family.published, model, Mesh(), model.active)
     found: dict[str, str] = {}

@@ -42,6 +42,7 @@ from reshard.tables.families import Family
 from reshard.tables.formats import Format
 from reshard.tables.notation import parse_template
 from reshard.tables.row import Constant, Row
+from reshard.tables.shipped import Shipped
 
 MESHES = [Mesh(), Mesh(2), Mesh(pp=2), Mesh(2, ep=2), Mesh(3, weights=(2, 1, 1))]
 OLD = sorted(path.name for path in (Path(__file__).parent / "written").iterdir())
@@ -110,7 +111,7 @@ def test_it_is_of_what_tables_say_not_of_how(name: str, made: Callable[[str], Pu
     assert f"native {MESHES[0]}" in wanted
 
     def text(kind: str) -> Callable[[str], str]:
-        return lambda name: (ROOT / "reshard" / kind / f"{name}.toml").read_text(encoding="utf-8")
+        return Shipped(kind, "table").text
 
     def again(name: str) -> str:
         return respelled(text("families")(name))

@@ -116,12 +116,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_bin", "gpt_oss", "mixtral", "falcon_7b", "deepseek_v3_fp8", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_bin", "gpt_oss", "mixtral", "falcon_7b", "deepseek_v3_fp8", "qwen2_plain"]
+)
 def test_what_is_written_to_a_store_is_what_would_be_written_here(name: str, server: Server, tmp_path: Path) -> None:
     """Shards, shards of an engine's format, and the published files: the same names and bytes, sent once each."""
     model = copy(name, tmp_path / "model")
     wishes = [{"tp": 2, "pp": 2}, {"tp": 1}, {"to": "hf"}, {"to": "hf", "max_file_size": "90kB"}]
-    for number, wish in enumerate([*wishes, *([{"tp": 2, "to": "vllm"}] if name == "qwen2" else [])]):
+    for number, wish in enumerate([*wishes, *([{"tp": 2, "to": "vllm"}] if name == "qwen2_plain" else [])]):
         server.files.clear()
         api.convert(model, here := tmp_path / str(number), **wish)
         result = api.convert(model, "mem://out", workers=3, **wish)

@@ -606,7 +606,7 @@ def test_a_destination_behind_a_link(source: Path, outputs: dict[str, dict[str, 
     assert tree(tmp_path / "real") == outputs["new"]
     assert names(tmp_path) == ["link", "real"]
     (tmp_path / "dangling").symlink_to("nowhere")
-    refused(reshard("convert", source, tmp_path / "dangling", "--tp", "2"), 2, "dangling", "nowhere", "not there")
+    refused(reshard("convert", source, tmp_path / "dangling", "--tp", "2"), 2, "dangling", "nowhere", "does not exist")
     (tmp_path / "loop").symlink_to("loop")
     refused(reshard("convert", source, tmp_path / "loop", "--tp", "2"), 2, "loop")
     refused(reshard("convert", source, tmp_path / "loop" / "out", "--tp", "2"), 3, "loop")

@@ -257,7 +257,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
     if method is not None:
         said = config.get("quantization_config", {})
         same = said.get("quant_method") == method.get("quant_method")
-        config = config | {"quantization_config": said if same else method}
+        config = config | {"quantization_config": said if said and same else method}
     said = Config(config).quantization
     scheme = schemes.scheme_of(said) if said else None
     if said is None or scheme is None:

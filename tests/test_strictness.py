@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from fixtures import FIXTURES, checkpoint, copy, zoo
-from strategies import Headers, Stored, headers, invented, model_of, table_of
+from strategies import Headers, Stored, headers, invented, model_of, table_of, unused_rows
 
 from reshard.checkpoints.source import open_source
 from reshard.errors import ReshardError
@@ -24,6 +24,7 @@ from reshard.jobs.convert import Options, convert, prepare
 from reshard.layout.cut import lay_out
 from reshard.layout.join import plan
 from reshard.layout.mesh import Mesh
+from reshard.model.quantized import quantized
 from reshard.model.understand import Config, Model, understand
 from reshard.store.destination import LocalDestination
 from reshard.tables import families, formats
@@ -367,6 +368,12 @@ each_table = pytest.mark.parametrize(
 )
 
 
+def laid_of(name: str) -> Family:
+    """The table of a fixture, with the rows of the scheme by which it is quantised."""
+    config, stored = headers(name)
+    return quantized(table_of(name), Config(config), stored, name)
+
+
 def pairs(name: str) -> Iterator[tuple[int, int]]:
     active = list(model_of(name).active)
     return (
@@ -376,7 +383,7 @@ def pairs(name: str) -> Iterator[tuple[int, int]]:
 
 @each_fixture
 def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> None:
-    stored, table = headers(name)[1], table_of(name)
+    stored, table = headers(name)[1], laid_of(name)
     found = []
     for at in model_of(name).active:
         row = table.rows[at]
@@ -395,19 +402,12 @@ def test_a_table_that_lacks_a_row_or_has_one_too_many_is_refused(name: str) -> N
 def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else the tests say nothing about it. Rows taken over by `like` are tested where they were written."""
     table = families.load(family)
-    used = {
-        table.rows[at].name.text
-        for name, fixture in FIXTURES.items()
-        if fixture.family == family
-        for at in model_of(name).active
-    }
+    models = [model_of(name) for name, fixture in FIXTURES.items() if fixture.family == family]
     more = [open_source(checkpoint(name)).layout.model for name, fixture in zoo().items() if fixture.family == family]
-    used |= {table.rows[at].name.text for model in more for at in model.active}
     like = {row.name.text for parent in table.texts if parent != family for row in families.load(parent).rows}
-    unused = {row.name.text for row in table.rows} - used - like
-    # A tied model may store its head; without a low rank for q there is no published FP8 checkpoint.
+    unused = unused_rows(table, [*models, *more]) - like
+    # A tied model may store its head.
     known = {"gpt2": {"lm_head.weight"}, "gemma2": {"lm_head.weight"}}
-    known["deepseek_v3"] = {"model.layers.{layer}.self_attn.q_proj.weight_scale_inv"}
     assert unused == known.get(family, set())
 
 
@@ -428,7 +428,7 @@ def test_a_row_with_the_pattern_of_another_is_refused_where_the_shapes_differ(na
     """Two patterns that are the same arithmetic cannot be told apart by shapes, only by numbers:
     tests/test_reference.py does.
     """
-    stored, table = headers(name)[1], table_of(name)
+    stored, table = headers(name)[1], laid_of(name)
     found = []
     for at, other in pairs(name):
         row, like = table.rows[at], table.rows[other]
@@ -445,7 +445,7 @@ def test_logical_names_exchanged_between_rows_of_different_axes_are_refused(name
     """By name and with both lists of axes: a user's own table is checked against the shared vocabulary of the
     formats.
     """
-    stored, table = headers(name)[1], table_of(name)
+    stored, table = headers(name)[1], laid_of(name)
     found = []
     for at, other in pairs(name):
         row, like = table.rows[at], table.rows[other]

@@ -351,10 +351,10 @@ def test_experts_of_4_bits_inside_of_a_multimodal_checkpoint(tmp_path: Path) -> 
     convert_and_back(tmp_path / "model", [{"tp": 4, "ep": 2, "pp": 2}], tmp_path / "out")
     done = reshard("inspect", tmp_path / "model")
     assert "quantization: compressed-tensors" in done.out and "parameters:   1062344" in done.out, done.out
-    text["quantization_config"]["format"] = "naive-quantized"
+    text["quantization_config"]["quant_method"] = "aqlm"
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
     done = reshard("plan", tmp_path / "model", "--tp", "2")
-    assert done.code == 2 and '"compressed-tensors" (format naive-quantized) is not supported' in done.err, done.err
+    assert done.code == 2 and '"aqlm" (format pack-quantized) is not supported' in done.err, done.err
 
 
 def test_no_text_has_tokens_that_stand_for_images(scratch: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fixtures import FIXTURES, Fixture, checkpoint, zoo
 from gauntlet import convert_and_back, reference_of, run_like, run_meshes
+from strategies import unused_rows
 
 from reshard.checkpoints.source import open_source
 from reshard.tables import families
@@ -43,16 +44,9 @@ def test_it_converts_verifies_and_comes_back_byte_for_byte(name: str, tmp_path: 
 def test_every_row_of_a_family_is_in_use_in_some_fixture(family: str) -> None:
     """Else nothing is known about it. Rows taken over by `like` are tested where they were written."""
     table = families.load(family)
-    used: set[str] = set()
-    for name, fixture in zoo().items():
-        if fixture.family == family:
-            used |= {
-                table.rows[at].name.text
-                for at in open_source(checkpoint(name)).layout.model.active
-                if at < len(table.rows)
-            }
+    models = [open_source(checkpoint(name)).layout.model for name, fixture in zoo().items() if fixture.family == family]
     like = {row.name.text for parent in table.texts if parent != family for row in families.load(parent).rows}
-    assert {row.name.text for row in table.rows} - used - like - UNSEEN.get(family, set()) == set()
+    assert unused_rows(table, models) - like - UNSEEN.get(family, set()) == set()
 
 
 def runs() -> list[str]:

@@ -349,7 +349,7 @@ def _row(
             raise Unlike(f"{piece.tensor}: only a part along {', '.join(part)}")
     name = folded
     for word in enumerated:
-        name = name.replace("{}", word if word.isdigit() else f"{{{word.partition('@')[0]}}}", 1)
+        name = name.replace("{}", word if re.fullmatch("[0-9]+", word) else f"{{{word.partition('@')[0]}}}", 1)
     single = {
         piece.tensor: [axis for axis, size in sizes.items() if size == 1 and axis not in enumerated]
         for piece, sizes in zip(pieces, axes, strict=True)

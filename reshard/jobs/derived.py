@@ -4,11 +4,10 @@ say what whoever reads the ranks will assume."""
 import numpy as np
 
 from ..checkpoints.source_kinds import Source
+from ..containers.dtypes import DTYPES
 from ..errors import Problems
 from ..model.quantized import Derived, derived
 from ..store.local import Pool
-
-_KINDS = {"I32": "<i4", "I64": "<i8"}
 
 
 def check_derived(source: Source) -> None:
@@ -22,9 +21,10 @@ def check_derived(source: Source) -> None:
     try:
         for one in wanted:
             entry, (_, length, place, at) = source.buffer(one.name)
-            if (kind := _KINDS.get(entry.dtype)) is None:
-                problems.add(f"{one.name} is {entry.dtype}, I32 or I64 is needed")
-            elif said := _contradiction(one, np.frombuffer(pool.read(place, at, length), kind)):
+            dtype = DTYPES[entry.dtype]
+            if dtype.code is None or dtype.floating:
+                problems.add(f"{one.name} is {entry.dtype}, integers are needed")
+            elif said := _contradiction(one, np.frombuffer(pool.read(place, at, length), f"<{dtype.code}")):
                 problems.add(said)
     finally:
         pool.close()

@@ -13,10 +13,11 @@ from ..checkpoints.published import Published, open_published
 from ..checkpoints.source import Source
 from ..errors import PlaceError, ReshardError
 from ..inputs.decode import about
-from ..model.storage import OWN, parameters, ways
+from ..model.storage import parameters, ways
 from ..model.understand import Config, Model
 from ..store import location
 from ..store.workfolder import in_words, left_by_killed
+from ..tables import schemes
 from ..tables.notation import bases, fold
 from ..text.escapes import in_line
 from ..text.units import decimal
@@ -149,7 +150,7 @@ def _understood(source: Source, name: str) -> dict[str, Any]:
         base for name, tensor in model.tensors.items() if name not in beside for base in bases(tensor.axes)
     } | model.family.sizes.keys()
     atoms = {axis for axis in model.sizes if axis in own and (axis not in model.family.axes or axis == "heads")}
-    atoms = {axis for axis in atoms if not OWN.fullmatch(axis)}
+    atoms = {axis for axis in atoms if not schemes.OWN.fullmatch(axis)}
     return {
         "source": name,
         "layout": f"{layout.format.name}, {layout.mesh}" if layout.format.cut else "published (Hugging Face)",

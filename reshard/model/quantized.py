@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+from ..containers.dtypes import BITS, wide
 from ..errors import ReshardError
 from ..tables import families, formats, schemes
 from ..tables.config import Config
@@ -21,8 +22,6 @@ from ..tables.schemes import GROUPS, Part, Scheme
 from ..text.units import runs
 from .matrices import PLAIN, Found, Matrices, Matrix
 from .naming import settle
-
-_CODES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I16", "I32"})  # of numbers that want a scale
 
 
 def quantized(table: Family, config: Config, stored: Mapping[str, Any], where: str) -> Family:
@@ -123,7 +122,7 @@ def _laid_over(
             row = rows[number][2]
             if held[number].setdefault(_layer(row, name), matrix) != matrix:
                 problems.add(f"{row.name.text}: stored in several ways in one layer", name)
-            if matrix is None and len(row.pattern.dims) > 1 and stored[name].dtype in _CODES:
+            if matrix is None and len(row.pattern.dims) > 1 and _coded(name, stored[name].dtype):
                 scales = ", ".join(sorted(scheme.telling))
                 problems.add(f"{row.name.folded} is {stored[name].dtype} and has none of {scales}", name)
     problems.raise_if_any(
@@ -134,6 +133,11 @@ def _laid_over(
     for number in range(len(rows)):
         written.row(number)
     return written.table()
+
+
+def _coded(name: str, dtype: str) -> bool:
+    """Whether a dtype is of codes that stand for numbers; larger integers under other names are tables."""
+    return BITS[dtype] <= 8 or (not wide(dtype) and name.endswith(PLAIN))
 
 
 def _claiming(name: str, rows: Sequence[tuple[Any, Row, Row]], at: Mapping[str, Sequence[int]]) -> Iterator[int]:

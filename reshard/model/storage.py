@@ -8,8 +8,6 @@ from ..tables import schemes
 from ..tables.notation import block_of, varied
 from .understand import PACKED, SCALE, Model, Tensor
 
-OWN = re.compile(r"(words|levels|n)[0-9]+|groups[0-9]+_.*")  # axes that schemes bring
-
 
 def parameters(model: Model) -> int:
     """Parameters of all tensors, each once: a packed matrix has those that it stands for, scales are none."""
@@ -38,7 +36,7 @@ def _main(model: Model) -> Iterator[Tensor]:
 def _plain(tensor: Tensor) -> list[str]:
     """The axes of what a tensor stands for, those that count blocks written out; without layers."""
     axes = [base for axis in tensor.axes for base in (block_of(axis) or ((axis,), 1))[0]]
-    return [axis for axis in axes if axis != "layer" and not OWN.fullmatch(axis)]
+    return [axis for axis in axes if axis != "layer" and not schemes.OWN.fullmatch(axis)]
 
 
 def _elements(tensor: Tensor, model: Model) -> int:

@@ -10,7 +10,7 @@ from msgspec import convert
 
 from ..errors import ReshardError
 from ..inputs import limits
-from . import expression, keys, merge
+from . import expression, keys, merge, schemes
 from .notation import Pattern, bases, parse_template, variant_of, varied
 from .row import Constant, Row, parse_constant, parse_rows
 from .shipped import Shipped
@@ -172,7 +172,7 @@ def _of_parts(row: Row, leaves: Sequence[str], tensors: Mapping[str, tuple[str, 
     named = set(row.name.axes)
     axes = [[axis for axis in tensors[leaf] if axis not in named] for leaf in leaves]
     for pattern in (row.pattern, *row.layouts):
-        if (found := pattern.of_parts(axes)) is not None:
+        if (found := pattern.of_parts(axes, schemes.OWN.fullmatch)) is not None:
             return found
     return None
 

@@ -63,9 +63,9 @@ class Pattern(NamedTuple):
         dims = tuple(_replaced(dim, products) for dim in self.dims)
         return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
 
-    def of_parts(self, axes: Sequence[Sequence[str]]) -> "Pattern | None":
+    def of_parts(self, axes: Sequence[Sequence[str]], own: Callable[[str], object]) -> "Pattern | None":
         """The pattern in which parts of this one's leaves stand as the leaves do, when part i has `axes[i]`: some of
-        the leaf's, whole or counted in blocks, and others; None where there is none.
+        the leaf's, whole or counted in blocks, and such as are a part's own; None where there is none.
 
         Dimensions are in the order in which the first part has them. One that the parts have nothing of is 1: left out
         unless leaves stand side by side along it, or the rest of the matrix is there.
@@ -73,7 +73,7 @@ class Pattern(NamedTuple):
         everyone = range(len(self.axes))
         left = [list(own) for own in axes]
         dims = [_of_parts(dim, everyone, left) for dim in self.dims]
-        if any(dim is None for dim in dims) or any(own != left[0] for own in left):
+        if any(dim is None for dim in dims) or any(one != left[0] for one in left) or not all(map(own, left[0])):
             return None
         found = [dim for dim in dims if dim is not None]
         first = [_first(dim, axes[0]) for dim in found]

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from ..errors import ReshardError
 from ..inputs import decode
+from ..inputs.limits import numeral
 from . import keys
 from .expression import parse as parse_expression
 from .notation import Pattern, parse_pattern
@@ -204,6 +205,7 @@ def _parts(rows: list[list[str]], where: str) -> tuple[Part, ...]:
 _UNIT = re.compile(r"/([a-z_]+)")
 _AXIS = re.compile(r"<([a-z_]*?)([0-9]*)>")
 _UNCUT = re.compile(r"\[in/([a-z_]+)\]")
+OWN = re.compile(r"(words|levels|n)[0-9]+|groups[0-9]+_.*")  # axes of parts that matrices have not
 WHOLE = -1  # a group of all that there is
 GROUPS = "groups"  # the axis of groups that is never cut
 
@@ -249,8 +251,9 @@ def _at(data: Any, path: list[str]) -> Iterator[dict[str, Any]]:
 def _get(said: Mapping[str, Any], key: str) -> Any:
     value: Any = said
     for part in key.split("."):
-        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
+        number = numeral(part)
+        if isinstance(value, list) and number is not None and number < len(value):
+            value = value[number]
         elif isinstance(value, Mapping):
             value = value.get(part)
         else:

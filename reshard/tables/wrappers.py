@@ -1,11 +1,12 @@
 """Wrappers: the tables of multimodal checkpoints, each around the family of its language model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ReshardError
 from ..inputs import decode
-from . import families, keys
+from . import families, keys, schemes
 from .config import Config
 from .families import BASE, Family
 from .shipped import Shipped
@@ -56,7 +57,12 @@ def _wrapped(kind: str, family: Family, text: str, about: Mapping[str, Any]) -> 
 
 
 def named(name: str, config: Config) -> Family:
-    """The shipped family of that name, which may be that of a multimodal checkpoint, or of a base model."""
+    """The shipped family of that name, which may be that of a multimodal checkpoint, of a base model, or of quantised
+    ones, whose rows depend on the checkpoint.
+    """
+    stem, dot, scheme = name.rpartition(".")
+    if dot and scheme in schemes.shipped():
+        return replace(named(stem, config), name=name, scheme=scheme)
     if name.endswith(BASE):
         return families.base(families.load(name.removesuffix(BASE)))
     if (
