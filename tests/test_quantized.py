@@ -309,3 +309,11 @@ def test_what_the_runtime_does_not_dequantise_it_refuses(name: str, tmp_path: Pa
         assert "does not dequantise" in error.message
     else:
         assert name in ("fbgemm", "ct-int8", "torchao"), "a scale for each row, of whatever codes"
+
+
+def test_a_norm_is_no_matrix(tmp_path: Path) -> None:
+    source, tensors = made(tmp_path, "ct-fp8-rows")
+    key = "model.layers.1.input_layernorm.weight"
+    tensors |= {key: ("F8_E4M3", (256, 4), bytes(1024)), f"{key}_scale": noise("BF16", 256, 1)}
+    save(source / "model.safetensors", tensors)
+    refused(reshard("plan", source, "--tp", "2"), 2, "input_layernorm", "no matrix", ".weight_scale")

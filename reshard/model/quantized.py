@@ -120,6 +120,9 @@ def _laid_over(
         matrix = found.matrix if found else None
         for number in _claiming(name, rows, at):
             row = rows[number][2]
+            if found and len(row.pattern.dims) < 2:
+                problems.add(f"{row.name.folded} is no matrix and has {_names(found.matrix)}", name)
+                continue
             if held[number].setdefault(_layer(row, name), matrix) != matrix:
                 problems.add(f"{row.name.text}: stored in several ways in one layer", name)
             if matrix is None and len(row.pattern.dims) > 1 and _coded(name, stored[name].dtype):
@@ -133,6 +136,10 @@ def _laid_over(
     for number in range(len(rows)):
         written.row(number)
     return written.table()
+
+
+def _names(matrix: Matrix) -> str:
+    return ", ".join(part.suffix for part, _ in matrix.parts if part.name)
 
 
 def _coded(name: str, dtype: str) -> bool:
