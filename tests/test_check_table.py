@@ -156,7 +156,6 @@ NAMED = [
     ("gpt2", "axis head_dim of attn.k_bias shifted by one", "beyond"),
     ("mixtral", "axis experts of moe.down shifted by one", "numerics"),
     ("deepseek_v3", "rows mtp.e_norm and mtp.h_norm exchanged", "beyond"),
-    ("deepseek_v3", "axis hidden/128 of moe.up_scale shifted by one", "numerics"),
     ("deepseek_v3", "axis heads of attn.q_whole shifted by one", "numerics"),
     ("deepseek_v3", "axis routes of moe.score_bias shifted by one", "numerics"),
     ("llama", "rows in the opposite order", EQUIVALENT),

@@ -273,12 +273,12 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
             return None
         return (*shape[:-2], shape[-1], shape[-2]) if row and turned(row) else shape
 
-    there, done = set(names), dict[str, Made]()
+    there, done, tried = set(names), dict[str, Made](), set[str]()
     packed = any(name.endswith("weight_packed") for name in names)
     layouts = scheme.layouts if packed else scheme.layouts[::-1]
     for name in names:
         kind = fold(name)[0]
-        for layout in () if kind in done else layouts:
+        for layout in () if kind in tried else layouts:
             needed = [one.suffix for one in layout.parts if not one.optional]
             for part in layout.parts:
                 stem = name.removesuffix(part.suffix)
@@ -288,6 +288,7 @@ def made(entry: dict) -> tuple[dict, dict[str, Made]]:
                 forms = list(part.forms(scheme.claims(said)[-1][1]))
                 if shape is not None and forms:
                     done.setdefault(kind, Made(min(part.dtypes, default="F16"), sized(*forms[0], shape)))
+        tried.add(kind)
         stored[name] = done.get(kind, stored[name])
     return config, stored
 
