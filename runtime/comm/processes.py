@@ -239,13 +239,14 @@ def _join(backend: str, forked: int | None, timeout: float) -> None:
 
     limit = timedelta(seconds=timeout)
     try:
-        with _greetings_aside():
-            if forked is None:
+        if forked is None:
+            with _greetings_aside():
                 distributed.init_process_group(backend, timeout=limit)
-            else:
-                rank = int(os.environ["RANK"])
-                store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
-                distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
+            return
+        rank = int(os.environ["RANK"])
+        store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), forked, is_master=False, timeout=limit)
+        with _greetings_aside():
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=forked, timeout=limit)
     except RuntimeError as error:
         words = str(error).splitlines()[0]
         raise Lost(f"rank {os.environ['RANK']} cannot join: {words}", "start all ranks at the same time") from None
