@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from reshard.containers.dtypes import wide
-from reshard.tables import schemes
 
 from .dtypes import DTYPES
 
@@ -43,8 +42,7 @@ class Cast:
     ) -> None:
         self.main = main_dtype(layout.model)
         self.dtype, self.device = dtype or self.main, device
-        scheme = layout.model.family.scheme
-        parts = tuple(f"_{part}" for part in schemes.load(scheme).parts) if scheme else ()
+        parts = tuple(f"_{part}" for part in layout.model.family.parts)
         self.scales = _named(layout, rank, lambda row: _of_parts(row, parts))
         self.wide = _named(layout, rank, lambda row: any(leaf.startswith(WIDE) for leaf in row.leaves))
 

@@ -13,6 +13,8 @@ from ..store.local import Pool
 def check_derived(source: Source) -> None:
     """Raises ReshardError naming every tensor that says something else than config.json and the shapes, with both."""
     model, problems = source.layout.model, Problems()
+    if not model.aside:
+        return
     stored = {name: entry for name, (_, entry) in source.tensors.items()}
     wanted = [one for one in derived(model.family, source.config, stored) if one.rule]
     if not wanted:

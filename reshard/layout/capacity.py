@@ -23,10 +23,11 @@ from dataclasses import dataclass
 
 from ..containers.dtypes import BITS, wide
 from ..errors import ReshardError
-from ..model.understand import PACKED, Config, Model
+from ..model.understand import Config, Model
 from ..tables.facts import FACTS
 from ..tables.formats import Format
 from ..tables.layer_rules import layers_named
+from ..tables.schemes import PACKED
 from ..text.units import folded
 from .cut import Layout, Piece, Slot, lay_out
 from .mesh import Coordinate, Mesh, shares

@@ -17,12 +17,12 @@ from types import MappingProxyType
 
 from ..containers.dtypes import BITS
 from ..errors import ReshardError
-from ..model.understand import PACKED, SCALE, Model, Problems, Tensor
-from ..tables import schemes
+from ..model.understand import Model, Problems, Tensor
 from ..tables.expression import parse
 from ..tables.formats import MESH, Format
 from ..tables.notation import Pattern, block_of, varied
 from ..tables.row import Constant, Row
+from ..tables.schemes import PACKED, SCALE
 from .mesh import Coordinate, Mesh, Range, Rule, cut, cut_compound, shares
 
 Point = dict[str, int]  # enumerated axis → index
@@ -219,7 +219,7 @@ def lay_out(
         axes = {name: tensor.axes for name, tensor in model.tensors.items()}
         table = _with_towers(table.varied(axes), model)
         if model.family.scheme:
-            table = table.parted(schemes.load(model.family.scheme).parts, axes)
+            table = table.parted(model.family.parts, axes)
     chosen = _choose(table, model, active, problems)
     for line in unmet(table.requires, model, mesh):
         problems.add(f"the engine requires {line}")

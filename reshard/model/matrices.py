@@ -180,22 +180,22 @@ def _fitting(
     return tuple(parts), sizes, lead or (), known
 
 
+def _counted(axis: str) -> str:
+    """An axis of groups as one that counts blocks, which has their number."""
+    return f"in/{axis.removeprefix(GROUPS)}" if axis.startswith(GROUPS) else axis
+
+
 def _narrowed(pattern: Pattern, shape: Sequence[int], own: Mapping[str, int], known: Known) -> Known | None:
     """What is known of `out` and `in` after a shape, None where it contradicts that."""
     found = dict(known)
     for dim, size in zip(pattern.dims, shape, strict=True):
-        nodes = [str(node) for node in dim]
-        fixed = prod(own[node] for node in nodes if node in own)
-        rest = [node for node in nodes if node not in own and not node.startswith(GROUPS)]
-        if any(node.startswith(GROUPS) for node in nodes):
-            rest += [f"in/{node.removeprefix(GROUPS)}" for node in nodes if node.startswith(GROUPS)]
-        size, left = divmod(size, fixed)
+        nodes = [_counted(str(node)) for node in dim]
+        rest = [node for node in nodes if node not in own]
+        size, left = divmod(size, prod(own[node] for node in nodes if node in own))
         if left or (not rest and size != 1):
             return None
-        if not rest:
-            continue
-        if len(rest) > 1:
-            continue  # a flat matrix: what it is the family's sizes tell
+        if len(rest) != 1:
+            continue  # of a flat matrix the family's sizes tell what it is
         (node,) = rest
         bases, unit = block_of(node) or ((node,), 1)
         if len(bases) > 1 or bases[0] not in found:
@@ -213,9 +213,7 @@ def _wanted(pattern: Pattern, own: Mapping[str, int], known: Known) -> Iterator[
     for dim in pattern.dims:
         total: int | str = 1
         for node in dim:
-            axis = str(node)
-            if axis.startswith(GROUPS):
-                axis = f"in/{axis.removeprefix(GROUPS)}"
+            axis = _counted(str(node))
             bases, unit = block_of(axis) or ((axis,), 1)
             size = own.get(axis, known.get(bases[0], (0, Range().high))[1] if len(bases) == 1 else Range().high)
             total = "?" if size == Range().high or total == "?" else int(total) * -(-size // unit)

@@ -204,11 +204,12 @@ class _Written:
             return
         found: dict[tuple[str, str, str], set[int]] = defaultdict(set)
         forms: dict[str, list[str]] = defaultdict(list)  # part → its patterns, the most general first
+        laid = {matrix: list(self._laid(row, matrix)) for matrix in dict.fromkeys(layers.values()) if matrix}
         for layer, matrix in sorted(layers.items(), key=lambda item: (item[1].claim if item[1] else -1, item[0])):
             if matrix is None:
                 found[row.name.text, row.pattern.text, " ".join(row.leaves)].add(layer)
                 continue
-            for name, kind, pattern in self._laid(row, matrix):
+            for name, kind, pattern in laid[matrix]:
                 if pattern.text not in forms[kind]:
                     forms[kind].append(pattern.text)
                 number = forms[kind].index(pattern.text)
@@ -294,8 +295,7 @@ def _atoms(product: Product) -> Iterator[str]:
 def turned(row: Row) -> bool:
     """Whether a family stores a matrix as (in, out): native stores every one as (out, in)."""
     leaf = row.leaves[0].partition("@")[0]
-    native = formats.load("native").refined({})
-    for other in native.rows:
+    for other in formats.load("native").rows:
         if leaf in other.leaves and len(other.pattern.dims) >= 2:
             place = other.leaves.index(leaf)
             inner = set(other.pattern.axes[place]) & set(_atoms(other.pattern.dims[-1]))

@@ -6,7 +6,8 @@ from math import prod
 
 from ..tables import schemes
 from ..tables.notation import block_of, varied
-from .understand import PACKED, SCALE, Model, Tensor
+from ..tables.schemes import PACKED, SCALE
+from .understand import Model, Tensor
 
 
 def parameters(model: Model) -> int:
@@ -26,7 +27,7 @@ def ways(model: Model) -> list[str]:
 
 def _main(model: Model) -> Iterator[Tensor]:
     """The tensors that hold parameters."""
-    parts = schemes.load(model.family.scheme).parts - {"packed"} if model.family.scheme else {"scale"}
+    parts = model.family.parts - {"packed"} or {"scale"}
     endings = tuple(f"_{part}" for part in parts)
     for name, tensor in model.tensors.items():
         if name not in model.alias and not name.partition("@")[0].endswith(endings):

@@ -19,12 +19,11 @@ from ..tables.families import Family
 from ..tables.layer_rules import layers_named
 from ..tables.notation import block_of, fold
 from ..tables.row import Row
+from ..tables.schemes import PACKED
 from .naming import settle
 from .quantized import quantized
 from .sizes import axis_size as axis_size
 from .sizes import dotted, solve
-
-PACKED, SCALE = "_packed", "_scale"  # parts of a quantised matrix, after its name
 
 
 class Stored(Protocol):

@@ -68,6 +68,11 @@ class Family:
         return self.name.removesuffix(f".{self.scheme}") if self.scheme else self.name
 
     @property
+    def parts(self) -> frozenset[str]:
+        """What tensors of quantised matrices are called after the name of their matrix; empty without a scheme."""
+        return schemes.load(self.scheme).parts if self.scheme else frozenset()
+
+    @property
     def texts(self) -> dict[str, str]:
         """Every TOML text that it was read from, by name."""
         return self.chain.texts
@@ -106,8 +111,7 @@ class Family:
     def leaves(self) -> set[str]:
         """The logical tensors that its rows hold, without their variants; and the matrices whose parts they hold."""
         found = {leaf.partition("@")[0] for row in self.rows for leaf in row.leaves}
-        parts = schemes.load(self.scheme).parts if self.scheme else ()
-        return found | {leaf.removesuffix(f"_{part}") for part in parts for leaf in found}
+        return found | {leaf.removesuffix(f"_{part}") for part in self.parts for leaf in found}
 
     def claimed(self) -> set[str]:
         """The names, folded, that its rows and `aside` have; those of other components left out."""
@@ -190,7 +194,7 @@ def _consistent(table: Family) -> Family:
 
 def _matrix(leaf: str) -> str:
     """The matrix that a logical tensor is, or whose numbers it holds packed, without its variant."""
-    return leaf.partition("@")[0].removesuffix("_packed")
+    return leaf.partition("@")[0].removesuffix(schemes.PACKED)
 
 
 def digest(name: str) -> str:

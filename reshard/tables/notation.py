@@ -50,18 +50,15 @@ class Pattern(NamedTuple):
 
     def refined(self, compounds: Mapping[str, tuple[str, ...]]) -> "Pattern":
         """The same pattern with further compound axes written out."""
-        dims = tuple(_written_out(dim, compounds) for dim in self.dims)
-        if dims == self.dims:
-            return self
-        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+        found = self.replaced(compounds)
+        return self if found.dims == self.dims else found
 
     def replaced(self, products: Mapping[str, Product]) -> "Pattern":
         """The same pattern with products in place of axes; an axis that counts blocks counts those of its product.
 
         Raises ReshardError where a product cannot be counted in such blocks.
         """
-        dims = tuple(_replaced(dim, products) for dim in self.dims)
-        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+        return _pattern(tuple(_replaced(dim, lambda axis: products.get(axis, (axis,))) for dim in self.dims))
 
     def of_parts(self, axes: Sequence[Sequence[str]], own: Callable[[str], object]) -> "Pattern | None":
         """The pattern in which parts of this one's leaves stand as the leaves do, when part i has `axes[i]`: some of
@@ -88,13 +85,11 @@ class Pattern(NamedTuple):
             if at is None and kept:
                 where = next((spot for spot, one in enumerate(placed) if not 0 <= one[1] < number), len(placed))
                 placed.insert(where, (0, number, found[number]))
-        whole = tuple(dim for _, _, dim in placed)
-        return Pattern(whole, tuple(_paths(tuple(node for dim in whole for node in dim))))
+        return _pattern(tuple(dim for _, _, dim in placed))
 
     def only(self, leaf: int) -> "Pattern":
         """The pattern of one leaf alone."""
-        dims = tuple(_only(dim, range(len(self.axes)), leaf) for dim in self.dims)
-        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+        return _pattern(tuple(_only(dim, range(len(self.axes)), leaf) for dim in self.dims))
 
     @property
     def text(self) -> str:
@@ -103,19 +98,23 @@ class Pattern(NamedTuple):
 
     def renamed(self, name: Callable[[str], str]) -> "Pattern":
         """The same pattern with other names for axes."""
-        dims = tuple(_renamed(dim, name) for dim in self.dims)
-        return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+        return _pattern(tuple(_replaced(dim, lambda axis: (name(axis),)) for dim in self.dims))
 
 
-def _replaced(product: Product, products: Mapping[str, Product]) -> Product:
+def _pattern(dims: tuple[Product, ...]) -> Pattern:
+    return Pattern(dims, tuple(_paths(tuple(node for dim in dims for node in dim))))
+
+
+def _replaced(product: Product, of: Callable[[str], Product]) -> Product:
+    """A product with `of(axis)` in place of every axis; one that counts blocks counts those of its product."""
     nodes: list[str | Sum] = []
     for node in product:
         if isinstance(node, Sum):
-            nodes.append(Sum(tuple(_replaced(term, products) for term in node.terms)))
+            nodes.append(Sum(tuple(_replaced(term, of) for term in node.terms)))
         elif block := block_of(node):
-            nodes.extend(in_blocks(tuple(one for axis in block[0] for one in products.get(axis, (axis,))), block[1]))
+            nodes.extend(in_blocks(tuple(one for axis in block[0] for one in of(axis)), block[1]))
         else:
-            nodes.extend(products.get(node, (node,)))
+            nodes.extend(of(node))
     return tuple(nodes)
 
 
@@ -184,30 +183,6 @@ def _node(node: str | Sum) -> str:
     if block := block_of(node):
         return f"({' '.join(block[0])})/{block[1]}" if len(block[0]) > 1 else f"{block[0][0]}/{block[1]}"
     return node
-
-
-def _renamed(product: Product, name: Callable[[str], str]) -> Product:
-    nodes: list[str | Sum] = []
-    for node in product:
-        if isinstance(node, Sum):
-            nodes.append(Sum(tuple(_renamed(term, name) for term in node.terms)))
-        elif block := block_of(node):
-            nodes.append(derived(tuple(map(name, block[0])), block[1]))
-        else:
-            nodes.append(name(node))
-    return tuple(nodes)
-
-
-def _written_out(product: Product, compounds: Mapping[str, tuple[str, ...]]) -> Product:
-    nodes: list[str | Sum] = []
-    for node in product:
-        if isinstance(node, Sum):
-            nodes.append(Sum(tuple(_written_out(term, compounds) for term in node.terms)))
-        elif block := block_of(node):
-            nodes.append(derived(tuple(atom for axis in block[0] for atom in compounds.get(axis, (axis,))), block[1]))
-        else:
-            nodes.extend(compounds.get(node, (node,)))
-    return tuple(nodes)
 
 
 def _shares(node: Sum, leaves: range) -> Iterator[tuple[Product, range]]:

@@ -26,6 +26,7 @@ from .shipped import Shipped
 _SHIPPED = Shipped("quantization", "scheme")
 shipped = _SHIPPED.names
 
+PACKED, SCALE = "_packed", "_scale"  # parts, after the name of their matrix
 Units = Mapping[str, int]  # of a checkpoint: how many inputs make a group, how many numbers a word
 
 
@@ -69,7 +70,7 @@ class Layout(NamedTuple):
 
     def holds(self, said: Mapping[str, Any]) -> bool:
         """Whether a quantization_config lets a matrix be stored so."""
-        return not (self.condition and not _says(self.condition, said)) and not (
+        return (not self.condition or _says(self.condition, said)) and not (
             self.exclusion and _says(self.exclusion, said)
         )
 

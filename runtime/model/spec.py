@@ -11,11 +11,11 @@ from typing import Any
 from reshard.errors import ReshardError
 from reshard.layout import capacity
 from reshard.model.understand import Model, Tensor
-from reshard.tables import schemes
 from reshard.tables.config import Config
 from reshard.tables.facts import ANY, COUNT, GROWTH, PART, POSITIVE, ROUTING, UNSIGNED, Range
 from reshard.tables.families import Family
 from reshard.tables.notation import block_of
+from reshard.tables.schemes import PACKED, SCALE
 
 from .spec_values import Facts, Section, first_number
 from .weights import BITS, BLOCK, GROUP
@@ -352,20 +352,20 @@ def _not_dequantised(model: Model) -> str:
     """What of a quantised model Weights.matrix cannot read: it knows BLOCK, rows, and BITS packed by GROUP."""
     if model.family.scheme not in _SCALED:
         return model.family.scheme
-    parts = schemes.load(model.family.scheme).parts - {"packed", "scale"}
+    parts = model.family.parts - {"packed", "scale"}
     for name, tensor in model.tensors.items():
         base = name.partition("@")[0]
         if found := next((part for part in parts if base.endswith(f"_{part}")), None):
             return f"{found} of {base.removesuffix(f'_{found}')}"
         units = {block[1] for axis in tensor.axes if (block := block_of(axis))}
-        if base.endswith("_packed") and (tensor.dtypes != ("I32",) or units != {32 // BITS}):
+        if base.endswith(PACKED) and (tensor.dtypes != ("I32",) or units != {32 // BITS}):
             return f"{base} in {'/'.join(tensor.dtypes)}"
-        packed = f"{base.removesuffix('_scale')}_packed" in model.tensors
+        packed = base.removesuffix(SCALE) + PACKED in model.tensors
         plain = [axis for axis in tensor.axes if axis not in ("layer", "experts")]
-        if base.endswith("_scale") and (units != {GROUP} if packed else bool(units - {BLOCK}) or not plain):
+        if base.endswith(SCALE) and (units != {GROUP} if packed else bool(units - {BLOCK}) or not plain):
             return f"{base} of blocks of {'/'.join(map(str, sorted(units))) or 'a whole matrix'}"
     for names in _FUSED:
-        forms = ((model.tensors.get(name), model.tensors.get(f"{name}_packed")) for name in names)
+        forms = ((model.tensors.get(name), model.tensors.get(name + PACKED)) for name in names)
         held = {tuple((each.dtypes, each.layers) if each else None for each in both) for both in forms if any(both)}
         if len(held) > 1:
             return f"{', '.join(names)} of several kinds"
